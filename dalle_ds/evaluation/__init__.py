@@ -1,0 +1,1 @@
+"""Measuring what trained models can do."""

@@ -1,0 +1,178 @@
+"""The page that shows a finished pair of runs: pictures, figures, loss curves."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import dalle_ds
+from dalle_ds.data import PairDataset
+from dalle_ds.data.images import center_crop_resize
+from dalle_ds.evaluation.curves import Series, curves_svg, read_metrics
+from dalle_ds.evaluation.ranking import ranking_accuracy
+from dalle_ds.files import write_bytes, write_text
+from dalle_ds.sampling import TextToImage, picture_grid
+
+TITLES = ["picture", "dVAE", "samples"]
+
+
+def write_report(data: str, dvae_run: str, transformer_run: str, out: str, *, num: int = 4, seed: int = 0) -> dict[str, float]:
+    """Draw `OUT/pictures.png` and write `OUT/report.html`.
+
+    Args:
+        data: prepared data folder.
+        dvae_run, transformer_run: finished run directories.
+        num: samples per caption.
+
+    Returns:
+        The figures on the page.
+
+    Raises:
+        CheckpointError: a run has exported no model.
+        DataError: a folder is not what it should be.
+    """
+    pipeline = TextToImage.from_pretrained(transformer_run)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = _pictures(pipeline, data, num, seed)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_bytes(folder / "pictures.png", buffer.getvalue())
+    dvae, transformer = read_metrics(dvae_run), read_metrics(transformer_run)
+    figures = _figures(dvae, transformer)
+    figures["ranking_accuracy_16"] = _ranking(pipeline, data)
+    write_text(folder / "report.html", _page(buffer.getvalue(), figures, dvae, transformer))
+    return figures
+
+
+def _pictures(pipeline: TextToImage, data: str, num: int, seed: int) -> Image.Image:
+    """Validation rows, then training rows: caption, real picture, reconstruction, samples."""
+    size = pipeline.dvae.config.image_size
+    rows: list[tuple[str, list[Image.Image]]] = []
+    for split, count in (("validation", 10), ("train", 4)):
+        dataset = PairDataset.open(data, split)
+        # Spread over the split: neighbouring rows are often of one family.
+        chosen = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
+        captions = [dataset.captions(row)[0] for row in chosen]
+        drawn = pipeline.generate(captions, num=num, seed=seed)
+        for row, caption, samples in zip(chosen, captions, drawn, strict=True):
+            pixels = center_crop_resize(dataset.picture(row), size)
+            tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+            restored = pipeline.decode(pipeline.dvae.encode(tensor.to(pipeline.device)).flatten(1))
+            label = f"{caption} [validation]" if split == "validation" else f"{caption} [seen in training]"
+            rows.append((label, [Image.fromarray(pixels), *restored, *samples]))
+    return picture_grid(rows, titles=[*TITLES, *[""] * (num - 1)], cell=96, label_width=240)
+
+
+def _ranking(pipeline: TextToImage, data: str) -> float:
+    """`ranking_accuracy` on the validation split, in an order that does not put one family into one group."""
+    dataset = PairDataset.open(data, "validation")
+    size = pipeline.dvae.config.image_size
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    pixels = torch.stack(
+        [torch.from_numpy(center_crop_resize(dataset.picture(row), size)).permute(2, 0, 1) for row in order]
+    )
+    codes: Tensor = torch.cat(
+        [pipeline.dvae.encode(chunk.to(pipeline.device).float() / 255).flatten(1) for chunk in pixels.split(64)]
+    )
+    text = pipeline.encode([dataset.captions(row)[0] for row in order])
+    return ranking_accuracy(pipeline.model, text, codes)
+
+
+def _figures(dvae: dict[str, Series], transformer: dict[str, Series]) -> dict[str, float]:
+    def last(metrics: dict[str, Series], name: str) -> float:
+        return metrics[f"validation/{name}"][-1][1]
+
+    return {
+        "dvae_psnr": last(dvae, "psnr"),
+        "dvae_perplexity": last(dvae, "perplexity"),
+        "dvae_codes_used": last(dvae, "codes_used"),
+        "transformer_image_loss": last(transformer, "image_loss"),
+        "code_entropy": last(transformer, "code_entropy"),
+        "gain_over_entropy": last(transformer, "code_entropy") - last(transformer, "image_loss"),
+        "caption_gain": last(transformer, "caption_gain"),
+        "transformer_text_loss": last(transformer, "text_loss"),
+    }
+
+
+def _page(picture: bytes, figures: dict[str, float], dvae: dict[str, Series], transformer: dict[str, Series]) -> str:
+    meaning = {
+        "dvae_psnr": "reconstruction of validation pictures, dB",
+        "dvae_perplexity": "perplexity of the codes of validation pictures",
+        "dvae_codes_used": "different codes in validation pictures",
+        "transformer_image_loss": "validation loss per code, nats",
+        "code_entropy": "entropy of the codes' frequencies, nats: what a model knows that has seen no order",
+        "gain_over_entropy": "how far the loss is below it, nats per code",
+        "caption_gain": "how much worse pictures are predicted under another picture's caption, nats per code",
+        "transformer_text_loss": "validation loss per text token, nats",
+        "ranking_accuracy_16": "share of validation captions that find their picture among 16 (chance 0.06)",
+    }
+    rows = "\n".join(
+        f"<tr><td>{name}</td><td class=number>{value:.3f}</td><td>{html.escape(meaning[name])}</td></tr>"
+        for name, value in figures.items()
+    )
+    return PAGE.format(
+        version=dalle_ds.__version__,
+        rows=rows,
+        picture=base64.b64encode(picture).decode(),
+        dvae=curves_svg(_dvae_panels(dvae)),
+        transformer=curves_svg(_transformer_panels(transformer)),
+    )
+
+
+def _panel(metrics: dict[str, Series], **names: str) -> dict[str, Series]:
+    return {label: metrics[name] for label, name in names.items() if name in metrics}
+
+
+def _dvae_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
+    return {
+        "negative log-likelihood per value": _panel(metrics, training="nll", validation="validation/nll"),
+        "KL per code, nats": _panel(metrics, training="kl", validation="validation/kl"),
+        "codebook perplexity": _panel(metrics, training="perplexity", validation="validation/perplexity"),
+        "validation PSNR, dB": _panel(metrics, validation="validation/psnr"),
+        "temperature": _panel(metrics, temperature="temperature"),
+        "gradient norm": _panel(metrics, norm="grad_norm"),
+    }
+
+
+def _transformer_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
+    return {
+        "image loss, nats per code": _panel(
+            metrics, training="image_loss", validation="validation/image_loss", entropy="validation/code_entropy"
+        ),
+        "text loss, nats per token": _panel(metrics, training="text_loss", validation="validation/text_loss"),
+        "caption gain, nats per code": _panel(metrics, validation="validation/caption_gain"),
+        "learning rate": _panel(metrics, rate="lr"),
+        "gradient norm": _panel(metrics, norm="grad_norm"),
+        "tokens per second": _panel(metrics, speed="tokens_per_second"),
+    }
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>DALL·E: report</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em; }}
+table {{ border-collapse: collapse; }} td {{ border-top: 1px solid #ddd; padding: .25em .8em; }}
+.number {{ text-align: right; font-variant-numeric: tabular-nums; }} img, svg {{ max-width: 100%; height: auto; }}
+</style></head><body>
+<h1>DALL·E: report</h1>
+<p>Made by dalle_ds {version}. Each row of the sheet: a caption, its picture, the picture through the dVAE's codes, and samples that
+the transformer drew from the caption alone. Captions marked [validation] were never seen in training.</p>
+<p><img alt="captions, pictures, reconstructions and samples" src="data:image/png;base64,{picture}"></p>
+<h2>Figures</h2>
+<table>
+{rows}
+</table>
+<h2>dVAE</h2>
+{dvae}
+<h2>Transformer</h2>
+{transformer}
+</body></html>
+"""

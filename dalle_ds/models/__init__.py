@@ -1,0 +1,6 @@
+"""Pure modules: no process groups, no logging, no DeepSpeed."""
+
+from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.dvae import DiscreteVAE
+
+__all__ = ["Dalle", "DiscreteVAE"]

@@ -1,0 +1,140 @@
+"""Causal self-attention over text and image, and the sparse attention kinds of DALL·E App. B.1.
+
+What the kinds mean is known in this file only. The rest of the model sees an `AttentionPattern`: something that takes
+queries, keys and values and attends.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_ds.config import ATTENTION_KINDS, DalleConfig
+from dalle_ds.errors import ConfigError
+from dalle_ds.models.cache import LayerCache
+from dalle_ds.models.layers import Linear
+
+
+def attention_mask(kind: str, text_len: int, grid: int, kernel: int = 11) -> Tensor:
+    """Which position may attend to which (DALL·E App. B.1, Fig. 11).
+
+    Text attends causally to text and never to the image; the image attends to all text. With q and k the raster indices
+    of two codes on a grid of side W, and δ = q − k ≥ 0, code q attends to code k under
+
+    * `row` where δ ≤ W: itself and the W before it, across the ends of rows;
+    * `column` where δ is a multiple of W;
+    * `conv` where δ = dr·W + dc for a row offset 0 ≤ dr ≤ kernel // 2 and a column offset |dc| ≤ kernel // 2. Offsets
+      are flat, so a kernel at the edge of the grid wraps into the neighbouring row, as the row kind does;
+    * `full` always.
+
+    Returns:
+        (T + W², T + W²) bool, indexed [query, key], True = may attend; text first, then the grid in raster order.
+
+    Raises:
+        ConfigError: an unknown kind, a length below 1, or an even kernel.
+    """
+    if kind not in ATTENTION_KINDS:
+        raise ConfigError(f"unknown attention kind {kind!r}: known are {', '.join(ATTENTION_KINDS)}")
+    if text_len < 1 or grid < 1:
+        raise ConfigError(f"attention needs text_len and grid of at least 1, found text_len={text_len}, grid={grid}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"the conv kind's kernel must be odd and positive, found {kernel}")
+    total = text_len + grid**2
+    mask = torch.ones(total, total, dtype=torch.bool).tril()
+    raster = torch.arange(grid**2)
+    mask[text_len:, text_len:] &= _allowed_offsets(kind, grid, kernel)[(raster[:, None] - raster).clamp(min=0)]
+    return mask
+
+
+def _allowed_offsets(kind: str, grid: int, kernel: int) -> Tensor:
+    """(W²,) bool, indexed by δ."""
+    offsets = torch.arange(grid**2)
+    if kind == "row":
+        return offsets <= grid
+    if kind == "column":
+        return offsets % grid == 0
+    if kind == "conv":
+        reach = torch.arange(-(kernel // 2), kernel // 2 + 1)
+        reached = (reach[reach >= 0, None] * grid + reach).flatten()
+        return torch.isin(offsets, reached)
+    return torch.ones_like(offsets, dtype=torch.bool)
+
+
+def layer_kinds(depth: int) -> tuple[str, ...]:
+    """The paper's attention kind of each of `depth` layers (DALL·E App. B.1).
+
+    The last layer is `conv`; of the others, layers 2, 6, 10, … (counted from 1) are `column` and the rest `row`: 47
+    row, 16 column and 1 conv at depth 64.
+    """
+    if depth < 1:
+        raise ConfigError(f"depth must be at least 1, found {depth}")
+    return (*("column" if layer % 4 == 2 else "row" for layer in range(1, depth)), "conv")
+
+
+def configured_kinds(config: DalleConfig) -> tuple[str, ...]:
+    """The attention kind of each layer: what `config.attention` names, or else the paper's schedule."""
+    return config.attention if config.attention is not None else layer_kinds(config.depth)
+
+
+class AttentionPattern(nn.Module):
+    """Attention restricted to one kind's mask; all layers of the kind share one instance, so there is one mask.
+
+    It has no weights, and its mask is rebuilt from the configuration, never stored in a checkpoint.
+    """
+
+    mask: Tensor
+
+    def __init__(self, kind: str, text_len: int, grid: int, kernel: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("mask", attention_mask(kind, text_len, grid, kernel), persistent=False)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        """Attend from positions first … first + n − 1 to positions 0 … first + n − 1.
+
+        Args:
+            queries: (B, heads, n, head size).
+            keys, values: (B, heads, first + n, head size).
+            first: position of the first query.
+
+        Returns:
+            (B, heads, n, head size).
+        """
+        count = queries.shape[2]
+        mask = self.mask[first : first + count, : first + count]
+        if count > 1:
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        # One query at a time is how pictures are drawn. The CPU kernel behind scaled_dot_product_attention then splits
+        # the keys over threads in a way that depends on the batch, and a picture must not depend on its neighbours.
+        scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5
+        return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(values.dtype) @ values
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, pattern: AttentionPattern, width: int, heads: int, residual_scale: float) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width, scale=residual_scale)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, first: int = 0) -> Tensor:
+        """Attend among the positions of `x`, and to the earlier ones that `cache` holds.
+
+        Args:
+            x: (B, n, width), in the dtype of the weights: positions first … first + n − 1.
+            cache: keys and values of positions 0 … first − 1; those of `x` are added to it. Needed where first > 0.
+
+        Returns:
+            (B, n, width).
+        """
+        batch, count, width = x.shape
+        qkv = self.qkv(x).view(batch, count, 3, self.heads, width // self.heads)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, n, head size)
+        if cache is not None:
+            keys, values = cache.extend(first, keys, values)
+        attended = self.pattern(queries, keys, values, first)
+        return self.out(attended.transpose(1, 2).reshape(batch, count, width))

@@ -1,0 +1,271 @@
+"""The text-image transformer (DALL·E §2.2, App. B.1): one causal stream of text tokens, then image codes.
+
+The stream has T text positions and then W² image positions; position p *predicts* token p of [text, codes]:
+
+    position        0     1    …   T−1      T               T+1   …   T+W²−1
+    input           SOT   t₀   …   t_{T−2}  SOI + t_{T−1}   c₀    …   c_{W²−2}
+    predicts        t₀    t₁   …   t_{T−1}  c₀              c₁    …   c_{W²−1}
+
+so position embeddings index the token being predicted, and the last code is never an input. The start of the image
+carries the last text slot besides its own embedding: no caption token is lost at the paper's length of 256 + 1024. For
+captions of fewer than T tokens that slot is always padding, the sum is a constant vector, and this is exactly the
+paper's layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle_ds.config import DalleConfig
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
+from dalle_ds.models.cache import KVCache, LayerCache
+from dalle_ds.models.layers import Embedding, LayerNorm, Linear
+from dalle_ds.models.pretrained import load_model, load_weights, save_model
+
+PADDING = -1
+"""What text holds where there is no token."""
+
+
+class DalleOutput(NamedTuple):
+    """Losses in nats per token, and logits, all fp32.
+
+    A tuple, not a dataclass: ZeRO-3 finds the tensors that a module returns in tuples, lists and dicts only.
+    """
+
+    loss: Tensor
+    """() text_weight · text_loss + (1 − text_weight) · image_loss (DALL·E §2.2)."""
+    text_loss: Tensor
+    """() mean cross-entropy over the text tokens of this batch, padding left out; 0 where there is none."""
+    image_loss: Tensor
+    """() mean cross-entropy over the codes of this batch."""
+    text_logits: Tensor
+    """(B, T, text_vocab)."""
+    image_logits: Tensor
+    """(B, W², image_vocab)."""
+    text_tokens: Tensor
+    """() int64, how many tokens text_loss is the mean of."""
+
+
+class AttentionBlock(nn.Module):
+    """Residual block x + attention(norm(x))."""
+
+    def __init__(self, pattern: AttentionPattern, width: int, heads: int, residual_scale: float) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width)
+        self.attention = SelfAttention(pattern, width, heads, residual_scale)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, first: int = 0) -> Tensor:
+        """(B, n, width) fp32 → the same; `cache` and `first` are those of `SelfAttention`."""
+        normed = self.norm(x).to(self.attention.qkv.weight.dtype)
+        return x + self.attention(normed, cache, first).float()
+
+
+class MlpBlock(nn.Module):
+    """Residual block x + mlp(norm(x)), with one hidden layer of four times the width and GELU."""
+
+    def __init__(self, width: int, residual_scale: float) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width, scale=residual_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, width) fp32 → the same."""
+        hidden = F.gelu(self.up(self.norm(x).to(self.up.weight.dtype)))
+        return x + self.down(hidden).float()
+
+
+class InputEmbedding(nn.Module):
+    """What the residual stream starts from, fp32 (DALL·E Fig. 10); the module's docstring has the layout."""
+
+    def __init__(self, config: DalleConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.text_token = Embedding(config.text_vocab, width)
+        self.padding = Embedding(config.text_len, width)  # one for each text slot
+        self.text_position = Embedding(config.text_len, width)
+        self.image_token = Embedding(config.image_vocab, width)
+        self.image_row = Embedding(config.grid, width)
+        self.image_column = Embedding(config.grid, width)
+        self.start = Embedding(2, width)  # of text, of image
+
+    def prefix(self, text: Tensor) -> Tensor:
+        """Inputs of positions 0 … T, all that a caption decides: (B, T) → (B, T + 1, width)."""
+        batch, length = text.shape
+        indices = torch.arange(length, device=text.device)
+        is_padding = (text == PADDING)[..., None]
+        slots = torch.where(is_padding, self.padding(indices), self.text_token(text.clamp(min=0))).float()
+        start_of_text, start_of_image = self.start(torch.arange(2, device=text.device)).float()
+        shifted = torch.cat([start_of_text.expand(batch, 1, -1), slots[:, :-1]], dim=1)
+        image_start = start_of_image + slots[:, -1:] + self._image_positions(0, 1, text.device)
+        return torch.cat([shifted + self.text_position(indices).float(), image_start], dim=1)
+
+    def codes(self, codes: Tensor, first: int) -> Tensor:
+        """Inputs that predict codes first + 1 …: codes first …, (B, n) → (B, n, width)."""
+        positions = self._image_positions(first + 1, codes.shape[1], codes.device)
+        return self.image_token(codes).float() + positions
+
+    def _image_positions(self, first: int, count: int, device: torch.device) -> Tensor:
+        """(count, width), row embedding + column embedding of codes first, first + 1, … in raster order."""
+        raster = torch.arange(first, first + count, device=device)
+        row, column = raster // self.config.grid, raster % self.config.grid
+        return self.image_row(row).float() + self.image_column(column).float()
+
+
+class Dalle(nn.Module):
+    """The autoregressive transformer over text tokens and image codes.
+
+    The paper does not say, and this model chooses: layer normalization before each residual branch; GELU; no dropout;
+    untied embeddings; initial weights as `models/layers.py` says, those that end a residual branch scaled by
+    1 / sqrt(number of residual blocks), as in GPT-2; padding left out of the text loss.
+
+    The residual stream is fp32 whatever the dtype of the weights (DALL·E §2.4 keeps its identity path so); each block
+    computes in the weights' dtype. Logits are multiplied out in the weights' dtype, and are fp32 from there on.
+
+    The losses are means over the tokens of one forward pass. The image loss has the same number in every pass; the mean
+    of text losses over processes or micro-batches weighs each equally, however many tokens it has (`text_tokens`).
+
+    Args:
+        config: shape of the model.
+        activation_checkpointing: recompute each residual block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: DalleConfig, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        kinds = configured_kinds(config)
+        residual_scale = (2 * config.depth) ** -0.5
+        self.embedding = InputEmbedding(config)
+        patterns = {
+            kind: AttentionPattern(kind, config.text_len, config.grid, config.kernel) for kind in sorted(set(kinds))
+        }
+        # Flat, and each x → x: gradients are scaled per residual block, and pipelines cut this list.
+        self.blocks = nn.ModuleList()
+        for kind in kinds:
+            self.blocks.append(AttentionBlock(patterns[kind], config.width, config.heads, residual_scale))
+            self.blocks.append(MlpBlock(config.width, residual_scale))
+        self.norm = LayerNorm(config.width)
+        self.text_head = Linear(config.width, config.text_vocab)
+        self.image_head = Linear(config.width, config.image_vocab)
+
+    def forward(self, text: Tensor, codes: Tensor) -> DalleOutput:
+        """Loss and logits of captioned pictures.
+
+        Args:
+            text: (B, T) int64 in [0, text_vocab), −1 where padded.
+            codes: (B, W²) int64 in [0, image_vocab), in raster order.
+
+        Raises:
+            DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking
+                on a GPU would make it wait in every step.
+        """
+        self._check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
+        self._check(codes, "codes", self.config.image_len, 0, self.config.image_vocab)
+        if len(text) != len(codes):
+            raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
+        inputs = torch.cat([self.embedding.prefix(text), self.embedding.codes(codes[:, :-1], 0)], dim=1)
+        hidden = self.norm(self._residual_blocks(inputs))
+        text_logits = self._logits(self.text_head, hidden[:, : self.config.text_len])
+        image_logits = self._logits(self.image_head, hidden[:, self.config.text_len :])
+
+        text_tokens = (text != PADDING).sum()
+        text_sum = F.cross_entropy(text_logits.flatten(0, 1), text.flatten(), ignore_index=PADDING, reduction="sum")
+        text_loss = text_sum / text_tokens.clamp(min=1)
+        image_loss = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
+        weight = self.config.text_weight
+        loss = weight * text_loss + (1 - weight) * image_loss
+        return DalleOutput(loss, text_loss, image_loss, text_logits, image_logits, text_tokens)
+
+    # --- incremental decoding: prefill once, then decode(codes_0, 0), decode(codes_1, 1), …
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of `capacity` positions; None has room for a whole picture."""
+        config, weight = self.config, self.image_head.weight
+        capacity = config.total_len if capacity is None else capacity
+        head_size = config.width // config.heads
+        return KVCache(config.depth, batch, config.heads, capacity, head_size, dtype=weight.dtype, device=weight.device)
+
+    def prefill(self, text: Tensor, cache: KVCache) -> Tensor:
+        """Put captions (B, T), as in `forward`, into the cache: T + 1 positions of it.
+
+        Returns:
+            (B, image_vocab) logits of code 0.
+        """
+        self._check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
+        hidden = self._residual_blocks(self.embedding.prefix(text), cache)
+        return self._logits(self.image_head, self.norm(hidden[:, -1]))
+
+    def decode(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
+        """Add code `step` of every picture to the cache, one position of it.
+
+        Args:
+            codes: (B,) int64 in [0, image_vocab).
+            step: in [0, W² − 2]; codes 0 … step − 1 must have been added before.
+
+        Returns:
+            (B, image_vocab) logits of code step + 1.
+        """
+        if not 0 <= step < self.config.image_len - 1:
+            raise ConfigError(f"step must lie in [0, {self.config.image_len - 2}] for this model, found {step}")
+        self._check(codes[:, None], "codes", 1, 0, self.config.image_vocab)
+        inputs = self.embedding.codes(codes[:, None], step)
+        hidden = self._residual_blocks(inputs, cache, first=self.config.text_len + 1 + step)
+        return self._logits(self.image_head, self.norm(hidden[:, 0]))
+
+    # --- export
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Dalle:
+        """The model in an export or run directory, on the CPU in fp32.
+
+        Raises:
+            CheckpointError: no transformer there, or weights that do not fit.
+        """
+        config, weights = load_model(path, "transformer", DalleConfig)
+        model = cls(config)
+        load_weights(model, weights, path)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into folder `path`."""
+        save_model(path, "transformer", self.config, self.state_dict())
+
+    # --- internals
+
+    def _residual_blocks(self, x: Tensor, cache: KVCache | None = None, first: int = 0) -> Tensor:
+        """(B, n, width) fp32, positions first … first + n − 1 → the same."""
+        for index, block in enumerate(self.blocks):
+            if cache is not None and isinstance(block, AttentionBlock):
+                x = block(x, cache.layers[index // 2], first)
+            elif self.activation_checkpointing and torch.is_grad_enabled():
+                # No dropout, so there is no random state to restore.
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
+
+    @staticmethod
+    def _logits(head: Linear, hidden: Tensor) -> Tensor:
+        return head(hidden.to(head.weight.dtype)).float()
+
+    @staticmethod
+    def _check(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] != length or len(tokens) == 0:
+            raise DataError(f"{name} must have shape (B, {length}) with B of at least 1, found {tuple(tokens.shape)}")
+        if tokens.dtype != torch.int64:
+            raise DataError(f"{name} must be int64, found {tokens.dtype}")
+        if tokens.device.type == "cpu":
+            smallest, largest = (int(bound) for bound in tokens.aminmax())
+            if smallest < lowest or largest >= vocab:
+                raise DataError(
+                    f"{name} must lie in [{lowest}, {vocab - 1}], found values from {smallest} to {largest}"
+                )

@@ -1,0 +1,237 @@
+"""The discrete VAE (DALL·E §2.1, App. A): pictures ↔ a grid of codes.
+
+The state-dict keys are those of OpenAI's released encoder and decoder, at any number of groups, width and vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_ds.config import DiscreteVAEConfig
+from dalle_ds.errors import DataError
+from dalle_ds.models.likelihood import logit_laplace_nll, map_pixels, unmap_pixels
+from dalle_ds.models.pretrained import fingerprint, load_model, load_weights, save_model
+
+
+class Conv2d(nn.Module):
+    """Stride-1 convolution that keeps the size, with parameters named `w` and `b` as in the release.
+
+    Args:
+        fp32: compute in fp32 whatever the weights' dtype, as the two convolutions at the codes do.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, fp32: bool = False) -> None:
+        super().__init__()
+        self.padding = (kernel - 1) // 2
+        self.fp32 = fp32
+        self.w = nn.Parameter(torch.empty(channels_out, channels_in, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(channels_out))
+        nn.init.normal_(self.w, std=1 / math.sqrt(channels_in * kernel**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels_in, H, W) → (B, channels_out, H, W)."""
+        weight, bias = (self.w.float(), self.b.float()) if self.fp32 else (self.w, self.b)
+        return F.conv2d(x.to(weight.dtype), weight, bias, padding=self.padding)
+
+
+class ResidualBlock(nn.Module):
+    """`id_path(x) + gain · res_path(x)` with four ReLU-convolution pairs of a quarter of the width (DALL·E App. A.1).
+
+    Args:
+        kernels: of the four convolutions; the encoder's last is 1×1, the decoder's first.
+        gain: small constant on the residual path, 1 / layers², for stability at the start (DALL·E §2.1).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        hidden = channels_out // 4
+        widths = (channels_in, hidden, hidden, hidden, channels_out)
+        self.gain = gain
+        self.id_path = Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for index, kernel in enumerate(kernels):
+            layers[f"relu_{index + 1}"] = nn.ReLU()
+            layers[f"conv_{index + 1}"] = Conv2d(widths[index], widths[index + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels_in, H, W) → (B, channels_out, H, W)."""
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
+
+
+def _group(
+    widths: list[int], kernels: tuple[int, int, int, int], gain: float, resample: tuple[str, nn.Module] | None
+) -> nn.Sequential:
+    """One group: a block per step of `widths`, then the change of resolution, if any."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for index in range(len(widths) - 1):
+        layers[f"block_{index + 1}"] = ResidualBlock(widths[index], widths[index + 1], kernels, gain)
+    if resample is not None:
+        layers[resample[0]] = resample[1]
+    return nn.Sequential(layers)
+
+
+class Encoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) → logits over the codes (B, vocab_size, H / factor, W / factor), fp32."""
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        gain = 1 / (config.groups * config.blocks_per_group) ** 2
+        width = config.encoder_width
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, width, 7))
+        for group in range(config.groups):
+            wider = config.encoder_width * 2**group
+            resample = ("pool", nn.MaxPool2d(2)) if group < config.groups - 1 else None
+            layers[f"group_{group + 1}"] = _group(
+                [width] + [wider] * config.blocks_per_group, (3, 3, 3, 1), gain, resample
+            )
+            width = wider
+        layers["output"] = nn.Sequential(
+            OrderedDict(relu=nn.ReLU(), conv=Conv2d(width, config.vocab_size, 1, fp32=True))
+        )
+        self.blocks = nn.Sequential(layers)
+
+    def forward(self, mapped: Tensor) -> Tensor:
+        """Mapped pixels to logits; see the class."""
+        return self.blocks(mapped.contiguous(memory_format=torch.channels_last))
+
+
+class Decoder(nn.Module):
+    """Code weights (B, vocab_size, h, w), one-hot or relaxed → logit-Laplace parameters (B, 6, H, W): μ, then ln b."""
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        gain = 1 / (config.groups * config.blocks_per_group) ** 2
+        width = config.decoder_input
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(config.vocab_size, width, 1, fp32=True))
+        for group in range(config.groups):
+            narrower = config.decoder_width * 2 ** (config.groups - 1 - group)
+            resample = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")) if group < config.groups - 1 else None
+            layers[f"group_{group + 1}"] = _group(
+                [width] + [narrower] * config.blocks_per_group, (1, 3, 3, 3), gain, resample
+            )
+            width = narrower
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(width, 6, 1)))
+        self.blocks = nn.Sequential(layers)
+
+    def forward(self, code_weights: Tensor) -> Tensor:
+        """Code weights to likelihood parameters; see the class."""
+        return self.blocks(code_weights.contiguous(memory_format=torch.channels_last))
+
+
+class DvaeOutput(NamedTuple):
+    """What one training forward pass of the dVAE gives; a tuple, so that DeepSpeed's hooks find its tensors."""
+
+    nll: Tensor
+    """() mean negative log-likelihood per pixel value, nats."""
+    kl: Tensor
+    """() mean KL divergence from the uniform prior per code, nats."""
+    marginal_entropy: Tensor
+    """() entropy of the batch's mean code distribution, nats; ln vocab_size at best."""
+    logits: Tensor
+    """(B, vocab_size, h, w) fp32."""
+
+
+class DiscreteVAE(nn.Module):
+    """Discrete VAE: `encode` pictures to codes, `decode` codes to pictures, `forward` for training.
+
+    Example:
+        >>> vae = DiscreteVAE.from_pretrained("runs/dvae")
+        >>> codes = vae.encode(images)  # (B, 3, H, W) in [0, 1] → (B, h, w)
+        >>> images = vae.decode(codes)
+    """
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor, temperature: float, gumbel: Tensor) -> DvaeOutput:
+        """The parts of the evidence lower bound under the soft Gumbel relaxation (DALL·E §2.1).
+
+        The likelihood is that of the pictures decoded from softmax((logits + gumbel) / temperature), soft in both
+        directions; the KL is the categorical's, from the plain softmax of the logits.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            temperature: τ > 0.
+            gumbel: (B, vocab_size, h, w) standard Gumbel noise.
+        """
+        self._check_images(images)
+        mapped = map_pixels(images.float())
+        logits = self.encoder(mapped)
+        relaxed = torch.softmax((logits + gumbel) / temperature, dim=1)
+        mu, log_b = self.likelihood_parameters(relaxed)
+        log_posterior = torch.log_softmax(logits, dim=1)
+        posterior = log_posterior.exp()
+        kl = math.log(self.config.vocab_size) + (posterior * log_posterior).sum(1).mean()
+        marginal = posterior.mean(dim=(0, 2, 3))
+        marginal_entropy = -(marginal * torch.log(marginal + 1e-12)).sum()
+        return DvaeOutput(logit_laplace_nll(mapped, mu, log_b).mean(), kl, marginal_entropy, logits)
+
+    def likelihood_parameters(self, code_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, vocab_size, h, w) code weights → μ and ln b of the logit-Laplace, each (B, 3, H, W) fp32."""
+        mu, log_b = self.decoder(code_weights).float().chunk(2, dim=1)
+        if self.config.min_log_scale is not None:
+            # A smooth floor: a hard clamp would give ln b no gradient to leave it.
+            log_b = self.config.min_log_scale + F.softplus(log_b - self.config.min_log_scale)
+        return mu, log_b
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures in [0, 1] → (B, h, w) int64 codes: the most likely ones, with no noise (DALL·E §2.2)."""
+        self._check_images(images)
+        return self.encoder(map_pixels(images.float())).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, h, w) int64 codes → (B, 3, H, W) pictures in [0, 1]: the medians, whatever ln b (DALL·E App. A.3)."""
+        if codes.ndim != 3:
+            raise DataError(f"codes must be (B, h, w), found shape {tuple(codes.shape)}")
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.vocab_size):
+            raise DataError(
+                f"codes must lie in [0, {self.config.vocab_size}), found {int(codes.min())} to {int(codes.max())}: "
+                "they were made by another dVAE"
+            )
+        one_hot = F.one_hot(codes, self.config.vocab_size).permute(0, 3, 1, 2).float()
+        mu, _ = self.likelihood_parameters(one_hot)
+        return unmap_pixels(torch.sigmoid(mu))
+
+    def _check_images(self, images: Tensor) -> None:
+        factor = self.config.factor
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise DataError(
+                f"images must be (B, 3, H, W) with H and W multiples of {factor}, found shape {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise DataError(f"images must be floats in [0, 1], found {images.dtype}: divide bytes by 255")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as they are at the first call: names the codes that this dVAE makes."""
+        return fingerprint(self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DiscreteVAE:
+        """The dVAE exported in `path`, or in `path`/export where that is a run directory; in eval mode, on the CPU.
+
+        Raises:
+            CheckpointError: nothing there, another kind of model, or weights that do not fit.
+        """
+        config, weights = load_model(path, "dvae", DiscreteVAEConfig)
+        model = cls(config)
+        load_weights(model, weights, path)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Export to folder `path`: `config.json` and `model.safetensors`."""
+        save_model(path, "dvae", self.config, self.state_dict())

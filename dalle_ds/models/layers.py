@@ -1,0 +1,39 @@
+"""Leaf layers of the transformer, each of which draws its own initial weights in its constructor.
+
+That place is not a matter of taste: under ZeRO-3 a parameter is split over the processes as soon as the constructor of
+its module returns, so nothing can initialize a finished model. All draws come from torch's global generator, which the
+trainer seeds.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear layer with weights from a normal distribution of standard deviation scale / sqrt(3 · inputs), biases 0.
+
+    At GPT-2's width of 768 that is GPT-2's 0.02; at others it keeps the size of the outputs.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0) -> None:
+        super().__init__(inputs, outputs)
+        nn.init.normal_(self.weight, std=scale * (3 * inputs) ** -0.5)
+        nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """An embedding table with weights from a normal distribution of standard deviation 0.02, as in GPT-2."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(count, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization in fp32, whatever the dtype of its gain and bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize the last axis of `input`; returns fp32."""
+        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)

@@ -1,0 +1,109 @@
+"""Exported models: `config.json` + `model.safetensors`, readable with no DeepSpeed and no pickle (design decision 10)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dalle_ds.config import from_dict, to_dict
+from dalle_ds.errors import CheckpointError
+from dalle_ds.files import replace_folder
+
+Config = TypeVar("Config")
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def save_model(path: str | Path, kind: str, config: Any, state_dict: Mapping[str, Tensor]) -> None:
+    """Write an exported model into folder `path`, replacing one that is there only when the new one is complete.
+
+    Args:
+        kind: what it is ("dvae", "transformer"); `load_model` refuses another.
+        config: the dataclass that the model was built from.
+        state_dict: its weights; written contiguous, in the dtype they have.
+
+    Raises:
+        CheckpointError: the folder cannot be written (no space left, no permission); nothing is left half-written.
+    """
+    path = Path(path)
+    beside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        beside.mkdir(parents=True)
+        weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+        save_file(weights, beside / WEIGHTS_NAME)
+        description = {"kind": kind, "model": to_dict(config)}
+        (beside / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
+        replace_folder(beside, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(f"could not write the model to {path}: {error}; free some space or name another folder") from error
+
+
+def export_folder(path: str | Path) -> Path:
+    """The folder of the exported model at `path`: `path` itself, or its `export` where `path` is a run directory.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = Path(path)
+    for folder in (path, path / "export"):
+        if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+            return folder
+    if not path.exists():
+        raise CheckpointError(f"no model at {path}: there is no such folder; name a run directory or an exported model")
+    if (path / "config.yaml").is_file():
+        raise CheckpointError(f"the run in {path} has exported no model yet (no {path / 'export'}): let it reach its last step")
+    raise CheckpointError(
+        f"no model at {path}: it has neither {CONFIG_NAME} and {WEIGHTS_NAME} nor an export folder; "
+        "name a run directory or an exported model"
+    )
+
+
+def load_model(path: str | Path, kind: str, config_class: type[Config]) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and weights (on the CPU) of the exported model at `path`, an export or a run directory.
+
+    Raises:
+        CheckpointError: no model there, one of another kind, or a file that cannot be read.
+    """
+    folder = export_folder(path)
+    try:
+        description = json.loads((folder / CONFIG_NAME).read_text())
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"the model in {folder} cannot be read: {error}; export it again") from error
+    found = description.get("kind") if isinstance(description, dict) else None
+    if found != kind:
+        raise CheckpointError(f"{folder} holds a {found!r} model where a {kind!r} model is needed: name another folder")
+    return from_dict(config_class, description["model"], str(folder / CONFIG_NAME)), weights
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
+    """Load `weights` into `model`, every tensor and no other.
+
+    Raises:
+        CheckpointError: a missing, unexpected or wrongly shaped tensor, named.
+    """
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {where} do not fit the model: {error}") from error
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of names, shapes and values: equal for equal weights, wherever they lie and however stored."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

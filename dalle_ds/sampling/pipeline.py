@@ -1,0 +1,181 @@
+"""Text to pictures: tokenizer, transformer and dVAE in one object (DALL·E §2.6)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.pretrained import export_folder
+from dalle_ds.sampling.codes import ROWS, Progress, sample_codes
+from dalle_ds.sampling.draw import Sampling
+from dalle_ds.tokenizer import Tokenizer
+
+
+class Reranker(Protocol):
+    """Says how well pictures match a prompt."""
+
+    def __call__(self, prompt: str, images: list[Image.Image]) -> Sequence[float]:
+        """One score per picture; greater is better."""
+        ...
+
+
+class TextToImage:
+    """Draws pictures for prompts.
+
+    Args:
+        model: the transformer; its device is where everything runs.
+        dvae: decodes the transformer's image codes; moved to the transformer's device.
+        tokenizer: the one that the transformer was trained with.
+
+    Raises:
+        CheckpointError: the three do not belong together.
+    """
+
+    def __init__(self, model: Dalle, dvae: DiscreteVAE, tokenizer: Tokenizer) -> None:
+        config = model.config
+        for what, found, needed in (
+            ("the dVAE has a vocabulary of", dvae.config.vocab_size, config.image_vocab),
+            ("the dVAE's pictures have a code grid of side", dvae.config.grid, config.grid),
+        ):
+            if found != needed:
+                raise CheckpointError(
+                    f"{what} {found}, but the transformer was trained with {needed}: use the one it was trained with"
+                )
+        if tokenizer.vocab_size > config.text_vocab:
+            raise CheckpointError(
+                f"the tokenizer has a vocabulary of {tokenizer.vocab_size}, but the transformer has room for "
+                f"{config.text_vocab}: use the one it was trained with"
+            )
+        self.device = model.image_head.weight.device
+        self.model = model
+        self.dvae = dvae.to(self.device)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TextToImage:
+        """Load what a transformer run exports: transformer, `tokenizer.model` and the folder `dvae`.
+
+        Args:
+            path: the run directory or its export.
+            dtype: of the transformer's weights; the dVAE stays in fp32.
+
+        Raises:
+            CheckpointError: something is missing or does not belong together.
+            ConfigError: `device` is not there.
+        """
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={device} was asked for, but PyTorch finds no GPU here: use device=cpu")
+        folder = export_folder(path)
+        for part in ("tokenizer.model", "dvae"):
+            if not (folder / part).exists():
+                raise CheckpointError(
+                    f"{folder} has no {part}: it is a transformer alone, and drawing pictures needs all that a "
+                    "transformer run exports"
+                )
+        model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
+        return cls(
+            model, DiscreteVAE.from_pretrained(folder / "dvae").eval(), Tokenizer.load(folder / "tokenizer.model")
+        )
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        num: int = 8,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        rerank: Reranker | None = None,
+        batch_size: int = ROWS,
+        on_row: Callable[[Progress], None] | None = None,
+    ) -> list[list[Image.Image]]:
+        """Draw `num` pictures for each prompt.
+
+        Args:
+            prompts: one or several; a prompt too long for the model is cut, with a warning.
+            temperature, top_k, top_p, guidance: as in `Sampling`.
+            seed: picture i of a prompt depends on the seed, i and the prompt only, not on what is drawn beside it.
+            rerank: given, each prompt's pictures are sorted by its scores, best first.
+            batch_size, on_row: as in `sample_codes`.
+
+        Returns:
+            One list of pictures per prompt.
+
+        Raises:
+            ConfigError: an argument out of range, named.
+            DataError: a reranker that does not give one score per picture.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        sampling = Sampling(temperature, top_k, top_p, guidance)
+        codes = self.generate_codes(
+            self.encode(prompts), num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row
+        )
+        pictures = [self.decode(of_prompt) for of_prompt in codes]
+        if rerank is None:
+            return pictures
+        return [_reranked(prompt, images, rerank) for prompt, images in zip(prompts, pictures, strict=True)]
+
+    def generate_codes(
+        self,
+        text: Tensor,
+        num: int = 1,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        batch_size: int = ROWS,
+        on_row: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """`sample_codes` with this transformer: text (B, T) → (B, num, W²) int64."""
+        return sample_codes(
+            self.model, text, num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as the transformer reads them: (B, T) int64, −1 where padded; warns of each that is too long."""
+        length = self.model.config.text_len
+        if not prompts:
+            raise DataError("no prompt was given: name at least one")
+        rows = []
+        for prompt in prompts:
+            row, truncated = self.tokenizer.encode_padded([prompt], length)
+            if truncated:
+                warnings.warn(f"the prompt is longer than {length} tokens and was cut: {prompt!r}", stacklevel=2)
+            rows.append(row)
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Pictures of codes (B, W²).
+
+        They are decoded one at a time: convolutions over several add up in another order, and pixels near the edge
+        between two of the 256 levels would depend on the batch.
+        """
+        side = self.model.config.grid
+        return [_to_picture(self.dvae.decode(one.view(1, side, side).to(self.device))[0]) for one in codes]
+
+
+def _to_picture(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] → 8-bit RGB."""
+    levels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _reranked(prompt: str, images: list[Image.Image], rerank: Reranker) -> list[Image.Image]:
+    scores = [float(value) for value in rerank(prompt, images)]
+    if len(scores) != len(images):
+        raise DataError(f"rerank must give one score per picture: found {len(scores)} for {len(images)} pictures")
+    if any(value != value for value in scores):
+        raise DataError(f"rerank gave a score that is not a number for the prompt {prompt!r}: {scores}")
+    return [images[index] for index in sorted(range(len(images)), key=lambda index: -scores[index])]

@@ -1,0 +1,114 @@
+"""What the Trainer asks of a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle_ds.config import Run
+from dalle_ds.optim import decay_groups
+
+RunConfig = TypeVar("RunConfig", bound=Run)
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+
+
+class Samples(Protocol):
+    """Rows that can be drawn from: what the loader reads."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def sample(self, row: int, rng: np.random.Generator) -> Mapping[str, Any]:
+        """Row `row`, with random choices from `rng`; raises DataError where it cannot be read."""
+
+
+class Task(ABC, Generic[RunConfig]):
+    """A trainable thing. The Trainer owns processes, engine, loop and files; a task owns what is particular.
+
+    Args:
+        run: the run's configuration.
+    """
+
+    name: str
+    """Names the stage in run directories and messages: "dvae", "transformer"."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The model with fresh weights, drawn from torch's global generator."""
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer parameter groups."""
+        return decay_groups(model, self.run.optim.weight_decay)
+
+    @abstractmethod
+    def samples(self, split: str) -> Samples:
+        """The rows of "train" (augmented) or "validation" (not)."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what the run learns from; a resumed run must find the same."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch, already on the device, made ready for `loss`; called once, outside the model's forward pass."""
+        return batch
+
+    def weight_of(self, batch: Batch) -> Tensor:
+        """() how many items the varying part of this micro-batch's loss is a mean over; 1 where all batches weigh the same."""
+        return torch.ones((), device=batch["key"].device)
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        """Training loss of a micro-batch and figures to report.
+
+        Args:
+            model: the DeepSpeed engine, or the plain model.
+            batch: as `prepare` left it. `batch["share"]`, set by the Trainer, is what the mean over this micro-batch must be
+                multiplied by so that the mean over all ranks and micro-batches is the mean over the whole batch.
+            step: update, counted from 0.
+
+        Returns:
+            () loss, and detached () metrics; both are averaged over ranks and micro-batches.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
+        """Sums over a batch of validation data, any shape; they are added up over batches and ranks."""
+
+    @abstractmethod
+    def summarize(self, sums: Metrics) -> dict[str, float]:
+        """Validation figures from the added-up sums of `evaluate`."""
+
+    @abstractmethod
+    def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
+        """A picture that shows what the plain, averaged model can do, drawn from a few rows of validation data."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the plain model, with all that using it needs, into `folder`."""
+
+    def alarm(self, metrics: Mapping[str, float], step: int) -> str | None:
+        """A sentence for the user if the metrics of update `step` show that something is going wrong."""
+        return None
+
+    @abstractmethod
+    def flops_per_sample(self) -> float:
+        """Model FLOPs of one sample, forward and backward, for the utilization that is shown."""
+
+    def describe(self) -> list[str]:
+        """Lines for the user at the start of a run."""
+        return []
+
+    def items_per_sample(self) -> tuple[str, int]:
+        """What throughput counts besides samples: ("tokens", tokens in a sample)."""
+        return "pixels", 0

@@ -1,0 +1,141 @@
+"""Training of the discrete VAE (DALL·E §2.1, App. A)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle_ds.config import DvaeRun
+from dalle_ds.data import DvaeSamples, PairDataset
+from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.gumbel import gumbel_noise
+from dalle_ds.optim import half_cosine
+from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
+from dalle_ds.tasks.flops import training_flops
+
+PREVIEW_PICTURES = 12
+
+
+class DvaeTask(Task[DvaeRun]):
+    """Maximizes the evidence lower bound on the logit-Laplace likelihood of pictures under a soft Gumbel relaxation."""
+
+    name = "dvae"
+
+    def build_model(self) -> DiscreteVAE:
+        return DiscreteVAE(self.run.model)
+
+    def samples(self, split: str) -> Samples:
+        return DvaeSamples(PairDataset.open(self.run.data, split), self.run.model.image_size, train=split == "train")
+
+    def identity(self) -> dict[str, str]:
+        return {"data": PairDataset.open(self.run.data, "train").fingerprint}
+
+    def prepare(self, batch: Batch) -> Batch:
+        return {**batch, "image": batch["image"].float() / 255}
+
+    def temperature(self, step: int) -> float:
+        """Gumbel-softmax temperature τ of update `step`."""
+        objective = self.run.objective
+        return half_cosine(
+            step, objective.temperature_steps, objective.temperature_start, objective.temperature_end
+        )
+
+    def kl_weight(self, step: int) -> float:
+        """β of update `step`."""
+        return half_cosine(step, self.run.objective.kl_warmup_steps, 0.0, self.run.objective.kl_weight)
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        config = self.run.model
+        images = batch["image"]
+        noise_shape = (config.vocab_size, config.grid, config.grid)
+        noise = gumbel_noise(batch["key"], noise_shape, images.device)
+        temperature, kl_weight = self.temperature(step), self.kl_weight(step)
+        output = model(images, temperature, noise)
+        # One KL term per code, spread over the pixel values that the code covers (App. A.2: β / 192 at full size).
+        codes_per_value = config.grid**2 / (3 * config.image_size**2)
+        loss = output.nll + kl_weight * codes_per_value * output.kl
+        usage = _usage(_histogram(output.logits.detach().argmax(1), config.vocab_size))
+        metrics = {
+            "nll": output.nll.detach(),
+            "kl": output.kl.detach(),
+            "temperature": torch.tensor(temperature, device=loss.device),
+            "kl_weight": torch.tensor(kl_weight, device=loss.device),
+            **usage,
+        }
+        return loss, metrics
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
+        vae = cast(DiscreteVAE, getattr(model, "module", model))
+        images = batch["image"]
+        codes = vae.encode(images)
+        squared = (vae.decode(codes) - images).square().mean(dim=(1, 2, 3))
+        # At τ = its final value and with no noise, the relaxed bound is what training approaches.
+        output = vae(images, self.run.objective.temperature_end, torch.zeros((), device=images.device))
+        return {
+            "count": torch.tensor(float(len(images)), device=images.device),
+            "psnr": (-10 * torch.log10(squared.clamp_min(1e-10))).sum(),
+            "nll": output.nll * len(images),
+            "kl": output.kl * len(images),
+            "histogram": _histogram(codes, self.run.model.vocab_size),
+        }
+
+    def summarize(self, sums: Metrics) -> dict[str, float]:
+        config = self.run.model
+        figures = {name: float(sums[name] / sums["count"]) for name in ("psnr", "nll", "kl")}
+        values_per_code = 3 * config.factor**2
+        figures["elb"] = -(figures["nll"] * values_per_code + figures["kl"])
+        figures |= {name: float(value) for name, value in _usage(sums["histogram"]).items()}
+        return figures
+
+    def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
+        vae = cast(DiscreteVAE, model)
+        images = batch["image"][:PREVIEW_PICTURES]
+        restored = vae.decode(vae.encode(images))
+        return picture_grid([("pictures", to_pictures(images)), ("reconstructions", to_pictures(restored))])
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        cast(DiscreteVAE, model).save_pretrained(folder)
+
+    def flops_per_sample(self) -> float:
+        config = self.run.model
+        side = config.image_size
+
+        def forward(model: nn.Module) -> object:
+            return model(torch.zeros(1, 3, side, side), 1.0, torch.zeros(1, config.vocab_size, config.grid, config.grid))
+
+        return training_flops(self.build_model, forward)
+
+    def alarm(self, metrics: Mapping[str, float], step: int) -> str | None:
+        limit = max(2.0, 0.01 * self.run.model.vocab_size)
+        if step < self.run.objective.kl_warmup_steps or metrics["perplexity"] >= limit:
+            return None
+        return (
+            f"the codebook is collapsing: perplexity {metrics['perplexity']:.1f} of {self.run.model.vocab_size} codes "
+            f"({metrics['codes_used']:.0f} used in this batch); lower objective.kl_weight or optim.lr (docs/dvae.md)"
+        )
+
+
+def _histogram(codes: Tensor, vocab_size: int) -> Tensor:
+    """(vocab_size,) how often each code occurs, as floats."""
+    return torch.bincount(codes.flatten(), minlength=vocab_size).float()
+
+
+def _usage(histogram: Tensor) -> Metrics:
+    """Codebook health from counts of codes: perplexity of their distribution, codes used, codes dead."""
+    share = histogram / histogram.sum().clamp_min(1)
+    entropy = -(share * torch.log(share.clamp_min(1e-12))).sum()
+    used = (histogram > 0).sum().float()
+    return {
+        "perplexity": torch.exp(entropy),
+        "codes_used": used,
+        "codes_dead": len(histogram) - used,
+    }
+
+

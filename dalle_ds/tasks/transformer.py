@@ -1,0 +1,191 @@
+"""Training of the text-image transformer (DALL·E §2.2, App. B)."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle_ds.config import TransformerRun
+from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.models.dalle import PADDING, Dalle
+from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
+from dalle_ds.tasks.flops import training_flops
+from dalle_ds.tokenizer import Tokenizer
+
+PREVIEW_ROWS = 6
+PREVIEW_SAMPLES = 4
+
+
+class TransformerTask(Task[TransformerRun]):
+    """Maximizes the likelihood of captions and of the codes of their pictures, with weights 1/8 and 7/8.
+
+    Raises:
+        ConfigError: the dVAE or the tokenizer does not fit the model's grid or vocabularies.
+    """
+
+    name = "transformer"
+
+    def __init__(self, run: TransformerRun) -> None:
+        super().__init__(run)
+        for option, what in (("dvae", "a dVAE's run directory or export"), ("tokenizer", "a tokenizer's file")):
+            if not getattr(run, option):
+                raise ConfigError(f"--{option} is missing: name {what}")
+        self.dvae = DiscreteVAE.from_pretrained(run.dvae)
+        self.tokenizer = Tokenizer.load(run.tokenizer)
+        model, dvae = run.model, self.dvae.config
+        if dvae.vocab_size != model.image_vocab:
+            raise ConfigError(
+                f"the dVAE in {run.dvae} has {dvae.vocab_size} codes but model.image_vocab is {model.image_vocab}: "
+                f"set --model.image_vocab {dvae.vocab_size}, or name the dVAE that belongs to this preset"
+            )
+        if dvae.grid != model.grid:
+            raise ConfigError(
+                f"the dVAE in {run.dvae} makes {dvae.grid}×{dvae.grid} codes of a picture but model.grid is {model.grid}: "
+                f"set --model.grid {dvae.grid}, or name the dVAE that belongs to this preset"
+            )
+        # A small corpus supports fewer pieces than the model has room for; the rest of the table is never used.
+        if self.tokenizer.vocab_size > model.text_vocab:
+            raise ConfigError(
+                f"the tokenizer {run.tokenizer} has {self.tokenizer.vocab_size} pieces but model.text_vocab is only "
+                f"{model.text_vocab}: set --model.text_vocab {self.tokenizer.vocab_size}, or train a tokenizer with "
+                f"--vocab_size {model.text_vocab}"
+            )
+
+    @cached_property
+    def codes_source(self) -> str:
+        """ "cached" or "live": where the codes of this run come from.
+
+        Raises:
+            ConfigError: `loader.codes` is "cached" and there is no cache of this dVAE.
+        """
+        choice = self.run.loader.codes
+        if choice == "live":
+            return "live"
+        if CodesCache.find(self.run.data, self.dvae.fingerprint, "train") is not None:
+            return "cached"
+        if choice == "auto":
+            return "live"
+        raise ConfigError(
+            f"loader.codes=cached but {self.run.data} has no codes of the dVAE in {self.run.dvae}: make them with "
+            f"python launchers/prepare_data.py --out {self.run.data} --cache_codes {self.run.dvae}, or set loader.codes live"
+        )
+
+    def build_model(self) -> Dalle:
+        return Dalle(self.run.model, activation_checkpointing=self.run.train.activation_checkpointing)
+
+    def samples(self, split: str) -> Samples:
+        cache = None
+        if self.codes_source == "cached":
+            cache = CodesCache.open(self.run.data, self.dvae.fingerprint, split)
+        return TextImageSamples(
+            PairDataset.open(self.run.data, split),
+            self.tokenizer,
+            text_len=self.run.model.text_len,
+            image_size=self.dvae.config.image_size,
+            train=split == "train",
+            caption_dropout=self.run.loader.caption_dropout,
+            bpe_dropout=self.run.loader.bpe_dropout,
+            codes=cache,
+        )
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "data": PairDataset.open(self.run.data, "train").fingerprint,
+            "dvae": self.dvae.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    def prepare(self, batch: Batch) -> Batch:
+        if "codes" in batch:
+            return batch
+        image = batch["image"]
+        dvae = self.dvae.to(image.device)
+        return {**batch, "codes": dvae.encode(image.float() / 255).flatten(1)}
+
+    def weight_of(self, batch: Batch) -> Tensor:
+        """Text tokens: their number differs between micro-batches, that of codes does not."""
+        return (batch["text"] != PADDING).sum().float()
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        output = model(batch["text"], batch["codes"])
+        text_loss = output.text_loss * batch["share"]
+        weight = self.run.model.text_weight
+        loss = weight * text_loss + (1 - weight) * output.image_loss
+        return loss, {"text_loss": text_loss.detach(), "image_loss": output.image_loss.detach()}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
+        text, codes = batch["text"], batch["codes"]
+        output = model(text, codes)
+        # The same pictures under their neighbours' captions: what the model gains from reading.
+        mismatched = model(text.roll(1, dims=0), codes)
+        count = torch.tensor(float(len(text)), device=text.device)
+        return {
+            "count": count,
+            "text_tokens": output.text_tokens.float(),
+            "text_loss": output.text_loss * output.text_tokens,
+            "image_loss": output.image_loss * count,
+            "mismatched_image_loss": mismatched.image_loss * count,
+            "histogram": torch.bincount(codes.flatten(), minlength=self.run.model.image_vocab).float(),
+        }
+
+    def summarize(self, sums: Metrics) -> dict[str, float]:
+        share = sums["histogram"] / sums["histogram"].sum()
+        text_loss = float(sums["text_loss"] / sums["text_tokens"].clamp_min(1))
+        image_loss = float(sums["image_loss"] / sums["count"])
+        weight = self.run.model.text_weight
+        return {
+            "loss": weight * text_loss + (1 - weight) * image_loss,
+            "text_loss": text_loss,
+            "image_loss": image_loss,
+            "caption_gain": float(sums["mismatched_image_loss"] / sums["count"]) - image_loss,
+            "code_entropy": float(-(share * torch.log(share.clamp_min(1e-12))).sum()),
+        }
+
+    def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
+        pipeline = TextToImage(cast(Dalle, model), self.dvae.to(batch["text"].device), self.tokenizer)
+        text, codes = batch["text"][:PREVIEW_ROWS], batch["codes"][:PREVIEW_ROWS]
+        grid = self.run.model.grid
+        captions = [self.tokenizer.decode(row.tolist()) for row in text]
+        restored = to_pictures(self.dvae.decode(codes.view(-1, grid, grid)))
+        drawn = pipeline.generate(captions, num=PREVIEW_SAMPLES, seed=self.run.seed)
+        rows = [(caption, [real, *fake]) for caption, real, fake in zip(captions, restored, drawn, strict=True)]
+        return picture_grid(rows, titles=["reconstruction", *["sample"] * PREVIEW_SAMPLES])
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """A folder that `TextToImage.from_pretrained` reads: the transformer, its tokenizer and its dVAE."""
+        cast(Dalle, model).save_pretrained(folder)
+        try:
+            shutil.copyfile(self.run.tokenizer, folder / "tokenizer.model")
+        except OSError as error:
+            raise CheckpointError(f"could not write {folder / 'tokenizer.model'}: {error}") from error
+        self.dvae.cpu().save_pretrained(folder / "dvae")
+
+    def flops_per_sample(self) -> float:
+        config = self.run.model
+
+        def forward(model: nn.Module) -> object:
+            text = torch.zeros(1, config.text_len, dtype=torch.int64)
+            return model(text, torch.zeros(1, config.image_len, dtype=torch.int64))
+
+        return training_flops(lambda: Dalle(config), forward)
+
+    def describe(self) -> list[str]:
+        pieces, room = self.tokenizer.vocab_size, self.run.model.text_vocab
+        return [
+            f"image codes: {self.codes_source}, of the dVAE {self.dvae.fingerprint[:12]}",
+            f"text: {pieces:,} pieces" + (f", fewer than the {room:,} that model.text_vocab has room for" if pieces < room else ""),
+        ]
+
+    def items_per_sample(self) -> tuple[str, int]:
+        return "tokens", self.run.model.total_len

@@ -1,0 +1,1 @@
+"""The one Trainer of every task: DeepSpeed engine, loop, checkpoints, tracking."""

@@ -1,0 +1,167 @@
+"""The DeepSpeed JSON, checked against the run's configuration and completed from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dalle_ds.config import Run
+from dalle_ds.errors import ConfigError
+
+_OURS = {
+    "optimizer": "the optim section",
+    "scheduler": "the optim section",
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine is built from, once the JSON and the run agree."""
+
+    deepspeed: dict[str, Any]
+    """The complete DeepSpeed configuration, no "auto" left in it."""
+    precision: Literal["fp32", "bf16"]
+    """Storage and arithmetic of the weights."""
+    zero_stage: int
+    """ZeRO stage."""
+    micro_batch: int
+    """Pictures per process and forward pass."""
+    accumulation: int
+    """Micro-batches per update."""
+
+
+def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed configuration file.
+
+    Raises:
+        ConfigError: missing, or not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--deepspeed_config {path}: there is no such file; ds_configs/ has some to start from")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed_config {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--deepspeed_config {path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineConfig:
+    """Check the DeepSpeed JSON against the run and fill in what it leaves out or calls "auto".
+
+    The run decides batch sizes and clipping; the JSON decides precision, ZeRO stage and everything else, unless the run
+    states those too. Whatever both state must agree.
+
+    Raises:
+        ConfigError: a contradiction, or something that cannot work; the message says what to set.
+    """
+    for name, section in _OURS.items():
+        if name in json_config:
+            raise ConfigError(f'the DeepSpeed JSON sets "{name}", which the run sets through {section}: remove it from the JSON')
+    if _enabled(json_config, "fp16"):
+        raise ConfigError(
+            'the DeepSpeed JSON enables "fp16", whose single loss scale loses small gradients: use "bf16", or neither for fp32'
+        )
+    micro_batch, accumulation = _batch(json_config, run, world_size)
+    precision = _agree("precision", run.train.precision, _json_precision(json_config), "fp32")
+    stage = _agree("zero_stage", run.train.zero_stage, _json_stage(json_config), 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f'"zero_optimization.stage" must be 0, 1, 2 or 3, found {stage!r}')
+    complete = dict(json_config)
+    complete["train_batch_size"] = run.train.batch_size
+    complete["train_micro_batch_size_per_gpu"] = micro_batch
+    complete["gradient_accumulation_steps"] = accumulation
+    complete["gradient_clipping"] = _clipping(json_config, run)
+    complete["bf16"] = {**_section(json_config, "bf16"), "enabled": precision == "bf16"}
+    complete["zero_optimization"] = {**_section(json_config, "zero_optimization"), "stage": stage}
+    complete.setdefault("zero_allow_untested_optimizer", True)
+    # DeepSpeed warns about an offloaded client optimizer that is not its own; ours is AdamW on purpose.
+    complete.setdefault("zero_force_ds_cpu_optimizer", False)
+    complete.setdefault("steps_per_print", 2**31)
+    if precision == "bf16" and stage > 0:
+        # Sums of bf16 gradients lose what fp32 sums keep; DeepSpeed's default is the weights' dtype.
+        complete["data_types"] = {"grad_accum_dtype": "fp32", **_section(json_config, "data_types")}
+    return EngineConfig(complete, precision, stage, micro_batch, accumulation)
+
+
+def _batch(json_config: dict[str, Any], run: Run, world_size: int) -> tuple[int, int]:
+    batch = run.train.batch_size
+    if batch % world_size:
+        raise ConfigError(
+            f"train.batch_size={batch} cannot be divided among {world_size} processes: "
+            f"set it to a multiple of {world_size}, or start another number of processes"
+        )
+    stated = _stated(json_config, "train_micro_batch_size_per_gpu")
+    micro_batch = run.train.micro_batch if run.train.micro_batch is not None else stated or batch // world_size
+    if stated is not None and stated != micro_batch:
+        raise ConfigError(
+            f'train.micro_batch={micro_batch} but the DeepSpeed JSON says "train_micro_batch_size_per_gpu": {stated}: '
+            'make them equal, or set the JSON\'s to "auto"'
+        )
+    if batch % (micro_batch * world_size):
+        raise ConfigError(
+            f"train.batch_size={batch} is not a multiple of train.micro_batch={micro_batch} × {world_size} processes: "
+            f"set train.batch_size to a multiple of {micro_batch * world_size}, or train.micro_batch to a divisor of "
+            f"{batch // world_size}"
+        )
+    accumulation = batch // (micro_batch * world_size)
+    for name, value in (("train_batch_size", batch), ("gradient_accumulation_steps", accumulation)):
+        stated = _stated(json_config, name)
+        if stated is not None and stated != value:
+            raise ConfigError(
+                f'the DeepSpeed JSON says "{name}": {stated}, but train.batch_size={batch}, train.micro_batch={micro_batch} '
+                f'and {world_size} processes make it {value}: set it to {value} or "auto"'
+            )
+    return micro_batch, accumulation
+
+
+def _clipping(json_config: dict[str, Any], run: Run) -> float:
+    clip = run.optim.clip if run.optim.clip is not None else 0.0
+    stated = _stated(json_config, "gradient_clipping")
+    if stated is not None and stated != clip:
+        raise ConfigError(
+            f'the DeepSpeed JSON says "gradient_clipping": {stated}, but optim.clip is {run.optim.clip}: '
+            'make them equal, or set the JSON\'s to "auto"'
+        )
+    return float(clip)
+
+
+def _agree(name: str, wanted: Any, stated: Any, default: Any) -> Any:
+    if wanted is not None and stated is not None and wanted != stated:
+        raise ConfigError(
+            f"train.{name}={wanted} but the DeepSpeed JSON says {stated}: give a JSON for {wanted}, or leave train.{name} out"
+        )
+    if wanted is not None:
+        return wanted
+    return stated if stated is not None else default
+
+
+def _json_precision(json_config: dict[str, Any]) -> str | None:
+    if "bf16" not in json_config or _section(json_config, "bf16").get("enabled") == "auto":
+        return None
+    return "bf16" if _enabled(json_config, "bf16") else "fp32"
+
+
+def _json_stage(json_config: dict[str, Any]) -> int | None:
+    stage = _section(json_config, "zero_optimization").get("stage")
+    return None if stage == "auto" else stage
+
+
+def _stated(json_config: dict[str, Any], name: str) -> Any:
+    value = json_config.get(name)
+    return None if value == "auto" else value
+
+
+def _section(json_config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = json_config.get(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f'"{name}" in the DeepSpeed JSON must be an object, found {section!r}')
+    return section
+
+
+def _enabled(json_config: dict[str, Any], name: str) -> bool:
+    return _section(json_config, name).get("enabled", False) is True

@@ -1,0 +1,69 @@
+"""From a training launcher's command line to a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from dalle_ds.cli import parse_options
+from dalle_ds.config import Run, load_preset, preset_names
+from dalle_ds.errors import ConfigError
+from dalle_ds.parallel import Mesh
+from dalle_ds.tasks import Task
+from dalle_ds.training.deepspeed_config import load_deepspeed_json
+
+RunConfig = TypeVar("RunConfig", bound=Run)
+
+
+@dataclass(frozen=True)
+class Command(Generic[RunConfig]):
+    """A training launcher's command line."""
+
+    run: RunConfig
+    """The preset with the command line's changes."""
+    deepspeed: dict[str, Any]
+    """The DeepSpeed JSON's content."""
+    device: str
+    """"auto", "cpu" or "cuda"."""
+
+
+def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | None = None) -> Command[RunConfig]:
+    """Parse `--deepspeed_config FILE --preset NAME [--device D] [--section.field value …]`.
+
+    Raises:
+        ConfigError: no or an unknown preset, no DeepSpeed JSON, or a value that cannot work.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--deepspeed_config")
+    first.add_argument("--preset")
+    first.add_argument("--device", default="auto")
+    # The deepspeed launcher adds --local_rank, and users of its scripts --deepspeed; the environment says the rank.
+    first.add_argument("--local_rank", type=int)
+    first.add_argument("--deepspeed", action="store_true")
+    known, rest = first.parse_known_args(arguments)
+    wants_help = bool({"-h", "--help"} & set(rest))
+    if known.preset is None and not wants_help:
+        raise ConfigError(f"--preset is missing: give one of {', '.join(preset_names())}")
+    if known.deepspeed_config is None and not wants_help:
+        raise ConfigError("--deepspeed_config is missing: give a DeepSpeed JSON, such as ds_configs/zero3_bf16.json")
+    default = load_preset(known.preset, stage, kind) if known.preset is not None else kind()
+    run = parse_options(kind, rest, default)
+    for name, what in (("data", "the folder that launchers/prepare_data.py made"), ("run_dir", "the folder of this run")):
+        if not getattr(run, name):
+            raise ConfigError(f"--{name} is missing: name {what}")
+    return Command(run, load_deepspeed_json(known.deepspeed_config), known.device)
+
+
+def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig]], stage: str) -> None:
+    """Run a training launcher: parse the command line, join the other processes, train to the end."""
+    command = parse_command(kind, stage)
+    # Imports DeepSpeed, which takes seconds; mistakes on the command line are told before.
+    from dalle_ds.training.trainer import Trainer
+
+    mesh = Mesh.start(command.device)
+    Trainer(make_task, command.run, command.deepspeed, mesh).fit()
+    mesh.stop()

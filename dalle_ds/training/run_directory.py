@@ -1,0 +1,133 @@
+"""The folder of a run: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `samples/`, `export/`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from dalle_ds.config import Run, differences, from_dict, to_dict
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.files import write_text
+
+# Fields that may differ when a run is resumed: they change no weight (paths are held against fingerprints instead).
+_FREE = ("data", "dvae", "tokenizer", "run_dir", "steps", "save_every", "train.micro_batch", "loader.workers")
+_FREE_SECTIONS = ("report.",)
+
+
+class RunDirectory:
+    """A run's folder on this process's side; only the main process writes.
+
+    Args:
+        path: the folder; made where it does not exist.
+        stage: the task's name, kept in `config.yaml`.
+        run: the run's configuration.
+
+    Raises:
+        CheckpointError: `path` holds a run of another stage or configuration (with the differences), or something else.
+    """
+
+    def __init__(self, path: str | Path, stage: str, run: Run) -> None:
+        if not str(path):
+            raise ConfigError("--run_dir is missing: name the folder of this run")
+        self.path = Path(path)
+        self.stage = stage
+        self.run = run
+        self._lock: IO[str] | None = None
+        self._check()
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration that the run was started with."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds `step-N/` folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Preview pictures."""
+        return self.path / "samples"
+
+    @property
+    def export(self) -> Path:
+        """The exported model."""
+        return self.path / "export"
+
+    def _check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"--run_dir {self.path} is a file: name a folder")
+        if not self.config_file.exists():
+            if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise CheckpointError(
+                    f"--run_dir {self.path} is not empty and not a run (it has no config.yaml): name a new folder"
+                )
+            return
+        saved = yaml.safe_load(self.config_file.read_text())
+        if not isinstance(saved, dict) or "stage" not in saved or "run" not in saved:
+            raise CheckpointError(f"{self.config_file} is not a run's configuration: name another --run_dir")
+        if saved["stage"] != self.stage:
+            raise CheckpointError(
+                f"--run_dir {self.path} holds a {saved['stage']} run, this is {self.stage}: name another folder"
+            )
+        old = from_dict(type(self.run), saved["run"], str(self.config_file))
+        changed = {
+            name: values
+            for name, values in differences(old, self.run).items()
+            if name not in _FREE and not name.startswith(_FREE_SECTIONS)
+        }
+        if changed:
+            lines = "\n".join(f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in changed.items())
+            raise CheckpointError(
+                f"--run_dir {self.path} was started with another configuration:\n{lines}\n"
+                "resume it with the same one, or name a new folder"
+            )
+
+    def claim(self) -> None:
+        """Make the folder, take its lock and write the configuration. Main process only.
+
+        Raises:
+            CheckpointError: another process trains in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(f"another run is training in {self.path}: wait for it, or name another --run_dir") from error
+            self.samples.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            write_text(self.config_file, yaml.safe_dump({"stage": self.stage, "run": to_dict(self.run)}, sort_keys=False))
+        except OSError as error:
+            raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the metrics of updates beyond `step`, which a resumed run will do again."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                record: dict[str, Any] = json.loads(line)
+            except ValueError:  # the last line of a run that was cut off
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        write_text(self.metrics_file, "".join(kept))

@@ -1,0 +1,170 @@
+"""What a run says of itself: `metrics.jsonl`, the progress line, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dalle_ds.config import ReportConfig, Run, to_dict
+from dalle_ds.errors import ConfigError
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a run whose output is no terminal prints a progress line."""
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: by tensors on the GPU, or by the whole process on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class Tracker:
+    """Writes metrics and shows progress; on every rank but the main one it does nothing.
+
+    Args:
+        metrics_file: gets one JSON object per line: {"step": updates done, name: value …}.
+        run_id: Weights & Biases run to continue, from an earlier `run_id`.
+        items: what to count besides samples, and how many a sample has.
+        flops_per_sample: model FLOPs of forward and backward pass.
+    """
+
+    def __init__(
+        self,
+        metrics_file: Path,
+        run: Run,
+        stage: str,
+        *,
+        enabled: bool,
+        start_step: int,
+        world_size: int,
+        items: tuple[str, int],
+        flops_per_sample: float,
+        run_id: str | None = None,
+    ) -> None:
+        self.enabled = enabled
+        self.run_id = run_id
+        self._run = run
+        self._report: ReportConfig = run.report
+        self._world_size = world_size
+        self._items = items
+        self._flops = flops_per_sample
+        self._console = Console(soft_wrap=True)
+        self._started = self._printed = time.monotonic()
+        self._start_step = start_step
+        self._wandb: Any = None
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+        if not enabled:
+            return
+        self._file = metrics_file.open("a")
+        if self._report.wandb != "disabled":
+            self._start_wandb(metrics_file.parent, stage)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
+                console=self._console,
+            )  # fmt: skip
+            self._bar = self._progress.add_task(stage, total=run.steps, completed=start_step, status="")
+            self._progress.start()
+
+    def _start_wandb(self, folder: Path, stage: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"report.wandb={self._report.wandb} needs the wandb package: pip install wandb, or set report.wandb disabled"
+            ) from error
+        self._wandb = wandb.init(
+            project=self._report.wandb_project,
+            mode=self._report.wandb,
+            dir=str(folder),
+            id=self.run_id,
+            resume="allow",
+            job_type=stage,
+            config=to_dict(self._run),
+        )
+        self.run_id = self._wandb.id
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """A line for the user, above the progress line."""
+        if self.enabled:
+            self._console.print(line, style=style, highlight=False)
+
+    def log(self, step: int, metrics: Mapping[str, float], seconds: float | None = None) -> None:
+        """Record the metrics of update number `step` (the first is 1).
+
+        Args:
+            seconds: the update's duration; given, throughput is recorded and the progress line renewed.
+        """
+        if not self.enabled:
+            return
+        record: dict[str, float] = {"step": step, **metrics}
+        if seconds is not None:
+            record |= self._throughput(seconds)
+            self._show(step, record)
+        # JSON has no NaN; a figure that could not be computed is null.
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def _throughput(self, seconds: float) -> dict[str, float]:
+        samples = self._run.train.batch_size / seconds
+        figures = {"seconds": seconds, "samples_per_second": samples, "peak_memory_bytes": float(peak_memory_bytes())}
+        if self._items[1]:
+            figures[f"{self._items[0]}_per_second"] = samples * self._items[1]
+        if self._report.peak_tflops is not None:
+            figures["mfu"] = samples * self._flops / (self._report.peak_tflops * 1e12 * self._world_size)
+        return figures
+
+    def _show(self, step: int, record: Mapping[str, float]) -> None:
+        parts = [f"loss {record['loss']:.4f}", f"{record['samples_per_second']:,.0f} samples/s"]
+        name = f"{self._items[0]}_per_second"
+        if name in record:
+            parts.append(f"{record[name]:,.0f} {self._items[0]}/s")
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(f"{record['peak_memory_bytes'] / 2**30:.2f} GiB")
+        status = ", ".join(parts)
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, completed=step, status=f"step {step}/{self._run.steps}, {status}")
+            return
+        now = time.monotonic()
+        if now - self._printed < SECONDS_BETWEEN_LINES and step < self._run.steps:
+            return
+        self._printed = now
+        done = step - self._start_step
+        remaining = (now - self._started) / done * (self._run.steps - step)
+        self._console.print(f"step {step}/{self._run.steps}, {status}, {remaining:.0f} s left", highlight=False)
+
+    def close(self, failed: bool = False) -> None:
+        """Finish the progress line and the files."""
+        if not self.enabled:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed))
+        self._file.close()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=error is not None)

@@ -1,0 +1,73 @@
+"""Draw pictures for prompts with a trained transformer, and write them as one labelled PNG."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from dalle_ds.cli import parse_options, run_launcher
+from dalle_ds.errors import ConfigError
+from dalle_ds.sampling import TextToImage, picture_grid
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw pictures for prompts."""
+
+    model: str
+    """Run directory of launchers/train_transformer.py, or its export."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """What to draw; given again, another row of pictures."""
+    out: str
+    """PNG file to write: a row for each prompt."""
+    num: int = 8
+    """Pictures for each prompt."""
+    seed: int = 0
+    """Picture i of a prompt depends on the seed, i and the prompt only."""
+    temperature: float = 1.0
+    """The logits are divided by it; 0 takes the likeliest code always."""
+    top_k: int | None = None
+    """Draw among the k likeliest codes only."""
+    top_p: float | None = None
+    """Draw among the fewest likeliest codes that have this probability together."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 is off. More needs a model trained with loader.caption_dropout."""
+    batch_size: int = 8
+    """Pictures drawn at once; best a multiple of 8."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the transformer."""
+
+
+def main() -> None:
+    """Draw, then write the file beside and rename it, so that one that is there is replaced by a whole one only."""
+    options = parse_options(Options)
+    out = Path(options.out)
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise ConfigError(f"out must be a .png file in a folder that exists, found {options.out}")
+    pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype])
+    pictures = pipe.generate(
+        options.prompt,
+        num=options.num,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        guidance=options.guidance,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    picture_grid(list(zip(options.prompt, pictures, strict=True))).save(beside, format="PNG")
+    beside.replace(out)
+
+
+if __name__ == "__main__":
+    run_launcher(main)

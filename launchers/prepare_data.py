@@ -1,0 +1,57 @@
+"""Prepare a corpus for training, cache image codes of prepared data, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich import print
+
+from dalle_ds.cli import parse_options, run_launcher
+from dalle_ds.data.codes import cache_codes
+from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.errors import ConfigError
+from dalle_ds.models import DiscreteVAE
+
+
+@dataclass(frozen=True)
+class Options(PrepareOptions):
+    """Prepare a corpus (--corpus) into the folder --out, cache a dVAE's image codes there (--cache_codes), or both."""
+
+    out: str = ""
+    """Folder of prepared data: made with --corpus, otherwise expected to be there."""
+    workers: int = 1
+    """Processes that decode pictures."""
+    overwrite: bool = False
+    """Replace an earlier preparation, or earlier codes of the same dVAE."""
+    cache_codes: str | None = None
+    """Trained dVAE, its run directory or export, whose codes of all pictures are kept in the folder."""
+    views: int = 8
+    """Cached codes: augmented views of each training picture."""
+    batch_size: int = 64
+    """Cached codes: pictures encoded at a time."""
+
+
+def main() -> None:
+    """Parse, prepare, cache."""
+    options = parse_options(Options)
+    if not options.out:
+        raise ConfigError("out is missing: give the folder of prepared data, --out DIR")
+    if options.corpus is None and options.cache_codes is None:
+        raise ConfigError("nothing to do: give --corpus, --cache_codes, or both")
+    if options.corpus is not None:
+        print(prepare(options, options.out, workers=options.workers, overwrite=options.overwrite))
+    if options.cache_codes is not None:
+        report = cache_codes(
+            DiscreteVAE.from_pretrained(options.cache_codes),
+            options.out,
+            views=options.views,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            overwrite=options.overwrite,
+        )
+        print(report)
+
+
+if __name__ == "__main__":
+    run_launcher(main)

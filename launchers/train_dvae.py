@@ -1,0 +1,15 @@
+"""Train the discrete VAE: deepspeed launchers/train_dvae.py --deepspeed_config FILE --preset NAME --data DIR --run_dir DIR"""
+
+from dalle_ds.cli import run_launcher
+from dalle_ds.config import DvaeRun
+from dalle_ds.tasks.dvae import DvaeTask
+from dalle_ds.training.launch import train
+
+
+def main() -> None:
+    """Parse, build, run."""
+    train(DvaeRun, DvaeTask, "dvae")
+
+
+if __name__ == "__main__":
+    run_launcher(main)

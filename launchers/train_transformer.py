@@ -1,0 +1,15 @@
+"""Train the text-image transformer, on cached or live image codes: deepspeed launchers/train_transformer.py --deepspeed_config FILE --preset NAME --data DIR --run_dir DIR …"""
+
+from dalle_ds.cli import run_launcher
+from dalle_ds.config import TransformerRun
+from dalle_ds.tasks.transformer import TransformerTask
+from dalle_ds.training.launch import train
+
+
+def main() -> None:
+    """Parse, build, run."""
+    train(TransformerRun, TransformerTask, "transformer")
+
+
+if __name__ == "__main__":
+    run_launcher(main)

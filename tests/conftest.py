@@ -1,0 +1,87 @@
+"""A small corpus and the models around it, made once per test session."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dalle_ds.config import DalleConfig, DiscreteVAEConfig
+from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.models import DiscreteVAE
+from dalle_ds.tokenizer import Tokenizer
+
+# Launched processes share two cores; more threads only make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+ROOT = Path(__file__).parent.parent
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "triangle")
+
+TINY_DVAE = DiscreteVAEConfig(
+    image_size=16, groups=3, blocks_per_group=1, encoder_width=8, decoder_width=8, decoder_input=8, vocab_size=32
+)
+TINY_DALLE = DalleConfig(width=32, depth=4, heads=2, text_len=8, grid=4, text_vocab=400, image_vocab=32)
+
+
+def deepspeed_command(processes: int) -> list[str]:
+    """The `deepspeed` launcher on a port of its own, so that runs side by side do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, "--num_gpus", str(processes), "--master_port", str(port)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 90 captioned pictures: coloured shapes of several sizes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for number in range(90):
+        colour, shape = COLOURS[number % 6], SHAPES[number // 6 % 3]
+        picture = Image.new("RGB", (24, 24), "white")
+        size, x, y = (int(value) for value in rng.integers((8, 0, 0), (16, 9, 9)))
+        pen = ImageDraw.Draw(picture)
+        if shape == "circle":
+            pen.ellipse((x, y, x + size, y + size), fill=colour)
+        elif shape == "square":
+            pen.rectangle((x, y, x + size, y + size), fill=colour)
+        else:
+            pen.polygon(((x, y + size), (x + size, y + size), (x + size // 2, y)), fill=colour)
+        picture.save(folder / f"{number:03}.png")
+        (folder / f"{number:03}.txt").write_text(f"a {colour} {shape} {number}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus, prepared."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(PrepareOptions(corpus="folder", source=str(corpus), validation=0.25), str(out), workers=1, overwrite=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of the corpus, no larger than `TINY_DALLE.text_vocab`."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    captions = (f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES)
+    Tokenizer.train(captions, path, TINY_DALLE.text_vocab)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dvae_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random dVAE of `TINY_DVAE`'s shape."""
+    folder = tmp_path_factory.mktemp("dvae") / "export"
+    torch.manual_seed(0)
+    DiscreteVAE(TINY_DVAE).save_pretrained(folder)
+    return folder

@@ -1,0 +1,217 @@
+"""Batches: a pure function of seed and step, whatever the processes; bad rows are replaced and counted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_ds.data.loader import BatchLoader, evaluation_batches
+from dalle_ds.data.order import rows_of
+from dalle_ds.errors import ConfigError, DataError
+
+
+class Rows:
+    """Samples that tell which row they are and what their generator drew."""
+
+    def __init__(self, length: int, bad: frozenset[int] = frozenset()) -> None:
+        self.length = length
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, np.ndarray | int]:
+        if row in self.bad:
+            raise DataError(f"row {row} is bad")
+        return {"row": row, "draw": rng.standard_normal(3).astype(np.float32), "pid": os.getpid()}
+
+
+def loader(samples: Rows, **changes) -> BatchLoader:
+    options = {"seed": 5, "batch_size": 12, "micro_batch": 12, "rank": 0, "world_size": 1, **changes}
+    return BatchLoader(samples, **options)
+
+
+def steps(samples: Rows, count: int, world_size: int = 1, **changes) -> list[list[tuple]]:
+    """Per step, the samples of all ranks, each as a tuple of everything but the process."""
+    result: list[list[tuple]] = [[] for _ in range(count)]
+    for rank in range(world_size):
+        batches = loader(samples, rank=rank, world_size=world_size, **changes)
+        micro = batches.micro_batches_per_step
+        for number, batch in enumerate(itertools.islice(batches, count * micro)):
+            for i in range(len(batch["row"])):
+                values = (
+                    int(batch["row"][i]),
+                    *batch["draw"][i].tolist(),
+                    int(batch["key"][i]),
+                    int(batch["skipped"][i]),
+                )
+                result[number // micro].append(values)
+    return result
+
+
+def test_rows_come_in_the_keyed_order() -> None:
+    rows = torch.cat([batch["row"] for batch in itertools.islice(loader(Rows(30)), 10)])
+    assert rows.tolist() == rows_of(np.arange(120), 5, 30).tolist()
+    assert Counter(rows.tolist()) == Counter(list(range(30)) * 4)
+
+
+def test_what_a_batch_is_made_of() -> None:
+    batch = next(iter(loader(Rows(30))))
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items() if name != "pid"} == {
+        "row": (torch.int64, (12,)),
+        "draw": (torch.float32, (12, 3)),
+        "key": (torch.int64, (12,)),
+        "skipped": (torch.int64, (12,)),
+    }
+    assert (batch["key"] >= 0).all() and len(set(batch["key"].tolist())) == 12
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "workers"),
+    [(1, 3, 0), (1, 1, 0), (2, 6, 0), (2, 3, 0), (3, 2, 0), (4, 3, 0), (2, 3, 2)],
+)
+def test_a_steps_samples_do_not_depend_on_how_it_is_divided(world_size: int, micro_batch: int, workers: int) -> None:
+    samples = Rows(31, bad=frozenset({3, 4, 17}))
+    whole = steps(samples, 4)
+    divided = steps(samples, 4, world_size=world_size, micro_batch=micro_batch, workers=workers)
+    assert [sorted(step) for step in divided] == [sorted(step) for step in whole]
+
+
+def test_micro_batches_are_the_documented_positions() -> None:
+    micro_batches = itertools.islice(loader(Rows(1000), micro_batch=2, rank=1, world_size=3, start_step=7), 2)
+    positions = [[7 * 12 + m * 6 + 2, 7 * 12 + m * 6 + 3] for m in range(2)]
+    assert [batch["row"].tolist() for batch in micro_batches] == [
+        rows_of(np.array(here), 5, 1000).tolist() for here in positions
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_continues_exactly(workers: int) -> None:
+    samples = Rows(50, bad=frozenset({1, 2}))
+    assert steps(samples, 3, start_step=4, workers=workers, micro_batch=4) == steps(samples, 7, micro_batch=4)[4:]
+
+
+def test_resuming_late_costs_nothing() -> None:
+    batches = loader(Rows(250_000_000), start_step=10**9)
+    next(iter(batches))
+    start = time.perf_counter()
+    next(iter(batches))
+    assert time.perf_counter() - start < 0.05
+
+
+def test_iterating_twice_begins_again_and_leaves_torchs_generator_alone() -> None:
+    batches = loader(Rows(50))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = next(iter(batches)), next(iter(batches))
+    assert torch.equal(first["draw"], second["draw"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_and_positions_have_their_own_randomness() -> None:
+    # One row: every position shows it, with new draws each time.
+    draws = {sample[1:5] for step in steps(Rows(1), 20) for sample in step}
+    assert len(draws) == 240
+    assert not draws & {sample[1:5] for step in steps(Rows(1), 20, seed=6) for sample in step}
+
+
+# --- bad rows -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_replaced_by_various_others_and_counted() -> None:
+    bad = frozenset(range(0, 40, 4))
+    rows = [sample for step in steps(Rows(40, bad), 40, micro_batch=4) for sample in step]  # 12 epochs
+    assert not {sample[0] for sample in rows} & bad
+    skipped = [sample[-1] for sample in rows]
+    first_tries = rows_of(np.arange(480), 5, 40)
+    assert [skip > 0 for skip in skipped] == [row in bad for row in first_tries]
+    assert max(skipped) > 1  # a replacement may be bad in turn
+    assert len({sample[0] for sample, skip in zip(rows, skipped, strict=True) if skip}) > 20
+    assert all(sample[0] == row for sample, row, skip in zip(rows, first_tries, skipped, strict=True) if not skip)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sixteen_bad_rows_in_turn_end_the_run(workers: int) -> None:
+    with pytest.raises(DataError, match="of the last 16 rows tried none could be read; the last one: row"):
+        next(iter(loader(Rows(10, bad=frozenset(range(10))), workers=workers)))
+
+
+def test_other_errors_are_not_taken_for_bad_rows() -> None:
+    class Broken(Rows):
+        def sample(self, row: int, rng: np.random.Generator) -> dict[str, np.ndarray | int]:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader(Broken(10))))
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+def test_workers_live_on_and_survive_the_signals_of_a_job() -> None:
+    batches = iter(loader(Rows(100), workers=2))
+    pids = {int(pid) for _ in range(6) for pid in next(batches)["pid"]}
+    assert len(pids) == 2 and os.getpid() not in pids
+    for pid in pids:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
+    assert {int(pid) for _ in range(20) for pid in next(batches)["pid"]} == pids
+    start = time.perf_counter()
+    del batches
+    assert time.perf_counter() - start < 5
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)  # noqa: PTH110
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_batches_that_cannot_be_divided() -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size=12 .* train.micro_batch=5 times 1"):
+        loader(Rows(10), micro_batch=5)
+    with pytest.raises(ConfigError, match="times 2 processes"):
+        loader(Rows(10), micro_batch=4, world_size=2)
+    with pytest.raises(DataError, match="no rows"):
+        loader(Rows(0))
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "length", "rows"), [(1, 25, 24), (2, 25, 24), (4, 26, 24), (3, 5, 3), (1, 5, 5)]
+)
+def test_evaluation_goes_through_full_batches_in_order(world_size: int, length: int, rows: int) -> None:
+    ranks = [list(evaluation_batches(Rows(length), 8, rank, world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    together = [row for batches in zip(*ranks, strict=True) for batch in batches for row in batch["row"].tolist()]
+    assert together == list(range(len(together)))
+    assert len(together) == rows
+
+
+def test_evaluation_randomness_belongs_to_the_row() -> None:
+    one = torch.cat([batch["draw"] for batch in evaluation_batches(Rows(24), 8, 0, 1)])
+    other = torch.cat([next(evaluation_batches(Rows(24), 24, rank, 3))["draw"] for rank in range(3)])
+    assert torch.equal(one, other)
+    keys = torch.cat([batch["key"] for batch in evaluation_batches(Rows(24), 8, 0, 1)])
+    assert len(set(keys.tolist())) == 24
+
+
+def test_evaluation_limit_and_bad_rows() -> None:
+    batches = list(evaluation_batches(Rows(100, bad=frozenset({1})), 8, 0, 1, limit=2))
+    assert len(batches) == 2
+    assert batches[0]["skipped"].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert batches[0]["row"][1] != 1
+
+
+def test_evaluation_mistakes() -> None:
+    with pytest.raises(DataError, match="2 rows, fewer than the 3 processes"):
+        next(evaluation_batches(Rows(2), 8, 0, 3))
+    with pytest.raises(ConfigError, match="smaller than the number of processes"):
+        next(evaluation_batches(Rows(20), 2, 0, 3))

@@ -1,0 +1,268 @@
+"""From a prepared folder to arrays, with and without cached codes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_ds.config import DiscreteVAEConfig
+from dalle_ds.data import BatchLoader, CodesCache, DvaeSamples, PairDataset, TextImageSamples
+from dalle_ds.data import codes as codes_module
+from dalle_ds.data.augment import augment_for_transformer
+from dalle_ds.data.codes import cache_codes, write_codes
+from dalle_ds.data.images import center_crop_resize
+from dalle_ds.data.order import hash_integers
+from dalle_ds.errors import ConfigError, DataError
+
+FINGERPRINT = "0123456789abcdef" * 4
+SIZE = 16
+
+
+class Letters:
+    """A tokenizer whose tokens are code points; dropout drops letters."""
+
+    def encode(self, text, *, dropout=0.0, rng=None, max_tokens=None) -> list[int]:
+        return [ord(letter) for letter in text if not dropout or rng.random() >= dropout][:max_tokens]
+
+
+class CornerCodes:
+    """A dVAE of factor 8 whose code is the red value of each cell's first pixel."""
+
+    config = DiscreteVAEConfig(image_size=SIZE, vocab_size=256)
+    fingerprint = FINGERPRINT
+
+    def to(self, device: torch.device) -> CornerCodes:
+        return self
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
+        return (images[:, 0, ::8, ::8] * 255).round().long()
+
+
+def corner_codes(pixels: np.ndarray) -> list[int]:
+    return pixels[::8, ::8, 0].reshape(-1).tolist()
+
+
+@pytest.fixture
+def train(prepared: Path) -> PairDataset:
+    return PairDataset.open(prepared, "train")
+
+
+def broken_row(dataset: PairDataset, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, the picture of a row is bytes that are none."""
+    value = PairDataset._value
+
+    def damaged(self: PairDataset, asked: int, column: str):
+        return (
+            b"damaged" if (asked, column, self.split) == (row, "image", dataset.split) else value(self, asked, column)
+        )
+
+    monkeypatch.setattr(PairDataset, "_value", damaged)
+
+
+# --- datasets -------------------------------------------------------------------------------------------------------
+
+
+def test_dataset_mistakes(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist: make it with launchers/prepare_data.py"):
+        PairDataset.open(tmp_path / "nowhere", "train")
+    with pytest.raises(DataError, match=r"is not a prepared data folder: no readable info\.json"):
+        PairDataset.open(tmp_path, "train")
+    with pytest.raises(DataError, match="has no split 'test': it has train, validation"):
+        PairDataset.open(prepared, "test")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(prepared, damaged)
+    next((damaged / "train").glob("*.arrow")).write_bytes(b"")
+    with pytest.raises(DataError, match="train"):
+        PairDataset.open(damaged, "train")
+    info = json.loads((damaged / "info.json").read_text())
+    (damaged / "info.json").write_text(json.dumps({**info, "format_version": 99}))
+    with pytest.raises(DataError, match="has data format 99"):
+        PairDataset.open(damaged, "train")
+
+
+def test_dataset_survives_pickling_small(train: PairDataset) -> None:
+    data = pickle.dumps(train)
+    assert len(data) < 2000
+    assert np.array_equal(pickle.loads(data).picture(3), train.picture(3))
+
+
+def test_dataset_names_the_row_it_cannot_decode(train: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_row(train, 2, monkeypatch)
+    with pytest.raises(DataError, match=rf"train row 2 \({train.name(2)}\): picture cannot be decoded"):
+        train.picture(2)
+    with pytest.raises(IndexError):
+        train.picture(len(train))
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_dvae_samples(train: PairDataset) -> None:
+    samples = DvaeSamples(train, SIZE, train=True)
+    first, second = (samples.sample(0, np.random.default_rng(seed))["image"] for seed in (0, 1))
+    assert first.shape == (3, SIZE, SIZE) and first.dtype == np.uint8
+    assert not np.array_equal(first, second)
+    central = DvaeSamples(train, SIZE, train=False).sample(0, np.random.default_rng(0))["image"]
+    assert np.array_equal(central, center_crop_resize(train.picture(0), SIZE).transpose(2, 0, 1))
+
+
+def text_samples(dataset: PairDataset, **changes) -> TextImageSamples:
+    options = {"text_len": 12, "image_size": SIZE, "train": True, **changes}
+    return TextImageSamples(dataset, Letters(), **options)
+
+
+def texts(samples: TextImageSamples, count: int) -> set[str]:
+    drawn = (samples.sample(0, np.random.default_rng(seed))["text"] for seed in range(count))
+    return {"".join(chr(token) for token in text if token >= 0) for text in drawn}
+
+
+def test_captions_are_chosen_padded_and_cut(train: PairDataset) -> None:
+    both = {caption[:12] for caption in train.captions(0)}
+    assert len(both) == 2
+    assert texts(text_samples(train), 20) == both
+    assert texts(text_samples(train, train=False), 20) == {train.captions(0)[0][:12]}
+    text = text_samples(train, train=False, text_len=40).sample(0, np.random.default_rng(0))["text"]
+    length = len(train.captions(0)[0])
+    assert text.dtype == np.int64 and text.shape == (40,)
+    assert (text[:length] >= 0).all() and (text[length:] == -1).all()
+
+
+def test_dropouts_act_in_training_only(train: PairDataset) -> None:
+    samples = text_samples(train, caption_dropout=0.3)
+    empty = [(samples.sample(0, np.random.default_rng(seed))["text"] == -1).all() for seed in range(400)]
+    assert 0.2 < np.mean(empty) < 0.4
+    assert len(texts(text_samples(train, bpe_dropout=0.2), 30)) > 10
+    assert len(texts(text_samples(train, train=False, caption_dropout=0.5, bpe_dropout=0.5), 30)) == 1
+
+
+def test_live_pictures_are_the_transformers_views(train: PairDataset) -> None:
+    image = text_samples(train).sample(0, np.random.default_rng(0))["image"]
+    assert image.shape == (3, SIZE, SIZE) and image.dtype == np.uint8
+    central = text_samples(train, train=False).sample(0, np.random.default_rng(0))["image"]
+    assert np.array_equal(central, center_crop_resize(train.picture(0), SIZE).transpose(2, 0, 1))
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared folder to cache codes in."""
+    shutil.copytree(prepared, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(64, 0), (5, 0), (7, 2)])
+def test_cached_codes_are_those_of_the_views(data: Path, batch_size: int, workers: int) -> None:
+    report = cache_codes(CornerCodes(), data, views=3, seed=9, batch_size=batch_size, workers=workers)
+    assert report.unreadable == {"train": 0, "validation": 0} and not report.already_there
+    train, cache = PairDataset.open(data, "train"), CodesCache.open(data, FINGERPRINT, "train")
+    assert (len(cache), cache.views, cache.grid) == (len(train), 3, (2, 2))
+    for row, view in itertools.product((0, 7, len(train) - 1), range(3)):
+        rng = np.random.default_rng(hash_integers(9, row, view))
+        expected = corner_codes(augment_for_transformer(train.picture(row), SIZE, rng))
+        codes = cache.codes(row, view)
+        assert codes.dtype == np.int64 and codes.tolist() == expected
+    validation, cache = PairDataset.open(data, "validation"), CodesCache.open(data, FINGERPRINT, "validation")
+    assert cache.views == 1
+    for row in range(len(validation)):
+        assert cache.codes(row, 0).tolist() == corner_codes(center_crop_resize(validation.picture(row), SIZE))
+
+
+def test_samples_draw_cached_views(data: Path) -> None:
+    cache_codes(CornerCodes(), data, views=3)
+    train, cache = PairDataset.open(data, "train"), CodesCache.open(data, FINGERPRINT, "train")
+    samples = text_samples(train, codes=cache)
+    views = {tuple(cache.codes(4, view)) for view in range(3)}
+    assert len(views) == 3
+    assert {tuple(samples.sample(4, np.random.default_rng(seed))["codes"]) for seed in range(30)} == views
+    samples = text_samples(train, codes=cache, train=False)
+    assert {tuple(samples.sample(4, np.random.default_rng(seed))["codes"]) for seed in range(9)} == {
+        tuple(cache.codes(4, 0))
+    }
+    batch = next(iter(BatchLoader(samples, seed=0, batch_size=8, micro_batch=4, rank=0, world_size=1, workers=1)))
+    assert batch["codes"].shape == (4, 4) and batch["codes"].dtype == torch.int64
+    assert batch["text"].shape == (4, 12) and "image" not in batch
+
+
+def test_unreadable_pictures_have_no_codes_and_are_replaced(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = PairDataset.open(data, "train")
+    broken_row(train, 5, monkeypatch)
+    report = cache_codes(CornerCodes(), data, views=2)
+    assert report.unreadable == {"train": 1, "validation": 0}
+    cache = CodesCache.open(data, FINGERPRINT, "train")
+    with pytest.raises(DataError, match="train row 5 has no codes"):
+        cache.codes(5, 0)
+    cache.codes(4, 0), cache.codes(6, 1)
+    samples = text_samples(train, codes=cache)
+    epoch = BatchLoader(samples, seed=0, batch_size=len(train), micro_batch=1, rank=0, world_size=1)
+    assert sum(int(batch["skipped"]) for batch in itertools.islice(epoch, len(train))) == 1
+
+
+@pytest.mark.parametrize(("vocab_size", "kind"), [(65_536, np.uint16), (65_537, np.uint32)])
+def test_codes_are_stored_as_narrow_as_the_vocabulary_allows(data: Path, vocab_size: int, kind: type) -> None:
+    def encode(pictures: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(pictures), 1, 2), vocab_size - 1)
+
+    write_codes(encode, data, dvae_fingerprint=FINGERPRINT, image_size=8, vocab_size=vocab_size, views=2)
+    stored = np.load(data / "codes" / FINGERPRINT[:16] / "train.npy")
+    assert stored.dtype == kind and stored.shape == (len(PairDataset.open(data, "train")), 2, 2)
+    assert CodesCache.open(data, FINGERPRINT, "train").codes(0, 1).tolist() == [vocab_size - 1] * 2
+
+
+def test_finding_a_cache(data: Path) -> None:
+    assert CodesCache.find(data, FINGERPRINT, "train") is None
+    with pytest.raises(DataError, match=r"does not exist: make it with .*--cache_codes"):
+        CodesCache.open(data, FINGERPRINT, "train")
+    cache_codes(CornerCodes(), data, views=2)
+    assert CodesCache.find(data, "f" * 64, "train") is None
+    with pytest.raises(DataError, match="dvae_fingerprint"):  # equal first digits do not make it the same dVAE
+        CodesCache.find(data, FINGERPRINT[:-1] + "0", "train")
+    with pytest.raises(DataError, match="has no split 'compositional'"):
+        CodesCache.find(data, FINGERPRINT, "compositional")
+    found = CodesCache.find(data, FINGERPRINT, "train")
+    assert found is not None
+    found.codes(0, 0)
+    assert np.array_equal(pickle.loads(pickle.dumps(found)).codes(1, 1), found.codes(1, 1))
+
+
+def test_codes_of_other_data_are_refused(data: Path) -> None:
+    cache_codes(CornerCodes(), data, views=2)
+    info = json.loads((data / "info.json").read_text())
+    (data / "info.json").write_text(json.dumps({**info, "fingerprint": "other"}))
+    with pytest.raises(DataError, match=r"has data_fingerprint .* not 'other'"):
+        CodesCache.find(data, FINGERPRINT, "train")
+
+
+def test_the_same_cache_is_left_alone_and_another_refused(data: Path) -> None:
+    cache_codes(CornerCodes(), data, views=2)
+    stamp = (data / "codes" / FINGERPRINT[:16] / "train.npy").stat().st_mtime_ns
+    assert cache_codes(CornerCodes(), data, views=2).already_there
+    assert (data / "codes" / FINGERPRINT[:16] / "train.npy").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match=r"holds other codes of this dVAE \(different: seed, views\)"):
+        cache_codes(CornerCodes(), data, views=3, seed=1)
+    cache_codes(CornerCodes(), data, views=3, seed=1, overwrite=True)
+    assert CodesCache.open(data, FINGERPRINT, "train").views == 3
+    assert [path.name for path in (data / "codes").iterdir()] == [FINGERPRINT[:16]]
+    with pytest.raises(ConfigError, match="views"):
+        cache_codes(CornerCodes(), data, views=0)
+
+
+def test_a_full_disk_leaves_no_cache(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(codes_module, "_write_header", full)
+    with pytest.raises(DataError, match="no space left"):
+        cache_codes(CornerCodes(), data, views=2)
+    assert CodesCache.find(data, FINGERPRINT, "train") is None
+    assert list((data / "codes").iterdir()) == []

@@ -1,0 +1,319 @@
+"""The transformer: what predicts what, what may influence what, the loss, the cache, and the export."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_ds.config import DalleConfig
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.models.dalle import Dalle
+
+CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
+T, CODES = CONFIG.text_len, CONFIG.image_len
+SCHEDULES = [("row",) * 3, ("column",) * 3, ("conv",) * 3, ("full",) * 3, None]
+
+
+def build(seed: int = 0, **changes: object) -> Dalle:
+    """A model whose every weight matters: biases and gains are random too."""
+    torch.manual_seed(seed)
+    model = Dalle(dataclasses.replace(CONFIG, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch(size: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, CONFIG.text_vocab, (size, T), generator=generator)
+    for row in range(size):
+        text[row, 2 + row :] = -1
+    return text, torch.randint(0, CONFIG.image_vocab, (size, CODES), generator=generator)
+
+
+def reference_hidden(model: Dalle, text: Tensor, codes: Tensor) -> Tensor:
+    """The paper's computation, one position at a time, from the state dict alone: (B, T + W², width)."""
+    weights, side, heads = model.state_dict(), CONFIG.grid, CONFIG.heads
+    kernel_reach, outputs = CONFIG.kernel // 2, []
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def table(name: str, index: int) -> Tensor:
+        return weights[f"embedding.{name}.weight"][index]
+
+    def keys_of(kind: str, position: int) -> list[int]:
+        if position < T:
+            return list(range(position + 1))
+        query, allowed = position - T, []
+        for key in range(query + 1):
+            back = query - key
+            window = any(abs(back - up * side) <= kernel_reach for up in range(kernel_reach + 1))
+            if {"row": back <= side, "column": back % side == 0, "conv": window, "full": True}[kind]:
+                allowed.append(T + key)
+        return list(range(T)) + allowed
+
+    kinds = model.config.attention or ("row", "column", "conv")
+    for caption, picture in zip(text.tolist(), codes.tolist(), strict=True):
+        slots = [table("padding", i) if token < 0 else table("text_token", token) for i, token in enumerate(caption)]
+        inputs = [table("start", 0) + table("text_position", 0)]
+        inputs += [slots[i - 1] + table("text_position", i) for i in range(1, T)]
+        inputs += [table("start", 1) + slots[-1] + table("image_row", 0) + table("image_column", 0)]
+        inputs += [
+            table("image_token", picture[i - 1]) + table("image_row", i // side) + table("image_column", i % side)
+            for i in range(1, CODES)
+        ]
+        x = torch.stack(inputs)
+        for layer, kind in enumerate(kinds):
+            name = f"blocks.{2 * layer}"
+            q, k, v = linear(norm(x, f"{name}.norm"), f"{name}.attention.qkv").chunk(3, dim=-1)
+            attended = torch.zeros_like(x)
+            for position in range(len(x)):
+                keys = keys_of(kind, position)
+                for head in torch.arange(CONFIG.width).chunk(heads):
+                    scores = k[keys][:, head] @ q[position, head] / math.sqrt(len(head))
+                    attended[position, head] = scores.softmax(0) @ v[keys][:, head]
+            x = x + linear(attended, f"{name}.attention.out")
+            name = f"blocks.{2 * layer + 1}"
+            x = x + linear(F.gelu(linear(norm(x, f"{name}.norm"), f"{name}.up")), f"{name}.down")
+        outputs.append(norm(x, "norm"))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("attention", SCHEDULES)
+@torch.no_grad()
+def test_logits_and_losses_are_the_papers(attention: tuple | None) -> None:
+    """Against a reading of the paper with loops for everything, weights from the state dict."""
+    model = build(attention=attention)
+    text, codes = batch()
+    out = model(text, codes)
+    hidden, weights = reference_hidden(model, text, codes), model.state_dict()
+    text_logits = hidden[:, :T] @ weights["text_head.weight"].T + weights["text_head.bias"]
+    image_logits = hidden[:, T:] @ weights["image_head.weight"].T + weights["image_head.bias"]
+    torch.testing.assert_close(out.text_logits, text_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.image_logits, image_logits, atol=1e-4, rtol=1e-4)
+
+    text_log, image_log = text_logits.log_softmax(-1), image_logits.log_softmax(-1)
+    nats = [-text_log[b, p, text[b, p]] for b in range(len(text)) for p in range(T) if text[b, p] >= 0]
+    text_loss = sum(nats) / len(nats)
+    image_loss = -image_log.gather(-1, codes[..., None]).mean()
+    assert len(nats) == int(out.text_tokens)
+    torch.testing.assert_close(out.text_loss, text_loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.image_loss, image_loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.loss, text_loss / 8 + image_loss * 7 / 8, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_each_token_reaches_later_positions_only() -> None:
+    """Token p changes no logits at positions up to p, which predict it and those before, and does change p + 1."""
+    model = build(attention=("full",) * 3)
+    text, codes = batch()
+    text = text.clamp(min=0)  # no padding: the last text slot holds a token too
+    before = model(text, codes)
+    for position in range(T + CODES):
+        changed_text, changed_codes = text.clone(), codes.clone()
+        if position < T:
+            changed_text[:, position] = (text[:, position] + 1) % CONFIG.text_vocab
+        else:
+            changed_codes[:, position - T] = (codes[:, position - T] + 1) % CONFIG.image_vocab
+        after = model(changed_text, changed_codes)
+        text_change = (after.text_logits - before.text_logits).abs().amax(dim=(0, 2))
+        image_change = (after.image_logits - before.image_logits).abs().amax(dim=(0, 2))
+        changes = torch.cat([text_change, image_change])
+        assert changes[: position + 1].max() == 0
+        assert position == T + CODES - 1 or changes[position + 1] > 1e-4
+
+
+@pytest.mark.parametrize("attention", SCHEDULES)
+@torch.no_grad()
+def test_cached_logits_are_the_uncached(attention: tuple | None) -> None:
+    model = build(attention=attention)
+    text, codes = batch()
+    expected = model(text, codes).image_logits
+    cache = model.new_cache(len(text))
+    found = [model.prefill(text, cache)]
+    found += [model.decode(codes[:, step], step, cache) for step in range(CODES - 1)]
+    assert (torch.stack(found, dim=1) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_decoding_computes_one_position() -> None:
+    """The regression of peers' caches that are never used: no block may see more than one position in a step."""
+    model = build()
+    text, codes = batch()
+    cache = model.new_cache(len(text))
+    model.prefill(text, cache)
+    lengths: list[int] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
+    model.decode(codes[:, 0], 0, cache)
+    assert lengths == [1] * len(model.blocks)
+
+
+@torch.no_grad()
+def test_a_prefix_serves_any_row() -> None:
+    model = build()
+    text, codes = batch()
+    cache = model.new_cache(len(text))
+    expected = model.prefill(text, cache)
+    shared = model.new_cache(len(text))
+    for row in range(len(text)):
+        prefix = model.new_cache(1, capacity=T + 1)
+        torch.testing.assert_close(model.prefill(text[row : row + 1], prefix), expected[row : row + 1])
+        shared.load_row(row, prefix)
+    torch.testing.assert_close(model.decode(codes[:, 0], 0, shared), model.decode(codes[:, 0], 0, cache))
+
+
+def test_batch_without_captions() -> None:
+    model = build()
+    text, codes = batch()
+    out = model(torch.full_like(text, -1), codes)
+    out.loss.backward()
+    assert out.text_loss.item() == 0
+    assert out.text_tokens.item() == 0
+    torch.testing.assert_close(out.loss, out.image_loss * 7 / 8)
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_arguments_are_left_alone() -> None:
+    text, codes = batch()
+    kept = text.clone(), codes.clone()
+    build()(text, codes).loss.backward()
+    assert torch.equal(text, kept[0])
+    assert torch.equal(codes, kept[1])
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    text, codes = batch()
+    gradients = []
+    for activation_checkpointing in (False, True):
+        model = build()
+        model.activation_checkpointing = activation_checkpointing
+        calls: list[int] = []
+        model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(text, codes).loss.backward()
+        assert len(calls) == 1 + activation_checkpointing  # the second time to recompute
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_bf16_weights_keep_an_fp32_residual_stream() -> None:
+    model = build().bfloat16()
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    inner: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, arguments, output: seen.append((arguments[0].dtype, output.dtype)))
+    for name, module in model.blocks.named_modules():
+        if name.endswith(("qkv", "out", "up", "down")):
+            module.register_forward_hook(lambda _, arguments, output: inner.append(output.dtype))
+    text, codes = batch()
+    out = model(text, codes)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert set(inner) == {torch.bfloat16}
+    assert {out.loss.dtype, out.text_logits.dtype, out.image_logits.dtype} == {torch.float32}
+    assert abs(out.loss.item() - build()(text, codes).loss.item()) < 0.05
+
+
+def test_first_loss_is_that_of_a_uniform_guess() -> None:
+    """Initial weights of the right size, at two widths, give a loss close to ln(vocabulary)."""
+    for width in (32, 256):
+        torch.manual_seed(0)
+        model = Dalle(dataclasses.replace(CONFIG, width=width, depth=8, text_vocab=500, image_vocab=500))
+        out = model(*batch())
+        assert abs(out.image_loss.item() - math.log(500)) < 0.6
+        assert abs(out.text_loss.item() - math.log(500)) < 0.6
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, width=192, depth=4)
+    for name, value in Dalle(config).state_dict().items():
+        if name.endswith("bias"):
+            assert value.abs().max() == 0, name
+        elif "norm" in name:
+            assert torch.equal(value, torch.ones_like(value)), name
+        else:
+            expected = 0.02 if name.startswith("embedding") else (3 * value.shape[1]) ** -0.5
+            if name.endswith(("out.weight", "down.weight")):
+                expected /= math.sqrt(8)
+            assert value.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+def test_it_can_learn_a_batch_by_heart() -> None:
+    torch.manual_seed(0)
+    model = Dalle(CONFIG)
+    text, codes = batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        out = model(text, codes)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    # Each first token is one of three captions': the floor of the text loss is ln 3 per caption, over all its tokens.
+    assert out.image_loss.item() < 0.05
+    assert out.text_loss.item() < 3 * math.log(3) / int(out.text_tokens) + 0.05
+
+
+def test_masks_are_shared_and_not_stored() -> None:
+    model = Dalle(dataclasses.replace(CONFIG, depth=6))
+    masks = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
+    assert len(masks) == 3  # row, column, conv, over six layers
+    assert not [name for name in model.state_dict() if "mask" in name]
+    patterns = {id(block.attention.pattern) for block in model.blocks[::2]}
+    assert len(patterns) == 3
+
+
+def test_export_and_import(tmp_path: Path) -> None:
+    model = build(attention=("full", "row", "conv"))
+    model.save_pretrained(tmp_path / "run" / "export")
+    text, codes = batch()
+    for path in (tmp_path / "run", tmp_path / "run" / "export"):
+        again = Dalle.from_pretrained(path)
+        assert again.config == model.config
+        assert torch.equal(again(text, codes).loss, model(text, codes).loss)
+    with pytest.raises(CheckpointError, match="nothing-here"):
+        Dalle.from_pretrained(tmp_path / "nothing-here")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda text, codes: (text[:, :-1], codes), r"text must have shape \(B, 6\).*\(3, 5\)"),
+        (lambda text, codes: (text, codes[:, :-1]), r"codes must have shape \(B, 16\).*\(3, 15\)"),
+        (lambda text, codes: (text, codes.view(3, 4, 4)), r"\(3, 4, 4\)"),
+        (lambda text, codes: (text[:2], codes), "2 rows and codes 3"),
+        (lambda text, codes: (text[:0], codes[:0]), r"\(0, 6\)"),
+        (lambda text, codes: (text + 20, codes), r"text must lie in \[-1, 19\]"),
+        (lambda text, codes: (text - 1, codes), "from -2"),
+        (lambda text, codes: (text, codes - 16), r"codes must lie in \[0, 15\]"),
+        (lambda text, codes: (text, codes * 0 + 16), "to 16"),
+        (lambda text, codes: (text.int(), codes), "text must be int64"),
+    ],
+)
+def test_wrong_input_is_named(spoil: object, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        build()(*spoil(*batch()))
+
+
+@torch.no_grad()
+def test_wrong_step_is_named() -> None:
+    model = build()
+    text, codes = batch()
+    cache = model.new_cache(len(text))
+    model.prefill(text, cache)
+    for step in (-1, CODES - 1):
+        with pytest.raises(ConfigError, match=rf"\[0, 14\].*found {step}"):
+            model.decode(codes[:, 0], step, cache)

@@ -1,0 +1,156 @@
+"""Drawing codes: against the uncached model, whatever the batch, with guidance that acts in every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_ds.config import DalleConfig
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.dalle import Dalle
+from dalle_ds.sampling import Progress, Sampling, sample_codes, score
+from dalle_ds.sampling.draw import candidate_uniforms, draw
+
+CONFIG = DalleConfig(width=64, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=32)
+CODES = CONFIG.image_len
+
+
+@pytest.fixture(scope="module")
+def model() -> Dalle:
+    """Far from uniform, and sensitive to the caption, as a trained model is."""
+    torch.manual_seed(0)
+    model = Dalle(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    return torch.tensor([[3, 1, 4, -1, -1, -1], [2, 7, 1, 8, 2, 8], [-1] * 6])
+
+
+@torch.no_grad()
+def reference_codes(model: Dalle, caption: Tensor, sampling: Sampling, seed: int, candidate: int) -> Tensor:
+    """One picture, every step computed from the beginning by the whole model, guidance by its formula: (W²,)."""
+    uniforms = candidate_uniforms(tuple(caption.tolist()), seed, candidate, CODES)
+    codes = torch.zeros(1, CODES, dtype=torch.int64)
+    for step in range(CODES):
+        conditional = model(caption[None], codes).image_logits[:, step]
+        unconditional = model(torch.full_like(caption, -1)[None], codes).image_logits[:, step]
+        logits = (1 - sampling.guidance) * unconditional + sampling.guidance * conditional
+        codes[0, step] = draw(logits, uniforms[step : step + 1], sampling)[0]
+    return codes[0]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(guidance=3.0), Sampling(guidance=0.0), Sampling(0.7, 8, 0.9, 2.0), Sampling(0, guidance=2.0)],
+)
+def test_codes_are_those_of_the_uncached_model(model: Dalle, text: Tensor, sampling: Sampling) -> None:
+    kept = text.clone()
+    codes = sample_codes(model, text, num=2, sampling=sampling, seed=5)
+    assert codes.shape == (3, 2, CODES)
+    for caption in range(3):
+        for candidate in range(2):
+            expected = reference_codes(model, text[caption], sampling, 5, candidate)
+            assert torch.equal(codes[caption, candidate], expected)
+    assert torch.equal(text, kept)  # peers zero the prompt under guidance
+
+
+def test_pictures_differ(model: Dalle, text: Tensor) -> None:
+    """So that the tests of equality mean something: over candidates, captions, seeds, and with guidance."""
+    codes = sample_codes(model, text, num=3, seed=0)
+    assert len(codes.view(9, -1).unique(dim=0)) == 9
+    assert not torch.equal(codes, sample_codes(model, text, num=3, seed=1))
+    assert not torch.equal(codes, sample_codes(model, text, num=3, seed=0, sampling=Sampling(guidance=3.0)))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_picture_does_not_depend_on_its_neighbours(
+    model: Dalle, text: Tensor, guidance: float, dtype: torch.dtype
+) -> None:
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    own = Dalle(CONFIG).to(dtype)
+    own.load_state_dict(weights)
+    sampling = Sampling(guidance=guidance)
+    expected = sample_codes(own, text, num=9, sampling=sampling, seed=2, batch_size=8)
+    for batch_size in (1, 3, 16):
+        assert torch.equal(sample_codes(own, text, num=9, sampling=sampling, seed=2, batch_size=batch_size), expected)
+    fewer = sample_codes(own, text.flip(0), num=2, sampling=sampling, seed=2, batch_size=5)
+    assert torch.equal(fewer, expected.flip(0)[:, :2])
+    alone = sample_codes(own, text[1:2], num=1, sampling=sampling, seed=2)
+    assert torch.equal(alone[0, 0], expected[1, 0])
+
+
+def test_the_decoder_always_sees_a_multiple_of_8_rows(model: Dalle, text: Tensor, monkeypatch: object) -> None:
+    """What the property above rests on; a toy model alone could keep it by luck."""
+    rows: set[int] = set()
+    decode = Dalle.decode
+    monkeypatch.setattr(Dalle, "decode", lambda self, codes, *rest: rows.add(len(codes)) or decode(self, codes, *rest))
+    for batch_size in (1, 5, 8):
+        sample_codes(model, text, num=3, batch_size=batch_size)
+    assert rows == {8}
+    sample_codes(model, text, num=1, batch_size=9)
+    assert rows == {8, 16}
+
+
+@pytest.mark.parametrize(("guidance", "expected"), [(1.0, 3), (2.0, 4)])
+def test_each_caption_is_prefilled_once(
+    model: Dalle, text: Tensor, monkeypatch: object, guidance: float, expected: int
+) -> None:
+    """Nine candidates in batches of two; with guidance, the empty caption once for all."""
+    calls: list[int] = []
+    prefill = Dalle.prefill
+    monkeypatch.setattr(Dalle, "prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
+    sample_codes(model, text, num=9, batch_size=2, sampling=Sampling(guidance=guidance))
+    assert len(calls) == expected
+
+
+def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> None:
+    seen: list[Progress] = []
+    codes = sample_codes(model, text, num=2, batch_size=4, on_row=seen.append)
+    assert [progress.codes.shape for progress in seen] == [
+        (4, 4),
+        (4, 8),
+        (4, 12),
+        (4, 16),
+        (2, 4),
+        (2, 8),
+        (2, 12),
+        (2, 16),
+    ]
+    assert seen[0].pictures == ((0, 0), (0, 1), (1, 0), (1, 1))
+    for progress in seen:
+        for (caption, candidate), so_far in zip(progress.pictures, progress.codes, strict=True):
+            assert torch.equal(so_far, codes[caption, candidate, : len(so_far)])
+
+
+@torch.no_grad()
+def test_score_is_a_log_probability(model: Dalle) -> None:
+    """Over all codes of a one-code picture, the probabilities sum to 1; and the image loss is the mean score."""
+    torch.manual_seed(0)
+    single = Dalle(DalleConfig(width=32, depth=2, heads=2, text_len=3, grid=1, text_vocab=9, image_vocab=11))
+    all_codes = torch.arange(11)[:, None]
+    scores = score(single, torch.tensor([[1, 2, -1]]).expand(11, -1), all_codes)
+    assert scores.exp().sum().item() == pytest.approx(1.0)
+    text = torch.tensor([[3, 1, 4, -1, -1, -1], [2, 7, 1, 8, 2, 8]])
+    codes = torch.randint(0, 32, (2, CODES), generator=torch.Generator().manual_seed(0))
+    both = score(model, text, codes)
+    assert both.shape == (2,)
+    assert -both.sum().item() / (2 * CODES) == pytest.approx(model(text, codes).image_loss.item(), rel=1e-5)
+    assert score(model, text[1:], codes[1:]).item() == pytest.approx(both[1].item(), rel=1e-5)
+
+
+def test_mistakes_are_named(model: Dalle, text: Tensor) -> None:
+    with pytest.raises(ConfigError, match="num must be at least 1, found 0"):
+        sample_codes(model, text, num=0)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, found -1"):
+        sample_codes(model, text, batch_size=-1)
+    with pytest.raises(DataError, match=r"text must have shape \(B, 6\)"):
+        sample_codes(model, text[:, :4])
+    with pytest.raises(DataError, match=r"\[-1, 19\]"):
+        sample_codes(model, text + 20)

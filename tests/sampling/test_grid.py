@@ -1,0 +1,86 @@
+"""The picture grid: where pixels land, and that no label breaks it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from dalle_ds.errors import DataError
+from dalle_ds.sampling import picture_grid
+from dalle_ds.sampling.grid import _wrap
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_small_pictures_grow_by_whole_factors_in_their_cells() -> None:
+    """Without labels the layout is margins and cells only, so each picture's pixels can be read back."""
+    pictures = [[noise(8, 8, 1), noise(8, 8, 2)], [noise(8, 8, 3)]]
+    sheet = np.asarray(picture_grid([("", row) for row in pictures], cell=36, margin=10))
+    assert sheet.shape == (10 + 2 * 46, 10 + 2 * 46, 3)
+    for y, row in enumerate(pictures):
+        for x, picture in enumerate(row):
+            top, left = 10 + 46 * y + 2, 10 + 46 * x + 2  # a factor of 4 fits: 32 of 36 pixels, in the middle
+            grown = np.asarray(picture).repeat(4, axis=0).repeat(4, axis=1)
+            assert np.array_equal(sheet[top : top + 32, left : left + 32], grown)
+    assert (sheet[:10] == 255).all()
+    assert (sheet[56:, 56:] == 255).all()  # the second row has one picture only
+
+
+def test_large_and_oblong_pictures_shrink_to_the_cell() -> None:
+    sheet = np.asarray(picture_grid([("", [Image.new("RGB", (200, 100), "red")])], cell=50, margin=5))
+    reds = np.argwhere((sheet == (255, 0, 0)).all(-1))
+    assert reds.min(0).tolist() == [5 + 12, 5]
+    assert reds.max(0).tolist() == [5 + 12 + 24, 5 + 49]
+
+
+def test_transparent_pictures_lie_on_white() -> None:
+    sheet = np.asarray(picture_grid([("", [Image.new("RGBA", (10, 10), (0, 0, 0, 0))])], cell=10, margin=2))
+    assert (sheet == 255).all()
+
+
+def test_labels_and_titles_are_drawn_outside_the_pictures() -> None:
+    rows = [("a red square", [Image.new("RGB", (16, 16), "red")])]
+    plain = picture_grid([("", rows[0][1])], cell=64)
+    labelled = picture_grid(rows, cell=64, titles=["first"], label_width=100)
+    assert labelled.width == plain.width + 112
+    assert labelled.height > plain.height
+    pixels = np.asarray(labelled)
+    reds = (pixels == (255, 0, 0)).all(-1)
+    dark = (pixels < 160).all(-1)
+    assert reds.sum() == 64 * 64
+    assert dark[:, :112].any()  # the label
+    assert dark[: labelled.height - plain.height, 112:].any()  # the title
+
+
+def test_a_row_grows_with_its_label() -> None:
+    picture = [Image.new("RGB", (8, 8), "red")]
+    short = picture_grid([("word", picture)], cell=32)
+    long = picture_grid([("word " * 200, picture)], cell=32)
+    assert long.width == short.width
+    assert long.height > 10 * short.height
+
+
+def test_wrapped_lines_fit_and_lose_nothing() -> None:
+    font = ImageFont.load_default(14)
+    for text in ("a corgi wearing a red hat " * 5, "x" * 300, "東京タワー" * 30, "short"):
+        lines = _wrap(text, font, 120)
+        assert all(font.getlength(line) <= 120 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert _wrap("one two", font, 1000) == ["one two"]
+    assert _wrap("", font, 100) == []
+
+
+@pytest.mark.parametrize(
+    "label", ["кот 猫 قط בית", "🏴‍☠️👩🏽‍🚀", "\x00\x07\n\t line", "\ud800 lone surrogate", "", " ", "e\u0301\u200d"]
+)
+def test_any_label_can_be_drawn(label: str) -> None:
+    picture_grid([(label, [noise(8, 8)])], titles=[label])
+
+
+def test_no_pictures_is_named() -> None:
+    for rows in ([], [("label", [])]):
+        with pytest.raises(DataError, match="at least one picture"):
+            picture_grid(rows)

@@ -1,0 +1,209 @@
+"""One computation, many layouts: ZeRO stage, processes, micro-batches, checkpointing and interruption change nothing.
+
+Three launches do everything: one process alone, two processes under every layout, and two processes that resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from dalle_ds.config import to_dict
+from dalle_ds.sampling import TextToImage
+from tests.conftest import ROOT, TINY_DALLE, TINY_DVAE, deepspeed_command
+
+pytestmark = pytest.mark.launch
+
+STEPS = 10
+WORKER = Path(__file__).with_name("layouts_worker.py")
+# Small parameters are not sharded by default, which would hide what sharding breaks.
+SHARD_ALL = {"stage3_param_persistence_threshold": 0}
+
+
+def deepspeed_json(stage: int, bf16: bool = False) -> dict[str, Any]:
+    return {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage, **(SHARD_ALL if stage == 3 else {})}}
+
+
+def launch(jobs: list[dict[str, Any]], processes: int, folder: Path) -> str:
+    """Run the worker and return what it printed; fails the test with its output if it fails."""
+    description = folder / f"jobs-{processes}-{len(jobs)}.json"
+    description.write_text(json.dumps(jobs))
+    command = deepspeed_command(processes) if processes > 1 else [sys.executable]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(WORKER), str(description)], capture_output=True, text=True, env=environment, timeout=550
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """Training metrics of a run: step → figures that do not depend on the clock."""
+    records: dict[int, dict[str, float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            assert record["step"] not in records, "a step was recorded twice"
+            records[record["step"]] = {
+                name: value
+                for name, value in record.items()
+                if "second" not in name and "memory" not in name and name != "step"
+            }
+    return records
+
+
+class Runs:
+    """Everything that the tests below look at."""
+
+    def __init__(self, folder: Path, data: Path, dvae: Path, tokenizer: Path) -> None:
+        self.folder = folder
+        common = {
+            "data": str(data),
+            "steps": STEPS,
+            "seed": 3,
+            "save_every": 4,
+            "optim": {"lr": 1e-2, "warmup_steps": 3, "schedule": "cosine", "decay_steps": STEPS, "clip": 0.5},
+            "loader": {"workers": 0, "caption_dropout": 0.2},
+            "report": {"log_every": 1, "validate_every": 5, "preview_every": 0},
+        }
+        self.transformer = {**common, "model": to_dict(TINY_DALLE), "dvae": str(dvae), "tokenizer": str(tokenizer)}
+        self.dvae = {
+            **common,
+            "model": to_dict(TINY_DVAE),
+            "objective": {"temperature_steps": 20, "kl_warmup_steps": 4},
+        }
+        reference = [self.job("reference", 0), self.job("dvae-reference", 0, stage="dvae")]
+        layouts = [self.job(f"zero{stage}", stage) for stage in range(4)]
+        layouts += [self.job(f"zero{stage}-bf16", stage, bf16=True, steps=4) for stage in range(4)]
+        layouts += [self.job(f"dvae-zero{stage}", stage, stage="dvae") for stage in (1, 3)]
+        layouts += [self.job("accumulated", 2, micro_batch=2), self.job("checkpointed", 3, recompute=True)]
+        layouts += [self.job("resumed", 3, steps=6), self.job("dvae-resumed", 1, stage="dvae", steps=6)]
+        resumed = [self.job("resumed", 3), self.job("dvae-resumed", 1, stage="dvae")]
+        launch(reference, 1, folder)
+        self.output = launch(layouts, 2, folder)
+        self.resumed_output = launch(resumed, 2, folder)
+
+    def job(
+        self,
+        name: str,
+        zero: int,
+        *,
+        stage: str = "transformer",
+        bf16: bool = False,
+        steps: int = STEPS,
+        micro_batch: int | None = None,
+        recompute: bool = False,
+    ) -> dict[str, Any]:
+        base = self.transformer if stage == "transformer" else self.dvae
+        train = {"batch_size": 8, "micro_batch": micro_batch, "activation_checkpointing": recompute, "average_decay": 0.9}
+        run = {**base, "run_dir": str(self.folder / name), "steps": steps, "train": train}
+        return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, bf16)}
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path, tokenizer_file: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), data, dvae_export, tokenizer_file)
+
+
+LAYOUTS = ["zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed", "dvae-zero1", "dvae-zero3"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_does_not_change_losses_norms_or_weights(runs: Runs, name: str) -> None:
+    reference = "dvae-reference" if name.startswith("dvae") else "reference"
+    expected, found = metrics(runs[reference]), metrics(runs[name])
+    assert sorted(found) == list(range(1, STEPS + 1))
+    # How many codes a micro-batch uses does depend on its size.
+    compared = {"loss", "text_loss", "image_loss", "nll", "kl", "lr"}
+    for step, figures in expected.items():
+        for figure in compared & figures.keys():
+            assert found[step][figure] == pytest.approx(figures[figure], rel=1e-5, abs=1e-5), (step, figure)
+    ours = load_file(runs[name] / "export" / "model.safetensors")
+    for weight, value in load_file(runs[reference] / "export" / "model.safetensors").items():
+        assert (ours[weight] - value).abs().max() < 2e-4, weight
+
+
+def test_the_losses_fall(runs: Runs) -> None:
+    """Equal losses prove nothing if nothing is learned."""
+    for name in ("reference", "dvae-reference"):
+        losses = [figures["loss"] for figures in metrics(runs[name]).values()]
+        assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "accumulated", "checkpointed"])
+def test_reported_gradient_norms_agree_and_are_those_before_clipping(runs: Runs, name: str) -> None:
+    expected = [figures["grad_norm"] for figures in metrics(runs["zero2"]).values()]
+    found = [figures["grad_norm"] for figures in metrics(runs[name]).values()]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert max(found) > 0.5, "this test needs steps that are clipped"
+
+
+@pytest.mark.parametrize(("name", "straight"), [("resumed", "zero3"), ("dvae-resumed", "dvae-zero1")])
+def test_a_resumed_run_continues_bit_for_bit(runs: Runs, name: str, straight: str) -> None:
+    expected, found = metrics(runs[straight]), metrics(runs[name])
+    assert found == expected
+    ours = load_file(runs[name] / "export" / "model.safetensors")
+    for weight, value in load_file(runs[straight] / "export" / "model.safetensors").items():
+        assert bool((ours[weight] == value).all()), weight
+    assert "resumed from" in runs.resumed_output
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_follows_fp32(runs: Runs, stage: int) -> None:
+    expected, found = metrics(runs["reference"]), metrics(runs[f"zero{stage}-bf16"])
+    for step in range(1, 5):
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0.02)
+        assert found[step]["loss"] != expected[step]["loss"], "bf16 was not used"
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3-bf16", "accumulated"])
+def test_every_run_exports_pictures_and_a_model_that_draws(runs: Runs, name: str) -> None:
+    pipeline = TextToImage.from_pretrained(runs[name])
+    (pictures,) = pipeline.generate("a red circle", num=2, seed=1)
+    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    assert list((runs[name] / "samples").glob("step-*.png"))
+
+
+def test_validation_uses_the_averaged_weights_and_reports_them(runs: Runs) -> None:
+    """Validation figures of the reference, recomputed from the exported, averaged weights."""
+    import torch
+
+    from dalle_ds.config import TransformerRun, from_dict
+    from dalle_ds.data import evaluation_batches
+    from dalle_ds.models import Dalle
+    from dalle_ds.tasks.transformer import TransformerTask
+
+    saved = yaml.safe_load((runs["reference"] / "config.yaml").read_text())
+    task = TransformerTask(from_dict(TransformerRun, saved["run"], "test"))
+    model = Dalle.from_pretrained(runs["reference"])
+    losses = []
+    with torch.no_grad():
+        for batch in evaluation_batches(task.samples("validation"), 8, rank=0, world_size=1, limit=8):
+            batch = task.prepare(batch)
+            losses.append(model(batch["text"], batch["codes"]).image_loss)
+    lines = [json.loads(line) for line in (runs["reference"] / "metrics.jsonl").read_text().splitlines()]
+    reported = [line["validation/image_loss"] for line in lines if "validation/image_loss" in line]
+    assert len(reported) == 2
+    assert reported[-1] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    averaged = [json.loads(line) for line in (runs["zero3"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation/image_loss"] for line in averaged if "validation/image_loss" in line] == pytest.approx(
+        reported, abs=1e-4
+    )
+
+
+def test_a_finished_run_says_so_and_does_nothing(runs: Runs) -> None:
+    before = (runs["reference"] / "metrics.jsonl").read_bytes()
+    output = launch([runs.job("reference", 0)], 1, runs.folder)
+    assert "is done: 10 of 10 updates" in output
+    assert (runs["reference"] / "metrics.jsonl").read_bytes() == before
