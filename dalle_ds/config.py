@@ -166,13 +166,9 @@ class DvaeObjective:
     """τ from `temperature_steps` on."""
     temperature_steps: int = 150_000
     """Updates over which τ falls on a half cosine."""
-    marginal_entropy_weight: float = 0.0
-    """Weight, in nats, of a reward for the entropy of the batch's mean code distribution. The paper has none (0); small
-    models on small corpora need it to keep their codebook in use (docs/dvae.md)."""
-
     def __post_init__(self) -> None:
         _positive("objective", self, "temperature_start", "temperature_end")
-        for name in ("kl_weight", "kl_warmup_steps", "temperature_steps", "marginal_entropy_weight"):
+        for name in ("kl_weight", "kl_warmup_steps", "temperature_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"objective.{name} must not be negative, found {getattr(self, name)}")
 

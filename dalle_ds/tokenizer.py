@@ -19,7 +19,6 @@ import hashlib
 import heapq
 import io
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.files import write_bytes
 
 PADDING = -1
 """Marks a text position without a token; the transformer has a learned embedding for each (DALL·E §2.2)."""
@@ -123,6 +123,10 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer {path} cannot be read ({error.strerror}): {_REMEDY}") from error
         except CheckpointError as error:
             raise CheckpointError(f"tokenizer {path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the model file; DataError where that fails."""
+        _write(Path(path), self._model)
 
     @staticmethod
     def train(captions: Iterable[str], path: str | Path, vocab_size: int = 16_384) -> TokenizerReport:
@@ -366,15 +370,9 @@ def _train_model(rows: Iterator[str], vocab_size: int) -> bytes:
 
 
 def _write(path: Path, model: bytes) -> None:
-    """Write beside `path` and rename, so that no half-written file is ever found there."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(model)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_bytes(path, model)
     except OSError as error:
         raise DataError(
             f"tokenizer {path} cannot be written ({error.strerror}): name a file in a folder that you may write to"

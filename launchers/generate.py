@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +12,7 @@ import tyro
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.errors import ConfigError
+from dalle_ds.files import write_bytes
 from dalle_ds.sampling import TextToImage, picture_grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +49,7 @@ class Options:
 
 
 def main() -> None:
-    """Draw, then write the file beside and rename it, so that one that is there is replaced by a whole one only."""
+    """Parse, draw, write."""
     options = parse_options(Options)
     out = Path(options.out)
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
@@ -64,9 +65,10 @@ def main() -> None:
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    picture_grid(list(zip(options.prompt, pictures, strict=True))).save(beside, format="PNG")
-    beside.replace(out)
+    buffer = io.BytesIO()
+    picture_grid(list(zip(options.prompt, pictures, strict=True))).save(buffer, format="PNG")
+    write_bytes(out, buffer.getvalue())
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -220,12 +220,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     target = tmp_path / "t.model"
     target.write_bytes(b"old")
 
-    def interrupted(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:100])
+    def interrupted(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    monkeypatch.setattr("dalle_ds.files.os.fsync", interrupted)
     with pytest.raises(DataError, match=r"t\.model cannot be written \(No space left on device\)"):
         Tokenizer.train(CAPTIONS[:10], target)
     assert [file.name for file in tmp_path.iterdir()] == ["t.model"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class PairDataset:
     """One split of a prepared folder: pictures with their captions by row.
 
-    Each process maps the files into memory for itself, so that instances can be sent to loader workers.
+    The rows stay in files that are mapped into memory: instances are small, also when sent to loader workers.
     """
 
     def __init__(self, data_dir: Path, split: str, info: dict[str, Any]) -> None:
@@ -78,9 +78,6 @@ class PairDataset:
     def group(self, row: int) -> str:
         """The group of a row: rows of one group are all in one split, variants held out aside."""
         return self._value(row, "group")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
 
     def _value(self, row: int, column: str) -> Any:
         if not 0 <= row < self._rows:

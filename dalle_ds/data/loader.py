@@ -7,8 +7,10 @@ Position p of the endless sequence of shuffled epochs (`order.rows_of`) is sampl
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -212,5 +214,15 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_the_parent_says_so, daemon=True).start()
+
+
+def _exit_when_the_parent_says_so() -> None:
+    # A parent that ends while its loader is in use sends SIGTERM and waits; anybody else's warning is not for workers.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

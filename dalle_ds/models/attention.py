@@ -55,9 +55,8 @@ def _allowed_offsets(kind: str, grid: int, kernel: int) -> Tensor:
     if kind == "column":
         return offsets % grid == 0
     if kind == "conv":
-        reach = torch.arange(-(kernel // 2), kernel // 2 + 1)
-        reached = (reach[reach >= 0, None] * grid + reach).flatten()
-        return torch.isin(offsets, reached)
+        rows = torch.arange(kernel // 2 + 1)
+        return ((offsets[:, None] - rows * grid).abs() <= kernel // 2).any(dim=1)
     return torch.ones_like(offsets, dtype=torch.bool)
 
 

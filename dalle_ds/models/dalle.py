@@ -26,7 +26,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
 from dalle_ds.models.cache import KVCache, LayerCache
-from dalle_ds.models.layers import Embedding, LayerNorm, Linear
+from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
 
 PADDING = -1
@@ -128,7 +128,7 @@ class Dalle(nn.Module):
     1 / sqrt(number of residual blocks), as in GPT-2; padding left out of the text loss.
 
     The residual stream is fp32 whatever the dtype of the weights (DALL·E §2.4 keeps its identity path so); each block
-    computes in the weights' dtype. Logits are multiplied out in the weights' dtype, and are fp32 from there on.
+    computes in the weights' dtype. Logits are fp32.
 
     The losses are means over the tokens of one forward pass. The image loss has the same number in every pass; the mean
     of text losses over processes or micro-batches weighs each equally, however many tokens it has (`text_tokens`).
@@ -154,8 +154,8 @@ class Dalle(nn.Module):
             self.blocks.append(AttentionBlock(patterns[kind], config.width, config.heads, residual_scale))
             self.blocks.append(MlpBlock(config.width, residual_scale))
         self.norm = LayerNorm(config.width)
-        self.text_head = Linear(config.width, config.text_vocab)
-        self.image_head = Linear(config.width, config.image_vocab)
+        self.text_head = Unembedding(config.width, config.text_vocab)
+        self.image_head = Unembedding(config.width, config.image_vocab)
 
     def forward(self, text: Tensor, codes: Tensor) -> DalleOutput:
         """Loss and logits of captioned pictures.
@@ -174,8 +174,8 @@ class Dalle(nn.Module):
             raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
         inputs = torch.cat([self.embedding.prefix(text), self.embedding.codes(codes[:, :-1], 0)], dim=1)
         hidden = self.norm(self._residual_blocks(inputs))
-        text_logits = self._logits(self.text_head, hidden[:, : self.config.text_len])
-        image_logits = self._logits(self.image_head, hidden[:, self.config.text_len :])
+        text_logits = self.text_head(hidden[:, : self.config.text_len])
+        image_logits = self.image_head(hidden[:, self.config.text_len :])
 
         text_tokens = (text != PADDING).sum()
         text_sum = F.cross_entropy(text_logits.flatten(0, 1), text.flatten(), ignore_index=PADDING, reduction="sum")
@@ -202,7 +202,7 @@ class Dalle(nn.Module):
         """
         self._check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
         hidden = self._residual_blocks(self.embedding.prefix(text), cache)
-        return self._logits(self.image_head, self.norm(hidden[:, -1]))
+        return self.image_head(self.norm(hidden[:, -1]))
 
     def decode(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
         """Add code `step` of every picture to the cache, one position of it.
@@ -219,7 +219,7 @@ class Dalle(nn.Module):
         self._check(codes[:, None], "codes", 1, 0, self.config.image_vocab)
         inputs = self.embedding.codes(codes[:, None], step)
         hidden = self._residual_blocks(inputs, cache, first=self.config.text_len + 1 + step)
-        return self._logits(self.image_head, self.norm(hidden[:, 0]))
+        return self.image_head(self.norm(hidden[:, 0]))
 
     # --- export
 
@@ -252,10 +252,6 @@ class Dalle(nn.Module):
             else:
                 x = block(x)
         return x
-
-    @staticmethod
-    def _logits(head: Linear, hidden: Tensor) -> Tensor:
-        return head(hidden.to(head.weight.dtype)).float()
 
     @staticmethod
     def _check(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:

@@ -134,8 +134,6 @@ class DvaeOutput(NamedTuple):
     """() mean negative log-likelihood per pixel value, nats."""
     kl: Tensor
     """() mean KL divergence from the uniform prior per code, nats."""
-    marginal_entropy: Tensor
-    """() entropy of the batch's mean code distribution, nats; ln vocab_size at best."""
     logits: Tensor
     """(B, vocab_size, h, w) fp32."""
 
@@ -172,11 +170,8 @@ class DiscreteVAE(nn.Module):
         relaxed = torch.softmax((logits + gumbel) / temperature, dim=1)
         mu, log_b = self.likelihood_parameters(relaxed)
         log_posterior = torch.log_softmax(logits, dim=1)
-        posterior = log_posterior.exp()
-        kl = math.log(self.config.vocab_size) + (posterior * log_posterior).sum(1).mean()
-        marginal = posterior.mean(dim=(0, 2, 3))
-        marginal_entropy = -(marginal * torch.log(marginal + 1e-12)).sum()
-        return DvaeOutput(logit_laplace_nll(mapped, mu, log_b).mean(), kl, marginal_entropy, logits)
+        kl = math.log(self.config.vocab_size) + (log_posterior.exp() * log_posterior).sum(1).mean()
+        return DvaeOutput(logit_laplace_nll(mapped, mu, log_b).mean(), kl, logits)
 
     def likelihood_parameters(self, code_weights: Tensor) -> tuple[Tensor, Tensor]:
         """(B, vocab_size, h, w) code weights → μ and ln b of the logit-Laplace, each (B, 3, H, W) fp32."""

@@ -23,6 +23,14 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class Unembedding(Linear):
+    """Logits of a vocabulary, multiplied out in fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, inputs) → (…, outputs) fp32."""
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
 class Embedding(nn.Embedding):
     """An embedding table with weights from a normal distribution of standard deviation 0.02, as in GPT-2."""
 
@@ -32,8 +40,8 @@ class Embedding(nn.Embedding):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization in fp32, whatever the dtype of its gain and bias."""
+    """Layer normalization of the fp32 residual stream, whatever the dtype of its gain and bias."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize the last axis of `input`; returns fp32."""
-        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        """Normalize the last axis of `input`, fp32 → fp32."""
+        return F.layer_norm(input, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)

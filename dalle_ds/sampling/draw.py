@@ -51,9 +51,8 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """(B, V) logits with all at −∞ but the fewest greatest of each row whose probabilities sum to `top_p` or more."""
     descending, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = descending.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
+    before = probabilities.cumsum(dim=-1) - probabilities  # 0 for the greatest, which therefore stays
     dropped = before >= top_p
-    dropped[:, 0] = False
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
 
 

@@ -94,8 +94,6 @@ def _write(
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
     """Lines of at most `width` pixels, broken between words, and inside words that are wider than that."""
-    # Lone surrogates, which no font can draw, become question marks.
-    text = text.encode("utf-8", "replace").decode("utf-8")
     lines: list[str] = []
     line = ""
     for word in text.split():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.files import replace_folder
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import export_folder
 from dalle_ds.sampling.codes import ROWS, Progress, sample_codes
 from dalle_ds.sampling.draw import Sampling
+from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tokenizer import Tokenizer
+
+TOKENIZER_NAME = "tokenizer.model"
+DVAE_NAME = "dvae"
+PARTS_NAME = "parts.json"
+"""Fingerprints of the tokenizer and the dVAE that the transformer was trained with."""
 
 
 class Reranker(Protocol):
@@ -78,16 +88,50 @@ class TextToImage:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={device} was asked for, but PyTorch finds no GPU here: use device=cpu")
         folder = export_folder(path)
-        for part in ("tokenizer.model", "dvae"):
+        for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(
                     f"{folder} has no {part}: it is a transformer alone, and drawing pictures needs all that a "
                     "transformer run exports"
                 )
         model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
-        return cls(
-            model, DiscreteVAE.from_pretrained(folder / "dvae").eval(), Tokenizer.load(folder / "tokenizer.model")
+        pipeline = cls(
+            model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME)
         )
+        pipeline._check_parts(folder)
+        return pipeline
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write what `from_pretrained` reads into folder `path`, whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        path = Path(path)
+        beside = path.parent / f".{path.name}.partial-{os.getpid()}"
+        try:
+            self.model.save_pretrained(beside)
+            self.dvae.save_pretrained(beside / DVAE_NAME)
+            self.tokenizer.save(beside / TOKENIZER_NAME)
+            parts = {"tokenizer": self.tokenizer.fingerprint, "dvae": self.dvae.fingerprint}
+            (beside / PARTS_NAME).write_text(json.dumps(parts, indent=2) + "\n")
+            replace_folder(beside, path)
+        except OSError as error:
+            raise CheckpointError(f"could not write the model to {path}: {error}; free some space") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _check_parts(self, folder: Path) -> None:
+        """Refuse a tokenizer or dVAE that the transformer was not trained with: it would draw noise without a word."""
+        if not (folder / PARTS_NAME).is_file():
+            return
+        parts = json.loads((folder / PARTS_NAME).read_text())
+        for name, found in (("tokenizer", self.tokenizer.fingerprint), ("dvae", self.dvae.fingerprint)):
+            if parts.get(name) != found:
+                raise CheckpointError(
+                    f"the {name} in {folder} is not the one that the transformer was trained with (fingerprint "
+                    f"{found[:12]}, trained with {str(parts.get(name))[:12]}): put the right one there, or export again"
+                )
 
     def generate(
         self,
@@ -163,13 +207,7 @@ class TextToImage:
         between two of the 256 levels would depend on the batch.
         """
         side = self.model.config.grid
-        return [_to_picture(self.dvae.decode(one.view(1, side, side).to(self.device))[0]) for one in codes]
-
-
-def _to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] → 8-bit RGB."""
-    levels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+        return [to_pictures(self.dvae.decode(one.view(1, side, side).to(self.device)))[0] for one in codes]
 
 
 def _reranked(prompt: str, images: list[Image.Image], rerank: Reranker) -> list[Image.Image]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
-from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import PADDING, Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import TextToImage
@@ -153,7 +152,7 @@ class TransformerTask(Task[TransformerRun]):
         }
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
-        pipeline = TextToImage(cast(Dalle, model), self.dvae.to(batch["text"].device), self.tokenizer)
+        pipeline = TextToImage(cast(Dalle, model), self.dvae, self.tokenizer)
         text, codes = batch["text"][:PREVIEW_ROWS], batch["codes"][:PREVIEW_ROWS]
         grid = self.run.model.grid
         captions = [self.tokenizer.decode(row.tolist()) for row in text]
@@ -164,12 +163,7 @@ class TransformerTask(Task[TransformerRun]):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """A folder that `TextToImage.from_pretrained` reads: the transformer, its tokenizer and its dVAE."""
-        cast(Dalle, model).save_pretrained(folder)
-        try:
-            shutil.copyfile(self.run.tokenizer, folder / "tokenizer.model")
-        except OSError as error:
-            raise CheckpointError(f"could not write {folder / 'tokenizer.model'}: {error}") from error
-        self.dvae.cpu().save_pretrained(folder / "dvae")
+        TextToImage(cast(Dalle, model), self.dvae, self.tokenizer).save_pretrained(folder)
 
     def flops_per_sample(self) -> float:
         config = self.run.model

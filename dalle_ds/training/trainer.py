@@ -17,7 +17,6 @@ import dalle_ds
 from dalle_ds.config import Run
 from dalle_ds.data import BatchLoader, evaluation_batches
 from dalle_ds.errors import CheckpointError, TrainingError
-from dalle_ds.files import replace_folder
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics, Task
@@ -353,11 +352,8 @@ class _Loop:
     def _export(self) -> None:
         model = self._plain_model()
         if model is not None:
-            export = self.trainer.directory.export
-            partial = export.with_name("partial-export")
-            self.task.export(model, partial)
-            replace_folder(partial, export)
-            self.tracker.say(f"exported to {export}")
+            self.task.export(model, self.trainer.directory.export)
+            self.tracker.say(f"exported to {self.trainer.directory.export}")
         self.mesh.barrier()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -167,6 +169,17 @@ def test_workers_live_on_and_survive_the_signals_of_a_job() -> None:
     del batches
     assert time.perf_counter() - start < 5
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)  # noqa: PTH110
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_that_fails_with_its_loader_in_use_ends(workers: int) -> None:
+    script = (
+        "from tests.data.test_loader import Rows, loader\n"
+        f"batches = iter(loader(Rows(100), workers={workers}))\n"
+        "next(batches)\n"
+        "raise SystemExit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 3
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -15,8 +17,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.data import arrow
+from dalle_ds.data import arrow, corpora
 from dalle_ds.data import prepare as prepare_module
+from dalle_ds.data.corpora import RawPair
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, prepare
@@ -79,6 +82,20 @@ def test_shards_and_batches_are_all_read_back(monkeypatch, folder_corpus: Path, 
     assert dataset.fingerprint == PairDataset.open(prepared, "train").fingerprint
 
 
+def test_fingerprint_depends_on_every_letter_and_pixel(folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    def fingerprint(name: str, content: bytes) -> str:
+        shutil.copytree(folder_corpus, tmp_path / name)
+        (tmp_path / name / name).write_bytes(content)
+        return prepare(options_for(tmp_path / name, validation=0.2), str(tmp_path / f"{name}.data")).fingerprint
+
+    caption = (folder_corpus / "07.txt").read_bytes()
+    fingerprints = {
+        fingerprint("07.txt", caption.replace(b"7", b"8")),
+        fingerprint("08.png", picture_bytes(99, (48, 40))),
+    }
+    assert len(fingerprints | {PairDataset.open(prepared, "train").fingerprint}) == 3
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.5])
 def test_share_of_validation(fraction: float) -> None:
     share = np.mean([unit_hash(3, f"group {number}") < fraction for number in range(20_000)])
@@ -111,7 +128,8 @@ def test_validation_gets_a_whole_group_even_of_a_few_pictures(tmp_path: Path, se
     prepare(options_for(corpus, validation=1e-6, seed=seed), str(out))
     splits = contents(out)
     assert (len(splits["train"]), len(splits["validation"])) == (9, 3)
-    assert len({row["group"] for row in splits["validation"]}) == 1
+    groups = {row["group"] for rows in splits.values() for row in rows}
+    assert {row["group"] for row in splits["validation"]} == {min(groups, key=lambda group: unit_hash(seed, group))}
 
 
 def test_no_validation_when_none_is_asked_for_or_possible(tmp_path: Path) -> None:
@@ -167,6 +185,23 @@ def test_held_out_combinations_are_new_but_their_parts_are_not(emoji_splits: dic
         assert any(t == tone and b != base for b, t in seen)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_variants_when_no_group_falls_into_validation(seed: int, monkeypatch, tmp_path: Path) -> None:
+    def few_emoji() -> Iterator[RawPair]:
+        for number, (group, variant) in enumerate(itertools.product("abcde", "1234")):
+            yield RawPair(picture_bytes(number), [f"{group} with {variant}"], f"{group}{variant}", group, variant)
+
+    monkeypatch.setattr(corpora, "read_twemoji", few_emoji)
+    report = prepare(
+        PrepareOptions(corpus="twemoji", validation=1e-9, compositional=0.5, seed=seed), str(tmp_path / "d")
+    )
+    splits = {split: {row["name"] for row in rows} for split, rows in contents(tmp_path / "d").items()}
+    assert len({name[0] for name in splits["validation"]}) == 1 and len(splits["validation"]) == 4
+    assert report.kept == {"train": 8, "validation": 4, "compositional": 8}
+    assert {name[0] for name in splits["compositional"]} <= {name[0] for name in splits["train"]}
+    assert {name[1] for name in splits["compositional"]} <= {name[1] for name in splits["train"]}
+
+
 def test_holdout_takes_nothing_whose_parts_would_be_gone() -> None:
     assert compositional_holdout([("a", "1"), ("b", "2")], 0.9, 0) == set()
     grid = [(group, variant) for group in "abcd" for variant in "1234"]
@@ -214,6 +249,7 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
     add("twice_a.png", picture_bytes(12), "the same pair")
     add("twice_b.png", picture_bytes(12), "the  same pair\nonly here")
     add("twice_c.png", picture_bytes(12), "the same pair")
+    add("same_words.png", picture_bytes(14), "the same pair")
     (corpus / "alone.png").write_bytes(picture_bytes(13))
 
     options = options_for(corpus, validation=0.0, shrink=512)
@@ -228,11 +264,11 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
     }
     assert report.captions_cut == 1
     assert report.captions_dropped == {"boilerplate caption": 1, "duplicate": 1}
-    assert report.read == 19
+    assert report.read == 20
 
     dataset = PairDataset.open(out, "train")
     rows = {dataset.name(row): row for row in range(len(dataset))}
-    assert len(rows) == 11
+    assert len(rows) == 12
     pictures = {name: dataset.picture(row) for name, row in rows.items()}
     captions = {name: dataset.captions(row) for name, row in rows.items()}
     assert np.abs(pictures["cmyk.jpg"][10, 10].astype(int) - (255, 0, 0)).max() < 8

@@ -92,3 +92,21 @@ def test_attending_one_query_at_a_time_is_attending_at_once(kind: str) -> None:
         end = position + 1
         one = pattern(queries[:, :, position:end], keys[:, :, :end], values[:, :, :end], position)
         torch.testing.assert_close(one, expected[:, :, position:end])
+
+
+def test_one_query_does_not_depend_on_the_batch() -> None:
+    """To the last bit, with threads: torch's own kernel fails this, and drawn pictures depend on it."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 16, 8, 700, 32, generator=generator).unbind(0)
+    queries = torch.randn(16, 8, 1, 32, generator=generator)
+    pattern = AttentionPattern("full", 444, 16, 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = pattern(queries, keys, values, 699)
+        for row in (0, 1, 7, 15):
+            alone = pattern(queries[row : row + 1], keys[row : row + 1], values[row : row + 1], 699)
+            assert torch.equal(alone[0], together[row])
+        assert torch.equal(pattern(queries.flip(0), keys.flip(0), values.flip(0), 699).flip(0), together)
+    finally:
+        torch.set_num_threads(threads)

@@ -61,6 +61,14 @@ def test_a_row_grows_with_its_label() -> None:
     long = picture_grid([("word " * 200, picture)], cell=32)
     assert long.width == short.width
     assert long.height > 10 * short.height
+    both = np.asarray(picture_grid([("word " * 200, picture), ("word", picture)], cell=32))
+    rows = np.flatnonzero((both == (255, 0, 0)).all(-1).any(-1))
+    middle, last = (
+        (long.height - 12) // 2,
+        long.height,
+    )  # the first picture is centred, the second starts below the label
+    assert [rows[0], rows[31]] == [middle + 6 - 16, middle + 6 + 15]
+    assert [rows[32], rows[63], len(rows)] == [last, last + 31, 64]
 
 
 def test_wrapped_lines_fit_and_lose_nothing() -> None:

@@ -133,12 +133,13 @@ def test_parts_that_do_not_belong_together_are_refused(tokenizer: Tokenizer) -> 
         TextToImage(model, small_dvae(vocab_size=64), tokenizer)
     with pytest.raises(CheckpointError, match=r"code grid of side 8, .* 4"):
         TextToImage(model, small_dvae(image_size=32), tokenizer)
-    other = small_transformer(tokenizer).config
-    wider = Dalle(DalleConfig(32, 1, 2, text_len=12, grid=4, text_vocab=other.text_vocab + 1, image_vocab=32))
-    with pytest.raises(
-        CheckpointError, match=f"tokenizer has a vocabulary of {other.text_vocab}, .* {other.text_vocab + 1}"
-    ):
-        TextToImage(wider, small_dvae(), tokenizer)
+    shape = {"width": 32, "depth": 1, "heads": 2, "text_len": 12, "grid": 4, "image_vocab": 32}
+    count = tokenizer.vocab_size
+    TextToImage(
+        Dalle(DalleConfig(**shape, text_vocab=count + 1)), small_dvae(), tokenizer
+    )  # room to spare does no harm
+    with pytest.raises(CheckpointError, match=f"tokenizer has a vocabulary of {count}, .* {count - 1}"):
+        TextToImage(Dalle(DalleConfig(**shape, text_vocab=count - 1)), small_dvae(), tokenizer)
 
 
 def test_missing_parts_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:

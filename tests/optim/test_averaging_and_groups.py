@@ -1,0 +1,69 @@
+"""Iterate averaging against torch's own, and which parameters are decayed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.optim import WeightAverage, decay_groups
+from tests.conftest import TINY_DALLE, TINY_DVAE
+
+
+def test_from_some_thousand_updates_on_the_average_is_torchs() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    average = WeightAverage(list(model.parameters()), decay=0.9)
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference.update_parameters(model)  # torch's first update copies
+    for step in range(1000, 1020):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(step)
+        reference.update_parameters(model)
+    for ours, theirs in zip(average.averages, reference.module.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_first_random_weights_are_forgotten_early() -> None:
+    shard = torch.full((4,), 100.0)
+    average = WeightAverage([shard], decay=0.999)
+    shard.zero_()
+    for step in range(30):
+        average.update(step)
+    assert average.averages[0].max() < 1.0  # with a constant 0.999 it would still be 97
+
+
+def test_swapping_twice_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    shards = [torch.randn(7), torch.randn(3)]
+    average = WeightAverage(shards, decay=0.5)
+    for shard in shards:
+        shard.mul_(1.1)
+    weights, averages = [s.clone() for s in shards], [a.clone() for a in average.averages]
+    average.swap()
+    assert all(torch.equal(s, a) for s, a in zip(shards, averages, strict=True))
+    average.swap()
+    assert all(torch.equal(s, w) for s, w in zip(shards, weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(average.averages, averages, strict=True))
+
+
+def names(model: nn.Module, group: dict) -> set[str]:
+    wanted = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def test_weight_matrices_decay_and_gains_biases_and_embeddings_do_not() -> None:
+    model = Dalle(TINY_DALLE)
+    decayed, plain = decay_groups(model, 0.045)
+    assert decayed["weight_decay"] == 0.045 and plain["weight_decay"] == 0.0
+    decayed_names, plain_names = names(model, decayed), names(model, plain)
+    assert decayed_names | plain_names == {name for name, _ in model.named_parameters()}
+    assert not decayed_names & plain_names
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed_names)
+    assert all("norm" in name or name.endswith(".bias") or name.startswith("embedding.") for name in plain_names)
+    decayed, plain = decay_groups(DiscreteVAE(TINY_DVAE), 1e-4)
+    assert {parameter.ndim for parameter in decayed["params"]} == {4}
+    assert {parameter.ndim for parameter in plain["params"]} == {1}

@@ -1,0 +1,160 @@
+"""Configuration: presets have the paper's shapes, overrides arrive, mistakes are told."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import dalle_ds.config
+from dalle_ds.config import (
+    DalleConfig,
+    DiscreteVAEConfig,
+    DvaeRun,
+    OptimConfig,
+    TransformerRun,
+    differences,
+    from_dict,
+    load_preset,
+    preset_names,
+    to_dict,
+)
+from dalle_ds.errors import ConfigError
+from dalle_ds.models import Dalle
+from dalle_ds.tokenizer import TokenizerConfig
+from dalle_ds.training.launch import parse_command
+
+PAPER = {"dalle-3b": (1920, 2.8e9), "dalle-6b": (2688, 5.6e9), "dalle-12b": (3968, 12.0e9)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_presets_have_the_papers_shapes(name: str) -> None:
+    run = load_preset(name, "transformer", TransformerRun)
+    width, parameters = PAPER[name]
+    model = run.model
+    assert (model.width, model.depth, model.width // model.heads) == (width, 64, 64)
+    assert (model.text_len, model.grid, model.text_vocab, model.image_vocab) == (256, 32, 16384, 8192)
+    assert model.total_len == 1280
+    with torch.device("meta"):
+        blocks = sum(parameter.numel() for parameter in Dalle(model).blocks.parameters())
+    assert blocks == pytest.approx(parameters, rel=0.02)
+    optim = run.optim
+    assert (optim.lr, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip, optim.warmup_steps) == (
+        4.5e-4, 0.9, 0.96, 1e-8, 4.5e-2, 4.0, 5_000,
+    )  # fmt: skip
+    assert (run.train.batch_size, run.steps, optim.schedule, optim.plateau_halvings) == (1024, 430_000, "plateau", 5)
+    dvae = load_preset(name, "dvae", DvaeRun)
+    assert dvae.model == DiscreteVAEConfig()
+    assert (dvae.model.grid, dvae.train.batch_size, dvae.steps, dvae.train.average_decay) == (32, 512, 3_000_000, 0.999)
+    assert (dvae.optim.beta1, dvae.optim.beta2, dvae.optim.eps, dvae.optim.weight_decay) == (0.9, 0.999, 1e-8, 1e-4)
+    assert load_preset(name, "tokenizer", TokenizerConfig).vocab_size == 16384
+
+
+def test_every_preset_is_whole_and_its_stages_fit() -> None:
+    assert set(preset_names()) == {
+        "toy", "emoji", "small", "medium", "dalle-1b", "dalle-3b", "dalle-6b", "dalle-12b",
+    }  # fmt: skip
+    for name in preset_names():
+        dvae, transformer = load_preset(name, "dvae", DvaeRun), load_preset(name, "transformer", TransformerRun)
+        assert (dvae.model.grid, dvae.model.vocab_size) == (transformer.model.grid, transformer.model.image_vocab)
+        assert load_preset(name, "tokenizer", TokenizerConfig).vocab_size <= transformer.model.text_vocab
+
+
+def test_every_field_has_a_docstring() -> None:
+    tree = ast.parse(Path(dalle_ds.config.__file__).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            body = node.body
+            for statement, following in zip(body, [*body[1:], None], strict=True):
+                if isinstance(statement, ast.AnnAssign):
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{node.name}.{ast.unparse(statement.target)} has no docstring"
+
+
+def test_plain_form_round_trip() -> None:
+    run = TransformerRun(model=DalleConfig(width=64, heads=2, depth=2, attention=("row", "conv")), steps=7)
+    assert from_dict(TransformerRun, to_dict(run), "test") == run
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"modle": {}}, "has no field 'modle'; did you mean model"),
+        ({"model": {"widht": 3}}, r"test\.model has no field 'widht'; did you mean width"),
+        ({"model": {"width": "wide"}}, r"test\.model\.width must be int, found 'wide'"),
+        ({"model": {"width": 3.5}}, r"test\.model\.width must be int, found 3.5"),
+        ({"optim": {"schedule": "linear"}}, r"schedule must be one of 'constant', 'cosine', 'plateau', found 'linear'"),
+        ({"steps": True}, "test.steps must be int, found True"),
+        ({"model": 3}, "must be a mapping"),
+    ],
+)
+def test_wrong_fields_and_types_are_named(values: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_dict(TransformerRun, values, "test")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DalleConfig(width=100, heads=3), "model.width=100 cannot be split over model.heads=3"),
+        (lambda: DalleConfig(kernel=4), "model.kernel must be odd"),
+        (lambda: DalleConfig(depth=2, attention=("row",)), "names 1 layers but model.depth is 2"),
+        (lambda: DiscreteVAEConfig(image_size=36), "model.image_size=36 is not a multiple of 8.*4 groups"),
+        (lambda: DiscreteVAEConfig(encoder_width=10), "model.encoder_width must be a multiple of 4"),
+        (lambda: OptimConfig(schedule="cosine"), "needs optim.decay_steps"),
+        (lambda: OptimConfig(schedule="cosine", decay_steps=10, warmup_steps=20), "must be greater than optim.warmup_steps"),
+        (lambda: OptimConfig(beta2=1.0), r"optim.beta2 must lie in \[0, 1\)"),
+        (lambda: DvaeRun(steps=0), "steps must be greater than 0"),
+    ],
+)
+def test_fields_that_do_not_go_together_say_what_to_set(make, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_differences_are_dotted_names_with_both_values() -> None:
+    old, new = DvaeRun(steps=3), DvaeRun(steps=4, optim=OptimConfig(lr=1.0))
+    assert differences(old, new) == {"steps": (3, 4), "optim.lr": (4.5e-4, 1.0)}
+    assert differences(old, old) == {}
+
+
+COMMAND = ["--deepspeed_config", "ds_configs/zero1_fp32.json", "--data", "d", "--run_dir", "r"]
+
+
+def test_the_command_line_changes_any_field_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    extra = ["--local_rank=1", "--preset", "toy", "--model.depth", "2", "--model.attention", "row", "conv"]
+    extra += ["--train.activation_checkpointing", "True", "--optim.clip", "None", "--steps", "9"]
+    command = parse_command(TransformerRun, "transformer", [*extra, *COMMAND])
+    preset = load_preset("toy", "transformer", TransformerRun)
+    assert differences(preset, command.run) == {
+        "data": ("", "d"),
+        "run_dir": ("", "r"),
+        "steps": (preset.steps, 9),
+        "model.depth": (preset.model.depth, 2),
+        "model.attention": (None, ["row", "conv"]),
+        "train.activation_checkpointing": (False, True),
+        "optim.clip": (4.0, None),
+    }
+    assert command.deepspeed["zero_optimization"] == {"stage": 1}
+    assert command.device == "auto"
+
+
+def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(ConfigError, match="unknown preset 'toi': known are.*did you mean toy"):
+        parse_command(DvaeRun, "dvae", ["--preset", "toi", *COMMAND])
+    with pytest.raises(ConfigError, match="--preset is missing"):
+        parse_command(DvaeRun, "dvae", COMMAND)
+    with pytest.raises(ConfigError, match="--deepspeed_config is missing"):
+        parse_command(DvaeRun, "dvae", ["--preset", "toy"])
+    with pytest.raises(ConfigError, match="--data is missing"):
+        parse_command(DvaeRun, "dvae", ["--preset", "toy", *COMMAND[:2]])
+    with pytest.raises(SystemExit):
+        parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.widht", "3", *COMMAND])
+    assert "Unrecognized options: --model.widht" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.image_size", "30", *COMMAND])
+    assert "model.image_size=30 is not a multiple of 4" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -1,0 +1,94 @@
+"""The DeepSpeed JSON against the run: what is filled in, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dalle_ds.config import OptimConfig, Run, TrainConfig
+from dalle_ds.errors import ConfigError
+from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
+from tests.conftest import ROOT
+
+
+def run(clip: float | None = 4.0, **train: Any) -> Run:
+    return Run(train=TrainConfig(**{"batch_size": 32, **train}), optim=OptimConfig(clip=clip))
+
+
+def test_what_the_json_leaves_open_comes_from_the_run() -> None:
+    config = resolve({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, run(micro_batch=4), world_size=2)
+    assert (config.micro_batch, config.accumulation, config.zero_stage, config.precision) == (4, 4, 2, "fp32")
+    complete = config.deepspeed
+    assert complete["train_batch_size"] == 32
+    assert complete["train_micro_batch_size_per_gpu"] == 4
+    assert complete["gradient_accumulation_steps"] == 4
+    assert complete["gradient_clipping"] == 4.0
+    assert resolve({}, run(clip=None), 1).deepspeed["gradient_clipping"] == 0.0
+
+
+def test_the_callers_json_is_not_changed() -> None:
+    given = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    before = json.dumps(given)
+    resolve(given, run(), 2)
+    assert json.dumps(given) == before
+
+
+def test_without_a_micro_batch_there_is_no_accumulation() -> None:
+    config = resolve({}, run(), world_size=4)
+    assert (config.micro_batch, config.accumulation) == (8, 1)
+
+
+def test_sums_of_bf16_gradients_are_kept_in_fp32() -> None:
+    config = resolve({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, run(), 1)
+    assert config.precision == "bf16"
+    assert config.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("json_config", "fields", "world_size", "words"),
+    [
+        ({"train_batch_size": 64}, {}, 2, '"train_batch_size": 64.*make it 32'),
+        ({"gradient_accumulation_steps": 3}, {"micro_batch": 8}, 2, '"gradient_accumulation_steps": 3.*make it 2'),
+        ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 8}, 1, "train.micro_batch=8.*: 4"),
+        ({}, {}, 3, "train.batch_size=32 cannot be divided among 3 processes"),
+        ({}, {"micro_batch": 16}, 4, "train.micro_batch=16 × 4 processes"),
+        ({"bf16": {"enabled": True}}, {"precision": "fp32"}, 1, "train.precision=fp32 but.*bf16"),
+        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, 1, "train.precision=bf16 but.*fp32"),
+        ({"zero_optimization": {"stage": 1}}, {"zero_stage": 3}, 1, "train.zero_stage=3 but.*says 1"),
+        ({"zero_optimization": {"stage": 4}}, {}, 1, "must be 0, 1, 2 or 3, found 4"),
+        ({"gradient_clipping": 1.0}, {}, 1, '"gradient_clipping": 1.0.*optim.clip is 4.0'),
+        ({"optimizer": {"type": "Adam"}}, {}, 1, '"optimizer".*optim section.*remove it'),
+        ({"scheduler": {}}, {}, 1, '"scheduler".*remove it'),
+        ({"fp16": {"enabled": True}}, {}, 1, "use \"bf16\""),
+        ({"bf16": True}, {}, 1, '"bf16" in the DeepSpeed JSON must be an object'),
+    ],
+)
+def test_contradictions_are_refused_with_both_sides_named(
+    json_config: dict[str, Any], fields: dict[str, Any], world_size: int, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve(json_config, run(**fields), world_size)
+
+
+def test_every_json_that_is_shipped_works_with_one_and_two_processes() -> None:
+    files = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert len(files) >= 8
+    for file in files:
+        stage, precision = file.stem.split("_")
+        for world_size in (1, 2):
+            config = resolve(load_deepspeed_json(file), run(), world_size)
+            assert (f"zero{config.zero_stage}", config.precision) == (stage, precision)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.json: there is no such file"):
+        load_deepspeed_json(tmp_path / "nowhere.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{,}")
+    with pytest.raises(ConfigError, match=r"broken\.json is not valid JSON"):
+        load_deepspeed_json(broken)
+    broken.write_text("[]")
+    with pytest.raises(ConfigError, match="must hold a JSON object, found list"):
+        load_deepspeed_json(broken)
