@@ -5,7 +5,9 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # The demo is made for two CPU cores; two processes of one thread each use them best.
 CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-DEEPSPEED := $(CPU) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/deepspeed --num_gpus 2
+DVAE_ARGS ?=
+TRANSFORMER_ARGS ?=
+DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --num_gpus 2
 
 .PHONY: demo test lint setup clean
 
@@ -21,15 +23,16 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 # The whole of DALL·E on the embedded corpus. Called again, it goes on where it was stopped, or says that it is done.
+# DVAE_ARGS and TRANSFORMER_ARGS change settings of the two runs: make demo TRANSFORMER_ARGS="--steps 1200"
 demo: $(READY)
 	$(RUN) launchers/prepare_data.py --corpus twemoji --out demo/data
 	$(RUN) launchers/train_tokenizer.py --data demo/data --out demo/tokenizer.model --preset toy
 	$(DEEPSPEED) launchers/train_dvae.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \
-		--data demo/data --run_dir demo/dvae
+		--data demo/data --run_dir demo/dvae $(DVAE_ARGS)
 	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_codes demo/dvae --views 16
-	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_fp32.json --preset toy \
-		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer
-	$(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
+	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_bf16.json --preset toy \
+		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer $(TRANSFORMER_ARGS)
+	$(CPU) $(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
 
 test: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pytest -q

@@ -13,13 +13,18 @@ from dalle_ds.errors import DalleError
 Options = TypeVar("Options")
 
 
-def parse_options(kind: type[Options], arguments: Sequence[str] | None = None, default: Options | None = None) -> Options:
+def parse_options(
+    kind: type[Options], arguments: Sequence[str] | None = None, default: Options | None = None
+) -> Options:
     """Command-line options as a `kind`; the docstring under each field is its help.
 
     Options are written as the field is and take a value: `--out DIR`, `--train.batch_size 64`, `--overwrite True`. A
     mistake prints what was found and ends the process with status 2.
     """
-    return tyro.cli(kind, args=arguments, default=default, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    markers = (tyro.conf.FlagConversionOff,)
+    if default is None:
+        return tyro.cli(kind, args=arguments, config=markers, use_underscores=True)
+    return tyro.cli(kind, args=arguments, default=default, config=markers, use_underscores=True)
 
 
 def run_launcher(main: Callable[[], None]) -> None:

@@ -131,7 +131,9 @@ class DalleConfig:
         if self.attention is not None:
             unknown = sorted(set(self.attention) - set(ATTENTION_KINDS))
             if unknown:
-                raise ConfigError(f"model.attention has unknown kinds {unknown}; known are {', '.join(ATTENTION_KINDS)}")
+                raise ConfigError(
+                    f"model.attention has unknown kinds {unknown}; known are {', '.join(ATTENTION_KINDS)}"
+                )
             if len(self.attention) != self.depth:
                 raise ConfigError(
                     f"model.attention names {len(self.attention)} layers but model.depth is {self.depth}: "
@@ -166,6 +168,7 @@ class DvaeObjective:
     """τ from `temperature_steps` on."""
     temperature_steps: int = 150_000
     """Updates over which τ falls on a half cosine."""
+
     def __post_init__(self) -> None:
         _positive("objective", self, "temperature_start", "temperature_end")
         for name in ("kl_weight", "kl_warmup_steps", "temperature_steps"):
@@ -215,7 +218,9 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} must not be negative, found {getattr(self, name)}")
         if self.schedule == "cosine":
             if self.decay_steps is None:
-                raise ConfigError("optim.schedule=cosine needs optim.decay_steps: set the update at which final_lr is reached")
+                raise ConfigError(
+                    "optim.schedule=cosine needs optim.decay_steps: set the update at which final_lr is reached"
+                )
             if self.decay_steps <= self.warmup_steps:
                 raise ConfigError(
                     f"optim.decay_steps={self.decay_steps} must be greater than optim.warmup_steps={self.warmup_steps}"
@@ -414,8 +419,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in choices:
             return None
         return _convert(next(choice for choice in choices if choice is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)  # type: ignore[type-var]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(choices[0], item, where) for item in value)
     if origin is Literal and value in choices:

@@ -1,4 +1,7 @@
-"""Train the discrete VAE: deepspeed launchers/train_dvae.py --deepspeed_config FILE --preset NAME --data DIR --run_dir DIR"""
+"""Train the discrete VAE.
+
+deepspeed launchers/train_dvae.py --deepspeed_config FILE --preset NAME --data DIR --run_dir DIR
+"""
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.config import DvaeRun

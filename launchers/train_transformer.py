@@ -1,4 +1,8 @@
-"""Train the text-image transformer, on cached or live image codes: deepspeed launchers/train_transformer.py --deepspeed_config FILE --preset NAME --data DIR --run_dir DIR …"""
+"""Train the text-image transformer, on cached or live image codes.
+
+deepspeed launchers/train_transformer.py --deepspeed_config FILE --preset NAME --data DIR --dvae DIR \\
+    --tokenizer FILE --run_dir DIR
+"""
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.config import TransformerRun

@@ -104,7 +104,10 @@ def test_wrong_fields_and_types_are_named(values: dict, words: str) -> None:
         (lambda: DiscreteVAEConfig(image_size=36), "model.image_size=36 is not a multiple of 8.*4 groups"),
         (lambda: DiscreteVAEConfig(encoder_width=10), "model.encoder_width must be a multiple of 4"),
         (lambda: OptimConfig(schedule="cosine"), "needs optim.decay_steps"),
-        (lambda: OptimConfig(schedule="cosine", decay_steps=10, warmup_steps=20), "must be greater than optim.warmup_steps"),
+        (
+            lambda: OptimConfig(schedule="cosine", decay_steps=10, warmup_steps=20),
+            "must be greater than optim.warmup_steps",
+        ),
         (lambda: OptimConfig(beta2=1.0), r"optim.beta2 must lie in \[0, 1\)"),
         (lambda: DvaeRun(steps=0), "steps must be greater than 0"),
     ],
@@ -144,7 +147,7 @@ def test_the_command_line_changes_any_field_of_the_preset(monkeypatch: pytest.Mo
 
 def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
-    with pytest.raises(ConfigError, match="unknown preset 'toi': known are.*did you mean toy"):
+    with pytest.raises(ConfigError, match=r"unknown preset 'toi': known are.*did you mean toy"):
         parse_command(DvaeRun, "dvae", ["--preset", "toi", *COMMAND])
     with pytest.raises(ConfigError, match="--preset is missing"):
         parse_command(DvaeRun, "dvae", COMMAND)

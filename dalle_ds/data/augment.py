@@ -83,7 +83,7 @@ def _random_crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
 
 
 def _weighted_rows(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
-    """Resize the first axis. A matrix product would be slower, and its rounding would depend on the number of threads."""
+    """Resize the first axis. A matrix product would be slower, and round differently with more threads."""
     rows, weights = _area_weights(pixels.shape[0], size)
     flat = np.ascontiguousarray(pixels, dtype=np.float32).reshape(pixels.shape[0], -1)
     result = flat[rows[:, 0]] * weights[:, :1]

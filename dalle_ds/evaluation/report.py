@@ -6,7 +6,6 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,7 +22,9 @@ from dalle_ds.sampling import TextToImage, picture_grid
 TITLES = ["picture", "dVAE", "samples"]
 
 
-def write_report(data: str, dvae_run: str, transformer_run: str, out: str, *, num: int = 4, seed: int = 0) -> dict[str, float]:
+def write_report(
+    data: str, dvae_run: str, transformer_run: str, out: str, *, num: int = 4, seed: int = 0
+) -> dict[str, float]:
     """Draw `OUT/pictures.png` and write `OUT/report.html`.
 
     Args:
@@ -163,8 +164,8 @@ table {{ border-collapse: collapse; }} td {{ border-top: 1px solid #ddd; padding
 .number {{ text-align: right; font-variant-numeric: tabular-nums; }} img, svg {{ max-width: 100%; height: auto; }}
 </style></head><body>
 <h1>DALL·E: report</h1>
-<p>Made by dalle_ds {version}. Each row of the sheet: a caption, its picture, the picture through the dVAE's codes, and samples that
-the transformer drew from the caption alone. Captions marked [validation] were never seen in training.</p>
+<p>Made by dalle_ds {version}. Each row of the sheet: a caption, its picture, the picture through the dVAE's codes, and
+samples that the transformer drew from the caption alone. Captions marked [validation] were never seen in training.</p>
 <p><img alt="captions, pictures, reconstructions and samples" src="data:image/png;base64,{picture}"></p>
 <h2>Figures</h2>
 <table>

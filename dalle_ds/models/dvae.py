@@ -192,7 +192,7 @@ class DiscreteVAE(nn.Module):
         """(B, h, w) int64 codes → (B, 3, H, W) pictures in [0, 1]: the medians, whatever ln b (DALL·E App. A.3)."""
         if codes.ndim != 3:
             raise DataError(f"codes must be (B, h, w), found shape {tuple(codes.shape)}")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.vocab_size):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.vocab_size):
             raise DataError(
                 f"codes must lie in [0, {self.config.vocab_size}), found {int(codes.min())} to {int(codes.max())}: "
                 "they were made by another dVAE"

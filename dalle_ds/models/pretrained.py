@@ -46,7 +46,9 @@ def save_model(path: str | Path, kind: str, config: Any, state_dict: Mapping[str
         replace_folder(beside, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"could not write the model to {path}: {error}; free some space or name another folder") from error
+        raise CheckpointError(
+            f"could not write the model to {path}: {error}; free some space or name another folder"
+        ) from error
 
 
 def export_folder(path: str | Path) -> Path:
@@ -62,7 +64,9 @@ def export_folder(path: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"no model at {path}: there is no such folder; name a run directory or an exported model")
     if (path / "config.yaml").is_file():
-        raise CheckpointError(f"the run in {path} has exported no model yet (no {path / 'export'}): let it reach its last step")
+        raise CheckpointError(
+            f"the run in {path} has exported no model yet (no {path / 'export'}): let it reach its last step"
+        )
     raise CheckpointError(
         f"no model at {path}: it has neither {CONFIG_NAME} and {WEIGHTS_NAME} nor an export folder; "
         "name a run directory or an exported model"

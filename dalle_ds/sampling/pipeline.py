@@ -95,9 +95,7 @@ class TextToImage:
                     "transformer run exports"
                 )
         model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
-        pipeline = cls(
-            model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME)
-        )
+        pipeline = cls(model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME))
         pipeline._check_parts(folder)
         return pipeline
 

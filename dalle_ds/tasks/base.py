@@ -5,29 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from dalle_ds.config import Run
+from dalle_ds.data.loader import Samples
 from dalle_ds.optim import decay_groups
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
-
-
-class Samples(Protocol):
-    """Rows that can be drawn from: what the loader reads."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def sample(self, row: int, rng: np.random.Generator) -> Mapping[str, Any]:
-        """Row `row`, with random choices from `rng`; raises DataError where it cannot be read."""
 
 
 class Task(ABC, Generic[RunConfig]):

@@ -43,9 +43,7 @@ class DvaeTask(Task[DvaeRun]):
     def temperature(self, step: int) -> float:
         """Gumbel-softmax temperature τ of update `step`."""
         objective = self.run.objective
-        return half_cosine(
-            step, objective.temperature_steps, objective.temperature_start, objective.temperature_end
-        )
+        return half_cosine(step, objective.temperature_steps, objective.temperature_start, objective.temperature_end)
 
     def kl_weight(self, step: int) -> float:
         """β of update `step`."""
@@ -108,7 +106,9 @@ class DvaeTask(Task[DvaeRun]):
         side = config.image_size
 
         def forward(model: nn.Module) -> object:
-            return model(torch.zeros(1, 3, side, side), 1.0, torch.zeros(1, config.vocab_size, config.grid, config.grid))
+            return model(
+                torch.zeros(1, 3, side, side), 1.0, torch.zeros(1, config.vocab_size, config.grid, config.grid)
+            )
 
         return training_flops(self.build_model, forward)
 
@@ -137,5 +137,3 @@ def _usage(histogram: Tensor) -> Metrics:
         "codes_used": used,
         "codes_dead": len(histogram) - used,
     }
-
-

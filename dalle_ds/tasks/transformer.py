@@ -178,7 +178,8 @@ class TransformerTask(Task[TransformerRun]):
         pieces, room = self.tokenizer.vocab_size, self.run.model.text_vocab
         return [
             f"image codes: {self.codes_source}, of the dVAE {self.dvae.fingerprint[:12]}",
-            f"text: {pieces:,} pieces" + (f", fewer than the {room:,} that model.text_vocab has room for" if pieces < room else ""),
+            f"text: {pieces:,} pieces"
+            + (f", fewer than the {room:,} that model.text_vocab has room for" if pieces < room else ""),
         ]
 
     def items_per_sample(self) -> tuple[str, int]:

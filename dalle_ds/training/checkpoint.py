@@ -72,7 +72,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}; delete it to resume from an older one") from error
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} cannot be read: {error}; delete it to resume from an older one"
+        ) from error
     return state
 
 

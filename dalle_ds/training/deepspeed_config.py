@@ -61,7 +61,9 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     """
     for name, section in _OURS.items():
         if name in json_config:
-            raise ConfigError(f'the DeepSpeed JSON sets "{name}", which the run sets through {section}: remove it from the JSON')
+            raise ConfigError(
+                f'the DeepSpeed JSON sets "{name}", which the run sets through {section}: remove it from the JSON'
+            )
     if _enabled(json_config, "fp16"):
         raise ConfigError(
             'the DeepSpeed JSON enables "fp16", whose single loss scale loses small gradients: use "bf16", or neither for fp32'

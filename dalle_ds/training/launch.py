@@ -52,7 +52,10 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
         raise ConfigError("--deepspeed_config is missing: give a DeepSpeed JSON, such as ds_configs/zero3_bf16.json")
     default = load_preset(known.preset, stage, kind) if known.preset is not None else kind()
     run = parse_options(kind, rest, default)
-    for name, what in (("data", "the folder that launchers/prepare_data.py made"), ("run_dir", "the folder of this run")):
+    for name, what in (
+        ("data", "the folder that launchers/prepare_data.py made"),
+        ("run_dir", "the folder of this run"),
+    ):
         if not getattr(run, name):
             raise ConfigError(f"--{name} is missing: name {what}")
     return Command(run, load_deepspeed_json(known.deepspeed_config), known.device)

@@ -105,10 +105,14 @@ class RunDirectory:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CheckpointError(f"another run is training in {self.path}: wait for it, or name another --run_dir") from error
+                raise CheckpointError(
+                    f"another run is training in {self.path}: wait for it, or name another --run_dir"
+                ) from error
             self.samples.mkdir(exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            write_text(self.config_file, yaml.safe_dump({"stage": self.stage, "run": to_dict(self.run)}, sort_keys=False))
+            write_text(
+                self.config_file, yaml.safe_dump({"stage": self.stage, "run": to_dict(self.run)}, sort_keys=False)
+            )
         except OSError as error:
             raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from dalle_ds.data import BatchLoader, evaluation_batches
 from dalle_ds.errors import CheckpointError, TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.tasks import Batch, Metrics, Samples, Task
 from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint, save_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
 from dalle_ds.training.run_directory import RunDirectory
@@ -46,7 +48,9 @@ class Trainer:
         ConfigError, CheckpointError, DataError: what the user asked for cannot be done; raised before anything is written.
     """
 
-    def __init__(self, make_task: Callable[[Any], Task[Any]], run: Run, json_config: dict[str, Any], mesh: Mesh) -> None:
+    def __init__(
+        self, make_task: Callable[[Any], Task[Any]], run: Run, json_config: dict[str, Any], mesh: Mesh
+    ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.run = run
         self.mesh = mesh
@@ -69,7 +73,14 @@ class Trainer:
             "zero_stage": self.config.zero_stage,
             "precision": self.config.precision,
         }
-        fresh = {"step": 0, "identity": identity, "layout": layout, "learning_rate": None, "skipped": 0, "wandb_id": None}
+        fresh = {
+            "step": 0,
+            "identity": identity,
+            "layout": layout,
+            "learning_rate": None,
+            "skipped": 0,
+            "wandb_id": None,
+        }
         if self._checkpoint is None:
             return fresh
         state = load_state(self._checkpoint)
@@ -97,7 +108,8 @@ class Trainer:
         """
         if self.step >= self.run.steps and (self.directory.export / "config.json").is_file():
             if self.mesh.is_main:
-                print(f"{self.directory.path} is done: {self.step} of {self.run.steps} updates, exported to {self.directory.export}")
+                done = f"{self.step} of {self.run.steps} updates"
+                print(f"{self.directory.path} is done: {done}, exported to {self.directory.export}")
                 self.directory.release()
             return
         engine = self._build_engine()
@@ -343,7 +355,8 @@ class _Loop:
         model = self._plain_model()
         rows = min(PREVIEW_ROWS, len(self.trainer._validation_samples))
         if model is not None:
-            batch = next(evaluation_batches(self.trainer._validation_samples, rows, rank=0, world_size=1, limit=1))
+            spread = _Spread(self.trainer._validation_samples, rows)
+            batch = next(evaluation_batches(spread, rows, rank=0, world_size=1, limit=1))
             with torch.no_grad():
                 picture = self.task.preview(model, self.trainer.ready(batch))
             picture.save(self.trainer.directory.samples / f"step-{self.trainer.step}.png")
@@ -357,3 +370,15 @@ class _Loop:
         self.mesh.barrier()
 
 
+class _Spread:
+    """`count` rows spread evenly over samples: neighbouring rows of a corpus are often of one kind."""
+
+    def __init__(self, samples: Samples, count: int) -> None:
+        self._samples = samples
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        return self._samples.sample(row * len(self._samples) // self._count, rng)

@@ -26,9 +26,7 @@ def openai_pair(config: DiscreteVAEConfig) -> tuple[torch.nn.Module, torch.nn.Mo
     """OpenAI's encoder and decoder of the same shape, with random weights of realistic size."""
     torch.manual_seed(1)
     encoder = dall_e.Encoder(n_hid=config.encoder_width, vocab_size=config.vocab_size)
-    decoder = dall_e.Decoder(
-        n_init=config.decoder_input, n_hid=config.decoder_width, vocab_size=config.vocab_size
-    )
+    decoder = dall_e.Decoder(n_init=config.decoder_input, n_hid=config.decoder_width, vocab_size=config.vocab_size)
     for parameter in [*encoder.parameters(), *decoder.parameters()]:
         if parameter.ndim == 1:  # biases start at 0, which would hide a missing one
             torch.nn.init.normal_(parameter, std=0.1)
@@ -68,7 +66,13 @@ def test_the_full_size_model_has_the_released_models_keys_and_shapes() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_any_number_of_groups_halves_the_side_that_often(groups: int) -> None:
     config = DiscreteVAEConfig(
-        image_size=16, groups=groups, blocks_per_group=1, encoder_width=8, decoder_width=8, decoder_input=4, vocab_size=10
+        image_size=16,
+        groups=groups,
+        blocks_per_group=1,
+        encoder_width=8,
+        decoder_width=8,
+        decoder_input=4,
+        vocab_size=10,
     )
     vae = DiscreteVAE(config)
     codes = vae.encode(torch.rand(2, 3, 16, 16))
@@ -76,7 +80,7 @@ def test_any_number_of_groups_halves_the_side_that_often(groups: int) -> None:
     assert codes.dtype == torch.int64
     pictures = vae.decode(codes)
     assert pictures.shape == (2, 3, 16, 16)
-    assert 0 <= pictures.min() and pictures.max() <= 1
+    assert pictures.min() >= 0 and pictures.max() <= 1
 
 
 def test_initial_weights_have_the_releases_scale() -> None:

@@ -46,7 +46,13 @@ def test_warm_up_is_linear_and_reaches_the_peak() -> None:
 
 
 def plateau(**fields: float) -> LearningRate:
-    defaults = {"lr": 1.0, "warmup_steps": 5, "plateau_patience": 20, "plateau_smoothing": 0.5, "plateau_threshold": 0.01}
+    defaults = {
+        "lr": 1.0,
+        "warmup_steps": 5,
+        "plateau_patience": 20,
+        "plateau_smoothing": 0.5,
+        "plateau_threshold": 0.01,
+    }
     return LearningRate(OptimConfig(schedule="plateau", **{**defaults, **fields}))  # type: ignore[arg-type]
 
 

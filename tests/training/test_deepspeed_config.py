@@ -61,7 +61,7 @@ def test_sums_of_bf16_gradients_are_kept_in_fp32() -> None:
         ({"gradient_clipping": 1.0}, {}, 1, '"gradient_clipping": 1.0.*optim.clip is 4.0'),
         ({"optimizer": {"type": "Adam"}}, {}, 1, '"optimizer".*optim section.*remove it'),
         ({"scheduler": {}}, {}, 1, '"scheduler".*remove it'),
-        ({"fp16": {"enabled": True}}, {}, 1, "use \"bf16\""),
+        ({"fp16": {"enabled": True}}, {}, 1, 'use "bf16"'),
         ({"bf16": True}, {}, 1, '"bf16" in the DeepSpeed JSON must be an object'),
     ],
 )

@@ -103,7 +103,12 @@ class Runs:
         recompute: bool = False,
     ) -> dict[str, Any]:
         base = self.transformer if stage == "transformer" else self.dvae
-        train = {"batch_size": 8, "micro_batch": micro_batch, "activation_checkpointing": recompute, "average_decay": 0.9}
+        train = {
+            "batch_size": 8,
+            "micro_batch": micro_batch,
+            "activation_checkpointing": recompute,
+            "average_decay": 0.9,
+        }
         run = {**base, "run_dir": str(self.folder / name), "steps": steps, "train": train}
         return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, bf16)}
 

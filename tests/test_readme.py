@@ -1,0 +1,89 @@
+"""Every command and every piece of Python in the README, run as a newcomer would, only with fewer updates."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.launch
+
+README = (ROOT / "README.md").read_text()
+FEW = "--steps 2 --report.validation_batches 1 --train.batch_size 4"
+# What a command gets in addition, so that it ends in seconds; by the words that it contains.
+SHORTER = {
+    "make demo": f"DVAE_ARGS={shlex.quote(FEW)} TRANSFORMER_ARGS={shlex.quote(FEW)} READY= VENV={shlex.quote(sys.prefix)}",
+    "make test": f"--dry-run READY= VENV={shlex.quote(sys.prefix)}",  # this suite
+    "train_dvae.py": FEW,
+    "train_transformer.py": f"{FEW} --report.preview_every 1000",
+    "--prompt": "--num 2",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#") and not line.startswith("source ")]
+
+
+def shortened(command: str) -> str:
+    command = re.sub(r" --num 8", "", command)
+    command = (
+        command.replace("deepspeed ", "deepspeed --num_gpus 2 --master_port 29617 ", 1)
+        if command.startswith("deepspeed")
+        else command
+    )
+    extra = next((extra for words, extra in SHORTER.items() if words in command), "")
+    return f"{command} {extra}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A copy of the repository, by links, with a folder of one's own pictures."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("Makefile", "launchers", "ds_configs", "dalle_ds", "setup.py", "constraints.txt", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "my_pictures").symlink_to(corpus)
+    return folder
+
+
+def run(command: str, place: Path) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(place),
+    }
+    done = subprocess.run(command, shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-5000:]}{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
+    assert len(commands()) == 9
+    for command in commands():
+        run(shortened(command), place)
+    for picture in ("demo/pictures.png", "demo/drawn.png", "my_pictures.png"):
+        with Image.open(place / picture) as opened:
+            assert min(opened.size) > 100
+    assert "<svg" in (place / "demo/report.html").read_text()
+    again = run(shortened("make demo"), place)
+    assert "demo/dvae is done" in again and "demo/transformer is done" in again
+
+
+def test_the_readmes_python_works_after_them(place: Path) -> None:
+    pieces = blocks("python")
+    assert len(pieces) == 2
+    for piece in pieces:
+        run(f"{shlex.quote(sys.executable)} -c {shlex.quote(piece)}", place)
+    assert (place / "demo/iceland.png").exists()
