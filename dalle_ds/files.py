@@ -1,10 +1,15 @@
-"""Files that are whole or absent: written beside, forced to the disk, renamed."""
+"""Files and folders that are whole or absent: written beside their place, forced to the disk, renamed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -26,17 +31,26 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def replace_folder(new: Path, path: Path) -> None:
-    """Put the complete folder `new` in the place of `path`; whoever looks finds the old one or the new one, whole."""
-    sync_folder(new)
-    if path.exists():
-        old = path.parent / f".{path.name}.old-{os.getpid()}"
-        path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.rename(path)
+def write_json(path: Path, content: Any) -> None:
+    """`write_bytes` of indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def built_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well, and is removed when it does not.
+
+    A folder of that name is replaced, and stays as it was if anything fails; callers check beforehand that it may be.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner may read
+        yield partial
+        sync_folder(partial)
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -45,3 +59,19 @@ def sync_folder(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    folder.rename(old / folder.name)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import datasets
 import pyarrow as pa
 
-from dalle_ds.data.files import write_json
+from dalle_ds.files import write_json
 
 FEATURES = datasets.Features(
     {

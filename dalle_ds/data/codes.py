@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.data.augment import augment_for_transformer, useful_short_side
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.files import built_beside, write_json
+from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.files import built_beside, write_json
 
 FORMAT_VERSION = 1
 
@@ -95,7 +96,7 @@ def write_codes(
         return _existing_report(folder, identity)
     grids: dict[str, list[int]] = {}
     unreadable: dict[str, int] = {}
-    with built_beside(folder) as partial:
+    with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
         for split in info["splits"]:
             pictures = _Views(PairDataset.open(data, split), image_size, views if split == "train" else None, seed)
             rows_per_batch = max(1, batch_size // pictures.views)

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dalle_ds.data import corpora, twemoji
 from dalle_ds.data.corpora import Broken, RawPair
-from dalle_ds.data.files import built_beside, write_json
+from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
 from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.files import built_beside, write_json
 
 if TYPE_CHECKING:
     from dalle_ds.data.arrow import SplitWriter, StoredPair
@@ -101,7 +102,7 @@ def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: b
     if existing is not None:
         return existing
     report = PreparationReport(out=out)
-    with built_beside(folder) as partial_folder:
+    with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
         sorter = _SplitSorter(partial_folder, options)
         for pair in _checked(_captioned(_read(options), options.filters, report), options, workers, report):
             sorter.add(pair)

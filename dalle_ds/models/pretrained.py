@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from dalle_ds.config import from_dict, to_dict
 from dalle_ds.errors import CheckpointError
-from dalle_ds.files import replace_folder
+from dalle_ds.files import built_beside, write_json
 
 Config = TypeVar("Config")
 CONFIG_NAME = "config.json"
@@ -35,17 +33,12 @@ def save_model(path: str | Path, kind: str, config: Any, state_dict: Mapping[str
     Raises:
         CheckpointError: the folder cannot be written (no space left, no permission); nothing is left half-written.
     """
-    path = Path(path)
-    beside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     try:
-        beside.mkdir(parents=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-        save_file(weights, beside / WEIGHTS_NAME)
-        description = {"kind": kind, "model": to_dict(config)}
-        (beside / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
-        replace_folder(beside, path)
+        with built_beside(Path(path)) as partial:
+            save_file(weights, partial / WEIGHTS_NAME)
+            write_json(partial / CONFIG_NAME, {"kind": kind, "model": to_dict(config)})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
             f"could not write the model to {path}: {error}; free some space or name another folder"
         ) from error

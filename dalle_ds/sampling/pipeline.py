@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.files import replace_folder
+from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import export_folder
@@ -105,19 +103,15 @@ class TextToImage:
         Raises:
             CheckpointError: it cannot be written.
         """
-        path = Path(path)
-        beside = path.parent / f".{path.name}.partial-{os.getpid()}"
+        parts = {"tokenizer": self.tokenizer.fingerprint, "dvae": self.dvae.fingerprint}
         try:
-            self.model.save_pretrained(beside)
-            self.dvae.save_pretrained(beside / DVAE_NAME)
-            self.tokenizer.save(beside / TOKENIZER_NAME)
-            parts = {"tokenizer": self.tokenizer.fingerprint, "dvae": self.dvae.fingerprint}
-            (beside / PARTS_NAME).write_text(json.dumps(parts, indent=2) + "\n")
-            replace_folder(beside, path)
+            with built_beside(Path(path)) as partial:
+                self.model.save_pretrained(partial)
+                self.dvae.save_pretrained(partial / DVAE_NAME)
+                self.tokenizer.save(partial / TOKENIZER_NAME)
+                write_json(partial / PARTS_NAME, parts)
         except OSError as error:
             raise CheckpointError(f"could not write the model to {path}: {error}; free some space") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
 
     def _check_parts(self, folder: Path) -> None:
         """Refuse a tokenizer or dVAE that the transformer was not trained with: it would draw noise without a word."""

@@ -86,7 +86,7 @@ class DvaeTask(Task[DvaeRun]):
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
         config = self.run.model
-        figures = {name: float(sums[name] / sums["count"]) for name in ("psnr", "nll", "kl")}
+        figures = {name: float(sums[name].detach() / sums["count"]) for name in ("psnr", "nll", "kl")}
         values_per_code = 3 * config.factor**2
         figures["elb"] = -(figures["nll"] * values_per_code + figures["kl"])
         figures |= {name: float(value) for name, value in _usage(sums["histogram"]).items()}

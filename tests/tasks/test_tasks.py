@@ -1,0 +1,214 @@
+"""What tasks promise the Trainer, and the mistakes they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle_ds.config import DalleConfig, DvaeObjective, DvaeRun, LoaderConfig, TransformerRun
+from dalle_ds.data import evaluation_batches
+from dalle_ds.data.codes import cache_codes
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.sampling import TextToImage
+from dalle_ds.tasks.dvae import DvaeTask
+from dalle_ds.tasks.transformer import TransformerTask
+from dalle_ds.tokenizer import Tokenizer
+from tests.conftest import COLOURS, SHAPES, TINY_DALLE, TINY_DVAE
+
+
+@pytest.fixture
+def transformer_run(data: Path, dvae_export: Path, tokenizer_file: Path) -> TransformerRun:
+    return TransformerRun(
+        data=str(data),
+        dvae=str(dvae_export),
+        tokenizer=str(tokenizer_file),
+        model=TINY_DALLE,
+        loader=LoaderConfig(codes="live"),
+    )
+
+
+@pytest.fixture
+def dvae_run(data: Path) -> DvaeRun:
+    objective = DvaeObjective(kl_weight=3.0, kl_warmup_steps=10, temperature_steps=20)
+    return DvaeRun(data=str(data), model=TINY_DVAE, objective=objective)
+
+
+def validation_batch(task: DvaeTask | TransformerTask, rows: int = 6) -> dict[str, torch.Tensor]:
+    batch = next(evaluation_batches(task.samples("validation"), rows, rank=0, world_size=1, limit=1))
+    return {**task.prepare(batch), "share": torch.ones(())}
+
+
+def test_the_dvae_loss_is_the_papers_with_its_constants(dvae_run: DvaeRun) -> None:
+    """(−Σ ln f + β Σ KL) / (number of pixel values), App. A.2, at a step where β and τ are half-way."""
+    task = DvaeTask(dvae_run)
+    torch.manual_seed(0)
+    model = task.build_model()
+    batch = validation_batch(task)
+    loss, metrics = task.loss(model, batch, step=5)
+    images, positions, values = len(batch["key"]), TINY_DVAE.grid**2, 3 * TINY_DVAE.image_size**2
+    nll_sum = metrics["nll"].item() * values * images
+    kl_sum = metrics["kl"].item() * positions * images
+    assert metrics["kl_weight"].item() == pytest.approx(1.5)
+    assert loss.item() == pytest.approx((nll_sum + 1.5 * kl_sum) / (values * images), rel=1e-6)
+    assert task.temperature(10) == pytest.approx((1 + 1 / 16) / 2)
+
+
+def test_dvae_validation_figures_against_plain_arithmetic(dvae_run: DvaeRun) -> None:
+    task = DvaeTask(dvae_run)
+    torch.manual_seed(0)
+    model = task.build_model()
+    batch = validation_batch(task)
+    figures = task.summarize(task.evaluate(model, batch))
+    codes = model.encode(batch["image"])
+    error = (model.decode(codes) - batch["image"]).double().pow(2).mean(dim=(1, 2, 3)).numpy()
+    assert figures["psnr"] == pytest.approx(float(np.mean(10 * np.log10(1 / error))), abs=1e-3)
+    counts = np.bincount(codes.numpy().ravel(), minlength=32)
+    share = counts[counts > 0] / counts.sum()
+    assert figures["perplexity"] == pytest.approx(float(np.exp(-(share * np.log(share)).sum())), rel=1e-4)
+    assert figures["codes_used"] == (counts > 0).sum()
+    assert figures["codes_used"] + figures["codes_dead"] == 32
+
+
+def test_the_alarm_rings_on_collapse_after_the_warm_up_only(dvae_run: DvaeRun) -> None:
+    task = DvaeTask(dvae_run)
+    collapsed, healthy = {"perplexity": 1.3, "codes_used": 2.0}, {"perplexity": 20.0, "codes_used": 30.0}
+    assert task.alarm(collapsed, step=5) is None
+    assert task.alarm(healthy, step=100) is None
+    sentence = task.alarm(collapsed, step=100)
+    assert sentence is not None and "perplexity 1.3 of 32 codes" in sentence and "objective.kl_weight" in sentence
+
+
+def test_shares_make_the_text_loss_a_mean_over_all_tokens(transformer_run: TransformerRun) -> None:
+    task = TransformerTask(transformer_run)
+    torch.manual_seed(0)
+    model = task.build_model()
+    text = torch.full((4, 8), -1)
+    text[0, :7], text[1, :1], text[3, :3] = 5, 6, 7
+    codes = torch.randint(0, 32, (4, 16))
+    whole = model(text, codes)
+    total = 0.0
+    halves = [{"text": text[rows], "codes": codes[rows]} for rows in (slice(0, 2), slice(2, 4))]
+    tokens = sum(task.weight_of(half) for half in halves)
+    for half in halves:
+        half["share"] = task.weight_of(half) * 2 / tokens
+        loss, metrics = task.loss(model, half, 0)
+        total += loss.item() / 2
+        assert set(metrics) == {"text_loss", "image_loss"}
+    assert total == pytest.approx(whole.loss.item(), rel=1e-5)
+
+
+def test_transformer_validation_figures(transformer_run: TransformerRun) -> None:
+    task = TransformerTask(transformer_run)
+    torch.manual_seed(0)
+    model = task.build_model().eval()
+    batch = validation_batch(task)
+    figures = task.summarize(task.evaluate(model, batch))
+    logits = model(batch["text"], batch["codes"]).image_logits
+    expected = F.cross_entropy(logits.double().flatten(0, 1), batch["codes"].flatten()).item()
+    assert figures["image_loss"] == pytest.approx(expected, abs=1e-5)
+    swapped = model(batch["text"].roll(1, 0), batch["codes"]).image_loss.item()
+    assert figures["caption_gain"] == pytest.approx(swapped - expected, abs=1e-5)
+    counts = np.bincount(batch["codes"].numpy().ravel())
+    share = counts[counts > 0] / counts.sum()
+    assert figures["code_entropy"] == pytest.approx(float(-(share * np.log(share)).sum()), abs=1e-5)
+
+
+def test_live_and_cached_codes_agree_on_validation_pictures(
+    transformer_run: TransformerRun, tmp_path: Path, data: Path, dvae_export: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    live = TransformerTask(dataclasses.replace(transformer_run, data=str(copy)))
+    expected = validation_batch(live)
+    automatic = dataclasses.replace(transformer_run, data=str(copy), loader=LoaderConfig())
+    assert TransformerTask(automatic).codes_source == "live"
+    cache_codes(
+        DiscreteVAE.from_pretrained(dvae_export), str(copy), views=2, seed=0, batch_size=8, workers=0, overwrite=False
+    )
+    cached = TransformerTask(automatic)
+    assert cached.codes_source == "cached"
+    found = validation_batch(cached)
+    assert "image" not in found
+    assert torch.equal(found["codes"], expected["codes"])
+    assert torch.equal(found["text"], expected["text"])
+
+
+def test_flops_are_those_of_the_matrix_multiplications(transformer_run: TransformerRun) -> None:
+    """2 FLOPs per weight and position, and the attention's two products, times three for forward and backward."""
+    config = TINY_DALLE
+    found = TransformerTask(transformer_run).flops_per_sample()
+    length, width = config.total_len, config.width
+    blocks = config.depth * (2 * length * 12 * width**2 + 4 * length**2 * width)
+    heads = 2 * width * (config.text_len * config.text_vocab + config.image_len * config.image_vocab)
+    assert found == pytest.approx(3 * (blocks + heads), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": dataclasses.replace(TINY_DALLE, image_vocab=64)}, "32 codes but.*is 64.*--model.image_vocab 32"),
+        ({"model": dataclasses.replace(TINY_DALLE, grid=8)}, "makes 4×4 codes.*model.grid is 8.*--model.grid 4"),
+        ({"model": dataclasses.replace(TINY_DALLE, text_vocab=300)}, r"pieces but model.text_vocab is only 300"),
+        ({"dvae": ""}, "--dvae is missing"),
+        ({"tokenizer": ""}, "--tokenizer is missing"),
+        ({"loader": LoaderConfig(codes="cached")}, "has no codes of the dVAE.*--cache_codes"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(transformer_run: TransformerRun, change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TransformerTask(dataclasses.replace(transformer_run, **change)).samples("train")
+
+
+def test_missing_parts_are_named(transformer_run: TransformerRun, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        TransformerTask(dataclasses.replace(transformer_run, dvae=str(tmp_path / "nowhere")))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        TransformerTask(dataclasses.replace(transformer_run, tokenizer=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match="nowhere"):
+        TransformerTask(dataclasses.replace(transformer_run, data=str(tmp_path / "nowhere"))).samples("train")
+
+
+def test_an_export_is_whole_and_refuses_foreign_parts(transformer_run: TransformerRun, tmp_path: Path) -> None:
+    task = TransformerTask(transformer_run)
+    torch.manual_seed(1)
+    model = task.build_model()
+    task.export(model, tmp_path / "export")
+    pipeline = TextToImage.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(pipeline.model.parameters(), model.parameters(), strict=True))
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the export"
+    captions = [f"{shape} {colour} other" for colour in COLOURS for shape in SHAPES]
+    Tokenizer.train(captions, tmp_path / "export" / "tokenizer.model", 390)
+    with pytest.raises(
+        CheckpointError, match=r"the tokenizer in .* is not the one that the transformer was trained with"
+    ):
+        TextToImage.from_pretrained(tmp_path)
+    task.export(model, tmp_path / "export")  # replaces
+    torch.manual_seed(9)
+    DiscreteVAE(TINY_DVAE).save_pretrained(tmp_path / "export" / "dvae")
+    with pytest.raises(CheckpointError, match=r"the dvae in .* is not the one"):
+        TextToImage.from_pretrained(tmp_path)
+
+
+def test_previews_show_what_they_should(transformer_run: TransformerRun, dvae_run: DvaeRun) -> None:
+    dvae_task, task = DvaeTask(dvae_run), TransformerTask(transformer_run)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        small = dvae_task.preview(dvae_task.build_model(), validation_batch(dvae_task))
+        large = task.preview(Dalle(TINY_DALLE).eval(), validation_batch(task))
+    assert small.width > small.height > 256  # two rows of six
+    assert large.height > 6 * 128 and large.width > 5 * 128
+
+
+def test_dalle_config_of_the_exported_model_is_the_runs(transformer_run: TransformerRun, tmp_path: Path) -> None:
+    task = TransformerTask(transformer_run)
+    task.export(task.build_model(), tmp_path / "export")
+    assert Dalle.from_pretrained(tmp_path).config == TINY_DALLE
+    assert isinstance(TINY_DALLE, DalleConfig)
