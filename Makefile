@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 DVAE_ARGS ?=
 TRANSFORMER_ARGS ?=
-DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --num_gpus 2
+DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --quiet --num_gpus 2
 
 .PHONY: demo test lint setup clean
 

@@ -58,8 +58,8 @@ class DvaeSamples:
 class TextImageSamples:
     """Captions with pictures for the transformer.
 
-    `text` is (text_len,) int64, -1 after the caption's tokens. Beside it stands `codes`, (h·w,) int64, where `codes`
-    are given, else `image`, (3, R, R) uint8.
+    `text` is (text_len,) int64, -1 after the caption's tokens, and `truncated` is 1 where they were more than fit. Beside
+    them stands `codes`, (h·w,) int64, where `codes` are given, else `image`, (3, R, R) uint8.
 
     Args:
         dataset: rows.
@@ -99,17 +99,19 @@ class TextImageSamples:
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
-        return {"text": self._text(row, rng), **self._picture(row, rng)}
+        return {**self._text(row, rng), **self._picture(row, rng)}
 
-    def _text(self, row: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    def _text(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         text = np.full(self._text_len, PAD, dtype=np.int64)
         if rng.random() < self._caption_dropout:
-            return text
+            return {"text": text, "truncated": 0}
         captions = self._dataset.captions(row)
         caption = captions[int(rng.integers(len(captions)))] if self._train else captions[0]
-        tokens = self._tokenizer.encode(caption, dropout=self._bpe_dropout, rng=rng, max_tokens=self._text_len)
-        text[: len(tokens)] = tokens
-        return text
+        # One token more than fits tells whether the caption is cut, without tokenizing all of an endless one.
+        tokens = self._tokenizer.encode(caption, dropout=self._bpe_dropout, rng=rng, max_tokens=self._text_len + 1)
+        kept = tokens[: self._text_len]
+        text[: len(kept)] = kept
+        return {"text": text, "truncated": int(len(tokens) > len(kept))}
 
     def _picture(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         if self._codes is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import dalle_ds
 from dalle_ds.data import PairDataset
 from dalle_ds.data.images import center_crop_resize
+from dalle_ds.data.samples import channels_first
 from dalle_ds.evaluation.curves import Series, curves_svg, read_metrics
 from dalle_ds.evaluation.ranking import ranking_accuracy
 from dalle_ds.files import write_bytes, write_text
@@ -65,7 +66,7 @@ def _pictures(pipeline: TextToImage, data: str, num: int, seed: int) -> Image.Im
         drawn = pipeline.generate(captions, num=num, seed=seed)
         for row, caption, samples in zip(chosen, captions, drawn, strict=True):
             pixels = center_crop_resize(dataset.picture(row), size)
-            tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+            tensor = torch.tensor(channels_first(pixels))[None].float() / 255
             restored = pipeline.decode(pipeline.dvae.encode(tensor.to(pipeline.device)).flatten(1))
             label = f"{caption} [validation]" if split == "validation" else f"{caption} [seen in training]"
             rows.append((label, [Image.fromarray(pixels), *restored, *samples]))
@@ -78,7 +79,7 @@ def _ranking(pipeline: TextToImage, data: str) -> float:
     size = pipeline.dvae.config.image_size
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     pixels = torch.stack(
-        [torch.from_numpy(center_crop_resize(dataset.picture(row), size)).permute(2, 0, 1) for row in order]
+        [torch.tensor(channels_first(center_crop_resize(dataset.picture(row), size))) for row in order]
     )
     codes: Tensor = torch.cat(
         [pipeline.dvae.encode(chunk.to(pipeline.device).float() / 255).flatten(1) for chunk in pixels.split(64)]

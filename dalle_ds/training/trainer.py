@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ import deepspeed
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 import dalle_ds
 from dalle_ds.config import Run
@@ -29,6 +31,8 @@ from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
 
 PREVIEW_ROWS = 16
+COUNTED = ("skipped", "truncated")
+"""Parts of a batch that count events: rows that could not be read, captions that were cut."""
 STEPS_BETWEEN_ALARMS = 500
 
 
@@ -52,6 +56,8 @@ class Trainer:
         self, make_task: Callable[[Any], Task[Any]], run: Run, json_config: dict[str, Any], mesh: Mesh
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed calls collectives by names that torch is about to change; nothing that a user could mend.
+        warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
         self.run = run
         self.mesh = mesh
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
@@ -78,7 +84,7 @@ class Trainer:
             "identity": identity,
             "layout": layout,
             "learning_rate": None,
-            "skipped": 0,
+            "counts": {},
             "wandb_id": None,
         }
         if self._checkpoint is None:
@@ -139,6 +145,9 @@ class Trainer:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.config.deepspeed, dist_init_required=False
         )
+        if self.config.zero_stage == 0 and self.config.precision == "bf16":
+            # DeepSpeed allocates Adam's state by a step on zeros, after which the first update would count as the second.
+            engine.optimizer.optimizer.state.clear()
         return engine
 
     def _tracker(self) -> Tracker:
@@ -164,13 +173,15 @@ class Trainer:
             tracker.say(line)
         return tracker
 
-    def checkpoint_state(self, learning_rate: LearningRate, skipped: int, wandb_id: str | None) -> dict[str, Any]:
+    def checkpoint_state(
+        self, learning_rate: LearningRate, counts: dict[str, int], wandb_id: str | None
+    ) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and optimizer."""
         return {
             **self._state,
             "step": self.step,
             "learning_rate": learning_rate.state_dict(),
-            "skipped": skipped,
+            "counts": counts,
             "wandb_id": wandb_id,
             "version": dalle_ds.__version__,
         }
@@ -220,7 +231,7 @@ class _Loop:
         self.run, self.mesh, self.task = trainer.run, trainer.mesh, trainer.task
         self.engine, self.weights, self.average = engine, weights, average
         self.learning_rate, self.tracker = learning_rate, tracker
-        self.skipped: int = trainer._state["skipped"]
+        self.counts: dict[str, int] = dict(trainer._state["counts"])
         self._alarmed = -STEPS_BETWEEN_ALARMS
 
     def run_to_end(self) -> None:
@@ -252,15 +263,23 @@ class _Loop:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         reported: list[Metrics] = []
+        norm: Tensor | None = None
         for batch in micro_batches:
             loss, metrics = self.task.loss(self.engine, batch, step)
             self.engine.backward(loss)
+            if len(reported) == len(micro_batches) - 1 and not hasattr(self.engine.optimizer, "_global_grad_norm"):
+                # fp32 without ZeRO: DeepSpeed clips, but keeps the norm to itself.
+                norm = get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
             self.engine.step()
-            skipped = batch["skipped"].sum().float()
-            reported.append({"loss": loss.detach(), "skipped": skipped, **metrics})
+            counts = {name: batch[name].sum().float() for name in COUNTED if name in batch}
+            reported.append({"loss": loss.detach(), **metrics, **counts})
         figures = self._mean(reported)
-        # Counts are summed, not averaged.
-        self.skipped += round(figures.pop("skipped") * len(reported) * self.mesh.world_size)
+        for name in COUNTED:
+            if name in figures:
+                # Counts are summed over the run, not averaged over the update.
+                self.counts[name] = self.counts.get(name, 0) + round(
+                    figures.pop(name) * len(reported) * self.mesh.world_size
+                )
         if not math.isfinite(figures["loss"]):
             saved = newest_checkpoint(trainer.directory.checkpoints)
             raise TrainingError(
@@ -270,12 +289,9 @@ class _Loop:
         if self.average is not None:
             self.average.update(step)
         self.learning_rate.observe(step, figures["loss"])
-        norm = self.engine.get_global_grad_norm()
         figures["lr"] = rate
-        if norm is not None:
-            figures["grad_norm"] = float(norm)
-        if self.skipped:
-            figures["skipped_samples"] = float(self.skipped)
+        figures["grad_norm"] = float(norm if norm is not None else self.engine.get_global_grad_norm())
+        figures |= {f"{name}_total": float(count) for name, count in self.counts.items() if count}
         return figures
 
     def _set_shares(self, micro_batches: list[Batch]) -> None:
@@ -329,7 +345,7 @@ class _Loop:
 
     def _save(self) -> None:
         trainer = self.trainer
-        state = trainer.checkpoint_state(self.learning_rate, self.skipped, self.tracker.run_id)
+        state = trainer.checkpoint_state(self.learning_rate, self.counts, self.tracker.run_id)
         save_checkpoint(
             trainer.directory.checkpoints,
             trainer.step,
