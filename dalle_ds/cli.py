@@ -1,38 +1,84 @@
-"""What every launcher shares: options from a typed dataclass, and user mistakes shown as one line instead of a traceback."""
+"""What every launcher shares: options from a typed dataclass, and user mistakes shown as one line without a traceback."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import tyro
 
-from dalle_ds.errors import DalleError
+from dalle_ds.errors import ConfigError, DalleError
 
 Options = TypeVar("Options")
 
 
 def parse_options(
-    kind: type[Options], arguments: Sequence[str] | None = None, default: Options | None = None
+    kind: type[Options],
+    arguments: Sequence[str] | None = None,
+    default: Options | None = None,
+    description: str | None = None,
 ) -> Options:
     """Command-line options as a `kind`; the docstring under each field is its help.
 
     Options are written as the field is and take a value: `--out DIR`, `--train.batch_size 64`, `--overwrite True`. A
-    mistake prints what was found and ends the process with status 2.
+    mistake prints what was found and ends the process with status 2; of several processes, the first one prints.
+
+    Args:
+        default: what the options start from.
+        description: what the help begins with; None takes the docstring of `kind`.
     """
     markers = (tyro.conf.FlagConversionOff,)
-    if default is None:
-        return tyro.cli(kind, args=arguments, config=markers, use_underscores=True)
-    return tyro.cli(kind, args=arguments, default=default, config=markers, use_underscores=True)
+    with contextlib.ExitStack() as silence:
+        if _rank() != "0":
+            nowhere = silence.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        if default is None:
+            return tyro.cli(kind, args=arguments, description=description, config=markers, use_underscores=True)
+        return tyro.cli(
+            kind, args=arguments, default=default, description=description, config=markers, use_underscores=True
+        )
 
 
 def run_launcher(main: Callable[[], None]) -> None:
-    """Call `main`; a `DalleError` ends the process with status 1 and its message on standard error."""
+    """Call `main`; a `DalleError`, or a file that cannot be read or written, ends the process with status 1 and one line
+    on standard error. What every process finds wrong with the configuration, only the first one tells."""
+    warnings.showwarning = _show_warning
     try:
         main()
     except DalleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _rank() == "0" or not isinstance(error, ConfigError):
+            _fail(str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise  # about no file of the user's
+        _fail(f"{error.filename} cannot be read or written: {error.strerror}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _fail(message: str) -> None:
+    who = "error" if _rank() == "0" else f"error on rank {_rank()}"
+    print(f"{who}: {message}", file=sys.stderr)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning for the user of a command line, who does not care which line of code it comes from."""
+    print(f"warning: {message}", file=sys.stderr)

@@ -20,6 +20,8 @@ import yaml
 from dalle_ds.errors import ConfigError
 
 PRESET_DIR = Path(__file__).parent / "presets"
+PADDING = -1
+"""What a text tensor holds where there is no token."""
 ATTENTION_KINDS = ("row", "column", "conv", "full")
 Config = TypeVar("Config")
 
@@ -107,7 +109,7 @@ class DalleConfig:
     grid: int = 32
     """Image codes along each side; the picture takes grid² positions."""
     text_vocab: int = 16384
-    """Text vocabulary. Must be the tokenizer's."""
+    """Text vocabulary: room for as many pieces; the tokenizer may have fewer."""
     image_vocab: int = 8192
     """Image vocabulary. Must be the dVAE's."""
     attention: tuple[Literal["row", "column", "conv", "full"], ...] | None = None
@@ -282,8 +284,8 @@ class ReportConfig:
     """Updates between lines of metrics."""
     validate_every: int = 1_000
     """Updates between validation losses; 0 validates at the end only."""
-    validation_batches: int = 8
-    """Batches of validation data per validation; fewer where the split is smaller."""
+    validation_rows: int = 2_048
+    """Validation pictures per validation, spread evenly over the split; all where it has fewer."""
     preview_every: int = 5_000
     """Updates between preview pictures in RUN_DIR/samples; 0 draws at the end only."""
     keep_checkpoints: int = 2
@@ -296,7 +298,7 @@ class ReportConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        _positive("report", self, "log_every", "validation_batches", "keep_checkpoints", "peak_tflops")
+        _positive("report", self, "log_every", "validation_rows", "keep_checkpoints", "peak_tflops")
         for name in ("validate_every", "preview_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"report.{name} must not be negative, found {getattr(self, name)}")

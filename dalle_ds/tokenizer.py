@@ -32,11 +32,9 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from dalle_ds.config import PADDING
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import write_bytes
-
-PADDING = -1
-"""Marks a text position without a token; the transformer has a learned embedding for each (DALL·E §2.2)."""
 
 _NORMALIZATION = "nmt_nfkc_cf"
 _SPACE = "\u2581"  # how sentencepiece writes a space inside a piece; normalization turns this character into a space

@@ -52,7 +52,7 @@ def main() -> None:
     """Parse, draw, write."""
     options = parse_options(Options)
     out = Path(options.out)
-    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+    if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"out must be a .png file in a folder that exists, found {options.out}")
     pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype])
     pictures = pipe.generate(

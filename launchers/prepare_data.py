@@ -38,6 +38,8 @@ def main() -> None:
         raise ConfigError("out is missing: give the folder of prepared data, --out DIR")
     if options.corpus is None and options.cache_codes is None:
         raise ConfigError("nothing to do: give --corpus, --cache_codes, or both")
+    if options.workers < 0:
+        raise ConfigError(f"workers must not be negative, found {options.workers}")
     if options.corpus is not None:
         print(prepare(options, options.out, workers=options.workers, overwrite=options.overwrite))
     if options.cache_codes is not None:
@@ -50,7 +52,7 @@ def main() -> None:
             workers=options.workers,
             overwrite=options.overwrite,
         )
-        print(report)
+        print(str(report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.launch
 
 README = (ROOT / "README.md").read_text()
-FEW = "--steps 2 --report.validation_batches 1 --train.batch_size 4"
+FEW = "--steps 2 --report.validation_rows 4 --train.batch_size 4"
 # What a command gets in addition, so that it ends in seconds; by the words that it contains.
 SHORTER = {
     "make demo": f"DVAE_ARGS={shlex.quote(FEW)} TRANSFORMER_ARGS={shlex.quote(FEW)} READY= VENV={shlex.quote(sys.prefix)}",

@@ -7,6 +7,7 @@ picture, augmented as DALL·E Listing 2 does; other splits have the central one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import read_info
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
 
 FORMAT_VERSION = 1
@@ -46,6 +47,12 @@ class CodesReport:
     """Split → rows whose picture could not be read; they have no codes, and loaders put other rows in their place."""
     already_there: bool = False
     """The folder held this very cache, and was left as it is."""
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
+        lost = sum(self.unreadable.values())
+        done = "codes were there already" if self.already_there else "codes cached"
+        return f"{self.folder}: {done}: {rows}" + (f"; {lost:,} pictures could not be read" if lost else "")
 
 
 def write_codes(
@@ -169,6 +176,8 @@ class CodesCache:
         self.grid: tuple[int, int] = tuple(manifest["grid"])
         """(h, w) of the codes."""
         self._rows: int = manifest["rows"][split]
+        self.fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        """Names the cache: its data, dVAE, views and seed."""
 
     @classmethod
     def find(cls, data_dir: str | Path, dvae_fingerprint: str, split: str) -> CodesCache | None:
@@ -181,7 +190,7 @@ class CodesCache:
         folder = _cache_folder(data, dvae_fingerprint)
         if not (folder / "codes.json").is_file():
             return None
-        manifest = json.loads((folder / "codes.json").read_text(encoding="utf-8"))
+        manifest = _read_manifest(folder)
         for field, wanted in (
             ("format_version", FORMAT_VERSION),
             ("data_fingerprint", read_info(data)["fingerprint"]),
@@ -221,12 +230,19 @@ class CodesCache:
             DataError: the picture could not be read when the cache was made.
         """
         if self._arrays is None:
-            codes = np.load(self._folder / f"{self._split}.npy", mmap_mode="r")
-            self._arrays = codes, np.load(self._folder / f"{self._split}.readable.npy", mmap_mode="r")
+            self._arrays = self._map(f"{self._split}.npy"), self._map(f"{self._split}.readable.npy")
         codes, readable = self._arrays
         if not readable[row]:
             raise DataError(f"{self._folder} {self._split} row {row} has no codes: its picture could not be read")
         return codes[row, view].astype(np.int64)
+
+    def _map(self, name: str) -> npt.NDArray:
+        try:
+            return np.load(self._folder / name, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._folder / name} is missing or cut off: cache the codes again with --overwrite True"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}
@@ -308,13 +324,22 @@ def _write_header(file: Any, kind: type[np.unsignedinteger], shape: tuple[int, .
 
 
 def _existing_report(folder: Path, identity: dict[str, Any]) -> CodesReport:
-    manifest = json.loads((folder / "codes.json").read_text(encoding="utf-8"))
+    manifest = _read_manifest(folder)
     differing = sorted(name for name in identity if manifest.get(name) != identity[name])
     if differing:
         raise DataError(
             f"{folder} holds other codes of this dVAE (different: {', '.join(differing)}): give --overwrite True"
         )
     return CodesReport(str(folder), manifest["rows"], manifest["unreadable"], already_there=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "codes.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'codes.json'} cannot be read: cache the codes again with --overwrite True"
+        ) from error
 
 
 def _cache_folder(data: Path, dvae_fingerprint: str) -> Path:

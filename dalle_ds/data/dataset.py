@@ -75,10 +75,6 @@ class PairDataset:
         """Where the row came from, for people."""
         return self._value(row, "name")
 
-    def group(self, row: int) -> str:
-        """The group of a row: rows of one group are all in one split, variants held out aside."""
-        return self._value(row, "group")
-
     def _value(self, row: int, column: str) -> Any:
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows}")

@@ -1,4 +1,4 @@
-"""A full disk is the user's to mend."""
+"""A folder that cannot be written is the user's to mend."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dalle_ds.errors import DataError
 
 @contextmanager
 def disk_full_is_a_data_error(folder: Path) -> Iterator[None]:
-    """Turns "no space left on device" into a `DataError` that names `folder`."""
+    """Turns a failure to write, a full disk above all, into a `DataError` that names `folder`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"no space left on the disk of {folder}: free some, or write to another disk") from error
-        raise
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): name another folder") from error

@@ -7,10 +7,8 @@ Position p of the endless sequence of shuffled epochs (`order.rows_of`) is sampl
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -111,34 +109,34 @@ class BatchLoader:
 
 
 def evaluation_batches(
-    samples: Samples, batch_size: int, rank: int, world_size: int, limit: int | None = None
+    samples: Samples, micro_batch: int, *, rank: int, world_size: int, rows: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of the rows in their order, the same in every evaluation; rows that fill no batch are left out.
+    """Batches of `rows` rows spread evenly over the samples, the same rows in every evaluation and under every layout.
 
     Args:
         samples: where samples come from.
-        batch_size: samples of one batch over all ranks. It is lowered to the largest multiple of `world_size` that
-            exceeds neither it nor the number of rows.
-        limit: at most so many batches.
+        micro_batch: the most samples of one batch of one rank.
+        rows: how many rows; None, or more than there are, takes all.
 
     Yields:
-        This rank's share of each batch, as `BatchLoader` yields micro-batches; every rank gets equally many.
+        This rank's share, as `BatchLoader` yields micro-batches; every rank gets equally many of equal size. Besides,
+        `valid`: (micro_batch,) float32, 1, or 0 where a row only fills up the last batch and must not be counted.
 
     Raises:
-        DataError: fewer rows than ranks, or 16 rows in turn that cannot be read.
+        DataError: no rows, or 16 rows in turn that cannot be read.
     """
-    global_batch = min(batch_size, len(samples)) // world_size * world_size
-    if global_batch == 0:
-        if batch_size < world_size:
-            raise ConfigError(f"evaluation batch of {batch_size} is smaller than the number of processes, {world_size}")
-        raise DataError(
-            f"the evaluation split has {len(samples)} rows, fewer than the {world_size} processes: prepare more of it"
+    if len(samples) == 0:
+        raise DataError("the evaluation split has no rows: prepare more data, or raise the share of validation")
+    count = len(samples) if rows is None else min(rows, len(samples))
+    micro_batch = min(micro_batch, -(-count // world_size))
+    for start in range(0, count, micro_batch * world_size):
+        first = start + rank * micro_batch
+        numbers = range(first, first + micro_batch)
+        batch = _stack(
+            [_evaluation_sample(samples, min(number, count - 1) * len(samples) // count) for number in numbers]
         )
-    share = global_batch // world_size
-    batches = len(samples) // global_batch
-    for number in range(batches if limit is None else min(batches, limit)):
-        first = number * global_batch + rank * share
-        yield _stack([_evaluation_sample(samples, row) for row in range(first, first + share)])
+        batch["valid"] = torch.tensor([float(number < count) for number in numbers])
+        yield batch
 
 
 # --- which positions ------------------------------------------------------------------------------------------------
@@ -216,13 +214,3 @@ def _as_it_is(batch: Any) -> Any:
 def _start_worker(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_the_parent_says_so, daemon=True).start()
-
-
-def _exit_when_the_parent_says_so() -> None:
-    # A parent that ends while its loader is in use sends SIGTERM and waits; anybody else's warning is not for workers.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

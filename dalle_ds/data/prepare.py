@@ -130,10 +130,17 @@ def read_info(folder: Path) -> dict[str, Any]:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
+    if not isinstance(info, dict):
+        raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
     if info.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
             "prepare it again with --overwrite True"
+        )
+    missing = {"fingerprint", "options", "splits"} - set(info)
+    if missing:
+        raise DataError(
+            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
         )
     return info
 

@@ -81,7 +81,11 @@ class PreparationReport:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"{self.out}{' (already prepared)' if self.already_there else ''}", title_justify="left")
+        already = " (already prepared; the source was not read again: if it changed, give --overwrite True)"
+        table = Table(
+            title=f"{self.out}{already if self.already_there else ''}",
+            title_justify="left",
+        )
         table.add_column("pairs")
         table.add_column("count", justify="right")
         table.add_column("examples", overflow="ellipsis", no_wrap=True)

@@ -7,13 +7,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dalle_ds.config import PADDING
 from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.images import Pixels, center_crop_resize
-
-PAD = -1
-"""Text positions without a token."""
 
 
 class Tokenizer(Protocol):
@@ -59,7 +57,8 @@ class TextImageSamples:
     """Captions with pictures for the transformer.
 
     `text` is (text_len,) int64, -1 after the caption's tokens, and `truncated` is 1 where they were more than fit. Beside
-    them stands `codes`, (h·w,) int64, where `codes` are given, else `image`, (3, R, R) uint8.
+    them stands `codes`, (h·w,) int64, where `codes` are given, else `image`, (3, R, R) uint8; and in evaluation
+    `other_text`, the text of another row.
 
     Args:
         dataset: rows.
@@ -99,10 +98,14 @@ class TextImageSamples:
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
-        return {**self._text(row, rng), **self._picture(row, rng)}
+        if self._train:
+            return {**self._text(row, rng), **self._picture(row, rng)}
+        # A caption from the other half of the split: neighbouring rows are often variants of one thing.
+        other = (row + len(self) // 2) % len(self)
+        return {**self._text(row, rng), "other_text": self._text(other, rng)["text"], **self._picture(row, rng)}
 
     def _text(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
-        text = np.full(self._text_len, PAD, dtype=np.int64)
+        text = np.full(self._text_len, PADDING, dtype=np.int64)
         if rng.random() < self._caption_dropout:
             return {"text": text, "truncated": 0}
         captions = self._dataset.captions(row)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from dalle_ds.errors import DataError
+from dalle_ds.metrics import read_records
 
 Series = list[tuple[int, float]]
 
@@ -23,8 +23,7 @@ def read_metrics(run_dir: str | Path) -> dict[str, Series]:
     if not path.is_file():
         raise DataError(f"{run_dir} has no metrics.jsonl: name a run directory")
     figures: dict[str, Series] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_records(path):
         for name, value in record.items():
             if name != "step" and value is not None:
                 figures.setdefault(name, []).append((record["step"], value))

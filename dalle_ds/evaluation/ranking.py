@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_ds.config import PADDING
 from dalle_ds.errors import DataError
-from dalle_ds.models.dalle import PADDING, Dalle
+from dalle_ds.models.dalle import Dalle
 from dalle_ds.sampling import score
 
 

@@ -15,11 +15,13 @@ import dalle_ds
 from dalle_ds.data import PairDataset
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.samples import channels_first
+from dalle_ds.errors import DataError
 from dalle_ds.evaluation.curves import Series, curves_svg, read_metrics
 from dalle_ds.evaluation.ranking import ranking_accuracy
 from dalle_ds.files import write_bytes, write_text
 from dalle_ds.sampling import TextToImage, picture_grid
 
+CANDIDATES = 16
 TITLES = ["picture", "dVAE", "samples"]
 
 
@@ -40,6 +42,8 @@ def write_report(
         CheckpointError: a run has exported no model.
         DataError: a folder is not what it should be.
     """
+    dvae, transformer = read_metrics(dvae_run), read_metrics(transformer_run)
+    figures = _figures(dvae, dvae_run, transformer, transformer_run)
     pipeline = TextToImage.from_pretrained(transformer_run)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,9 +51,8 @@ def write_report(
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_bytes(folder / "pictures.png", buffer.getvalue())
-    dvae, transformer = read_metrics(dvae_run), read_metrics(transformer_run)
-    figures = _figures(dvae, transformer)
-    figures["ranking_accuracy_16"] = _ranking(pipeline, data)
+    if len(PairDataset.open(data, "validation")) >= CANDIDATES:
+        figures["ranking_accuracy_16"] = _ranking(pipeline, data)
     write_text(folder / "report.html", _page(buffer.getvalue(), figures, dvae, transformer))
     return figures
 
@@ -85,22 +88,30 @@ def _ranking(pipeline: TextToImage, data: str) -> float:
         [pipeline.dvae.encode(chunk.to(pipeline.device).float() / 255).flatten(1) for chunk in pixels.split(64)]
     )
     text = pipeline.encode([dataset.captions(row)[0] for row in order])
-    return ranking_accuracy(pipeline.model, text, codes)
+    return ranking_accuracy(pipeline.model, text, codes, CANDIDATES)
 
 
-def _figures(dvae: dict[str, Series], transformer: dict[str, Series]) -> dict[str, float]:
-    def last(metrics: dict[str, Series], name: str) -> float:
+def _figures(
+    dvae: dict[str, Series], dvae_run: str, transformer: dict[str, Series], transformer_run: str
+) -> dict[str, float]:
+    """The last validation figures of both runs; DataError where a run has none of its stage."""
+
+    def last(metrics: dict[str, Series], run: str, name: str) -> float:
+        if f"validation/{name}" not in metrics:
+            raise DataError(f"{run} has no validation figure {name!r}: name a run of the other stage, or let it finish")
         return metrics[f"validation/{name}"][-1][1]
 
+    image_loss = last(transformer, transformer_run, "image_loss")
+    code_entropy = last(transformer, transformer_run, "code_entropy")
     return {
-        "dvae_psnr": last(dvae, "psnr"),
-        "dvae_perplexity": last(dvae, "perplexity"),
-        "dvae_codes_used": last(dvae, "codes_used"),
-        "transformer_image_loss": last(transformer, "image_loss"),
-        "code_entropy": last(transformer, "code_entropy"),
-        "gain_over_entropy": last(transformer, "code_entropy") - last(transformer, "image_loss"),
-        "caption_gain": last(transformer, "caption_gain"),
-        "transformer_text_loss": last(transformer, "text_loss"),
+        "dvae_psnr": last(dvae, dvae_run, "psnr"),
+        "dvae_perplexity": last(dvae, dvae_run, "perplexity"),
+        "dvae_codes_used": last(dvae, dvae_run, "codes_used"),
+        "transformer_image_loss": image_loss,
+        "code_entropy": code_entropy,
+        "gain_over_entropy": code_entropy - image_loss,
+        "caption_gain": last(transformer, transformer_run, "caption_gain"),
+        "transformer_text_loss": last(transformer, transformer_run, "text_loss"),
     }
 
 

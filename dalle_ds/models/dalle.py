@@ -22,15 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle_ds.config import DalleConfig
+from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
 from dalle_ds.models.cache import KVCache, LayerCache
 from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
-
-PADDING = -1
-"""What text holds where there is no token."""
 
 
 class DalleOutput(NamedTuple):

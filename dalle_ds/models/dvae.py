@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,8 @@ class Conv2d(nn.Module):
     """Stride-1 convolution that keeps the size, with parameters named `w` and `b` as in the release.
 
     Args:
-        fp32: compute in fp32 whatever the weights' dtype, as the two convolutions at the codes do.
+        fp32: compute in fp32 whatever the weights' dtype: the two convolutions at the codes, as in the release, and the
+            two at the pixels, since bf16 (the release has fp16) tells only 231 of 256 grey levels apart.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, fp32: bool = False) -> None:
@@ -39,7 +41,10 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, H, W) → (B, channels_out, H, W)."""
         weight, bias = (self.w.float(), self.b.float()) if self.fp32 else (self.w, self.b)
-        return F.conv2d(x.to(weight.dtype), weight, bias, padding=self.padding)
+        # TF32, PyTorch's default for convolutions, would keep 10 bits of fp32's 23.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if weight.is_cuda else nullcontext()
+        with exact:
+            return F.conv2d(x.to(weight.dtype), weight, bias, padding=self.padding)
 
 
 class ResidualBlock(nn.Module):
@@ -64,7 +69,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, H, W) → (B, channels_out, H, W)."""
-        return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
+        # The stream is fp32: in bf16's 8 bits, most of what a gain of 1/64 leaves of the residual would be rounded away.
+        return torch.add(self.id_path(x).float(), self.res_path(x).float(), alpha=self.gain)
 
 
 def _group(
@@ -86,7 +92,7 @@ class Encoder(nn.Module):
         super().__init__()
         gain = 1 / (config.groups * config.blocks_per_group) ** 2
         width = config.encoder_width
-        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, width, 7))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, width, 7, fp32=True))
         for group in range(config.groups):
             wider = config.encoder_width * 2**group
             resample = ("pool", nn.MaxPool2d(2)) if group < config.groups - 1 else None
@@ -98,6 +104,7 @@ class Encoder(nn.Module):
             OrderedDict(relu=nn.ReLU(), conv=Conv2d(width, config.vocab_size, 1, fp32=True))
         )
         self.blocks = nn.Sequential(layers)
+        self.vocab_size = config.vocab_size
 
     def forward(self, mapped: Tensor) -> Tensor:
         """Mapped pixels to logits; see the class."""
@@ -119,7 +126,7 @@ class Decoder(nn.Module):
                 [width] + [narrower] * config.blocks_per_group, (1, 3, 3, 3), gain, resample
             )
             width = narrower
-        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(width, 6, 1)))
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(width, 6, 1, fp32=True)))
         self.blocks = nn.Sequential(layers)
 
     def forward(self, code_weights: Tensor) -> Tensor:
@@ -136,6 +143,12 @@ class DvaeOutput(NamedTuple):
     """() mean KL divergence from the uniform prior per code, nats."""
     logits: Tensor
     """(B, vocab_size, h, w) fp32."""
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL divergence of softmax(logits) from the uniform distribution, nats: (B, K, h, w) → (B, h, w)."""
+    log_posterior = torch.log_softmax(logits, dim=1)
+    return math.log(logits.shape[1]) + (log_posterior.exp() * log_posterior).sum(dim=1)
 
 
 class DiscreteVAE(nn.Module):
@@ -169,9 +182,15 @@ class DiscreteVAE(nn.Module):
         logits = self.encoder(mapped)
         relaxed = torch.softmax((logits + gumbel) / temperature, dim=1)
         mu, log_b = self.likelihood_parameters(relaxed)
-        log_posterior = torch.log_softmax(logits, dim=1)
-        kl = math.log(self.config.vocab_size) + (log_posterior.exp() * log_posterior).sum(1).mean()
-        return DvaeOutput(logit_laplace_nll(mapped, mu, log_b).mean(), kl, logits)
+        return DvaeOutput(logit_laplace_nll(mapped, mu, log_b).mean(), kl_to_uniform(logits).mean(), logits)
+
+    def nll(self, images: Tensor, codes: Tensor) -> Tensor:
+        """(B,) negative log-likelihood per pixel value of pictures (B, 3, H, W) in [0, 1] given codes (B, h, w), nats."""
+        mu, log_b = self.likelihood_parameters(self._one_hot(codes))
+        return logit_laplace_nll(map_pixels(images.float()), mu, log_b).mean(dim=(1, 2, 3))
+
+    def _one_hot(self, codes: Tensor) -> Tensor:
+        return F.one_hot(codes, self.config.vocab_size).permute(0, 3, 1, 2).float()
 
     def likelihood_parameters(self, code_weights: Tensor) -> tuple[Tensor, Tensor]:
         """(B, vocab_size, h, w) code weights → μ and ln b of the logit-Laplace, each (B, 3, H, W) fp32."""
@@ -197,8 +216,7 @@ class DiscreteVAE(nn.Module):
                 f"codes must lie in [0, {self.config.vocab_size}), found {int(codes.min())} to {int(codes.max())}: "
                 "they were made by another dVAE"
             )
-        one_hot = F.one_hot(codes, self.config.vocab_size).permute(0, 3, 1, 2).float()
-        mu, _ = self.likelihood_parameters(one_hot)
+        mu, _ = self.likelihood_parameters(self._one_hot(codes))
         return unmap_pixels(torch.sigmoid(mu))
 
     def _check_images(self, images: Tensor) -> None:

@@ -38,4 +38,5 @@ def logit_laplace_nll(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
     logits = torch.logit(pixels)
     # −ln v − ln(1 − v) = softplus(−logit) + softplus(logit), exact where ln(1 − v) would round.
     log_jacobian = F.softplus(-logits) + F.softplus(logits)
-    return math.log(2.0) + log_b - log_jacobian + (logits - mu).abs() * torch.exp(-log_b)
+    # exp(−ln b) overflows fp32 below −88; 0 · inf would be NaN where mu is exact.
+    return math.log(2.0) + log_b - log_jacobian + (logits - mu).abs() * torch.exp(-log_b.clamp_min(-80))

@@ -81,7 +81,7 @@ def load_model(path: str | Path, kind: str, config_class: type[Config]) -> tuple
     found = description.get("kind") if isinstance(description, dict) else None
     if found != kind:
         raise CheckpointError(f"{folder} holds a {found!r} model where a {kind!r} model is needed: name another folder")
-    return from_dict(config_class, description["model"], str(folder / CONFIG_NAME)), weights
+    return from_dict(config_class, description.get("model", {}), str(folder / CONFIG_NAME)), weights
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:

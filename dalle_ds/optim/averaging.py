@@ -11,8 +11,8 @@ from torch import Tensor
 class WeightAverage:
     """Exponential average of fp32 weight shards (DALL·E App. A.2: decay 0.999).
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that short runs do not average in their first random
-    weights; from a few thousand updates on it is `decay`.
+    The paper's decay is constant. Here that of update n is min(decay, (1 + n) / (10 + n)), so that short runs do not average
+    in their first random weights; from update 9 / (1 − decay) on, the two are the same.
     """
 
     def __init__(self, shards: Sequence[Tensor], decay: float) -> None:

@@ -53,6 +53,8 @@ class LearningRate:
         self._average = config.plateau_smoothing * self._average + (1 - config.plateau_smoothing) * loss
         self._observed += 1
         smoothed = self._average / (1 - config.plateau_smoothing**self._observed)
+        if self._observed * (1 - config.plateau_smoothing) < 1:
+            return  # so far an average of few losses, of which one lucky one would stay the record
         if smoothed < self._best - config.plateau_threshold * abs(self._best) or self._best == math.inf:
             self._best, self._since_best = smoothed, 0
             return

@@ -5,13 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, DalleError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class Mesh:
         Raises:
             ConfigError: CUDA asked for where there is none, or fewer GPUs than processes on this machine.
         """
-        import deepspeed
-
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = str(_free_port())
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         chosen = _pick_device(device, local_rank)
+        if chosen.type == "cpu":
+            # Before DeepSpeed is imported, which would take a GPU that is there.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
         if chosen.type == "cpu":
             # DeepSpeed would compile a shared-memory operator on first use; gloo needs none and is no slower.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -79,12 +86,23 @@ class Mesh:
             dist.all_reduce(total)
         return total
 
-    def maximum(self, value: Tensor) -> Tensor:
-        """The elementwise maximum of `value` over all ranks, as a new tensor on this process's device."""
-        largest = value.detach().to(self.device, copy=True)
+    def decide(self, choose: Callable[[], Value]) -> Value:
+        """What `choose` returns on the main process, on every process; where it raises a `DalleError`, all raise it.
+
+        For what must not be decided by each process for itself, such as anything read from a disk that they may see at
+        different times.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = choose()
+            except DalleError as error:
+                outcome[1] = error
         if self.world_size > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

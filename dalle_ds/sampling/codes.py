@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle_ds.config import PADDING
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.cache import KVCache
-from dalle_ds.models.dalle import PADDING, Dalle
+from dalle_ds.models.dalle import Dalle
 from dalle_ds.sampling.draw import Sampling, candidate_uniforms, draw, guide
 
 ROWS = 8

@@ -68,7 +68,9 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.double() / sampling.temperature
+    logits = logits.double()
+    # The greatest becomes 0, so that no temperature, however low, makes it infinite.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:

@@ -86,13 +86,13 @@ class TextToImage:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={device} was asked for, but PyTorch finds no GPU here: use device=cpu")
         folder = export_folder(path)
+        model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
         for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(
                     f"{folder} has no {part}: it is a transformer alone, and drawing pictures needs all that a "
                     "transformer run exports"
                 )
-        model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
         pipeline = cls(model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME))
         pipeline._check_parts(folder)
         return pipeline
@@ -117,7 +117,10 @@ class TextToImage:
         """Refuse a tokenizer or dVAE that the transformer was not trained with: it would draw noise without a word."""
         if not (folder / PARTS_NAME).is_file():
             return
-        parts = json.loads((folder / PARTS_NAME).read_text())
+        try:
+            parts = dict(json.loads((folder / PARTS_NAME).read_text()))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / PARTS_NAME} cannot be read: export the model again") from error
         for name, found in (("tokenizer", self.tokenizer.fingerprint), ("dvae", self.dvae.fingerprint)):
             if parts.get(name) != found:
                 raise CheckpointError(

@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle_ds.config import Run
-from dalle_ds.data.loader import Samples
+from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.optim import decay_groups
 
 RunConfig = TypeVar("RunConfig", bound=Run)
-Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 
 
@@ -68,12 +67,18 @@ class Task(ABC, Generic[RunConfig]):
             step: update, counted from 0.
 
         Returns:
-            () loss, and detached () metrics; both are averaged over ranks and micro-batches.
+            () loss and detached metrics. Those that are () are averaged over ranks and micro-batches, as is the loss; vectors
+            are summed and given to `digest`.
         """
+
+    def digest(self, sums: Metrics) -> dict[str, float]:
+        """Figures from the vectors among the metrics of `loss`, summed over the whole batch."""
+        return {}
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
-        """Sums over a batch of validation data, any shape; they are added up over batches and ranks."""
+        """Sums over the rows of a batch of validation data where `batch["valid"]` is 1; any shape, added up over batches and
+        ranks."""
 
     @abstractmethod
     def summarize(self, sums: Metrics) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun
 from dalle_ds.data import DvaeSamples, PairDataset
-from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.dvae import DiscreteVAE, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
+from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.optim import half_cosine
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
@@ -59,38 +61,42 @@ class DvaeTask(Task[DvaeRun]):
         # One KL term per code, spread over the pixel values that the code covers (App. A.2: β / 192 at full size).
         codes_per_value = config.grid**2 / (3 * config.image_size**2)
         loss = output.nll + kl_weight * codes_per_value * output.kl
-        usage = _usage(_histogram(output.logits.detach().argmax(1), config.vocab_size))
         metrics = {
             "nll": output.nll.detach(),
             "kl": output.kl.detach(),
             "temperature": torch.tensor(temperature, device=loss.device),
             "kl_weight": torch.tensor(kl_weight, device=loss.device),
-            **usage,
+            "histogram": _histogram(output.logits.detach().argmax(1), config.vocab_size),
         }
         return loss, metrics
 
+    def digest(self, sums: Metrics) -> dict[str, float]:
+        return _usage(sums["histogram"])
+
     def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
         vae = cast(DiscreteVAE, getattr(model, "module", model))
-        images = batch["image"]
-        codes = vae.encode(images)
+        config, images, valid = self.run.model, batch["image"], batch["valid"]
+        logits = vae.encoder(map_pixels(images))
+        codes = logits.argmax(dim=1)
         squared = (vae.decode(codes) - images).square().mean(dim=(1, 2, 3))
-        # At τ = its final value and with no noise, the relaxed bound is what training approaches.
-        output = vae(images, self.run.objective.temperature_end, torch.zeros((), device=images.device))
+        # The bound itself, not its relaxation: the likelihood of pictures decoded from codes drawn from the posterior,
+        # which is what argmax gives with Gumbel noise on the logits.
+        noise = gumbel_noise(batch["key"], tuple(logits.shape[1:]), images.device)
+        nll = vae.nll(images, (logits + noise).argmax(dim=1))
         return {
-            "count": torch.tensor(float(len(images)), device=images.device),
-            "psnr": (-10 * torch.log10(squared.clamp_min(1e-10))).sum(),
-            "nll": output.nll * len(images),
-            "kl": output.kl * len(images),
-            "histogram": _histogram(codes, self.run.model.vocab_size),
+            "count": valid.sum(),
+            "psnr": (-10 * torch.log10(squared.clamp_min(1e-10)) * valid).sum(),
+            "nll": (nll * valid).sum(),
+            "kl": (kl_to_uniform(logits).mean(dim=(1, 2)) * valid).sum(),
+            "histogram": _histogram(codes[valid.bool()], config.vocab_size),
         }
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
         config = self.run.model
-        figures = {name: float(sums[name].detach() / sums["count"]) for name in ("psnr", "nll", "kl")}
+        figures = {name: float(sums[name] / sums["count"]) for name in ("psnr", "nll", "kl")}
         values_per_code = 3 * config.factor**2
         figures["elb"] = -(figures["nll"] * values_per_code + figures["kl"])
-        figures |= {name: float(value) for name, value in _usage(sums["histogram"]).items()}
-        return figures
+        return figures | _usage(sums["histogram"])
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         vae = cast(DiscreteVAE, model)
@@ -127,13 +133,9 @@ def _histogram(codes: Tensor, vocab_size: int) -> Tensor:
     return torch.bincount(codes.flatten(), minlength=vocab_size).float()
 
 
-def _usage(histogram: Tensor) -> Metrics:
+def _usage(histogram: Tensor) -> dict[str, float]:
     """Codebook health from counts of codes: perplexity of their distribution, codes used, codes dead."""
     share = histogram / histogram.sum().clamp_min(1)
     entropy = -(share * torch.log(share.clamp_min(1e-12))).sum()
-    used = (histogram > 0).sum().float()
-    return {
-        "perplexity": torch.exp(entropy),
-        "codes_used": used,
-        "codes_dead": len(histogram) - used,
-    }
+    used = int((histogram > 0).sum())
+    return {"perplexity": math.exp(entropy), "codes_used": float(used), "codes_dead": float(len(histogram) - used)}

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.config import TransformerRun
+from dalle_ds.config import PADDING, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
 from dalle_ds.errors import ConfigError
-from dalle_ds.models.dalle import PADDING, Dalle
+from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
@@ -62,23 +63,28 @@ class TransformerTask(Task[TransformerRun]):
             )
 
     @cached_property
-    def codes_source(self) -> str:
-        """ "cached" or "live": where the codes of this run come from.
+    def _cache(self) -> CodesCache | None:
+        """The cached codes of the training split, or None where codes are made live.
 
         Raises:
             ConfigError: `loader.codes` is "cached" and there is no cache of this dVAE.
         """
         choice = self.run.loader.codes
         if choice == "live":
-            return "live"
-        if CodesCache.find(self.run.data, self.dvae.fingerprint, "train") is not None:
-            return "cached"
-        if choice == "auto":
-            return "live"
-        raise ConfigError(
-            f"loader.codes=cached but {self.run.data} has no codes of the dVAE in {self.run.dvae}: make them with "
-            f"python launchers/prepare_data.py --out {self.run.data} --cache_codes {self.run.dvae}, or set loader.codes live"
-        )
+            return None
+        cache = CodesCache.find(self.run.data, self.dvae.fingerprint, "train")
+        if cache is None and choice == "cached":
+            raise ConfigError(
+                f"loader.codes=cached but {self.run.data} has no codes of the dVAE in {self.run.dvae}: make them with "
+                f"python launchers/prepare_data.py --out {self.run.data} --cache_codes {self.run.dvae}, or set "
+                "loader.codes live"
+            )
+        return cache
+
+    @property
+    def codes_source(self) -> str:
+        """ "cached" or "live": where the codes of this run come from."""
+        return "live" if self._cache is None else "cached"
 
     def build_model(self) -> Dalle:
         return Dalle(self.run.model, activation_checkpointing=self.run.train.activation_checkpointing)
@@ -103,6 +109,7 @@ class TransformerTask(Task[TransformerRun]):
             "data": PairDataset.open(self.run.data, "train").fingerprint,
             "dvae": self.dvae.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "codes": self._cache.fingerprint if self._cache is not None else "live",
         }
 
     def prepare(self, batch: Batch) -> Batch:
@@ -124,30 +131,31 @@ class TransformerTask(Task[TransformerRun]):
         return loss, {"text_loss": text_loss.detach(), "image_loss": output.image_loss.detach()}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
-        text, codes = batch["text"], batch["codes"]
+        text, codes, valid = batch["text"], batch["codes"], batch["valid"]
         output = model(text, codes)
-        # The same pictures under their neighbours' captions: what the model gains from reading.
-        mismatched = model(text.roll(1, dims=0), codes)
-        count = torch.tensor(float(len(text)), device=text.device)
+        # The same pictures under the captions of others: what the model gains from reading.
+        mismatched = model(batch["other_text"], codes)
+        tokens = (text != PADDING).sum(dim=1) * valid
         return {
-            "count": count,
-            "text_tokens": output.text_tokens.float(),
-            "text_loss": output.text_loss * output.text_tokens,
-            "image_loss": output.image_loss * count,
-            "mismatched_image_loss": mismatched.image_loss * count,
-            "histogram": torch.bincount(codes.flatten(), minlength=self.run.model.image_vocab).float(),
+            "count": valid.sum(),
+            "text_tokens": tokens.sum(),
+            "text_loss": (_row_sums(output.text_logits, text) * valid).sum(),
+            "image_loss": (_row_sums(output.image_logits, codes) * valid).sum(),
+            "mismatched_image_loss": (_row_sums(mismatched.image_logits, codes) * valid).sum(),
+            "histogram": torch.bincount(codes[valid.bool()].flatten(), minlength=self.run.model.image_vocab).float(),
         }
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
         share = sums["histogram"] / sums["histogram"].sum()
         text_loss = float(sums["text_loss"] / sums["text_tokens"].clamp_min(1))
-        image_loss = float(sums["image_loss"] / sums["count"])
+        codes = sums["count"] * self.run.model.image_len
+        image_loss = float(sums["image_loss"] / codes)
         weight = self.run.model.text_weight
         return {
             "loss": weight * text_loss + (1 - weight) * image_loss,
             "text_loss": text_loss,
             "image_loss": image_loss,
-            "caption_gain": float(sums["mismatched_image_loss"] / sums["count"]) - image_loss,
+            "caption_gain": float(sums["mismatched_image_loss"] / codes) - image_loss,
             "code_entropy": float(-(share * torch.log(share.clamp_min(1e-12))).sum()),
         }
 
@@ -184,3 +192,9 @@ class TransformerTask(Task[TransformerRun]):
 
     def items_per_sample(self) -> tuple[str, int]:
         return "tokens", self.run.model.total_len
+
+
+def _row_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, n, vocabulary) logits and (B, n) targets → (B,) summed cross-entropy, padding left out."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="none")
+    return losses.view(targets.shape).sum(dim=1)

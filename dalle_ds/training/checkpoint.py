@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.errors import CheckpointError
@@ -57,12 +59,13 @@ def save_checkpoint(
             for old in sorted(_complete(folder), key=_step_of)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         mesh.barrier()
-    except (OSError, RuntimeError) as error:
-        if mesh.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # PyTorch reports a full disk in words of its own, so the space is told too.
+        free = shutil.disk_usage(folder).free / 2**20
+        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"could not save the checkpoint of step {step} to {final}: {error}; free some space and start the run again, "
-            "it goes on from the last complete checkpoint"
+            f"could not save the checkpoint of step {step} to {final} ({free:,.0f} MiB free there; {error}): free some space "
+            "and start the run again, it goes on from the last complete checkpoint"
         ) from error
     return final
 
@@ -71,7 +74,10 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as `state`."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
-    except (OSError, ValueError) as error:
+        missing = {"step", "identity", "layout", "learning_rate"} - set(state)
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"the checkpoint {checkpoint} cannot be read: {error}; delete it to resume from an older one"
         ) from error
@@ -90,9 +96,14 @@ def load_checkpoint(checkpoint: Path, engine: Any, average: WeightAverage | None
             raise CheckpointError(f"DeepSpeed found no weights in {checkpoint}")
         if average is not None:
             average.load_state_dict(load_file(_average_file(checkpoint, mesh)))
-    except (OSError, RuntimeError, KeyError, ValueError, AssertionError) as error:
+    except (OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint {checkpoint} cannot be loaded: {error}; delete it to resume from an older one"
+            f"the checkpoint {checkpoint} has a broken or missing file ({error}): delete it to resume from an older one"
+        ) from error
+    except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} cannot be loaded ({str(error) or 'a file is missing or does not fit'}): resume with "
+            "the DeepSpeed JSON that it was written with; where a file is broken, delete it to resume from an older one"
         ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,18 @@ _OURS = {
     "optimizer": "the optim section",
     "scheduler": "the optim section",
 }
+_CHECKED = (
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "gradient_clipping",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "data_types",
+    *_OURS,
+)
+"""Keys that are held against the run; DeepSpeed ignores those it does not know, misspelt ones too."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,10 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     Raises:
         ConfigError: a contradiction, or something that cannot work; the message says what to set.
     """
+    for name in json_config:
+        guess = difflib.get_close_matches(name, _CHECKED, 1, cutoff=0.8)
+        if guess and name not in _CHECKED:
+            raise ConfigError(f'the DeepSpeed JSON has "{name}": did you mean "{guess[0]}"?')
     for name, section in _OURS.items():
         if name in json_config:
             raise ConfigError(
@@ -84,8 +101,13 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     # DeepSpeed warns about an offloaded client optimizer that is not its own; ours is AdamW on purpose.
     complete.setdefault("zero_force_ds_cpu_optimizer", False)
     complete.setdefault("steps_per_print", 2**31)
+    if precision == "bf16" and stage == 0 and accumulation > 1:
+        raise ConfigError(
+            f"bf16 with ZeRO-0 would sum the gradients of {accumulation} micro-batches in bf16, which loses small ones: "
+            'set "zero_optimization.stage" to 1, or train.micro_batch so that nothing is accumulated'
+        )
     if precision == "bf16" and stage > 0:
-        # Sums of bf16 gradients lose what fp32 sums keep; DeepSpeed's default is the weights' dtype.
+        # Summed over micro-batches in fp32; DeepSpeed's default is the weights' dtype.
         complete["data_types"] = {"grad_accum_dtype": "fp32", **_section(json_config, "data_types")}
     return EngineConfig(complete, precision, stage, micro_batch, accumulation)
 
@@ -155,7 +177,11 @@ def _json_stage(json_config: dict[str, Any]) -> int | None:
 
 def _stated(json_config: dict[str, Any], name: str) -> Any:
     value = json_config.get(name)
-    return None if value == "auto" else value
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ConfigError(f'"{name}" in the DeepSpeed JSON must be a number or "auto", found {value!r}')
+    return value
 
 
 def _section(json_config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -166,4 +192,7 @@ def _section(json_config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _enabled(json_config: dict[str, Any], name: str) -> bool:
-    return _section(json_config, name).get("enabled", False) is True
+    enabled = _section(json_config, name).get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f'"{name}.enabled" in the DeepSpeed JSON must be true or false, found {enabled!r}')
+    return enabled

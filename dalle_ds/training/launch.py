@@ -17,6 +17,14 @@ from dalle_ds.training.deepspeed_config import load_deepspeed_json
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 
+_USAGE = """Besides the options below, whose defaults are those of the preset:
+
+--deepspeed_config FILE: DeepSpeed JSON, such as ds_configs/zero3_bf16.json (precision, ZeRO stage, offload)
+
+--preset NAME: one of {presets}
+
+--device auto|cpu|cuda: where to compute; auto takes GPUs where there are any"""
+
 
 @dataclass(frozen=True)
 class Command(Generic[RunConfig]):
@@ -51,22 +59,24 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
     if known.deepspeed_config is None and not wants_help:
         raise ConfigError("--deepspeed_config is missing: give a DeepSpeed JSON, such as ds_configs/zero3_bf16.json")
     default = load_preset(known.preset, stage, kind) if known.preset is not None else kind()
-    run = parse_options(kind, rest, default)
+    if known.deepspeed_config is not None:
+        json_config = load_deepspeed_json(known.deepspeed_config)
+    run = parse_options(kind, rest, default, f"{kind.__doc__}\n\n{_USAGE.format(presets=', '.join(preset_names()))}")
     for name, what in (
         ("data", "the folder that launchers/prepare_data.py made"),
         ("run_dir", "the folder of this run"),
     ):
         if not getattr(run, name):
             raise ConfigError(f"--{name} is missing: name {what}")
-    return Command(run, load_deepspeed_json(known.deepspeed_config), known.device)
+    return Command(run, json_config, known.device)
 
 
 def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig]], stage: str) -> None:
     """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)
-    # Imports DeepSpeed, which takes seconds; mistakes on the command line are told before.
+    mesh = Mesh.start(command.device)
+    # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
     from dalle_ds.training.trainer import Trainer
 
-    mesh = Mesh.start(command.device)
     Trainer(make_task, command.run, command.deepspeed, mesh).fit()
     mesh.stop()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import yaml
 
 from dalle_ds.config import Run, differences, from_dict, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.files import write_text
+from dalle_ds.files import write_json, write_text
+from dalle_ds.metrics import read_records
 
 # Fields that may differ when a run is resumed: they change no weight (paths are held against fingerprints instead).
 _FREE = ("data", "dvae", "tokenizer", "run_dir", "steps", "save_every", "train.micro_batch", "loader.workers")
 _FREE_SECTIONS = ("report.",)
+_STEP_NAME = "step.json"
 
 
 class RunDirectory:
@@ -73,7 +76,10 @@ class RunDirectory:
                     f"--run_dir {self.path} is not empty and not a run (it has no config.yaml): name a new folder"
                 )
             return
-        saved = yaml.safe_load(self.config_file.read_text())
+        try:
+            saved = yaml.safe_load(self.config_file.read_text())
+        except (ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{self.config_file} cannot be read: name another --run_dir") from error
         if not isinstance(saved, dict) or "stage" not in saved or "run" not in saved:
             raise CheckpointError(f"{self.config_file} is not a run's configuration: name another --run_dir")
         if saved["stage"] != self.stage:
@@ -94,7 +100,7 @@ class RunDirectory:
             )
 
     def claim(self) -> None:
-        """Make the folder, take its lock and write the configuration. Main process only.
+        """Make the folder and take its lock. Main process only.
 
         Raises:
             CheckpointError: another process trains in it, or it cannot be written.
@@ -102,19 +108,41 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(
-                    f"another run is training in {self.path}: wait for it, or name another --run_dir"
-                ) from error
-            self.samples.mkdir(exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            write_text(
-                self.config_file, yaml.safe_dump({"stage": self.stage, "run": to_dict(self.run)}, sort_keys=False)
-            )
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another run is training in {self.path}: wait for it, or name another --run_dir"
+            ) from error
         except OSError as error:
             raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
+
+    def write_config(self) -> None:
+        """Write the configuration, make the folders and remove what killed runs left unfinished. Main process only.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            # First: a folder with anything else in it and no configuration is not taken for a run's.
+            content = {"stage": self.stage, "run": to_dict(self.run)}
+            write_text(self.config_file, yaml.safe_dump(content, sort_keys=False))
+            self.samples.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
+        for unfinished in self.checkpoints.glob("partial-step-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def exported_step(self) -> int | None:
+        """How many updates the exported model has had; None where there is none."""
+        try:
+            return int(json.loads((self.export / _STEP_NAME).read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def mark_exported(self, step: int) -> None:
+        """Note that the exported model has had `step` updates."""
+        write_json(self.export / _STEP_NAME, {"step": step})
 
     def release(self) -> None:
         """Give the lock back."""
@@ -126,12 +154,5 @@ class RunDirectory:
         """Forget the metrics of updates beyond `step`, which a resumed run will do again."""
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                record: dict[str, Any] = json.loads(line)
-            except ValueError:  # the last line of a run that was cut off
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        write_text(self.metrics_file, "".join(kept))
+        kept = [record for record in read_records(self.metrics_file) if record["step"] <= step]
+        write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dalle_ds.config import ReportConfig, Run, to_dict
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import CheckpointError, ConfigError
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a run whose output is no terminal prints a progress line."""
@@ -117,8 +118,13 @@ class Tracker:
             self._show(step, record)
         # JSON has no NaN; a figure that could not be computed is null.
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write {self._file.name}: {error}; free some space and start the run again"
+            ) from error
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
@@ -159,7 +165,9 @@ class Tracker:
             self._progress.stop()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
-        self._file.close()
+        # What a full disk kept from being written was told when it happened.
+        with suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> Tracker:
         return self

@@ -105,4 +105,12 @@ def test_the_plateau_state_resumes_exactly() -> None:
     fresh = plateau()
     fresh.load_state_dict(json.loads(json.dumps(plateau().state_dict())))
     fresh.observe(5, 1.0)
+    fresh.observe(6, 1.0)
     assert math.isfinite(fresh.state_dict()["best"])
+
+
+def test_one_lucky_batch_after_the_warm_up_is_no_record() -> None:
+    rate = plateau(plateau_smoothing=0.99, plateau_patience=300, plateau_threshold=1e-3, warmup_steps=0)
+    for step in range(3000):
+        rate.observe(step, 3.0 if step == 0 else 4.0 - 1e-4 * step)
+    assert rate.halvings == 0

@@ -12,6 +12,13 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
 from tests.conftest import ROOT
 
+UNKNOWN_TO_US = {"wall_clock_breakdown": True, "comms_logger": {"enabled": False}, "communication_data_type": "fp32"}
+
+
+def test_other_keys_go_to_deepspeed_as_they_are() -> None:
+    complete = resolve(UNKNOWN_TO_US, run(), 1).deepspeed
+    assert {name: complete[name] for name in UNKNOWN_TO_US} == UNKNOWN_TO_US
+
 
 def run(clip: float | None = 4.0, **train: Any) -> Run:
     return Run(train=TrainConfig(**{"batch_size": 32, **train}), optim=OptimConfig(clip=clip))
@@ -62,6 +69,15 @@ def test_sums_of_bf16_gradients_are_kept_in_fp32() -> None:
         ({"optimizer": {"type": "Adam"}}, {}, 1, '"optimizer".*optim section.*remove it'),
         ({"scheduler": {}}, {}, 1, '"scheduler".*remove it'),
         ({"fp16": {"enabled": True}}, {}, 1, 'use "bf16"'),
+        ({"zero_optimizations": {"stage": 3}}, {}, 1, 'did you mean "zero_optimization"'),
+        ({"bf16": {"enabled": 1}}, {}, 1, "must be true or false, found 1"),
+        ({"train_micro_batch_size_per_gpu": "2"}, {}, 1, 'must be a number or "auto"'),
+        (
+            {"bf16": {"enabled": True}},
+            {"micro_batch": 8},
+            1,
+            "bf16 with ZeRO-0 would sum .* of 4 micro-batches in bf16",
+        ),
         ({"bf16": True}, {}, 1, '"bf16" in the DeepSpeed JSON must be an object'),
     ],
 )

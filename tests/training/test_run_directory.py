@@ -24,6 +24,7 @@ RUN = DvaeRun(data="data", run_dir="run", steps=10)
 def claimed(path: Path, run: DvaeRun = RUN) -> RunDirectory:
     directory = RunDirectory(path, "dvae", run)
     directory.claim()
+    directory.write_config()
     return directory
 
 
@@ -78,6 +79,10 @@ def test_metrics_beyond_the_checkpoint_and_cut_off_lines_are_dropped(tmp_path: P
     directory.release()
 
 
+def state(step: int) -> dict[str, object]:
+    return {"step": step, "identity": {}, "layout": {}, "learning_rate": None}
+
+
 class Engine:
     """The two calls of a DeepSpeed engine that checkpoints use, with one tensor."""
 
@@ -99,7 +104,7 @@ class Engine:
 def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         shard = torch.tensor([float(step)])
-        save_checkpoint(tmp_path, step, Engine(step), WeightAverage([shard], 0.9), {"step": step}, ALONE, keep=2)
+        save_checkpoint(tmp_path, step, Engine(step), WeightAverage([shard], 0.9), state(step), ALONE, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-9"]
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "step-10"
@@ -107,18 +112,18 @@ def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -
     average = WeightAverage([shard], 0.9)
     load_checkpoint(newest, engine, average, ALONE)
     assert engine.value.item() == average.averages[0].item() == 10
-    assert load_state(newest) == {"step": 10}
+    assert load_state(newest) == state(10)
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_is_told(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, Engine(1), None, {"step": 1}, ALONE, keep=2)
-    with pytest.raises(CheckpointError, match=r"step 2 to .*step-2: .*No space left.*free some space"):
-        save_checkpoint(tmp_path, 2, Engine(2, disk=0.0), None, {"step": 2}, ALONE, keep=2)
+    save_checkpoint(tmp_path, 1, Engine(1), None, state(1), ALONE, keep=2)
+    with pytest.raises(CheckpointError, match=r"step 2 to .*step-2 .*MiB free.*No space left.*free some space"):
+        save_checkpoint(tmp_path, 2, Engine(2, disk=0.0), None, state(2), ALONE, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_an_unfinished_checkpoint_is_not_taken(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, Engine(1), None, {"step": 1}, ALONE, keep=2)
+    save_checkpoint(tmp_path, 1, Engine(1), None, state(1), ALONE, keep=2)
     (tmp_path / "partial-step-2" / "engine").mkdir(parents=True)
     (tmp_path / "step-3").mkdir()  # no state: the renaming of something incomplete by hand
     newest = newest_checkpoint(tmp_path)
@@ -127,10 +132,50 @@ def test_an_unfinished_checkpoint_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
-    final = save_checkpoint(tmp_path, 1, Engine(1), None, {"step": 1}, ALONE, keep=2)
+    final = save_checkpoint(tmp_path, 1, Engine(1), None, state(1), ALONE, keep=2)
     (final / "engine" / "weights").unlink()
-    with pytest.raises(CheckpointError, match=r"step-1 cannot be loaded.*delete it to resume from an older one"):
+    with pytest.raises(
+        CheckpointError, match=r"step-1 has a broken or missing file.*delete it to resume from an older one"
+    ):
         load_checkpoint(final, Engine(0), None, ALONE)
-    (final / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_state(final)
+    for broken, words in (
+        ("{", "cannot be read"),
+        ("{}", "it has no identity, layout, learning_rate, step"),
+        ("[]", "it has no"),
+    ):
+        (final / "state.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=words):
+            load_state(final)
+
+
+def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(tmp_path / "run", "dvae", RUN)
+    directory.claim()
+    with monkeypatch.context() as full:
+
+        def no_space(handle: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        full.setattr("dalle_ds.files.os.fsync", no_space)
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
+            directory.write_config()
+    directory.release()
+    claimed(tmp_path / "run").release()
+
+
+def test_what_killed_runs_left_unfinished_is_removed(tmp_path: Path) -> None:
+    directory = claimed(tmp_path / "run")
+    (directory.checkpoints / "partial-step-7").mkdir()
+    directory.release()
+    claimed(tmp_path / "run").release()
+    assert not list(directory.checkpoints.iterdir())
+
+
+def test_the_export_says_of_which_update_it_is(tmp_path: Path) -> None:
+    directory = claimed(tmp_path / "run")
+    assert directory.exported_step() is None
+    directory.export.mkdir()
+    assert directory.exported_step() is None
+    directory.mark_exported(7)
+    assert directory.exported_step() == 7
+    directory.release()
