@@ -1,0 +1,153 @@
+"""A user's mistakes at the launchers: one sentence on standard error, a status that is not 0, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.sampling import TextToImage
+from dalle_ds.tokenizer import Tokenizer
+from tests.conftest import ROOT, TINY_DALLE
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory, dvae_export: Path, tokenizer_file: Path) -> Path:
+    """A random transformer's export."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("transformer") / "export"
+    pipeline = TextToImage(
+        Dalle(TINY_DALLE).eval(), DiscreteVAE.from_pretrained(dvae_export), Tokenizer.load(tokenizer_file)
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def call(
+    launcher: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Run a launcher in this process: exit status and what it wrote to standard error."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [launcher, *arguments])
+    try:
+        runpy.run_path(str(ROOT / "launchers" / launcher), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0), capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+DRAW = ["--model", "{export}", "--prompt", "a", "--out"]
+JSON = ["--deepspeed_config", "ds_configs/zero1_fp32.json"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "words"),
+    [
+        ("prepare_data.py", ["--corpus", "folder", "--source", "/nowhere", "--out", "{tmp}/out"], "/nowhere"),
+        ("prepare_data.py", ["--out", "{tmp}/out"], "nothing to do: give --corpus"),
+        ("prepare_data.py", ["--corpus", "twemoji", "--out", "{tmp}/out", "--validation", "1.5"], "validation must lie in"),
+        ("prepare_data.py", ["--out", "{data}", "--cache_codes", "/nowhere"], "no model at /nowhere"),
+        ("train_tokenizer.py", ["--data", "/nowhere", "--out", "{tmp}/t.model"], "/nowhere does not exist"),
+        ("train_tokenizer.py", ["--data", "{data}", "--out", "{tmp}/t.model", "--preset", "big"], "unknown preset 'big'"),
+        ("train_dvae.py", [*JSON, "--preset", "toi"], "unknown preset 'toi'"),
+        ("train_dvae.py", ["--preset", "toy", "--deepspeed_config", "/nowhere.json"], "/nowhere.json: there is no such file"),
+        ("train_dvae.py", [*JSON, "--preset", "toy", "--data", "d", "--run_dir", "r", "--steps", "0"], "greater than 0"),
+        ("generate.py", ["--model", "/nowhere", "--prompt", "a", "--out", "{tmp}/a.png"], "no model at /nowhere"),
+        ("generate.py", [*DRAW, "/nowhere/a.png"], "a folder that exists"),
+        ("generate.py", [*DRAW, "{tmp}/a.jpg"], "must be a .png file"),
+        ("generate.py", [*DRAW, "{tmp}/a.png", "--num", "0"], "num must be at least 1"),
+        ("generate.py", [*DRAW, "{tmp}/a.png", "--top_p", "2"], "top_p"),
+        ("generate.py", [*DRAW, "{tmp}/a.png", "--temperature", "-1"], "temperature"),
+        ("generate.py", ["--model", "{dvae}", "--prompt", "a", "--out", "{tmp}/a.png"], "holds a 'dvae' model"),
+        ("report.py", ["--data", "{data}", "--dvae", "/no", "--transformer", "/no", "--out", "{tmp}/out"], "no metrics.jsonl"),
+    ],
+)  # fmt: skip
+def test_one_sentence_and_nothing_left_behind(
+    launcher: str,
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    data: Path,
+    export: Path,
+    dvae_export: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"tmp": str(tmp_path), "data": str(data), "export": str(export), "dvae": str(dvae_export)}
+    status, error = call(launcher, [part.format(**places) for part in arguments], monkeypatch, capsys)
+    assert status in (1, 2)
+    assert words in " ".join(error.replace("│", " ").split())
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_asked_for_and_absent_is_told(
+    tmp_path: Path, data: Path, export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    drawing = ["--model", str(export), "--prompt", "a", "--out", str(tmp_path / "a.png"), "--device", "cuda"]
+    status, error = call("generate.py", drawing, monkeypatch, capsys)
+    assert status == 1 and "finds no GPU" in error
+    training = [*JSON, "--preset", "toy", "--data", str(data), "--run_dir", str(tmp_path / "r"), "--device", "cuda"]
+    status, error = call("train_dvae.py", training, monkeypatch, capsys)
+    assert status == 1 and "needs a GPU of its own, but PyTorch sees 0" in error and "--device cpu" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_writes_one_picture_and_warns_of_a_long_prompt(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.png"
+    arguments = ["--model", str(export), "--prompt", "a red circle " * 9, "--num", "2", "--out", str(out)]
+    status, error = call("generate.py", arguments, monkeypatch, capsys)
+    assert status == 0 and [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert error.startswith("warning: the prompt is longer than 8 tokens and was cut")
+
+
+def test_an_export_with_a_foreign_tokenizer_is_refused(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(export, broken)
+    Tokenizer.train(["something else entirely"], broken / "tokenizer.model", 300)
+    arguments = ["--model", str(broken), "--prompt", "a", "--out", str(tmp_path / "a.png")]
+    status, error = call("generate.py", arguments, monkeypatch, capsys)
+    assert status == 1 and "is not the one that the transformer was trained with" in error
+
+
+@pytest.mark.parametrize("launcher", sorted(path.name for path in (ROOT / "launchers").glob("*.py")))
+def test_every_launcher_explains_itself(
+    launcher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [launcher, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "launchers" / launcher), run_name="__main__")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    if launcher.startswith("train_") and launcher != "train_tokenizer.py":
+        for option in ("--preset NAME", "--deepspeed_config FILE", "--device", "--train.batch_size", "--run_dir"):
+            assert option in text
+    assert len((ROOT / "launchers" / launcher).read_text().splitlines()) <= 90
+
+
+@pytest.mark.launch
+def test_training_on_data_that_is_not_there(tmp_path: Path) -> None:
+    """Beyond the command line: in the process group, told once, with no run directory left."""
+    command = [sys.executable, str(ROOT / "launchers" / "train_dvae.py"), "--deepspeed_config"]
+    command += [str(ROOT / "ds_configs" / "zero1_fp32.json"), "--preset", "toy", "--data", "/nowhere"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--run_dir", str(tmp_path / "run")], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 1
+    assert "error: data folder /nowhere does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
