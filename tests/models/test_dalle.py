@@ -317,3 +317,15 @@ def test_wrong_step_is_named() -> None:
     for step in (-1, CODES - 1):
         with pytest.raises(ConfigError, match=rf"\[0, 14\].*found {step}"):
             model.decode(codes[:, 0], step, cache)
+
+
+def test_logits_of_a_bf16_model_are_multiplied_out_in_fp32() -> None:
+    model = build().bfloat16()
+    text, codes = batch()
+    seen: list[Tensor] = []
+    model.norm.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    logits = model(text, codes).image_logits
+    weight, bias = model.image_head.weight.double(), model.image_head.bias.double()
+    exact = seen[0][:, model.config.text_len :].double() @ weight.T + bias
+    assert seen[0].dtype == torch.float32
+    assert (logits.double() - exact).abs().max() < 1e-5

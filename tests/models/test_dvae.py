@@ -12,6 +12,7 @@ from torch import Tensor
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.errors import CheckpointError, DataError
 from dalle_ds.models import DiscreteVAE
+from dalle_ds.models.dvae import ResidualBlock
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import logit_laplace_nll, map_pixels, unmap_pixels
 from dalle_ds.models.pretrained import load_weights
@@ -169,6 +170,9 @@ def test_the_relaxation_is_soft_and_the_kl_ignores_noise_and_temperature() -> No
     warm, cold = vae(images, 1.0, noise), vae(images, 1 / 16, noise)
     assert torch.allclose(warm.kl, cold.kl)
     assert torch.allclose(vae(images, 1.0, noise * 0).kl, warm.kl)
+    logits = vae.encoder(map_pixels(images))
+    for weights, temperature in zip(seen, (1.0, 1 / 16), strict=False):
+        assert torch.allclose(weights, ((logits + noise) / temperature).softmax(dim=1), atol=1e-5)
     for weights in seen:
         assert torch.allclose(weights.sum(1), torch.ones(()), atol=1e-5)
     assert seen[0].max() < 1 - 1e-3, "a straight-through estimator would be one-hot"
@@ -234,3 +238,20 @@ def test_mistakes_are_told(tmp_path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         DiscreteVAE.from_pretrained(tmp_path / "cut")
+
+
+def test_in_bf16_the_residual_survives_a_small_gain_and_the_ends_are_fp32() -> None:
+    """At the paper's gain of 1/64, a bf16 sum would leave half of the activations unchanged."""
+    torch.manual_seed(0)
+    block = ResidualBlock(64, 64, (3, 3, 3, 1), gain=1 / 64)
+    x = torch.randn(2, 64, 8, 8) * 4
+    exact = block(x) - x
+    low = block.bfloat16()(x) - x
+    assert ((low - exact).norm() / exact.norm()).item() < 0.05
+    assert ResidualBlock(64, 32, (3, 3, 3, 1), gain=1 / 64).bfloat16()(x).dtype == torch.float32
+    vae = DiscreteVAE(TINY_DVAE).bfloat16()
+    images = torch.rand(1, 3, 16, 16)
+    seen: list[Tensor] = []
+    vae.encoder.blocks.input.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    output = vae(images, 1.0, gumbel_noise(torch.tensor([0]), (32, 4, 4)))
+    assert output.logits.dtype == output.nll.dtype == seen[0].dtype == torch.float32

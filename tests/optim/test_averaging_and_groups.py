@@ -63,6 +63,7 @@ def test_weight_matrices_decay_and_gains_biases_and_embeddings_do_not() -> None:
     assert decayed_names | plain_names == {name for name, _ in model.named_parameters()}
     assert not decayed_names & plain_names
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed_names)
+    assert not any(name.startswith("embedding.") for name in decayed_names)
     assert all("norm" in name or name.endswith(".bias") or name.startswith("embedding.") for name in plain_names)
     decayed, plain = decay_groups(DiscreteVAE(TINY_DVAE), 1e-4)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
