@@ -6,87 +6,109 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from dalle_ds.config import Run
 from dalle_ds.errors import TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
-from dalle_ds.tasks import Batch, Metrics
+from dalle_ds.parallel import Mesh
+from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoint import newest_checkpoint, save_checkpoint
+from dalle_ds.training.deepspeed_config import EngineConfig
+from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
-
-if TYPE_CHECKING:
-    from dalle_ds.training.trainer import Trainer
 
 STEPS_BETWEEN_ALARMS = 500
 COUNTED = ("skipped", "truncated")
 """Parts of a batch that count events: rows that could not be read, captions that were cut."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run consists of besides its engine."""
+
+    run: Run
+    mesh: Mesh
+    task: Task[Any]
+    config: EngineConfig
+    directory: RunDirectory
+    batches: Batches
+
+
 class Loop:
-    """One `fit`: what lives from the first update to the last."""
+    """One `fit`: what lives from the first update to the last.
+
+    Args:
+        state: what a checkpoint keeps besides weights and optimizer; the loop begins at its "step".
+    """
 
     def __init__(
         self,
-        trainer: Trainer,
+        setup: Setup,
         engine: Any,
         weights: MasterWeights,
         average: WeightAverage | None,
         learning_rate: LearningRate,
         tracker: Tracker,
+        state: dict[str, Any],
     ) -> None:
-        self.trainer = trainer
-        self.run, self.mesh, self.task = trainer.run, trainer.mesh, trainer.task
+        self.run, self.mesh, self.task, self.config = setup.run, setup.mesh, setup.task, setup.config
+        self.directory, self.batches = setup.directory, setup.batches
+        self.state = state
+        self.step: int = state["step"]
         self.engine, self.weights, self.average = engine, weights, average
         self.learning_rate, self.tracker = learning_rate, tracker
-        self.counts: dict[str, int] = dict(trainer.state["counts"])
+        self.counts: dict[str, int] = dict(state["counts"])
         self._alarmed = -STEPS_BETWEEN_ALARMS
         # In fp32 without ZeRO, DeepSpeed clips but keeps the norm to itself.
-        self._norm_is_ours = trainer.config.zero_stage == 0 and trainer.config.precision == "fp32"
+        self._norm_is_ours = self.config.zero_stage == 0 and self.config.precision == "fp32"
 
     def run_to_end(self) -> None:
         """All remaining updates, with their checkpoints and reports, and the export."""
-        trainer, run, report = self.trainer, self.run, self.run.report
-        batches = trainer.train_batches()
+        run, report = self.run, self.run.report
+        batches = self.batches.train(self.step)
         self.engine.train()
         seconds: list[float] = []  # of the updates since the last report, waiting for data included
-        while trainer.step < run.steps:
+        while self.step < run.steps:
             began = time.perf_counter()
             metrics = self._update(batches)
             seconds.append(time.perf_counter() - began)
-            trainer.step += 1
-            last = trainer.step == run.steps
-            if trainer.step % report.log_every == 0 or last:
-                self.tracker.log(trainer.step, metrics, sum(seconds) / len(seconds))
+            self.step += 1
+            last = self.step == run.steps
+            if self.step % report.log_every == 0 or last:
+                self.tracker.log(self.step, metrics, sum(seconds) / len(seconds))
                 seconds.clear()
             self._raise_alarm(metrics)
-            if last or (report.validate_every and trainer.step % report.validate_every == 0):
+            if last or (report.validate_every and self.step % report.validate_every == 0):
                 self._validate()
-            if trainer.step % run.save_every == 0 or last:
+            if self.step % run.save_every == 0 or last:
                 self._save()
-            if not last and report.preview_every and trainer.step % report.preview_every == 0:
+            if not last and report.preview_every and self.step % report.preview_every == 0:
                 self._preview(self._plain_model())
         self._finish()
 
     def _finish(self) -> None:
         """Export the averaged model and draw the last preview from it."""
-        directory = self.trainer.directory
+        directory = self.directory
         model = self._plain_model()
         if model is not None:
             self.task.export(model, directory.export)
         self._preview(model)
         if model is not None:
-            directory.mark_exported(self.trainer.step)
+            directory.mark_exported(self.step)
             self.tracker.say(f"exported to {directory.export}")
         self.mesh.barrier()
 
     def _update(self, batches: Iterator[Batch]) -> dict[str, float]:
-        trainer, step = self.trainer, self.trainer.step
-        micro_batches = [trainer.ready(next(batches)) for _ in range(trainer.config.accumulation)]
+        step = self.step
+        micro_batches = [next(batches) for _ in range(self.config.accumulation)]
         self._set_shares(micro_batches)
         rate = self.learning_rate.at(step)
         for group in self.engine.optimizer.param_groups:
@@ -125,9 +147,9 @@ class Loop:
     def _require_finite(self, figures: dict[str, float]) -> None:
         for name in ("loss", "grad_norm"):
             if name in figures and not math.isfinite(figures[name]):
-                saved = newest_checkpoint(self.trainer.directory.checkpoints)
+                saved = newest_checkpoint(self.directory.checkpoints)
                 raise TrainingError(
-                    f"the {name} of update {self.trainer.step + 1} is {figures[name]}: lower optim.lr or lengthen "
+                    f"the {name} of update {self.step + 1} is {figures[name]}: lower optim.lr or lengthen "
                     f"optim.warmup_steps; the last good checkpoint is {saved if saved is not None else 'none yet'}"
                 )
 
@@ -151,7 +173,7 @@ class Loop:
         return figures | self.task.digest(summed)
 
     def _raise_alarm(self, metrics: dict[str, float]) -> None:
-        step = self.trainer.step
+        step = self.step
         sentence = self.task.alarm(metrics, step)
         if sentence is not None and step - self._alarmed >= STEPS_BETWEEN_ALARMS:
             self._alarmed = step
@@ -175,26 +197,24 @@ class Loop:
     def _validate(self) -> None:
         sums: Metrics = {}
         with self._averaged() as model:
-            for batch in self.trainer.validation_batches():
+            for batch in self.batches.validation():
                 for name, value in self.task.evaluate(model, batch).items():
                     sums[name] = sums[name] + value if name in sums else value
         figures = self.task.summarize({name: self.mesh.sum(value) for name, value in sums.items()})
-        self.tracker.log(self.trainer.step, {f"validation/{name}": value for name, value in figures.items()})
+        self.tracker.log(self.step, {f"validation/{name}": value for name, value in figures.items()})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.tracker.say(f"validation at step {self.trainer.step}: {shown}")
+        self.tracker.say(f"validation at step {self.step}: {shown}")
 
     def _save(self) -> None:
-        trainer = self.trainer
-        state = trainer.checkpoint_state(self.learning_rate, self.counts, self.tracker.run_id)
-        save_checkpoint(
-            trainer.directory.checkpoints,
-            trainer.step,
-            self.engine,
-            self.average,
-            state,
-            self.mesh,
-            self.run.report.keep_checkpoints,
-        )
+        state = {
+            **self.state,
+            "step": self.step,
+            "learning_rate": self.learning_rate.state_dict(),
+            "counts": self.counts,
+            "wandb_id": self.tracker.run_id,
+        }
+        keep = self.run.report.keep_checkpoints
+        save_checkpoint(self.directory.checkpoints, self.step, self.engine, self.average, state, self.mesh, keep)
 
     def _plain_model(self) -> nn.Module | None:
         """The model with averaged weights, fp32 on the CPU and outside DeepSpeed, on the main rank; None elsewhere.
@@ -210,11 +230,11 @@ class Loop:
     def _preview(self, model: nn.Module | None) -> None:
         """Draw with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
         if model is not None:
-            path = self.trainer.directory.samples / f"step-{self.trainer.step}.png"
-            dtype = torch.bfloat16 if self.trainer.config.precision == "bf16" else torch.float32
+            path = self.directory.samples / f"step-{self.step}.png"
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
             try:
                 with torch.no_grad():
-                    picture = self.task.preview(model.to(self.mesh.device, dtype), self.trainer.preview_batch())
+                    picture = self.task.preview(model.to(self.mesh.device, dtype), self.batches.preview())
                 picture.save(path)
             except (OSError, torch.OutOfMemoryError) as error:
                 self.tracker.say(f"the preview {path} could not be made: {error}", style="red")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,17 @@ from pydantic import ValidationError
 
 import dalle_ds
 from dalle_ds.config import Run
-from dalle_ds.data import BatchLoader, evaluation_batches
-from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.tasks import Batch, Task
+from dalle_ds.tasks import Task
+from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
-from dalle_ds.training.loop import Loop
+from dalle_ds.training.loop import Loop, Setup
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
-
-PREVIEW_ROWS = 16
 
 
 class Trainer:
@@ -56,10 +54,7 @@ class Trainer:
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
         self.directory = RunDirectory(run.run_dir, self.task.name, run)
-        self.train_samples = self.task.samples("train")
-        self.validation_samples = self.task.samples("validation")
-        if len(self.validation_samples) == 0:
-            raise DataError(f"{run.data} has no validation rows: prepare it again with a greater --validation")
+        self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
         mesh.decide(self.directory.claim)
         # One process looks, since disks may show several ones different things at one time.
         self.checkpoint: Path | None = mesh.decide(lambda: newest_checkpoint(self.directory.checkpoints))
@@ -87,6 +82,7 @@ class Trainer:
             "learning_rate": None,
             "counts": {},
             "wandb_id": None,
+            "version": dalle_ds.__version__,
         }
         if self.checkpoint is None:
             return fresh
@@ -104,7 +100,7 @@ class Trainer:
                     f"the checkpoint {self.checkpoint} was written with {name}={state['layout'].get(name)}, this is "
                     f"{name}={value}: resume with the same number of processes and DeepSpeed JSON"
                 )
-        return {**fresh, **state}
+        return {**fresh, **state, "version": dalle_ds.__version__}
 
     def fit(self) -> None:
         """Train to `run.steps` updates, then validate, draw a preview and export; all of it is skipped where it is done.
@@ -128,7 +124,8 @@ class Trainer:
             learning_rate.load_state_dict(self.state["learning_rate"])
         self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step))
         with self._tracker() as tracker:
-            Loop(self, engine, weights, average, learning_rate, tracker).run_to_end()
+            setup = Setup(self.run, self.mesh, self.task, self.config, self.directory, self.batches)
+            Loop(setup, engine, weights, average, learning_rate, tracker, self.state).run_to_end()
         if self.mesh.is_main:
             self.directory.release()
 
@@ -167,60 +164,11 @@ class Trainer:
         )
         begun = f"resumed from {self.checkpoint}" if self.checkpoint is not None else "new run"
         tracker.say(
-            f"{self.task.name}: {begun} in {self.directory.path}; {len(self.train_samples):,} training and "
-            f"{len(self.validation_samples):,} validation rows; {self.mesh.world_size} × {self.mesh.device.type}, "
+            f"{self.task.name}: {begun} in {self.directory.path}; {len(self.batches.train_samples):,} training and "
+            f"{len(self.batches.validation_samples):,} validation rows; {self.mesh.world_size} × {self.mesh.device.type}, "
             f"ZeRO-{self.config.zero_stage}, {self.config.precision}, {self.config.accumulation} × "
             f"{self.config.micro_batch} × {self.mesh.world_size} = {self.run.train.batch_size} pictures per update"
         )
         for line in self.task.describe():
             tracker.say(line)
         return tracker
-
-    def checkpoint_state(
-        self, learning_rate: LearningRate, counts: dict[str, int], wandb_id: str | None
-    ) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights and optimizer."""
-        return {
-            **self.state,
-            "step": self.step,
-            "learning_rate": learning_rate.state_dict(),
-            "counts": counts,
-            "wandb_id": wandb_id,
-            "version": dalle_ds.__version__,
-        }
-
-    def train_batches(self) -> Iterator[Batch]:
-        """Micro-batches of this rank from the next update on, endless."""
-        return iter(
-            BatchLoader(
-                self.train_samples,
-                seed=self.run.seed,
-                batch_size=self.run.train.batch_size,
-                micro_batch=self.config.micro_batch,
-                rank=self.mesh.rank,
-                world_size=self.mesh.world_size,
-                start_step=self.step,
-                workers=self.run.loader.workers,
-            )
-        )
-
-    def validation_batches(self) -> Iterator[Batch]:
-        """This rank's part of the validation rows."""
-        for batch in evaluation_batches(
-            self.validation_samples,
-            self.config.micro_batch,
-            rank=self.mesh.rank,
-            world_size=self.mesh.world_size,
-            rows=self.run.report.validation_rows,
-        ):
-            yield self.ready(batch)
-
-    def preview_batch(self) -> Batch:
-        """A few rows of validation data; not a part of a larger batch."""
-        rows = evaluation_batches(self.validation_samples, PREVIEW_ROWS, rank=0, world_size=1, rows=PREVIEW_ROWS)
-        return self.ready(next(rows))
-
-    def ready(self, batch: Batch) -> Batch:
-        """A batch from the loader, moved to this rank's device and prepared by the task."""
-        moved = {name: value.to(self.mesh.device, non_blocking=True) for name, value in batch.items()}
-        return self.task.prepare(moved)
