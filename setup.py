@@ -18,6 +18,7 @@ setup(
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
         "datasets>=4.0",
+        "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.1",
         "pyyaml>=6.0",
@@ -30,12 +31,12 @@ setup(
     ],
     extras_require={
         "dev": [
-            "matplotlib>=3.8",
             "mypy>=1.11",
             "pytest>=8.0",
             "ruff>=0.6",
             "types-PyYAML",
             "transformers>=4.50",
+            "wandb>=0.17",
             # DALL-E itself is installed without its dependencies (it asks for torchvision); these two it really needs.
             "attrs",
             "requests",

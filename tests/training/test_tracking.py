@@ -62,3 +62,11 @@ def test_wandb_without_its_package_is_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         tracker(tmp_path / "metrics.jsonl", wandb="offline")
+
+
+def test_wandb_offline_keeps_the_run_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with tracker(tmp_path / "metrics.jsonl", wandb="offline") as track:
+        track.log(1, {"loss": 2.0}, seconds=0.5)
+        assert track.run_id
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{track.run_id}/*.wandb"))
