@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,14 @@ class Runs:
         layouts += [self.job(f"dvae-zero{stage}", stage, stage="dvae") for stage in (1, 3)]
         layouts += [self.job("accumulated", 2, micro_batch=2), self.job("checkpointed", 3, recompute=True)]
         layouts += [self.job("resumed", 3, steps=6), self.job("dvae-resumed", 1, stage="dvae", steps=6)]
-        resumed = [self.job("resumed", 3), self.job("dvae-resumed", 1, stage="dvae")]
+        # Half of nothing is an improvement here: the rate falls by half every other update.
+        plateau = {"schedule": "plateau", "plateau_patience": 2, "plateau_smoothing": 0.0, "plateau_threshold": 0.99}
+        layouts += [self.job("plateau", 1, optim=plateau), self.job("plateau-resumed", 1, optim=plateau, steps=6)]
+        resumed = [
+            self.job("plateau-resumed", 1, optim=plateau),
+            self.job("resumed", 3),
+            self.job("dvae-resumed", 1, stage="dvae"),
+        ]
         launch(reference, 1, folder)
         self.output = launch(layouts, 2, folder)
         self.resumed_output = launch(resumed, 2, folder)
@@ -101,6 +109,7 @@ class Runs:
         steps: int = STEPS,
         micro_batch: int | None = None,
         recompute: bool = False,
+        optim: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         base = self.transformer if stage == "transformer" else self.dvae
         train = {
@@ -109,6 +118,7 @@ class Runs:
             "activation_checkpointing": recompute,
             "average_decay": 0.9,
         }
+        base = {**base, "optim": {**base["optim"], **(optim or {})}}
         run = {**base, "run_dir": str(self.folder / name), "steps": steps, "train": train}
         return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, bf16)}
 
@@ -154,7 +164,9 @@ def test_reported_gradient_norms_agree_and_are_those_before_clipping(runs: Runs,
     assert max(found) > 0.5, "this test needs steps that are clipped"
 
 
-@pytest.mark.parametrize(("name", "straight"), [("resumed", "zero3"), ("dvae-resumed", "dvae-zero1")])
+@pytest.mark.parametrize(
+    ("name", "straight"), [("resumed", "zero3"), ("dvae-resumed", "dvae-zero1"), ("plateau-resumed", "plateau")]
+)
 def test_a_resumed_run_continues_bit_for_bit(runs: Runs, name: str, straight: str) -> None:
     expected, found = metrics(runs[straight]), metrics(runs[name])
     assert found == expected
@@ -162,6 +174,14 @@ def test_a_resumed_run_continues_bit_for_bit(runs: Runs, name: str, straight: st
     for weight, value in load_file(runs[straight] / "export" / "model.safetensors").items():
         assert bool((ours[weight] == value).all()), weight
     assert "resumed from" in runs.resumed_output
+
+
+def test_the_rate_is_halved_on_a_plateau_of_the_training_loss(runs: Runs) -> None:
+    rates = [figures["lr"] for figures in metrics(runs["plateau"]).values()]
+    peak = max(rates)
+    assert peak == 1e-2 and rates.index(peak) == 2, "the warm-up takes three updates"
+    assert rates[-1] in (peak / 4, peak / 8)
+    assert all(after in (before, before / 2) for before, after in pairwise(rates[2:]))
 
 
 @pytest.mark.parametrize("stage", range(4))
