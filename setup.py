@@ -37,6 +37,7 @@ setup(
             "types-PyYAML",
             "transformers>=4.50",
             "wandb>=0.17",
+            "webdataset>=0.2",
             # DALL-E itself is installed without its dependencies (it asks for torchvision); these two it really needs.
             "attrs",
             "requests",
