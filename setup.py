@@ -38,11 +38,13 @@ setup(
             "transformers>=4.50",
             "wandb>=0.17",
             "webdataset>=0.2",
+            "accelerate>=1.0",
             # DALL-E itself is installed without its dependencies (it asks for torchvision); these two it really needs.
             "attrs",
             "requests",
         ],
         "serve": ["gradio>=5.0"],
+        "large": ["accelerate>=1.0"],
         "eval": ["torchmetrics>=1.4", "transformers>=4.50"],
     },
 )

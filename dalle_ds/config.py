@@ -116,6 +116,8 @@ class DalleConfig:
     """Attention kind of every layer, first to last; None is the paper's schedule (`dalle_ds.models.attention.layer_kinds`)."""
     kernel: int = 11
     """Side of the conv kind's kernel; odd."""
+    mask_padding: bool = False
+    """Whether padding is left out of what every position attends to; the paper's model attends to it."""
     text_weight: float = 0.125
     """Weight of the text loss; the image loss has 1 minus this (DALL·E §2.2: 1/8 and 7/8)."""
 
@@ -241,8 +243,9 @@ class TrainConfig:
     """Arithmetic and storage of the weights; None takes the DeepSpeed JSON's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; None takes the DeepSpeed JSON's."""
-    activation_checkpointing: bool = False
-    """Recompute each residual block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the transformer computes again in the backward pass instead of keeping it: `full` each residual block,
+    `selective` its normalized and its activated vectors, which takes little time."""
     average_decay: float | None = 0.999
     """Decay per update of the exponential average of the weights, which is what is validated, drawn and exported; None
     keeps no average."""

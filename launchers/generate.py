@@ -13,6 +13,7 @@ import tyro
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.errors import ConfigError
 from dalle_ds.files import write_bytes
+from dalle_ds.memory import keep_freed_memory
 from dalle_ds.sampling import TextToImage, picture_grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,12 +41,12 @@ class Options:
     """Draw among the fewest likeliest codes that have this probability together."""
     guidance: float = 1.0
     """Classifier-free guidance; 1 is off. More needs a model trained with loader.caption_dropout."""
-    batch_size: int = 8
-    """Pictures drawn at once; best a multiple of 8."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    batch_size: int | None = None
+    """Pictures drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the transformer."""
+    """Arithmetic of the transformer; bf16 is the faster."""
 
 
 def main() -> None:
@@ -54,6 +55,7 @@ def main() -> None:
     out = Path(options.out)
     if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"out must be a .png file in a folder that exists, found {options.out}")
+    keep_freed_memory()
     pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype])
     pictures = pipe.generate(
         options.prompt,

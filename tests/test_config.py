@@ -129,7 +129,7 @@ COMMAND = ["--deepspeed_config", "ds_configs/zero1_fp32.json", "--data", "d", "-
 def test_the_command_line_changes_any_field_of_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     extra = ["--local_rank=1", "--preset", "toy", "--model.depth", "2", "--model.attention", "row", "conv"]
-    extra += ["--train.activation_checkpointing", "True", "--optim.clip", "None", "--steps", "9"]
+    extra += ["--train.activation_checkpointing", "full", "--optim.clip", "None", "--steps", "9"]
     command = parse_command(TransformerRun, "transformer", [*extra, *COMMAND])
     preset = load_preset("toy", "transformer", TransformerRun)
     assert differences(preset, command.run) == {
@@ -138,7 +138,7 @@ def test_the_command_line_changes_any_field_of_the_preset(monkeypatch: pytest.Mo
         "steps": (preset.steps, 9),
         "model.depth": (preset.model.depth, 2),
         "model.attention": (None, ["row", "conv"]),
-        "train.activation_checkpointing": (False, True),
+        "train.activation_checkpointing": ("none", "full"),
         "optim.clip": (4.0, None),
     }
     assert command.deepspeed["zero_optimization"] == {"stage": 1}

@@ -14,18 +14,20 @@ paper's layout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
-from dalle_ds.models.cache import KVCache, LayerCache
+from dalle_ds.models.cache import KVCache
+from dalle_ds.models.checkpointing import Checkpointing, recomputed
+from dalle_ds.models.decoding import DecodingWeights, layer_devices
 from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
 
@@ -42,10 +44,10 @@ class DalleOutput(NamedTuple):
     """() mean cross-entropy over the text tokens of this batch, padding left out; 0 where there is none."""
     image_loss: Tensor
     """() mean cross-entropy over the codes of this batch."""
-    text_logits: Tensor
-    """(B, T, text_vocab)."""
-    image_logits: Tensor
-    """(B, W², image_vocab)."""
+    text_logits: Tensor | None
+    """(B, T, text_vocab); None where they were not asked for."""
+    image_logits: Tensor | None
+    """(B, W², image_vocab); None where they were not asked for."""
     text_tokens: Tensor
     """() int64, how many tokens text_loss is the mean of."""
 
@@ -58,10 +60,13 @@ class AttentionBlock(nn.Module):
         self.norm = LayerNorm(width)
         self.attention = SelfAttention(pattern, width, heads, residual_scale)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, first: int = 0) -> Tensor:
-        """(B, n, width) fp32 → the same; `cache` and `first` are those of `SelfAttention`."""
-        normed = self.norm(x).to(self.attention.qkv.weight.dtype)
-        return x + self.attention(normed, cache, first).float()
+    def forward(self, x: Tensor, keep: Tensor | None = None, *, lean: bool = False) -> Tensor:
+        """(B, n, width) fp32 → the same; `keep` is that of `SelfAttention`, `lean` that of `MlpBlock`."""
+        qkv = recomputed(self._project, x) if lean else self._project(x)
+        return x + self.attention.attend(qkv, keep)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.attention.project(self.norm(x))
 
 
 class MlpBlock(nn.Module):
@@ -73,10 +78,17 @@ class MlpBlock(nn.Module):
         self.up = Linear(width, 4 * width)
         self.down = Linear(4 * width, width, scale=residual_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, width) fp32 → the same."""
-        hidden = F.gelu(self.up(self.norm(x).to(self.up.weight.dtype)))
-        return x + self.down(hidden).float()
+    def forward(self, x: Tensor, *, lean: bool = False) -> Tensor:
+        """(B, n, width) fp32 → the same; `lean` keeps no normalized or activated vectors, but computes them again."""
+        if lean:
+            return x + recomputed(self._narrow, recomputed(self._widen, x))
+        return x + self._narrow(self._widen(x))
+
+    def _widen(self, x: Tensor) -> Tensor:
+        return self.up(self.norm(x).to(self.up.weight.dtype))
+
+    def _narrow(self, hidden: Tensor) -> Tensor:
+        return self.down(F.gelu(hidden))
 
 
 class InputEmbedding(nn.Module):
@@ -102,15 +114,15 @@ class InputEmbedding(nn.Module):
         slots = torch.where(is_padding, self.padding(indices), self.text_token(text.clamp(min=0))).float()
         start_of_text, start_of_image = self.start(torch.arange(2, device=text.device)).float()
         shifted = torch.cat([start_of_text.expand(batch, 1, -1), slots[:, :-1]], dim=1)
-        image_start = start_of_image + slots[:, -1:] + self._image_positions(0, 1, text.device)
+        image_start = start_of_image + slots[:, -1:] + self.image_positions(0, 1, text.device)
         return torch.cat([shifted + self.text_position(indices).float(), image_start], dim=1)
 
     def codes(self, codes: Tensor, first: int) -> Tensor:
         """Inputs that predict codes first + 1 …: codes first …, (B, n) → (B, n, width)."""
-        positions = self._image_positions(first + 1, codes.shape[1], codes.device)
+        positions = self.image_positions(first + 1, codes.shape[1], codes.device)
         return self.image_token(codes).float() + positions
 
-    def _image_positions(self, first: int, count: int, device: torch.device) -> Tensor:
+    def image_positions(self, first: int, count: int, device: torch.device) -> Tensor:
         """(count, width), row embedding + column embedding of codes first, first + 1, … in raster order."""
         raster = torch.arange(first, first + count, device=device)
         row, column = raster // self.config.grid, raster % self.config.grid
@@ -132,13 +144,13 @@ class Dalle(nn.Module):
 
     Args:
         config: shape of the model.
-        activation_checkpointing: recompute each residual block in the backward pass instead of keeping its activations.
+        checkpointing: what each residual block keeps for the backward pass, as `TrainConfig.activation_checkpointing`.
     """
 
-    def __init__(self, config: DalleConfig, *, activation_checkpointing: bool = False) -> None:
+    def __init__(self, config: DalleConfig, *, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.checkpointing: Checkpointing = checkpointing
         kinds = configured_kinds(config)
         residual_scale = (2 * config.depth) ** -0.5
         self.embedding = InputEmbedding(config)
@@ -154,12 +166,14 @@ class Dalle(nn.Module):
         self.text_head = Unembedding(config.width, config.text_vocab)
         self.image_head = Unembedding(config.width, config.image_vocab)
 
-    def forward(self, text: Tensor, codes: Tensor) -> DalleOutput:
+    def forward(self, text: Tensor, codes: Tensor, *, logits: bool = True) -> DalleOutput:
         """Loss and logits of captioned pictures.
 
         Args:
             text: (B, T) int64 in [0, text_vocab), −1 where padded.
             codes: (B, W²) int64 in [0, image_vocab), in raster order.
+            logits: False leaves them out of the result, which takes less memory and time than all the rest of a step
+                of a small model; the losses are then made chunk by chunk (`linear_cross_entropy`).
 
         Raises:
             DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking
@@ -170,53 +184,102 @@ class Dalle(nn.Module):
         if len(text) != len(codes):
             raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
         inputs = torch.cat([self.embedding.prefix(text), self.embedding.codes(codes[:, :-1], 0)], dim=1)
-        hidden = self.norm(self._residual_blocks(inputs))
-        text_logits = self.text_head(hidden[:, : self.config.text_len])
-        image_logits = self.image_head(hidden[:, self.config.text_len :])
-
+        hidden = self.norm(self._residual_blocks(inputs, self._kept_text(text)))
+        of_text, of_image = hidden[:, : self.config.text_len], hidden[:, self.config.text_len :]
+        text_logits = image_logits = None
+        if logits:
+            text_logits, image_logits = self.text_head(of_text), self.image_head(of_image)
+            text_sum = _summed_cross_entropy(text_logits, text)
+            image_sum = _summed_cross_entropy(image_logits, codes)
+        else:
+            text_sum, image_sum = self.text_head(of_text, text), self.image_head(of_image, codes)
         text_tokens = (text != PADDING).sum()
-        text_sum = F.cross_entropy(text_logits.flatten(0, 1), text.flatten(), ignore_index=PADDING, reduction="sum")
         text_loss = text_sum / text_tokens.clamp(min=1)
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
+        image_loss = image_sum / codes.numel()
         weight = self.config.text_weight
         loss = weight * text_loss + (1 - weight) * image_loss
         return DalleOutput(loss, text_loss, image_loss, text_logits, image_logits, text_tokens)
 
     # --- incremental decoding: prefill once, then decode(codes_0, 0), decode(codes_1, 1), …
 
-    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of `capacity` positions; None has room for a whole picture."""
-        config, weight = self.config, self.image_head.weight
-        capacity = config.total_len if capacity is None else capacity
-        head_size = config.width // config.heads
-        return KVCache(config.depth, batch, config.heads, capacity, head_size, dtype=weight.dtype, device=weight.device)
+    def new_cache(self, rows: int | Sequence[int]) -> KVCache:
+        """An empty cache of whole pictures.
 
-    def prefill(self, text: Tensor, cache: KVCache) -> Tensor:
-        """Put captions (B, T), as in `forward`, into the cache: T + 1 positions of it.
+        Args:
+            rows: the number of the prompt that each picture continues, counted from 0; or how many pictures, each with a
+                prompt of its own. A prompt's text is kept and read once, however many pictures continue it.
+        """
+        prompt_of_row = range(rows) if isinstance(rows, int) else rows
+        return KVCache(self.config, prompt_of_row, self.weights_dtype, layer_devices(self))
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the blocks' weights, and of the keys and values that they make."""
+        return self.layers[0][0].attention.qkv.weight.dtype
+
+    @property
+    def layers(self) -> list[tuple[AttentionBlock, MlpBlock]]:
+        """The residual blocks, two by two."""
+        blocks = iter(self.blocks)
+        return [
+            (cast(AttentionBlock, attention), cast(MlpBlock, mlp))
+            for attention, mlp in zip(blocks, blocks, strict=True)
+        ]
+
+    @torch.no_grad()
+    def prefill(self, text: Tensor, cache: KVCache, codes: Tensor | None = None) -> Tensor:
+        """Start `cache` with captions, and with the first codes of their pictures if there are any.
+
+        Args:
+            text: (P, T), as in `forward`, one caption for each of the cache's prompts.
+            codes: (P, m) int64 in [0, image_vocab), with m < W²; None for m = 0.
 
         Returns:
-            (B, image_vocab) logits of code 0.
+            (rows, image_vocab) fp32 logits of code m.
         """
         self._check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
-        hidden = self._residual_blocks(self.embedding.prefix(text), cache)
-        return self.image_head(self.norm(hidden[:, -1]))
+        if len(text) != cache.prompts:
+            raise DataError(f"the cache has {cache.prompts} prompts, found {len(text)} captions: give one for each")
+        x = self.embedding.prefix(text)
+        if codes is not None:
+            if codes.dim() != 2 or codes.shape[1] >= self.config.image_len:
+                raise DataError(
+                    f"codes must have shape (P, m) with m of at most {self.config.image_len - 1}, found {tuple(codes.shape)}"
+                )
+            self._check(codes, "codes", codes.shape[1], 0, self.config.image_vocab)
+            if len(text) != len(codes):
+                raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
+            x = torch.cat([x, self.embedding.codes(codes, 0)], dim=1)
+        kept = self._kept_text(text)
+        cache.keep(kept)
+        cache.positions = x.shape[1] - self.config.text_len
+        of_row = torch.tensor(cache.prompt_of_row)
+        for (attention, mlp), layer in zip(self.layers, cache.layers, strict=True):
+            device = layer.codes.device
+            x = x.to(device)
+            qkv = attention.attention.project(attention.norm(x))
+            layer.load(qkv, self.config.text_len, of_row)
+            x = mlp(x + attention.attention.attend(qkv, None if kept is None else kept.to(device)))
+        logits = self.image_head(self.norm(x[:, -1]))
+        return logits.index_select(0, of_row.to(logits.device))
 
-    def decode(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
+    @torch.no_grad()
+    def decode(self, codes: Tensor, step: int, cache: KVCache, weights: DecodingWeights | None = None) -> Tensor:
         """Add code `step` of every picture to the cache, one position of it.
 
         Args:
-            codes: (B,) int64 in [0, image_vocab).
+            codes: (rows,) int64 in [0, image_vocab).
             step: in [0, W² − 2]; codes 0 … step − 1 must have been added before.
+            weights: this model's, made ready for many steps; without them a step takes longer.
 
         Returns:
-            (B, image_vocab) logits of code step + 1.
+            (rows, image_vocab) fp32 logits of code step + 1.
         """
         if not 0 <= step < self.config.image_len - 1:
             raise ConfigError(f"step must lie in [0, {self.config.image_len - 2}] for this model, found {step}")
         self._check(codes[:, None], "codes", 1, 0, self.config.image_vocab)
-        inputs = self.embedding.codes(codes[:, None], step)
-        hidden = self._residual_blocks(inputs, cache, first=self.config.text_len + 1 + step)
-        return self.image_head(self.norm(hidden[:, 0]))
+        weights = DecodingWeights(self, reused=False) if weights is None else weights
+        return weights.step(codes, step, cache)
 
     # --- export
 
@@ -238,17 +301,28 @@ class Dalle(nn.Module):
 
     # --- internals
 
-    def _residual_blocks(self, x: Tensor, cache: KVCache | None = None, first: int = 0) -> Tensor:
-        """(B, n, width) fp32, positions first … first + n − 1 → the same."""
-        for index, block in enumerate(self.blocks):
-            if cache is not None and isinstance(block, AttentionBlock):
-                x = block(x, cache.layers[index // 2], first)
-            elif self.activation_checkpointing and torch.is_grad_enabled():
-                # No dropout, so there is no random state to restore.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+    def _residual_blocks(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, n, width) fp32, positions 0 … n − 1 → the same."""
+        for block in self.blocks:
+            inputs = (x, keep) if isinstance(block, AttentionBlock) else (x,)
+            if not torch.is_grad_enabled() or self.checkpointing == "none":
+                x = block(*inputs)
+            elif self.checkpointing == "selective":
+                x = block(*inputs, lean=True)
             else:
-                x = block(x)
+                x = recomputed(block, *inputs)
         return x
+
+    def _kept_text(self, text: Tensor) -> Tensor | None:
+        """(B, T) bool, the text positions that may be attended to; None where all may, as in the paper.
+
+        Position p holds token p − 1, and position 0 the start of text, which is never padding.
+        """
+        if not self.config.mask_padding:
+            return None
+        kept = torch.ones_like(text, dtype=torch.bool)
+        kept[:, 1:] = text[:, :-1] != PADDING
+        return kept
 
     @staticmethod
     def _check(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:
@@ -262,3 +336,7 @@ class Dalle(nn.Module):
                 raise DataError(
                     f"{name} must lie in [{lowest}, {vocab - 1}], found values from {smallest} to {largest}"
                 )
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="sum")

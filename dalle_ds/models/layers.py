@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_ds.models.cross_entropy import linear_cross_entropy
+
 
 class Linear(nn.Linear):
     """A linear layer with weights from a normal distribution of standard deviation scale / sqrt(3 · inputs), biases 0.
@@ -26,8 +28,10 @@ class Linear(nn.Linear):
 class Unembedding(Linear):
     """Logits of a vocabulary, multiplied out in fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, inputs) → (…, outputs) fp32."""
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(…, inputs) → (…, outputs) fp32; given targets (…), their summed cross-entropy instead, as () fp32."""
+        if targets is not None:
+            return linear_cross_entropy(input.flatten(0, -2), self.weight, self.bias, targets.flatten())
         return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 

@@ -36,7 +36,7 @@ def save_model(path: str | Path, kind: str, config: Any, state_dict: Mapping[str
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     try:
         with built_beside(Path(path)) as partial:
-            save_file(weights, partial / WEIGHTS_NAME)
+            save_file(weights, partial / WEIGHTS_NAME, metadata={"format": "pt"})
             write_json(partial / CONFIG_NAME, {"kind": kind, "model": to_dict(config)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -1,11 +1,11 @@
 """Drawing image codes for captions, and the likelihood of codes under captions.
 
 A picture is a function of (seed, its number, its caption): its random numbers are drawn ahead on the CPU, and nothing
-that it shares a batch with may reach it. The second part needs care. A matrix multiplication with 1 row and one with 8
+that it shares a batch with may reach it. The second part needs care. A matrix multiplication with 1 row and one with 4
 add up in different orders, the logits differ in their last bits, and sooner or later a code falls on the other side of
 an edge. So the transformer always decodes `ROWS` rows, or a multiple of it, and rows without a picture are computed and
-dropped. All batch sizes up to `ROWS` are thereby one and the same computation. Beyond that the multiples have to give
-the same bits: measured so on CPUs with one to four threads, unknown elsewhere.
+dropped. All batch sizes up to `ROWS` are thereby one and the same computation; beyond that, `DecodingWeights` makes
+products of as many rows as are measured to give the same bits on CPUs. On GPUs nothing of the kind is known.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_ds.config import PADDING
+from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.cache import KVCache
+from dalle_ds.models.attention.decoding import ROWS
+from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_per_row
 from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.decoding import DecodingWeights, decoding_device
 from dalle_ds.sampling.draw import Sampling, candidate_uniforms, draw, guide
 
-ROWS = 8
-"""Sequences per decoding step are rounded up to a multiple of this."""
+CPU_BUDGET = 2**30
+"""Bytes that pictures in the making may take on a CPU, where `batch_size` is not given."""
+GPU_SHARE = 0.5
+"""The same on a GPU, as a share of what is free."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +40,6 @@ class Progress:
     """(pictures, codes so far) int64."""
 
 
-class _Prefixes:
-    """Captions run through the transformer, one at a time: each once for as long as consecutive batches ask for it."""
-
-    def __init__(self, model: Dalle) -> None:
-        self.model = model
-        self.kept: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
-
-    def batch(self, captions: Sequence[tuple[int, ...]]) -> tuple[KVCache, Tensor]:
-        """A cache that starts with `captions`, and (captions, image_vocab) logits of code 0."""
-        self.kept = {caption: self.kept.get(caption) or self._prefill(caption) for caption in dict.fromkeys(captions)}
-        cache = self.model.new_cache(len(captions))
-        for row, caption in enumerate(captions):
-            cache.load_row(row, self.kept[caption][0])
-        return cache, torch.cat([self.kept[caption][1] for caption in captions])
-
-    def _prefill(self, caption: tuple[int, ...]) -> tuple[KVCache, Tensor]:
-        cache = self.model.new_cache(1, capacity=self.model.config.text_len + 1)
-        text = torch.tensor([caption], device=cache.layers[0].keys.device)
-        return cache, self.model.prefill(text, cache)
-
-
 @torch.no_grad()
 def sample_codes(
     model: Dalle,
@@ -65,7 +48,7 @@ def sample_codes(
     num: int = 1,
     sampling: Sampling | None = None,
     seed: int = 0,
-    batch_size: int = ROWS,
+    batch_size: int | None = None,
     on_row: Callable[[Progress], None] | None = None,
 ) -> Tensor:
     """Draw the codes of `num` pictures for every caption.
@@ -74,7 +57,8 @@ def sample_codes(
         text: (B, T) int64, −1 where padded; never modified.
         sampling: temperature and the like; None draws from the model's distribution as it is.
         seed: picture i of a caption depends on the seed, i and the caption's tokens only.
-        batch_size: pictures drawn at once; rounded up to a multiple of 8 rows of memory and arithmetic.
+        batch_size: pictures drawn at once; rounded up to a multiple of 4 rows of memory and arithmetic. None draws as many
+            as fit in 1 GiB on a CPU, or in half of a GPU's free memory.
         on_row: called whenever a row of codes of the pictures in the making is complete.
 
     Returns:
@@ -86,55 +70,100 @@ def sample_codes(
     """
     sampling = sampling if sampling is not None else Sampling()
     for name, value in (("num", num), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, found {value}")
     if text.dim() != 2 or text.shape[1] != model.config.text_len:
         raise DataError(f"text must have shape (B, {model.config.text_len}), found {tuple(text.shape)}")
     captions = [tuple(row) for row in text.tolist()]
     pictures = [(caption, candidate) for caption in range(len(captions)) for candidate in range(num)]
-    conditional = _Prefixes(model)
-    unconditional = _Prefixes(model) if sampling.guidance != 1 else None
-    rows = -(-batch_size // ROWS) * ROWS
+    if batch_size is None:
+        batch_size = min(pictures_at_once(model, num, guided=sampling.guidance != 1), len(pictures))
+    batches = _Batches(model, sampling, rows=-(-batch_size // ROWS) * ROWS)
     drawn = [torch.empty(0, model.config.image_len, dtype=torch.int64)]
     for start in range(0, len(pictures), batch_size):
         batch = tuple(pictures[start : start + batch_size])
-        filled = [*batch, *[batch[0]] * (rows - len(batch))]
-        streams = [conditional.batch([captions[caption] for caption, _ in filled])]
-        if unconditional is not None:
-            streams.append(unconditional.batch([(PADDING,) * text.shape[1]] * rows))
-        uniforms = torch.stack(
-            [candidate_uniforms(captions[caption], seed, number, model.config.image_len) for caption, number in filled]
-        )
-        drawn.append(_draw_batch(model, streams, uniforms, sampling, batch, on_row))
+        drawn.append(batches.draw(batch, captions, seed, on_row))
     return torch.cat(drawn).view(len(captions), num, model.config.image_len)
 
 
-def _draw_batch(
-    model: Dalle,
-    streams: list[tuple[KVCache, Tensor]],
-    uniforms: Tensor,
-    sampling: Sampling,
-    pictures: tuple[tuple[int, int], ...],
-    on_row: Callable[[Progress], None] | None,
-) -> Tensor:
-    """Codes (pictures, W²) of one batch.
+class _Batches:
+    """Draws batch after batch of `rows` pictures; what one has prepared serves the next.
 
-    Args:
-        streams: cache and logits of code 0 under the captions, and with guidance another pair under the empty caption.
-        uniforms: (rows, W²); rows beyond the pictures are computed and dropped.
+    With guidance, each picture takes two rows of the same batch, one under its caption and one under the empty one, so that
+    both share each reading of the weights.
     """
-    config = model.config
-    logits = [first for _, first in streams]
-    uniforms = uniforms.to(logits[0].device)
-    codes = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
-    for step in range(config.image_len):
-        if step > 0:
-            logits = [model.decode(codes[:, step - 1], step - 1, cache) for cache, _ in streams]
-        mixed = logits[0] if len(logits) == 1 else guide(logits[0], logits[1], sampling.guidance)
-        codes[:, step] = draw(mixed, uniforms[:, step], sampling)
-        if on_row is not None and (step + 1) % config.grid == 0:
-            on_row(Progress(pictures, codes[: len(pictures), : step + 1].cpu()))
-    return codes[: len(pictures)].cpu()
+
+    def __init__(self, model: Dalle, sampling: Sampling, rows: int) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.rows = rows
+        self.guided = sampling.guidance != 1
+        self.empty = (PADDING,) * model.config.text_len
+        self.weights = DecodingWeights(model)
+        self.cache: KVCache | None = None
+        self.prefixes: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
+
+    def draw(
+        self,
+        pictures: tuple[tuple[int, int], ...],
+        captions: Sequence[tuple[int, ...]],
+        seed: int,
+        on_row: Callable[[Progress], None] | None,
+    ) -> Tensor:
+        """Codes (pictures, W²) of at most `rows` pictures."""
+        config, device = self.model.config, self.weights.device
+        count = len(pictures)
+        filled = [*(captions[caption] for caption, _ in pictures), *[captions[pictures[0][0]]] * (self.rows - count)]
+        logits, cache = self._start([*filled, *[self.empty] * self.rows] if self.guided else filled)
+        uniforms = torch.stack(
+            [candidate_uniforms(captions[caption], seed, number, config.image_len) for caption, number in pictures]
+        ).to(device)
+        codes = torch.zeros(self.rows, config.image_len, dtype=torch.int64, device=device)
+        for step in range(config.image_len):
+            if step > 0:
+                last = codes[:, step - 1]
+                logits = self.model.decode(last.repeat(2) if self.guided else last, step - 1, cache, self.weights)
+            # Rows without a picture stay at code 0.
+            mixed = logits[:count]
+            if self.guided:
+                mixed = guide(mixed, logits[self.rows : self.rows + count], self.sampling.guidance)
+            codes[:count, step] = draw(mixed, uniforms[:, step], self.sampling)
+            if on_row is not None and (step + 1) % config.grid == 0:
+                on_row(Progress(pictures, codes[:count, : step + 1].cpu()))
+        return codes[:count].cpu()
+
+    def _start(self, captions: Sequence[tuple[int, ...]]) -> tuple[Tensor, KVCache]:
+        """(rows, image_vocab) logits of code 0, and a cache whose rows continue `captions`."""
+        distinct = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        # Captions are run through the model one at a time, each once for as long as consecutive batches ask for it.
+        self.prefixes = {caption: self.prefixes.get(caption) or self._prefill(caption) for caption in distinct}
+        prompt_of_row = tuple(distinct[caption] for caption in captions)
+        if self.cache is None or self.cache.prompt_of_row != prompt_of_row:
+            self.cache = None  # given back before the next is taken
+            self.cache = self.model.new_cache(prompt_of_row)
+        self.cache.load([self.prefixes[caption][0] for caption in distinct])
+        return torch.cat([self.prefixes[caption][1] for caption in captions]), self.cache
+
+    def _prefill(self, caption: tuple[int, ...]) -> tuple[KVCache, Tensor]:
+        cache = self.model.new_cache(1)
+        return cache, self.model.prefill(torch.tensor([caption], device=self.weights.device), cache)
+
+
+def pictures_at_once(model: Dalle, num: int, *, guided: bool) -> int:
+    """How many pictures are drawn at once, `num` of each prompt, in the memory set aside for them: a multiple of `ROWS`."""
+    device = decoding_device(model)
+    budget = CPU_BUDGET if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+    each = bytes_per_picture(model.config, num, model.weights_dtype, guided=guided)
+    return max(1, budget // (ROWS * each)) * ROWS
+
+
+def bytes_per_picture(config: DalleConfig, num: int, dtype: torch.dtype, *, guided: bool) -> int:
+    """Bytes that each picture in the making takes, with its share of its prompt's, where each prompt has `num` pictures."""
+    row, prompt = sum(bytes_per_row(config, dtype).values()), bytes_per_prompt(config, dtype)
+    # Logits in fp32, and from them probabilities in fp32, their sums in fp64, and a few more of either when filtered.
+    logits = 32 * config.image_vocab
+    # A prompt's text lies in the batch's cache and in its own, from which the batch's is loaded.
+    return (2 if guided else 1) * (row + logits) + (2 * prompt + row) // num
 
 
 @torch.no_grad()

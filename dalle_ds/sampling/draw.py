@@ -60,7 +60,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """One code per row, decided by the row's logits and its uniform number alone.
 
     Args:
-        logits: (B, V), after guidance.
+        logits: (B, V) fp32 or fp64, after guidance.
         uniforms: (B,) float64 in [0, 1).
 
     Returns:
@@ -68,14 +68,14 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.double()
-    # The greatest becomes 0, so that no temperature, however low, makes it infinite.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.temperature != 1:
+        # The greatest becomes 0, so that no temperature, however low, makes it infinite.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
         logits = keep_top_p(logits, sampling.top_p)
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # Below the total even where the product rounds up to it, so that the code found has a probability above 0.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

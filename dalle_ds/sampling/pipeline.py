@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +15,13 @@ from torch import Tensor
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.decoding import decoding_device
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import export_folder
-from dalle_ds.sampling.codes import ROWS, Progress, sample_codes
+from dalle_ds.sampling.codes import Progress, sample_codes
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.placement import load_spread
 from dalle_ds.tokenizer import Tokenizer
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -63,30 +65,42 @@ class TextToImage:
                 f"the tokenizer has a vocabulary of {tokenizer.vocab_size}, but the transformer has room for "
                 f"{config.text_vocab}: use the one it was trained with"
             )
-        self.device = model.image_head.weight.device
+        self.device = decoding_device(model)
         self.model = model
         self.dvae = dvae.to(self.device)
         self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        max_memory: Mapping[int | str, int | str] | None = None,
     ) -> TextToImage:
         """Load what a transformer run exports: transformer, `tokenizer.model` and the folder `dvae`.
 
         Args:
             path: the run directory or its export.
+            device: "auto" spreads a transformer that is larger than one device over all there are (`load_spread`).
             dtype: of the transformer's weights; the dVAE stays in fp32.
+            max_memory: as in `load_spread`, for "auto" only.
 
         Raises:
             CheckpointError: something is missing or does not belong together.
             ConfigError: `device` is not there.
         """
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device={device} was asked for, but PyTorch finds no GPU here: use device=cpu")
         folder = export_folder(path)
-        model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
+        if device == "auto":
+            model = load_spread(folder, dtype, max_memory=max_memory)
+        else:
+            if max_memory is not None:
+                raise ConfigError(f"max_memory needs device=auto, found device={device}")
+            device = torch.device(device)
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise ConfigError(f"device={device} was asked for, but PyTorch finds no GPU here: use device=cpu")
+            model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
         for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(
@@ -138,7 +152,7 @@ class TextToImage:
         guidance: float = 1.0,
         seed: int = 0,
         rerank: Reranker | None = None,
-        batch_size: int = ROWS,
+        batch_size: int | None = None,
         on_row: Callable[[Progress], None] | None = None,
     ) -> list[list[Image.Image]]:
         """Draw `num` pictures for each prompt.
@@ -173,7 +187,7 @@ class TextToImage:
         num: int = 1,
         sampling: Sampling | None = None,
         seed: int = 0,
-        batch_size: int = ROWS,
+        batch_size: int | None = None,
         on_row: Callable[[Progress], None] | None = None,
     ) -> Tensor:
         """`sample_codes` with this transformer: text (B, T) → (B, num, W²) int64."""

@@ -16,11 +16,11 @@ from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.flops import model_flops
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
-from dalle_ds.tasks.flops import training_flops
 from dalle_ds.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 6
@@ -87,7 +87,7 @@ class TransformerTask(Task[TransformerRun]):
         return "live" if self._cache is None else "cached"
 
     def build_model(self) -> Dalle:
-        return Dalle(self.run.model, activation_checkpointing=self.run.train.activation_checkpointing)
+        return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing)
 
     def samples(self, split: str) -> Samples:
         cache = None
@@ -124,7 +124,7 @@ class TransformerTask(Task[TransformerRun]):
         return (batch["text"] != PADDING).sum().float()
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        output = model(batch["text"], batch["codes"])
+        output = model(batch["text"], batch["codes"], logits=False)
         text_loss = output.text_loss * batch["share"]
         weight = self.run.model.text_weight
         loss = weight * text_loss + (1 - weight) * output.image_loss
@@ -174,13 +174,7 @@ class TransformerTask(Task[TransformerRun]):
         TextToImage(cast(Dalle, model), self.dvae, self.tokenizer).save_pretrained(folder)
 
     def flops_per_sample(self) -> float:
-        config = self.run.model
-
-        def forward(model: nn.Module) -> object:
-            text = torch.zeros(1, config.text_len, dtype=torch.int64)
-            return model(text, torch.zeros(1, config.image_len, dtype=torch.int64))
-
-        return training_flops(lambda: Dalle(config), forward)
+        return float(model_flops(self.run.model).total)
 
     def describe(self) -> list[str]:
         pieces, room = self.tokenizer.vocab_size, self.run.model.text_vocab

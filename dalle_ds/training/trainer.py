@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from pydantic import ValidationError
 
 import dalle_ds
 from dalle_ds.config import Run
@@ -21,6 +17,7 @@ from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
+from dalle_ds.training.engine import build_engine
 from dalle_ds.training.loop import Loop, Setup
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
@@ -46,9 +43,6 @@ class Trainer:
     def __init__(
         self, make_task: Callable[[Any], Task[Any]], run: Run, json_config: dict[str, Any], mesh: Mesh
     ) -> None:
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # DeepSpeed calls collectives by names that torch is about to change; nothing that a user could mend.
-        warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
         self.run = run
         self.mesh = mesh
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
@@ -114,7 +108,8 @@ class Trainer:
                 print(f"{self.directory.path} is done: all {self.step} updates, exported to {self.directory.export}")
                 self.directory.release()
             return
-        engine = self._build_engine()
+        torch.manual_seed(self.run.seed)
+        engine = build_engine(self.task.build_model, self.task.parameter_groups, self.run.optim, self.config, self.mesh)
         weights = MasterWeights(engine)
         decay = self.run.train.average_decay
         average = WeightAverage(weights.shards, decay) if decay is not None else None
@@ -128,27 +123,6 @@ class Trainer:
             Loop(setup, engine, weights, average, learning_rate, tracker, self.state).run_to_end()
         if self.mesh.is_main:
             self.directory.release()
-
-    def _build_engine(self) -> Any:
-        torch.manual_seed(self.run.seed)
-        optim = self.run.optim
-        try:
-            with deepspeed.zero.Init(config_dict_or_path=self.config.deepspeed, enabled=self.config.zero_stage == 3):
-                model = self.task.build_model()
-            model.to(self.mesh.device)
-            groups = self.task.parameter_groups(model)
-            optimizer = torch.optim.AdamW(
-                groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-            )
-            engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self.config.deepspeed, dist_init_required=False
-            )
-        except ValidationError as error:
-            raise ConfigError(f"DeepSpeed refuses its JSON: {error}") from error
-        if self.config.zero_stage == 0 and self.config.precision == "bf16":
-            # DeepSpeed allocates Adam's state by a step on zeros, after which the first update would count as the second.
-            engine.optimizer.optimizer.state.clear()
-        return engine
 
     def _tracker(self) -> Tracker:
         tracker = Tracker(

@@ -80,33 +80,18 @@ def test_mistakes_are_named(arguments: tuple, named: str) -> None:
         attention_mask(*arguments)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 13, 21])
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])
-def test_attending_one_query_at_a_time_is_attending_at_once(kind: str) -> None:
-    """Against torch's own masked attention over the whole sequence."""
+def test_pattern_is_masked_attention(kind: str, length: int, padded: bool) -> None:
+    """Against torch's own masked attention, for sequences that end anywhere in the text or the picture."""
     torch.manual_seed(0)
-    queries, keys, values = torch.randn(3, 2, 2, 5 + 16, 8).unbind(0)
-    pattern = AttentionPattern(kind, 5, 4, 3)
-    expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attention_mask(kind, 5, 4, 3))
-    torch.testing.assert_close(pattern(queries, keys, values, 0), expected)
-    for position in range(5 + 16):
-        end = position + 1
-        one = pattern(queries[:, :, position:end], keys[:, :, :end], values[:, :, :end], position)
-        torch.testing.assert_close(one, expected[:, :, position:end])
-
-
-def test_one_query_does_not_depend_on_the_batch() -> None:
-    """To the last bit, with threads: torch's own kernel fails this, and drawn pictures depend on it."""
-    generator = torch.Generator().manual_seed(0)
-    keys, values = torch.randn(2, 16, 8, 700, 32, generator=generator).unbind(0)
-    queries = torch.randn(16, 8, 1, 32, generator=generator)
-    pattern = AttentionPattern("full", 444, 16, 3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = pattern(queries, keys, values, 699)
-        for row in (0, 1, 7, 15):
-            alone = pattern(queries[row : row + 1], keys[row : row + 1], values[row : row + 1], 699)
-            assert torch.equal(alone[0], together[row])
-        assert torch.equal(pattern(queries.flip(0), keys.flip(0), values.flip(0), 699).flip(0), together)
-    finally:
-        torch.set_num_threads(threads)
+    qkv = torch.randn(2, length, 3, 2, 8)
+    mask = attention_mask(kind, 5, 4, 3)[:length, :length].repeat(2, 1, 1, 1)
+    keep = None
+    if padded:
+        keep = torch.tensor([[True, True, False, True, False], [True, False, False, False, False]])
+        mask[..., :5] &= keep[:, None, None, :length]
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(AttentionPattern(kind, 5, 4, 3)(qkv, keep), expected)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.errors import CheckpointError, DataError
 from dalle_ds.models.dalle import Dalle
 
 CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
@@ -136,46 +136,6 @@ def test_each_token_reaches_later_positions_only() -> None:
         assert position == T + CODES - 1 or changes[position + 1] > 1e-4
 
 
-@pytest.mark.parametrize("attention", SCHEDULES)
-@torch.no_grad()
-def test_cached_logits_are_the_uncached(attention: tuple | None) -> None:
-    model = build(attention=attention)
-    text, codes = batch()
-    expected = model(text, codes).image_logits
-    cache = model.new_cache(len(text))
-    found = [model.prefill(text, cache)]
-    found += [model.decode(codes[:, step], step, cache) for step in range(CODES - 1)]
-    assert (torch.stack(found, dim=1) - expected).abs().max() < 1e-4
-
-
-@torch.no_grad()
-def test_decoding_computes_one_position() -> None:
-    """The regression of peers' caches that are never used: no block may see more than one position in a step."""
-    model = build()
-    text, codes = batch()
-    cache = model.new_cache(len(text))
-    model.prefill(text, cache)
-    lengths: list[int] = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
-    model.decode(codes[:, 0], 0, cache)
-    assert lengths == [1] * len(model.blocks)
-
-
-@torch.no_grad()
-def test_a_prefix_serves_any_row() -> None:
-    model = build()
-    text, codes = batch()
-    cache = model.new_cache(len(text))
-    expected = model.prefill(text, cache)
-    shared = model.new_cache(len(text))
-    for row in range(len(text)):
-        prefix = model.new_cache(1, capacity=T + 1)
-        torch.testing.assert_close(model.prefill(text[row : row + 1], prefix), expected[row : row + 1])
-        shared.load_row(row, prefix)
-    torch.testing.assert_close(model.decode(codes[:, 0], 0, shared), model.decode(codes[:, 0], 0, cache))
-
-
 def test_batch_without_captions() -> None:
     model = build()
     text, codes = batch()
@@ -195,19 +155,57 @@ def test_arguments_are_left_alone() -> None:
     assert torch.equal(codes, kept[1])
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("attention", SCHEDULES)
+def test_checkpointing_changes_no_gradient(attention: tuple | None) -> None:
     text, codes = batch()
     gradients = []
-    for activation_checkpointing in (False, True):
-        model = build()
-        model.activation_checkpointing = activation_checkpointing
-        calls: list[int] = []
-        model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        model(text, codes).loss.backward()
-        assert len(calls) == 1 + activation_checkpointing  # the second time to recompute
+    for checkpointing in ("none", "selective", "full"):
+        model = build(attention=attention, mask_padding=True)
+        model.checkpointing = checkpointing
+        calls: list[str] = []
+        for name in ("blocks.0.norm", "blocks.0.attention.out", "blocks.1.norm", "blocks.1.up", "blocks.1.down"):
+            module = model.get_submodule(name)
+            module.register_forward_hook(lambda *_, calls=calls, name=name: calls.append(name))
+        model(text, codes, logits=False).loss.backward()
+        # Matrix products whose results nothing needs are not repeated.
+        twice = {name for name in calls if calls.count(name) == 2}
+        norms = {"blocks.0.norm", "blocks.1.norm"}
+        assert twice == {"none": set(), "selective": norms, "full": norms | {"blocks.1.up"}}[checkpointing]
         gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
+    for other in gradients[1:]:
+        for plain, recomputed in zip(gradients[0], other, strict=True):
+            assert torch.equal(plain, recomputed)
+
+
+def test_without_logits_nothing_else_changes() -> None:
+    """Losses and gradients of the chunked path are those of the logits, in fp32."""
+    text, codes = batch()
+    results = []
+    for logits in (True, False):
+        model = build()
+        out = model(text, codes, logits=logits)
+        out.loss.backward()
+        assert (out.text_logits is None) == (out.image_logits is None) == (not logits)
+        results.append((out, [parameter.grad for parameter in model.parameters()]))
+    (plain, plain_gradients), (chunked, chunked_gradients) = results
+    for name in ("loss", "text_loss", "image_loss", "text_tokens"):
+        torch.testing.assert_close(getattr(plain, name), getattr(chunked, name))
+    for ours, theirs in zip(chunked_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", SCHEDULES)
+def test_masked_padding_reaches_nothing(attention: tuple | None) -> None:
+    """With mask_padding the padding embeddings change no code's logits; without it, as in the paper, they do."""
+    text, codes = batch()
+    for mask_padding in (True, False):
+        model = build(attention=attention, mask_padding=mask_padding)
+        before = model(text, codes).image_logits
+        # The last slot is also part of the start of the image, which is attended to: leave it.
+        model.embedding.padding.weight[:-1] += 1.0
+        after = model(text, codes).image_logits
+        assert torch.equal(before, after) == mask_padding
 
 
 def test_bf16_weights_keep_an_fp32_residual_stream() -> None:
@@ -267,13 +265,10 @@ def test_it_can_learn_a_batch_by_heart() -> None:
     assert out.text_loss.item() < 3 * math.log(3) / int(out.text_tokens) + 0.05
 
 
-def test_masks_are_shared_and_not_stored() -> None:
+def test_patterns_are_shared_and_not_stored() -> None:
     model = Dalle(dataclasses.replace(CONFIG, depth=6))
-    masks = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
-    assert len(masks) == 3  # row, column, conv, over six layers
-    assert not [name for name in model.state_dict() if "mask" in name]
-    patterns = {id(block.attention.pattern) for block in model.blocks[::2]}
-    assert len(patterns) == 3
+    assert len({id(block.attention.pattern) for block in model.blocks[::2]}) == 3  # row, column, conv, over six layers
+    assert not list(model.buffers())
 
 
 def test_export_and_import(tmp_path: Path) -> None:
@@ -306,17 +301,6 @@ def test_export_and_import(tmp_path: Path) -> None:
 def test_wrong_input_is_named(spoil: object, named: str) -> None:
     with pytest.raises(DataError, match=named):
         build()(*spoil(*batch()))
-
-
-@torch.no_grad()
-def test_wrong_step_is_named() -> None:
-    model = build()
-    text, codes = batch()
-    cache = model.new_cache(len(text))
-    model.prefill(text, cache)
-    for step in (-1, CODES - 1):
-        with pytest.raises(ConfigError, match=rf"\[0, 14\].*found {step}"):
-            model.decode(codes[:, 0], step, cache)
 
 
 def test_logits_of_a_bf16_model_are_multiplied_out_in_fp32() -> None:

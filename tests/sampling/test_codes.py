@@ -10,6 +10,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.sampling import Progress, Sampling, sample_codes, score
+from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.draw import candidate_uniforms, draw
 
 CONFIG = DalleConfig(width=64, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=32)
@@ -78,7 +79,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(
     own.load_state_dict(weights)
     sampling = Sampling(guidance=guidance)
     expected = sample_codes(own, text, num=9, sampling=sampling, seed=2, batch_size=8)
-    for batch_size in (1, 3, 16):
+    for batch_size in (1, 3, 9, 16, 24, None):
         assert torch.equal(sample_codes(own, text, num=9, sampling=sampling, seed=2, batch_size=batch_size), expected)
     fewer = sample_codes(own, text.flip(0), num=2, sampling=sampling, seed=2, batch_size=5)
     assert torch.equal(fewer, expected.flip(0)[:, :2])
@@ -86,28 +87,55 @@ def test_a_picture_does_not_depend_on_its_neighbours(
     assert torch.equal(alone[0, 0], expected[1, 0])
 
 
-def test_the_decoder_always_sees_a_multiple_of_8_rows(model: Dalle, text: Tensor, monkeypatch: object) -> None:
+def test_the_decoder_always_sees_a_multiple_of_4_rows(model: Dalle, text: Tensor, monkeypatch: object) -> None:
     """What the property above rests on; a toy model alone could keep it by luck."""
     rows: set[int] = set()
     decode = Dalle.decode
     monkeypatch.setattr(Dalle, "decode", lambda self, codes, *rest: rows.add(len(codes)) or decode(self, codes, *rest))
-    for batch_size in (1, 5, 8):
+    for batch_size in (1, 3, 4):
         sample_codes(model, text, num=3, batch_size=batch_size)
-    assert rows == {8}
-    sample_codes(model, text, num=1, batch_size=9)
-    assert rows == {8, 16}
+    assert rows == {4}
+    sample_codes(model, text, num=3, batch_size=9)
+    assert rows == {4, 12}
 
 
-@pytest.mark.parametrize(("guidance", "expected"), [(1.0, 3), (2.0, 4)])
+@pytest.mark.parametrize(("guidance", "expected"), [(1.0, 2), (2.0, 3)])
 def test_each_caption_is_prefilled_once(
     model: Dalle, text: Tensor, monkeypatch: object, guidance: float, expected: int
 ) -> None:
-    """Nine candidates in batches of two; with guidance, the empty caption once for all."""
+    """Nine candidates in batches of two; with guidance, the empty caption once for all of them."""
     calls: list[int] = []
     prefill = Dalle.prefill
     monkeypatch.setattr(Dalle, "prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
-    sample_codes(model, text, num=9, batch_size=2, sampling=Sampling(guidance=guidance))
+    sample_codes(model, text[:2], num=9, batch_size=2, sampling=Sampling(guidance=guidance))
     assert len(calls) == expected
+
+
+def test_guidance_shares_each_step(model: Dalle, text: Tensor, monkeypatch: object) -> None:
+    """Rows under the caption and rows under the empty one are decoded together, so that weights are read once."""
+    seen: list[int] = []
+    decode = Dalle.decode
+    monkeypatch.setattr(
+        Dalle, "decode", lambda self, codes, *rest: seen.append(len(codes)) or decode(self, codes, *rest)
+    )
+    sample_codes(model, text[:1], num=8, sampling=Sampling(guidance=2.0))
+    assert seen == [16] * (CODES - 1)
+
+
+def test_as_many_pictures_at_once_as_fit(model: Dalle, text: Tensor, monkeypatch: object) -> None:
+    """In batches whose caches stay below the budget; and they are the pictures of any other batches."""
+    budget = 250_000
+    monkeypatch.setattr(drawing, "CPU_BUDGET", budget)
+    sizes: list[int] = []
+    cache = Dalle.new_cache
+    monkeypatch.setattr(Dalle, "new_cache", lambda *arguments: sizes.append((made := cache(*arguments)).nbytes) or made)
+    batches: list[int] = []
+    codes = sample_codes(model, text[:1], num=40, on_row=lambda progress: batches.append(len(progress.pictures)))
+    fitting = max(batches)
+    assert 4 < fitting < 40
+    assert fitting % 4 == 0
+    assert budget / 4 < max(sizes) < budget
+    assert torch.equal(codes[:, :3], sample_codes(model, text[:1], num=3, batch_size=1))
 
 
 def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> None:

@@ -151,6 +151,44 @@ def test_missing_parts_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
             TextToImage.from_pretrained(tmp_path / "bare", device="cuda")
 
 
+@pytest.mark.parametrize("room", [60_000, 120_000])
+def test_layers_in_the_file_draw_the_same_pictures(run_directory: Path, pipe: TextToImage, room: int) -> None:
+    """Weights that have no room in memory are read from the export whenever they are used."""
+    expected = pipe.generate(["a red cat", "two red dogs"], num=3, seed=1, guidance=2.0)
+    spread = TextToImage.from_pretrained(run_directory, device="auto", max_memory={"cpu": room})
+    places = spread.model.hf_device_map
+    held = sum(parameter.nbytes for parameter in spread.model.parameters() if not parameter.is_meta)
+    assert "disk" in places.values()
+    assert held <= room
+    assert (held > 0) == (room == 120_000)
+    assert all(name.count(".") <= 1 for name in places if name.startswith("blocks"))  # no block is split
+    assert spread.device == torch.device("cpu")
+    found = spread.generate(["a red cat", "two red dogs"], num=3, seed=1, guidance=2.0)
+    assert all(same(row, expected_row) for row, expected_row in zip(found, expected, strict=True))
+
+
+def test_a_model_that_fits_is_spread_over_one_device(run_directory: Path, pipe: TextToImage) -> None:
+    whole = TextToImage.from_pretrained(run_directory, device="auto")
+    assert same(whole.generate("a cat", num=2)[0], pipe.generate("a cat", num=2)[0])
+
+
+def test_spreading_says_what_it_needs(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="needs device=auto, found device=cpu"):
+        TextToImage.from_pretrained(run_directory, max_memory={"cpu": 60_000})
+    with pytest.raises(CheckpointError, match="'dvae' model"):
+        TextToImage.from_pretrained(run_directory / "export" / "dvae", device="auto")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ConfigError, match=r"dalle-ds\[large\]"):
+        TextToImage.from_pretrained(run_directory, device="auto")
+
+
+def test_many_pictures_are_reranked_in_batches_that_fit(pipe: TextToImage) -> None:
+    rows = pipe.generate("a red cat", num=512, rerank=lambda _, images: [float(np.asarray(x).mean()) for x in images])
+    means = [float(np.asarray(image).mean()) for image in rows[0]]
+    assert len(means) == 512
+    assert means == sorted(means, reverse=True)
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launchers" / "generate.py"), *arguments]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

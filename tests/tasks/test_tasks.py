@@ -15,6 +15,7 @@ from dalle_ds.data import evaluation_batches
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.models.attention import attention_mask, configured_kinds
 from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.sampling import TextToImage
 from dalle_ds.tasks.dvae import DvaeTask
@@ -145,14 +146,18 @@ def test_live_and_cached_codes_agree_on_validation_pictures(
     assert torch.equal(found["text"], expected["text"])
 
 
-def test_flops_are_those_of_the_matrix_multiplications(transformer_run: TransformerRun) -> None:
-    """2 FLOPs per weight and position, and the attention's two products, times three for forward and backward."""
+def test_flops_are_those_of_the_model(transformer_run: TransformerRun) -> None:
+    """2 FLOPs per weight and position, and two products per allowed pair, times three for forward and backward."""
     config = TINY_DALLE
     found = TransformerTask(transformer_run).flops_per_sample()
     length, width = config.total_len, config.width
-    blocks = config.depth * (2 * length * 12 * width**2 + 4 * length**2 * width)
+    pairs = sum(
+        int(attention_mask(kind, config.text_len, config.grid, config.kernel).sum())
+        for kind in configured_kinds(config)
+    )
+    blocks = config.depth * 2 * length * 12 * width**2 + 4 * width * pairs
     heads = 2 * width * (config.text_len * config.text_vocab + config.image_len * config.image_vocab)
-    assert found == pytest.approx(3 * (blocks + heads), rel=1e-6)
+    assert found == pytest.approx(3 * (blocks + heads), rel=1e-9)
 
 
 @pytest.mark.parametrize(

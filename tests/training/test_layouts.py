@@ -85,7 +85,8 @@ class Runs:
         layouts = [self.job(f"zero{stage}", stage) for stage in range(4)]
         layouts += [self.job(f"zero{stage}-bf16", stage, bf16=True, steps=4) for stage in range(4)]
         layouts += [self.job(f"dvae-zero{stage}", stage, stage="dvae") for stage in (1, 3)]
-        layouts += [self.job("accumulated", 2, micro_batch=2), self.job("checkpointed", 3, recompute=True)]
+        layouts += [self.job("accumulated", 2, micro_batch=2), self.job("checkpointed", 3, recompute="full")]
+        layouts += [self.job("selective", 3, recompute="selective")]
         layouts += [self.job("resumed", 3, steps=6), self.job("dvae-resumed", 1, stage="dvae", steps=6)]
         # Half of nothing is an improvement here: the rate falls by half every other update.
         plateau = {"schedule": "plateau", "plateau_patience": 2, "plateau_smoothing": 0.0, "plateau_threshold": 0.99}
@@ -108,7 +109,7 @@ class Runs:
         bf16: bool = False,
         steps: int = STEPS,
         micro_batch: int | None = None,
-        recompute: bool = False,
+        recompute: str = "none",
         optim: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         base = self.transformer if stage == "transformer" else self.dvae
@@ -131,7 +132,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path
     return Runs(tmp_path_factory.mktemp("runs"), data, dvae_export, tokenizer_file)
 
 
-LAYOUTS = ["zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed", "dvae-zero1", "dvae-zero3"]
+LAYOUTS = ["zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed", "selective", "dvae-zero1", "dvae-zero3"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,0 +1,222 @@
+"""Attention of one code at a time to its prompt's text and to the earlier codes that its kind allows.
+
+What each kind keeps of a picture, and where, is decided here (`Slots`). A step reads it through a `Window`, of which there
+are two: `Runs`, slices of exactly what is allowed, for the CPU; and `Table`, where the position is a tensor and every
+shape is the same in every step, so that a CUDA graph can hold the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dalle_ds.models.attention.kinds import allowed_offsets
+
+ROWS = 4
+"""Rows of a matrix product are filled up to a multiple of this: with fewer, the same row may come out differently."""
+ROWS_ALIKE: dict[torch.dtype, int | None] = {torch.float32: None, torch.bfloat16: 32}
+"""Most rows with which they come out as with `ROWS`, by dtype, measured on CPUs with and without AMX; None is any number."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a layer keeps the keys of image positions, and which of them each position reads.
+
+    Image positions are counted in raster order from 0, whose input is the start of the image. `row`, `conv` and `full` keep
+    as many of the last positions as may still be attended to, in a ring; `column` keeps all, column by column.
+    """
+
+    count: int
+    """Positions held at a time."""
+    written: tuple[int, ...]
+    """The slot of each position."""
+    runs: tuple[tuple[slice, ...], ...]
+    """The slots that each position reads, its own among them, as runs of neighbours."""
+
+    @functools.cached_property
+    def reads(self) -> tuple[int, ...]:
+        """How many slots each position reads."""
+        return tuple(sum(run.stop - run.start for run in runs) for runs in self.runs)
+
+
+@functools.lru_cache(maxsize=64)
+def slots_of(kind: str, grid: int, kernel: int) -> Slots:
+    """The slots of one attention kind; arguments as `attention_mask` takes them."""
+    offsets = allowed_offsets(kind, grid, kernel).nonzero()[:, 0]
+    positions = torch.arange(grid**2)
+    count = grid**2 if kind == "column" else int(offsets[-1]) + 1
+    written = positions % grid * grid + positions // grid if kind == "column" else positions % count
+    return Slots(
+        count,
+        tuple(written.tolist()),
+        tuple(_runs(written[position - offsets[offsets <= position]]) for position in range(grid**2)),
+    )
+
+
+def _runs(slots: Tensor) -> tuple[slice, ...]:
+    slots = slots.sort().values
+    breaks = ((slots.diff() != 1).nonzero()[:, 0] + 1).tolist()
+    edges = [0, *breaks, len(slots)]
+    return tuple(slice(int(slots[a]), int(slots[b - 1]) + 1) for a, b in itertools.pairwise(edges))
+
+
+class Window(Protocol):
+    """What one position writes to a layer's keys and values, and what it reads of them.
+
+    Keys and values lie in one tensor (2, rows, heads, slots, D).
+    """
+
+    bias: Tensor | None
+    """(keys,) added to the scores of what is read; None adds nothing."""
+
+    def write(self, codes: Tensor, new: Tensor) -> None:
+        """Put (2, rows, heads, D) into the position's slot."""
+
+    def read(self, codes: Tensor) -> Tensor:
+        """(2, rows, heads, keys, D), the keys and values that the position attends to."""
+        ...
+
+
+class Runs:
+    """The window of a position that is known on the CPU: nothing else is read, and only where there are gaps is it copied."""
+
+    bias: Tensor | None = None
+
+    def __init__(self, slots: Slots, position: int) -> None:
+        self.slot = slots.written[position]
+        self.runs = slots.runs[position]
+
+    def write(self, codes: Tensor, new: Tensor) -> None:
+        codes.select(3, self.slot).copy_(new)
+
+    def read(self, codes: Tensor) -> Tensor:
+        parts = [codes.narrow(3, run.start, run.stop - run.start) for run in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+
+class Table:
+    """The window of a position that is a tensor of shape (1,), by way of tables on its device.
+
+    All positions read the same number of slots; those beyond what is allowed are masked, so they must hold finite numbers.
+    """
+
+    def __init__(self, tables: SlotTables, position: Tensor) -> None:
+        self.slot = tables.written.index_select(0, position)
+        self.slots = None if tables.read is None else tables.read.index_select(0, position)[0]
+        self.bias: Tensor | None = tables.bias.index_select(0, position)[0]
+
+    def write(self, codes: Tensor, new: Tensor) -> None:
+        codes.index_copy_(3, self.slot, new[:, :, :, None])
+
+    def read(self, codes: Tensor) -> Tensor:
+        return codes if self.slots is None else codes.index_select(3, self.slots)
+
+
+class SlotTables:
+    """`Slots` as tensors on a device: `written` (W²,), `read` (W², n) or None where every slot is read, `bias` (W², n)."""
+
+    def __init__(self, slots: Slots, device: torch.device) -> None:
+        most = max(slots.reads)
+        everything = most == slots.count
+        read = torch.zeros(len(slots.runs), most, dtype=torch.int64)
+        bias = torch.full(read.shape, float("-inf"))
+        for position, runs in enumerate(slots.runs):
+            of_position = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+            read[position, : len(of_position)] = of_position
+            bias[position, of_position if everything else slice(len(of_position))] = 0
+        self.written = torch.tensor(slots.written, device=device)
+        self.read = None if everything else read.to(device)
+        self.bias = bias.to(device)
+
+
+class Groups:
+    """Which prompt each row of a batch continues.
+
+    Rows of one prompt meet its text together, which reads the text's keys once for all of them. Each prompt gets the same
+    number of rows, a multiple of `ROWS`; where it has not as many, some rows are computed twice.
+
+    Args:
+        prompt_of_row: (rows,), each in [0, prompts).
+    """
+
+    def __init__(self, prompt_of_row: tuple[int, ...], device: torch.device) -> None:
+        self.count = max(prompt_of_row) + 1
+        members: list[list[int]] = [[] for _ in range(self.count)]
+        for row, prompt in enumerate(prompt_of_row):
+            members[prompt].append(row)
+        assert all(members), f"every prompt needs a row, found {prompt_of_row}"
+        self._spread: Tensor | None = None
+        size = -(-max(map(len, members)) // ROWS) * ROWS
+        spread = [row for rows in members for row in [*rows, *[rows[0]] * (size - len(rows))]]
+        if spread != list(range(len(prompt_of_row))):
+            self._spread = torch.tensor(spread, device=device)
+            first = {row: lane for lane, row in reversed(list(enumerate(spread)))}
+            self._back = torch.tensor([first[row] for row in range(len(prompt_of_row))], device=device)
+
+    def attend(self, queries: Tensor, text: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attend to the text of each row's prompt: (rows, heads, D) output, (rows, heads) logarithms of what it sums.
+
+        Args:
+            queries: (rows, heads, D).
+            text, bias: as `attend_to_cache` takes them.
+        """
+        if self._spread is not None:
+            queries = queries.index_select(0, self._spread)
+        rows, heads, depth = queries.shape
+        grouped = queries.view(self.count, rows // self.count, heads, depth).transpose(1, 2)
+        at_once = ROWS_ALIKE.get(queries.dtype, ROWS)
+        if at_once is None or grouped.shape[2] <= at_once:
+            attended, total = _attend(grouped, text[0], text[1], bias)
+        else:
+            parts = [_attend(some, text[0], text[1], bias) for some in grouped.split(at_once, dim=2)]
+            attended, total = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+        attended, total = attended.transpose(1, 2).flatten(0, 1), total.transpose(1, 2).flatten(0, 1)
+        if self._spread is not None:
+            return attended.index_select(0, self._back), total.index_select(0, self._back)
+        return attended, total
+
+
+def attend_to_cache(
+    qkv: Tensor, text: Tensor, codes: Tensor, window: Window, groups: Groups, text_bias: Tensor | None
+) -> Tensor:
+    """Attend from one new position of every row, whose own key and value are put into `codes` first.
+
+    Text and codes are attended to apart, and their outputs are mixed by the sums of exponentials that each was divided by:
+    one softmax over both.
+
+    Args:
+        qkv: (rows, 3, heads, D), of the new position.
+        text: (2, prompts, heads, T, D) keys and values of the prompts.
+        codes: (2, rows, heads, slots, D) keys and values of earlier codes; changed.
+        window: what the position writes and reads.
+        text_bias: (prompts, 1, 1, T) added to the scores of text keys, or None.
+
+    Returns:
+        (rows, heads · D), in the dtype of qkv.
+    """
+    by_part = qkv.transpose(0, 1)
+    window.write(codes, by_part[1:])
+    of_text, text_total = groups.attend(by_part[0], text, text_bias)
+    read = window.read(codes)
+    of_codes, codes_total = _attend(by_part[0].unsqueeze(2), read[0], read[1], window.bias)
+    share = torch.sigmoid(codes_total - text_total.unsqueeze(2))
+    return torch.lerp(of_text.float(), of_codes.squeeze(2).float(), share).flatten(1).to(qkv.dtype)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention in fp32 of (N, heads, n, D) queries to (N, heads, m, D): output, and (N, heads, n) log Σ exp of scores."""
+    if queries.device.type == "cpu":
+        if bias is not None:
+            bias = bias.to(queries.dtype).expand(*queries.shape[:3], -1)
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return attend(queries, keys, values, attn_mask=bias)
+    scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    total = scores.logsumexp(dim=-1)
+    return (scores - total[..., None]).exp().to(values.dtype) @ values, total

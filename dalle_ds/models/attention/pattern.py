@@ -1,0 +1,95 @@
+"""One attention kind, and the choice of the kernel that computes it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_ds.models.attention.blockwise import blockwise_attention, is_worthwhile
+from dalle_ds.models.attention.flex import Refused, flex_attention
+from dalle_ds.models.attention.kinds import attention_mask
+
+KERNELS = {"cpu": "blockwise", "cuda": "flex"}
+"""What computes the sparse kinds on which device; on others dense attention is masked. `benchmarks/attention.py` tells
+which is fastest."""
+
+SHORTEST_FLEX = 512
+"""Sequences shorter than this are masked too: that costs less than compiling a kernel for them does."""
+
+
+class AttentionPattern:
+    """Attention of a sequence to itself, restricted to one kind's mask; all layers of the kind share one instance.
+
+    Args:
+        kind, text_len, grid, kernel: as `attention_mask` takes them.
+    """
+
+    def __init__(self, kind: str, text_len: int, grid: int, kernel: int) -> None:
+        self.kind = kind
+        self.text_len = text_len
+        self.grid = grid
+        self.kernel = kernel
+
+    def __call__(self, qkv: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Attend among positions 0 … n − 1.
+
+        Args:
+            qkv: (B, n, 3, heads, D) queries, keys and values.
+            keep: (B, T) bool, which text keys may be attended to; None allows all. Position 0 must be kept.
+
+        Returns:
+            (B, n, heads · D).
+        """
+        length = qkv.shape[1]
+        # The first code meets all text and itself, whatever the kind.
+        if self.kind == "full" or length <= self.text_len + 1:
+            return dense_attention(qkv, None if keep is None else self._mask(length, keep, qkv.device))
+        options: dict[str, Any] = {
+            "kind": self.kind,
+            "text_len": self.text_len,
+            "grid": self.grid,
+            "kernel": self.kernel,
+        }
+        kernel = KERNELS.get(qkv.device.type)
+        if kernel == "blockwise" and is_worthwhile(**options, length=length, dtype=qkv.dtype):
+            return blockwise_attention(qkv, keep, **options)
+        if kernel == "flex" and length >= SHORTEST_FLEX:
+            try:
+                return flex_attention(qkv, keep, **options)
+            except Refused as refusal:
+                _warn_once(
+                    f"{self.kind} attention computes all pairs and masks them. FlexAttention is not used: {refusal}"
+                )
+        return dense_attention(qkv, self._mask(length, keep, qkv.device))
+
+    def _mask(self, length: int, keep: Tensor | None, device: torch.device) -> Tensor:
+        """(n, n) or (B, 1, n, n) bool."""
+        mask = _mask_on(device, self.kind, self.text_len, self.grid, self.kernel)[:length, :length]
+        if keep is None:
+            return mask
+        mask = mask.repeat(len(keep), 1, 1, 1)
+        text_keys = min(length, self.text_len)
+        mask[..., :text_keys] &= keep[:, None, None, :text_keys]
+        return mask
+
+
+@functools.lru_cache(maxsize=4)
+def _mask_on(device: torch.device, kind: str, text_len: int, grid: int, kernel: int) -> Tensor:
+    return attention_mask(kind, text_len, grid, kernel).to(device)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def dense_attention(qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over all pairs: causal, or under a bool mask that broadcasts to (B, heads, n, n)."""
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+    return attended.transpose(1, 2).flatten(2)

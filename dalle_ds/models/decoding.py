@@ -1,0 +1,262 @@
+"""One step of decoding: the transformer's arithmetic for one new position of every row, with weights made ready for it.
+
+A step reads every weight once and multiplies few rows with it, so it runs at the speed of memory, if nothing else gets in its
+way. What does: on a CPU, a matrix product of few rows first rearranges its weight, in every call. Here weights are
+rearranged once. Matrix products also differ in the last bits of a row with the number of rows they have; pictures must
+not, so products are made of as many rows as are known to give the same bits (`ROWS_ALIKE`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_ds.models.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
+from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_read_per_row
+
+if TYPE_CHECKING:
+    from dalle_ds.config import DalleConfig
+    from dalle_ds.models.dalle import Dalle
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class PackedLinear:
+    """A linear layer on the CPU, its weight in the layout that the matrix product works in.
+
+    Without oneDNN's operators for that, it is an ordinary one.
+
+    Args:
+        gelu: whether GELU follows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
+        self.bias = bias
+        self.gelu = gelu
+        packed = _packed(weight)
+        self.weight = weight if packed is None else packed
+        self.packed = packed is not None
+        self.rows_at_once = ROWS_ALIKE[weight.dtype] if self.packed else ROWS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, inputs) → (rows, outputs)."""
+        if self.rows_at_once is None or len(x) <= self.rows_at_once:
+            return self._multiply(x)
+        return torch.cat([self._multiply(some) for some in x.split(self.rows_at_once)])
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if self.packed:
+            # The last argument names the kind of GELU: none is the exact one.
+            activation = "gelu" if self.gelu else "none"
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "none")
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x) if self.gelu else x
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's own layout; None where this machine or this PyTorch cannot."""
+    if weight.dtype not in ROWS_ALIKE or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(ROWS, weight.shape[1]), packed, None, "none", [], "none")
+    except (AttributeError, RuntimeError):
+        return None
+    return packed
+
+
+class _Layer(NamedTuple):
+    """One attention layer and its MLP."""
+
+    attention_norm: Layer
+    qkv: Layer
+    out: Layer
+    mlp_norm: Layer
+    up: Layer
+    """With GELU."""
+    down: Layer
+
+
+class DecodingWeights:
+    """A model's weights, made ready for many steps of decoding.
+
+    They are those that the model had when this was made. On a CPU they are a copy; on a GPU the large ones are the model's
+    own. Modules of a model whose layers lie on several devices, or are fetched when they are used, are left as they are.
+
+    Args:
+        model: evaluated without gradients.
+        reused: False makes nothing ready, for a step or two.
+    """
+
+    def __init__(self, model: Dalle, *, reused: bool = True) -> None:
+        self.config = config = model.config
+        dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+        self.device = decoding_device(model)
+        self._ready = reused and not dispatched
+        self._tables: dict[tuple[str, torch.device], SlotTables] = {}
+        self._graph: _StepGraph | None = None
+        with torch.no_grad():
+            self.layers = [
+                _Layer(
+                    self._norm(attention.norm),
+                    self._linear(attention.attention.qkv),
+                    self._linear(attention.attention.out),
+                    self._norm(mlp.norm),
+                    self._linear(mlp.up, gelu=True),
+                    self._linear(mlp.down),
+                )
+                for attention, mlp in model.layers
+            ]
+            self.norm = self._norm(model.norm)
+            self.image_head = self._linear(model.image_head, dtype=torch.float32)
+            self.image_token = model.embedding.image_token
+            self.positions = model.embedding.image_positions(0, config.image_len, self.device)
+            self.dtype = model.weights_dtype
+
+    def step(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
+        """As `Dalle.decode`, of arguments that are right."""
+        if self.device.type == "cuda" and self._ready:
+            if self._graph is None or self._graph.cache is not cache:
+                self._graph = _StepGraph(self, cache)
+            return self._graph(codes, step)
+        windows: dict[tuple[str, torch.device], Window] = {}
+        for kind, layer in zip(cache.kinds, cache.layers, strict=True):
+            where = kind, layer.codes.device
+            if where not in windows:
+                windows[where] = Runs(layer.slots, step + 1)
+        return self._compute(codes, self.positions[step + 1], cache, windows)
+
+    def step_of_tensor(self, codes: Tensor, step: Tensor, cache: KVCache) -> Tensor:
+        """`step` without a number that Python knows: `step` is (1,) int64, and all shapes are the same in every step."""
+        windows: dict[tuple[str, torch.device], Window] = {}
+        for kind, layer in zip(cache.kinds, cache.layers, strict=True):
+            where = kind, layer.codes.device
+            if where not in self._tables:
+                self._tables[where] = SlotTables(layer.slots, where[1])
+            if where not in windows:
+                windows[where] = Table(self._tables[where], step + 1)
+        return self._compute(codes, self.positions.index_select(0, step + 1), cache, windows)
+
+    def _compute(
+        self, codes: Tensor, position: Tensor, cache: KVCache, windows: dict[tuple[str, torch.device], Window]
+    ) -> Tensor:
+        x = self.image_token(codes) + position
+        parts = (len(codes), 3, self.config.heads, -1)
+        for weights, kind, layer in zip(self.layers, cache.kinds, cache.layers, strict=True):
+            device = layer.codes.device
+            x = x.to(device)
+            qkv = weights.qkv(weights.attention_norm(x).to(self.dtype)).view(parts)
+            attended = attend_to_cache(
+                qkv, layer.text, layer.codes, windows[kind, device], cache.groups[device], cache.text_bias.get(device)
+            )
+            x += weights.out(attended)
+            x += weights.down(weights.up(weights.mlp_norm(x).to(self.dtype)))
+        return self.image_head(self.norm(x))
+
+    def _norm(self, norm: nn.LayerNorm) -> Layer:
+        if not self._ready:
+            return norm
+        gain, bias = norm.weight.float(), norm.bias.float()
+        return lambda x: F.layer_norm(x, norm.normalized_shape, gain, bias, norm.eps)
+
+    def _linear(self, linear: nn.Linear, *, gelu: bool = False, dtype: torch.dtype | None = None) -> Layer:
+        if self._ready:
+            weight, bias = (part.detach().to(dtype or part.dtype) for part in (linear.weight, linear.bias))
+            if self.device.type == "cpu":
+                return PackedLinear(weight, bias, gelu=gelu)
+            return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
+        return (lambda x: F.gelu(linear(x))) if gelu else linear
+
+
+class _StepGraph:
+    """A step held in a CUDA graph: one launch in place of some twenty for each layer.
+
+    Where it cannot be held, steps are computed one by one, with one warning.
+    """
+
+    def __init__(self, weights: DecodingWeights, cache: KVCache) -> None:
+        self.weights, self.cache = weights, cache
+        self.codes = torch.zeros(cache.rows, dtype=torch.int64, device=weights.device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=weights.device)
+        self.logits: Tensor | None = None
+        # What is computed to warm up, and while the graph is taken, writes to the cache; the first replay writes over it
+        # what belongs there, since it is for the same step.
+        self._warm = False
+
+    def __call__(self, codes: Tensor, step: int) -> Tensor:
+        self.codes.copy_(codes)
+        self.step.fill_(step)
+        if not self._warm:
+            self._warm = True
+            self._capture()
+        if self.logits is None:
+            return self._compute()
+        self.graph.replay()
+        return self.logits.clone()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._compute()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.logits = self._compute()
+        except RuntimeError as error:
+            self.logits = None
+            warnings.warn(f"decoding goes on without a CUDA graph, more slowly: {error}", stacklevel=2)
+
+    def _compute(self) -> Tensor:
+        return self.weights.step_of_tensor(self.codes, self.step, self.cache)
+
+
+def decoding_device(model: Dalle) -> torch.device:
+    """Where codes go in: the device of the weights, or the first one that computes where `accelerate` has spread them."""
+    placed = getattr(model, "hf_device_map", None)
+    if placed is None:
+        return model.image_head.weight.device
+    return torch.device(next((place for place in placed.values() if place not in ("cpu", "disk")), "cpu"))
+
+
+def layer_devices(model: Dalle) -> list[torch.device]:
+    """Where each attention layer computes; keys and values lie there too."""
+    placed = getattr(model, "hf_device_map", {})
+    main = decoding_device(model)
+    devices = []
+    for index in range(model.config.depth):
+        place = next((placed[name] for name in (f"blocks.{2 * index}", "blocks", "") if name in placed), main)
+        # What lies in main memory or on disk is brought to the main device to be used.
+        devices.append(main if place in ("cpu", "disk") else torch.device(place))
+    return devices
+
+
+def bytes_per_step(
+    config: DalleConfig, dtype: torch.dtype, *, rows: int, prompts: int, position: int
+) -> dict[str, int]:
+    """Bytes that one step has to read, counted from shapes: weights and prompts once, codes that each kind allows.
+
+    Args:
+        dtype: of the blocks' weights, keys and values; the image head is read in fp32.
+        rows: sequences that are decoded, those that only fill up included.
+        prompts: distinct captions among them.
+        position: image position of the step, code `position` − 1's.
+
+    Returns:
+        By what is read: `blocks`, `image_head`, `text`, and one entry for each attention kind.
+    """
+    width, fp32 = config.width, torch.float32.itemsize
+    matrices, biases, norms = 12 * width**2, 9 * width, 4 * width
+    of_codes = bytes_read_per_row(config, dtype, position)
+    return {
+        "blocks": config.depth * ((matrices + biases) * dtype.itemsize + norms * fp32),
+        "image_head": (config.image_vocab * (width + 1) + 2 * width) * fp32,
+        "text": prompts * bytes_per_prompt(config, dtype),
+        **{kind: rows * count for kind, count in of_codes.items()},
+    }

@@ -1,0 +1,88 @@
+"""Transformers larger than one device: their layers spread over GPUs, main memory and disk by `accelerate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from dalle_ds.config import DalleConfig, from_dict
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder
+
+
+def load_spread(
+    path: str | Path, dtype: torch.dtype, *, max_memory: Mapping[int | str, int | str] | None = None
+) -> Dalle:
+    """The transformer of an export or run directory, on as many devices as it needs; a residual block is never split.
+
+    GPUs are filled first, then main memory. What is left stays in the exported file, and is read from there whenever it is
+    used. Layers that are not on a GPU are computed there all the same, where there is one.
+
+    Args:
+        dtype: of the weights.
+        max_memory: bytes, or "20GiB" and the like, that weights may take: GPUs by number, main memory as "cpu". None
+            takes what is free.
+
+    Raises:
+        CheckpointError: no transformer there, or weights that do not fit.
+        ConfigError: `accelerate` is not installed.
+    """
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+    except ImportError as error:
+        raise ConfigError("device=auto needs accelerate: pip install 'dalle-ds[large]'") from error
+    folder = export_folder(path)
+    with torch.device("meta"):
+        model = Dalle(_config(folder)).to(dtype).eval()
+    blocks = sorted({type(block).__name__ for block in model.blocks})
+    places = infer_auto_device_map(
+        model, max_memory=dict(max_memory) if max_memory else None, no_split_module_classes=blocks, dtype=dtype
+    )
+    weights, in_file = {}, {}
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a file is not a dict)
+            place = _place(name, places)
+            if place == "disk":
+                shape = torch.empty(file.get_slice(name).get_shape(), dtype=dtype, device="meta")
+                weights[name] = shape
+                in_file[name] = {
+                    "safetensors_file": str(folder / WEIGHTS_NAME),
+                    "weight_name": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
+            else:
+                weights[name] = file.get_tensor(name).to(device=place, dtype=dtype)
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit the model: {error}") from error
+    model.requires_grad_(False)
+    main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+    return dispatch_model(model, places, main_device=main, offload_index=in_file or None, force_hooks=len(places) > 1)
+
+
+def _place(name: str, places: Mapping[str, int | str]) -> int | str:
+    """The place of a weight, by the longest of the modules' names that it lies in."""
+    module = name
+    while module not in places:
+        module = module.rpartition(".")[0]
+    return places[module]
+
+
+def _config(folder: Path) -> DalleConfig:
+    try:
+        description: Any = json.loads((folder / CONFIG_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {error}; export the model again") from error
+    found = description.get("kind") if isinstance(description, dict) else None
+    if found != "transformer":
+        raise CheckpointError(
+            f"{folder} holds a {found!r} model where a 'transformer' model is needed: name another folder"
+        )
+    return from_dict(DalleConfig, description.get("model", {}), str(folder / CONFIG_NAME))

@@ -1,0 +1,54 @@
+"""The DeepSpeed engine of a run, and of whoever measures one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from dalle_ds.config import OptimConfig
+from dalle_ds.errors import ConfigError
+from dalle_ds.memory import keep_freed_memory
+from dalle_ds.parallel import Mesh
+from dalle_ds.training.deepspeed_config import EngineConfig
+
+
+def build_engine(
+    build_model: Callable[[], nn.Module],
+    parameter_groups: Callable[[nn.Module], list[dict[str, Any]]],
+    optim: OptimConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+) -> Any:
+    """A DeepSpeed engine around a new model and its AdamW, on the mesh's device. Collective.
+
+    Raises:
+        ConfigError: DeepSpeed refuses its configuration.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to change; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=config.deepspeed, enabled=config.zero_stage == 3):
+            model = build_model()
+        model.to(mesh.device)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        )
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config.deepspeed, dist_init_required=False
+        )
+    except ValidationError as error:
+        raise ConfigError(f"DeepSpeed refuses its JSON: {error}") from error
+    if config.zero_stage == 0 and config.precision == "bf16":
+        # DeepSpeed allocates Adam's state by a step on zeros, after which the first update would count as the second.
+        engine.optimizer.optimizer.state.clear()
+    return engine

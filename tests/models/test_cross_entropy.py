@@ -1,0 +1,102 @@
+"""Chunked cross-entropy against torch's own on whole logits in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalle_ds.models import cross_entropy
+from dalle_ds.models.cross_entropy import linear_cross_entropy
+
+
+def operands(rows: int, vocab: int, dtype: torch.dtype, scale: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 64, generator=generator)
+    weight = (torch.randn(vocab, 64, generator=generator) * scale).to(dtype)
+    bias = torch.randn(vocab, generator=generator).to(dtype)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[::3] = -1
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+
+def exact(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    logits = hidden.double() @ weight.double().T + bias.double()
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 2), (5, 11), (300, 9000), (70, 4097)])
+def test_fp32_is_exact(rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 40_000)  # many chunks, the last not full
+    *leaves, targets = operands(rows, vocab, torch.float32)
+    loss, expected = linear_cross_entropy(*leaves, targets), exact(*leaves, targets)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    found = torch.autograd.grad(loss * 0.3, leaves)
+    for ours, theirs in zip(found, torch.autograd.grad(expected * 0.3, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.3, 1.0])
+def test_bf16_weights_cost_little_precision(scale: float) -> None:
+    """Logits keep fp32: their loss and gradients are nearer to the exact ones than those of 16-bit logits."""
+    hidden, weight, bias, targets = operands(512, 3000, torch.bfloat16, scale)
+    expected = exact(hidden, weight, bias, targets)
+    usual = F.cross_entropy(
+        F.linear(hidden.bfloat16(), weight, bias).float(), targets, ignore_index=-1, reduction="sum"
+    )
+    loss = linear_cross_entropy(hidden, weight, bias, targets)
+    assert abs(loss.item() - expected.item()) < 2e-3 * expected.item()
+    leaves = (hidden, weight)
+    errors = []
+    for one in (loss, usual):
+        pairs = zip(
+            torch.autograd.grad(one, leaves), torch.autograd.grad(expected, leaves, retain_graph=True), strict=True
+        )
+        errors.append([float((ours.double() - theirs).norm() / theirs.double().norm()) for ours, theirs in pairs])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours < 0.02
+        assert ours < 1.1 * theirs
+
+
+def test_no_gradient_is_made_where_none_is_wanted() -> None:
+    *leaves, targets = operands(20, 50, torch.float32)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*leaves, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss.double(), exact(*leaves, targets).detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_alone_has_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
+    *leaves, targets = operands(6, 11, dtype)
+    loss = linear_cross_entropy(*leaves, torch.full_like(targets, -1))
+    assert loss.item() == 0
+    assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(loss, leaves))
+
+
+def test_a_certain_and_wrong_model_has_a_finite_loss() -> None:
+    hidden, weight, bias, targets = operands(9, 30, torch.float32, scale=200.0)
+    loss = linear_cross_entropy(hidden, weight, bias, targets)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss, (hidden, weight, bias)))
+
+
+class _Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 2**15)
+    *leaves, targets = operands(900, 1000, torch.float32)
+    with _Largest() as largest:
+        linear_cross_entropy(*leaves, targets).backward()
+    assert largest.elements <= max(2**15, 1000 * 64)
+    assert largest.elements < 900 * 1000 // 10
