@@ -1,0 +1,86 @@
+"""What the benchmarks measure with: the machine's own rates, time and memory, and the shapes that they share."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dalle_ds.config import DalleConfig, TransformerRun, load_preset
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ShapeOptions:
+    """Shape of a transformer: a preset's, or the one that the flags give."""
+
+    preset: str | None = None
+    """Preset whose transformer is measured; the flags of shape are then left alone."""
+    width: int = 512
+    """d_model."""
+    depth: int = 8
+    """Attention layers, each followed by an MLP."""
+    heads: int = 8
+    """Attention heads."""
+    text_len: int = 256
+    """Text positions."""
+    grid: int = 32
+    """Image codes along each side."""
+    text_vocab: int = 16384
+    """Text vocabulary."""
+    image_vocab: int = 8192
+    """Image vocabulary."""
+
+
+def shape(options: ShapeOptions) -> DalleConfig:
+    """The transformer that `options` describe."""
+    if options.preset is not None:
+        return load_preset(options.preset, "transformer", TransformerRun).model
+    fields = ("width", "depth", "heads", "text_len", "grid", "text_vocab", "image_vocab")
+    return DalleConfig(**{name: getattr(options, name) for name in fields})
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(function: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 2) -> float:
+    """Median time of a call, in seconds."""
+    for _ in range(warmup):
+        function()
+    taken = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of square matrix multiplication: 2048² on a CPU, 8192² on a GPU."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
+    return 2 * size**3 / median_seconds(lambda: left @ right, 11, device)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which memory is read, from an array too large for any cache."""
+    numbers = torch.ones(2**28 if device.type == "cuda" else 2**27, device=device)
+    return numbers.nbytes / median_seconds(numbers.sum, 7, device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: on a GPU those of tensors, on a CPU those of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,206 @@
+"""One training step of the transformer, beside what the machine could do: time, FLOP/s, memory.
+
+python benchmarks/train_step.py --dtype bf16 --json step.json
+python benchmarks/train_step.py --dtype bf16 --model dense          # the same shape without this project
+python benchmarks/train_step.py --deepspeed_config ds_configs/zero1_bf16.json
+python benchmarks/train_step.py --device cuda --width 3968 --heads 62 --depth 4 --batch 8 --blocks_only
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from baselines import DallePytorch, DenseTransformer
+from measure import DTYPES, ShapeOptions, matmul_rate, peak_memory, read_bandwidth, shape, synchronize
+from rich import print
+from rich.table import Table
+from torch import Tensor, nn
+
+from dalle_ds.cli import parse_options, run_launcher
+from dalle_ds.config import DalleConfig, OptimConfig, TrainConfig, TransformerRun
+from dalle_ds.errors import ConfigError
+from dalle_ds.memory import keep_freed_memory
+from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.flops import executed_flops, model_flops
+from dalle_ds.optim import decay_groups
+
+
+@dataclass(frozen=True)
+class Options(ShapeOptions):
+    """Measure a training step: forward pass, backward pass, optimizer."""
+
+    batch: int = 2
+    """Sequences per step."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic. In bf16 our weights are bf16 beside fp32 ones that the optimizer updates; the baselines use autocast."""
+    steps: int = 5
+    """Steps measured, after two that are not."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What is computed again in the backward pass instead of being kept."""
+    model: Literal["ours", "dense", "dalle_pytorch"] = "ours"
+    """`dense`: a plain causal transformer of the same shape; `dalle_pytorch`: that package, where it is installed."""
+    deepspeed_config: str | None = None
+    """Measure a DeepSpeed engine with this JSON, as training uses it, instead of a plain loop."""
+    blocks_only: bool = False
+    """Measure the residual blocks alone: no embeddings, no logits, no optimizer."""
+    json: str | None = None
+    """File that the figures are written to."""
+
+
+Step = Callable[[], Any]
+
+
+def blocks_step(config: DalleConfig, options: Options, device: torch.device) -> Step:
+    """Forward and backward pass of the residual blocks."""
+    model = Dalle(config, checkpointing=options.activation_checkpointing).to(device, DTYPES[options.dtype])
+    inputs = torch.randn(options.batch, config.total_len, config.width, device=device, requires_grad=True)
+
+    def step() -> None:
+        model._residual_blocks(inputs).sum().backward()
+        model.zero_grad()
+
+    return step
+
+
+def plain_step(config: DalleConfig, options: Options, device: torch.device) -> Step:
+    """A step with no framework: the model, autograd and PyTorch's fused AdamW."""
+    dtype = DTYPES[options.dtype]
+    if options.model == "ours":
+        model: nn.Module = Dalle(config, checkpointing=options.activation_checkpointing).to(device, dtype)
+    else:
+        model = {"dense": DenseTransformer, "dalle_pytorch": DallePytorch}[options.model](config).to(device)
+    groups = decay_groups(model, OptimConfig().weight_decay)
+    # Weights of 16 bits are too coarse for small updates: the optimizer works on fp32 ones, as DeepSpeed's does.
+    masters: dict[nn.Parameter, Tensor] = {}
+    for group in groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter.dtype != torch.float32:
+                masters[parameter] = parameter.detach().float()
+                group["params"][index] = masters[parameter]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.96), fused=True)
+    text, codes = batch(config, options.batch, device)
+    autocast = options.model != "ours" and dtype != torch.float32
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=autocast):
+            loss = model(text, codes, logits=False).loss if options.model == "ours" else model(text, codes)
+        loss.backward()
+        for parameter, master in masters.items():
+            master.grad, parameter.grad = parameter.grad.float(), None
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            if masters:
+                torch._foreach_copy_(list(masters), list(masters.values()))
+
+    return step
+
+
+def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
+    """A step of the engine that training uses, gradient clipping included."""
+    from dalle_ds.parallel import Mesh
+    from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
+
+    mesh = Mesh.start(options.device)
+    from dalle_ds.training.engine import build_engine
+
+    if options.model != "ours":
+        raise ConfigError(f"--deepspeed_config measures our model only, found --model {options.model}")
+    run = TransformerRun(model=config, train=TrainConfig(batch_size=options.batch * mesh.world_size))
+    engine_config = resolve(load_deepspeed_json(json_path), run, mesh.world_size)
+    if engine_config.precision != options.dtype:
+        raise ConfigError(f"--dtype {options.dtype}, but {json_path} trains in {engine_config.precision}")
+    engine = build_engine(
+        lambda: Dalle(config, checkpointing=options.activation_checkpointing),
+        lambda model: decay_groups(model, run.optim.weight_decay),
+        run.optim,
+        engine_config,
+        mesh,
+    )
+    text, codes = batch(config, options.batch, mesh.device)
+
+    def step() -> None:
+        engine.backward(engine(text, codes, logits=False).loss)
+        engine.step()
+
+    return step
+
+
+def batch(config: DalleConfig, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random captions without padding, and codes."""
+    text = torch.randint(0, config.text_vocab, (size, config.text_len), device=device)
+    return text, torch.randint(0, config.image_vocab, (size, config.image_len), device=device)
+
+
+def measure(options: Options) -> dict[str, float]:
+    """Figures by name."""
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu")
+    if device.type == "cpu" and options.model == "ours":
+        keep_freed_memory()
+    config = shape(options)
+    torch.manual_seed(0)
+    if options.blocks_only:
+        step = blocks_step(config, options, device)
+    elif options.deepspeed_config is not None:
+        step = engine_step(config, options, options.deepspeed_config)
+    else:
+        step = plain_step(config, options, device)
+    seconds = []
+    for index in range(2 + options.steps):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        if index >= 2:
+            seconds.append(time.perf_counter() - start)
+    memory = peak_memory(device)
+    median = statistics.median(seconds)
+    rate, bandwidth = matmul_rate(DTYPES[options.dtype], device), read_bandwidth(device)
+    flops = {"needed": _counted(options, config, needed=True), "executed": _counted(options, config, needed=False)}
+    return {
+        "step_seconds": median,
+        "tokens_per_second": options.batch * config.total_len / median,
+        "flops_per_step": flops["executed"],
+        "needed_flops_per_step": flops["needed"],
+        "matmul_flops_per_second": rate,
+        "fraction_of_matmul": flops["executed"] / median / rate,
+        "needed_fraction_of_matmul": flops["needed"] / median / rate,
+        "read_bytes_per_second": bandwidth,
+        "peak_memory_bytes": memory,
+    }
+
+
+def _counted(options: Options, config: DalleConfig, needed: bool) -> float:
+    """FLOPs of a step, from shapes."""
+    if options.model != "ours":
+        config = replace(config, attention=("full",) * config.depth)
+    checkpointing = options.activation_checkpointing if options.model == "ours" else "none"
+    flops = model_flops(config) if needed else executed_flops(config, checkpointing, dtype=DTYPES[options.dtype])
+    return options.batch * (flops.total - (flops.heads if options.blocks_only else 0))
+
+
+def main() -> None:
+    """Measure, show, write."""
+    options = parse_options(Options)
+    figures = measure(options)
+    table = Table("figure", "value", title=f"{options.model}, {options.dtype}, batch {options.batch}, {options.device}")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.4g}")
+    print(table)
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_launcher(main)
