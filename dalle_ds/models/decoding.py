@@ -113,7 +113,7 @@ class DecodingWeights:
                 for attention, mlp in model.layers
             ]
             self.norm = self._norm(model.norm)
-            self.image_head = self._linear(model.image_head, dtype=torch.float32)
+            self.image_head = self._linear(model.image_head)
             self.image_token = model.embedding.image_token
             self.positions = model.embedding.image_positions(0, config.image_len, self.device)
             self.dtype = model.weights_dtype
@@ -156,7 +156,8 @@ class DecodingWeights:
             )
             x += weights.out(attended)
             x += weights.down(weights.up(weights.mlp_norm(x).to(self.dtype)))
-        return self.image_head(self.norm(x))
+        # In 16 bits an fp32 head, four times as slow at 32 rows, would make logits hardly more exact than the blocks let them be.
+        return self.image_head(self.norm(x).to(self.dtype)).float()
 
     def _norm(self, norm: nn.LayerNorm) -> Layer:
         if not self._ready:
@@ -164,9 +165,9 @@ class DecodingWeights:
         gain, bias = norm.weight.float(), norm.bias.float()
         return lambda x: F.layer_norm(x, norm.normalized_shape, gain, bias, norm.eps)
 
-    def _linear(self, linear: nn.Linear, *, gelu: bool = False, dtype: torch.dtype | None = None) -> Layer:
+    def _linear(self, linear: nn.Linear, *, gelu: bool = False) -> Layer:
         if self._ready:
-            weight, bias = (part.detach().to(dtype or part.dtype) for part in (linear.weight, linear.bias))
+            weight, bias = linear.weight.detach(), linear.bias.detach()
             if self.device.type == "cpu":
                 return PackedLinear(weight, bias, gelu=gelu)
             return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
@@ -243,7 +244,7 @@ def bytes_per_step(
     """Bytes that one step has to read, counted from shapes: weights and prompts once, codes that each kind allows.
 
     Args:
-        dtype: of the blocks' weights, keys and values; the image head is read in fp32.
+        dtype: of the weights, keys and values; norms are read in fp32.
         rows: sequences that are decoded, those that only fill up included.
         prompts: distinct captions among them.
         position: image position of the step, code `position` − 1's.
@@ -256,7 +257,7 @@ def bytes_per_step(
     of_codes = bytes_read_per_row(config, dtype, position)
     return {
         "blocks": config.depth * ((matrices + biases) * dtype.itemsize + norms * fp32),
-        "image_head": (config.image_vocab * (width + 1) + 2 * width) * fp32,
+        "image_head": config.image_vocab * (width + 1) * dtype.itemsize + 2 * width * fp32,
         "text": prompts * bytes_per_prompt(config, dtype),
         **{kind: rows * count for kind, count in of_codes.items()},
     }

@@ -174,7 +174,8 @@ def test_bytes_are_those_of_the_buffers(dtype: torch.dtype) -> None:
     counted = bytes_per_step(config, dtype, rows=5, prompts=2, position=9)
     norms = sum(value.numel() for name, value in model.blocks.named_parameters() if "norm" in name)
     weights = sum(value.nbytes for value in model.blocks.parameters()) + norms * (4 - dtype.itemsize)
-    head = sum(value.numel() for part in (model.norm, model.image_head) for value in part.parameters()) * 4
+    head = sum(value.nbytes for value in model.image_head.parameters())
+    head += sum(value.numel() for value in model.norm.parameters()) * 4
     assert (counted["blocks"], counted["image_head"]) == (weights, head)
     assert counted["text"] == sum(layer.text.nbytes for layer in cache.layers)
     assert sum(counted.values()) == weights + head + counted["text"] + 5 * sum(
