@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.config import DalleConfig, OptimConfig, TrainConfig, TransformerRun
+from dalle_ds.config import Checkpointing, DalleConfig, OptimConfig, TrainConfig, TransformerRun
 from dalle_ds.errors import ConfigError
 from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.dalle import Dalle
@@ -44,7 +44,7 @@ class Options(ShapeOptions):
     """Steps measured, after two that are not."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    activation_checkpointing: Checkpointing = "selective"
     """What is computed again in the backward pass instead of being kept."""
     model: Literal["ours", "dense", "dalle_pytorch"] = "ours"
     """`dense`: a plain causal transformer of the same shape; `dalle_pytorch`: that package, where it is installed."""
@@ -113,8 +113,6 @@ def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
     mesh = Mesh.start(options.device)
     from dalle_ds.training.engine import build_engine
 
-    if options.model != "ours":
-        raise ConfigError(f"--deepspeed_config measures our model only, found --model {options.model}")
     run = TransformerRun(model=config, train=TrainConfig(batch_size=options.batch * mesh.world_size))
     engine_config = resolve(load_deepspeed_json(json_path), run, mesh.world_size)
     if engine_config.precision != options.dtype:
@@ -141,8 +139,26 @@ def batch(config: DalleConfig, size: int, device: torch.device) -> tuple[Tensor,
     return text, torch.randint(0, config.image_vocab, (size, config.image_len), device=device)
 
 
+def check(options: Options) -> None:
+    """Refuse what cannot be measured together.
+
+    Raises:
+        ConfigError: says what to leave out.
+    """
+    for name in ("batch", "steps"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, found {getattr(options, name)}")
+    if options.model != "ours" and (options.blocks_only or options.deepspeed_config is not None):
+        raise ConfigError(f"--model {options.model} is measured in a plain loop only: leave out the other options")
+    if options.blocks_only and options.deepspeed_config is not None:
+        raise ConfigError("--blocks_only measures no engine: leave out --deepspeed_config")
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no such folder")
+
+
 def measure(options: Options) -> dict[str, float]:
     """Figures by name."""
+    check(options)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu")
@@ -167,27 +183,36 @@ def measure(options: Options) -> dict[str, float]:
     memory = peak_memory(device)
     median = statistics.median(seconds)
     rate, bandwidth = matmul_rate(DTYPES[options.dtype], device), read_bandwidth(device)
-    flops = {"needed": _counted(options, config, needed=True), "executed": _counted(options, config, needed=False)}
-    return {
+    figures = {
         "step_seconds": median,
         "tokens_per_second": options.batch * config.total_len / median,
-        "flops_per_step": flops["executed"],
-        "needed_flops_per_step": flops["needed"],
         "matmul_flops_per_second": rate,
-        "fraction_of_matmul": flops["executed"] / median / rate,
-        "needed_fraction_of_matmul": flops["needed"] / median / rate,
         "read_bytes_per_second": bandwidth,
         "peak_memory_bytes": memory,
     }
+    counted = count(options, config, device)
+    figures |= counted
+    for name, flops in counted.items():
+        figures[name.replace("flops_per_step", "fraction_of_matmul")] = flops / median / rate
+    return figures
 
 
-def _counted(options: Options, config: DalleConfig, needed: bool) -> float:
-    """FLOPs of a step, from shapes."""
-    if options.model != "ours":
+def count(options: Options, config: DalleConfig, device: torch.device) -> dict[str, float]:
+    """FLOPs of a step from shapes: those executed, as far as we know them, and those that the model needs."""
+    if options.model == "dalle_pytorch":
+        return {}
+    if options.model == "dense":
         config = replace(config, attention=("full",) * config.depth)
-    checkpointing = options.activation_checkpointing if options.model == "ours" else "none"
-    flops = model_flops(config) if needed else executed_flops(config, checkpointing, dtype=DTYPES[options.dtype])
-    return options.batch * (flops.total - (flops.heads if options.blocks_only else 0))
+    needed = model_flops(config)
+    executed = needed  # Kernels on a GPU choose their blocks themselves.
+    if device.type == "cpu":
+        checkpointing = options.activation_checkpointing if options.model == "ours" else "none"
+        executed = executed_flops(config, checkpointing, dtype=DTYPES[options.dtype])
+    parts = {"flops_per_step": executed, "needed_flops_per_step": needed}
+    return {
+        name: options.batch * (flops.total - (flops.heads if options.blocks_only else 0))
+        for name, flops in parts.items()
+    }
 
 
 def main() -> None:

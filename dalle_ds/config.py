@@ -23,6 +23,8 @@ PRESET_DIR = Path(__file__).parent / "presets"
 PADDING = -1
 """What a text tensor holds where there is no token."""
 ATTENTION_KINDS = ("row", "column", "conv", "full")
+Checkpointing = Literal["none", "selective", "full"]
+"""What a model computes again in the backward pass; see `TrainConfig.activation_checkpointing`."""
 Config = TypeVar("Config")
 
 
@@ -243,7 +245,7 @@ class TrainConfig:
     """Arithmetic and storage of the weights; None takes the DeepSpeed JSON's."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; None takes the DeepSpeed JSON's."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     """What the transformer computes again in the backward pass instead of keeping it: `full` each residual block,
     `selective` its normalized and its activated vectors, which takes little time."""
     average_decay: float | None = 0.999

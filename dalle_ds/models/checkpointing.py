@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-Checkpointing = Literal["none", "selective", "full"]
-"""As `TrainConfig.activation_checkpointing`."""
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

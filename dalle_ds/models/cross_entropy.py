@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,12 +34,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
     Returns:
         () fp32, in nats.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, differentiated: bool
+    ) -> Tensor:
         counted = targets != PADDING
         used = None
         if hidden.device.type == "cpu":
@@ -48,10 +51,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             hidden_used = hidden
         factors = hidden_used.to(weight.dtype)
-        wants_gradients = any(ctx.needs_input_grad)
-        d_hidden = torch.empty_like(factors)
-        d_weight, d_bias = (torch.zeros_like(part, dtype=torch.float32) for part in (weight, bias))
-        total = d_bias.new_zeros(())
+        of_hidden, of_weight, of_bias = (differentiated and needed for needed in ctx.needs_input_grad[:3])
+        d_hidden = torch.empty_like(factors) if of_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = max(1, CHUNK // len(weight))
         for start in range(0, len(factors), rows):
             some = slice(start, start + rows)
@@ -59,16 +63,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logs = _logits(hidden_used[some], weight, bias).log_softmax(dim=-1)
             of_target = logs.gather(1, at)
             total -= of_target[:, 0].masked_fill(~counted[some], 0.0).sum()
-            if not wants_gradients:
+            if not (of_hidden or of_weight or of_bias):
                 continue
             d_logits = logs.exp_().scatter_(1, at, of_target.expm1())
             if used is None:
                 d_logits.masked_fill_(~counted[some, None], 0.0)
-            d_bias += d_logits.sum(0)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, weight, out=d_hidden[some])
-            d_weight += d_logits.t() @ factors[some]
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), d_bias.to(bias.dtype), used)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[some])
+            if d_weight is not None:
+                d_weight += d_logits.t() @ factors[some]
+        d_weight, d_bias = (None if part is None else part.to(weight.dtype) for part in (d_weight, d_bias))
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, used)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         return total
 
@@ -76,10 +84,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         d_used, d_weight, d_bias, used = ctx.saved_tensors
-        d_hidden = d_used.to(ctx.dtype, copy=True).mul_(gradient)
-        if used is not None:
-            d_hidden = d_hidden.new_zeros(ctx.shape).index_copy_(0, used, d_hidden)
-        return d_hidden, d_weight * gradient, d_bias * gradient, None
+        d_hidden = None
+        if d_used is not None:
+            d_hidden = d_used.to(ctx.dtype, copy=True).mul_(gradient)
+            if used is not None:
+                d_hidden = d_hidden.new_zeros(ctx.shape).index_copy_(0, used, d_hidden)
+        d_weight, d_bias = (None if part is None else part * gradient for part in (d_weight, d_bias))
+        return d_hidden, d_weight, d_bias, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -97,16 +108,24 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return logits.add_(bias)
 
 
+_SETTING = threading.Lock()
+
+
 @contextlib.contextmanager
 def _products_in(dtype: torch.dtype) -> Iterator[None]:
-    """fp32 matrix products from factors rounded to `dtype`, on CPUs that can."""
+    """fp32 matrix products from factors rounded to `dtype`, on CPUs that can.
+
+    The setting is the whole process's. Losses made in several threads take turns; what else a thread multiplies in fp32 in
+    that moment is rounded too.
+    """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if dtype != torch.bfloat16 or matmul is None:
         yield
         return
-    kept = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = kept
+    with _SETTING:
+        kept = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = kept

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.config import PADDING, DalleConfig
+from dalle_ds.config import PADDING, Checkpointing, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
 from dalle_ds.models.cache import KVCache
-from dalle_ds.models.checkpointing import Checkpointing, recomputed
+from dalle_ds.models.checkpointing import recomputed
 from dalle_ds.models.decoding import DecodingWeights, layer_devices
 from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
@@ -149,6 +149,10 @@ class Dalle(nn.Module):
 
     def __init__(self, config: DalleConfig, *, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
+        if checkpointing not in get_args(Checkpointing):
+            raise ConfigError(
+                f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, found {checkpointing!r}"
+            )
         self.config = config
         self.checkpointing: Checkpointing = checkpointing
         kinds = configured_kinds(config)
@@ -172,8 +176,9 @@ class Dalle(nn.Module):
         Args:
             text: (B, T) int64 in [0, text_vocab), −1 where padded.
             codes: (B, W²) int64 in [0, image_vocab), in raster order.
-            logits: False leaves them out of the result, which takes less memory and time than all the rest of a step
-                of a small model; the losses are then made chunk by chunk (`linear_cross_entropy`).
+            logits: whether the result has them, in fp32. Without, losses are made chunk by chunk and their products of a
+                16-bit model have 16-bit factors (`linear_cross_entropy`): for training, where logits would take more
+                memory than all the rest.
 
         Raises:
             DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking

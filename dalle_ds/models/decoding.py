@@ -156,7 +156,7 @@ class DecodingWeights:
             )
             x += weights.out(attended)
             x += weights.down(weights.up(weights.mlp_norm(x).to(self.dtype)))
-        # In 16 bits an fp32 head, four times as slow at 32 rows, would make logits hardly more exact than the blocks let them be.
+        # In 16 bits, an fp32 head would be four times as slow at 32 rows, and logits hardly more exact than blocks let them.
         return self.image_head(self.norm(x).to(self.dtype)).float()
 
     def _norm(self, norm: nn.LayerNorm) -> Layer:

@@ -26,10 +26,10 @@ class Linear(nn.Linear):
 
 
 class Unembedding(Linear):
-    """Logits of a vocabulary, multiplied out in fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2)."""
+    """Logits of a vocabulary, fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2)."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(…, inputs) → (…, outputs) fp32; given targets (…), their summed cross-entropy instead, as () fp32."""
+        """(…, inputs) → (…, outputs), multiplied out in fp32; given targets (…), their `linear_cross_entropy` instead."""
         if targets is not None:
             return linear_cross_entropy(input.flatten(0, -2), self.weight, self.bias, targets.flatten())
         return F.linear(input.float(), self.weight.float(), self.bias.float())

@@ -65,6 +65,9 @@ def test_figures(arguments: tuple[str, ...], tmp_path: Path) -> None:
     [
         (("--dtype", "fp32", "--deepspeed_config", "ds_configs/zero1_bf16.json"), "trains in bf16"),
         (("--preset", "tiny"), "tiny"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--model", "dense", "--blocks_only", "True"), "--model dense"),
+        (("--json", "no/such/folder/step.json"), "no/such/folder"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple[str, ...], named: str) -> None:

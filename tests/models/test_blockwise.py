@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.models.attention import attention_mask
+from dalle_ds.models.attention import attention_mask, blockwise
 from dalle_ds.models.attention.blockwise import blockwise_attention
 
 SPARSE_KINDS = ("row", "column", "conv")
@@ -143,8 +143,8 @@ def test_bf16_is_as_accurate_as_torchs_own(kind: str, padded: bool) -> None:
     theirs = differentiate(case.torchs_own, qkv, keep, gradient)
     for found, other, expected in zip(ours, theirs, exact, strict=True):
         assert found.dtype == torch.bfloat16
-        for measure in (torch.linalg.vector_norm, lambda error: error.abs().max()):
-            assert measure(found.double() - expected) <= 2 * measure(other.double() - expected)
+        for bound, measure in ((1.5, torch.linalg.vector_norm), (2.0, lambda error: error.abs().max())):
+            assert measure(found.double() - expected) <= bound * measure(other.double() - expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,3 +235,21 @@ def test_nothing_of_the_size_of_all_scores_is_allocated(kind: str) -> None:
         differentiate(case.blockwise, qkv, keep, gradient)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert qkv.nbytes <= largest < 0.5 * (256 + 64**2) ** 2 * qkv.itemsize
+
+
+@pytest.mark.parametrize("scores", [1, 5000])
+def test_scores_made_a_few_at_a_time_change_nothing(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "SCORES", scores)
+    for kind in ("row", "column", "conv"):
+        case = Case(kind, text_len=5, grid=7, kernel=5, codes=40, batch=3, heads=2, depth=8, padded=True)
+        qkv, keep, gradient = case.inputs(torch.float64)
+        found = differentiate(case.blockwise, qkv, keep, gradient)
+        for ours, expected in zip(found, differentiate(case.reference, qkv, keep, gradient), strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_strided_last_axis_is_taken() -> None:
+    qkv = torch.randn(1, 30, 3, 8, 2).transpose(-1, -2)
+    pattern = {"kind": "row", "text_len": 5, "grid": 5, "kernel": 3}
+    found = blockwise.blockwise_attention(qkv, None, **pattern)
+    assert torch.equal(found, blockwise.blockwise_attention(qkv.contiguous(), None, **pattern))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_ds.models import cross_entropy
 from dalle_ds.models.cross_entropy import linear_cross_entropy
@@ -60,12 +63,36 @@ def test_bf16_weights_cost_little_precision(scale: float) -> None:
         assert ours < 1.1 * theirs
 
 
+def products(*leaves_and_targets: Tensor) -> float:
+    """How many times as many FLOPs as the logits take."""
+    hidden, weight, _, targets = leaves_and_targets
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(*leaves_and_targets)
+    return counter.get_total_flops() / (2 * hidden.shape[1] * len(weight) * int((targets >= 0).sum()))
+
+
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     *leaves, targets = operands(20, 50, torch.float32)
-    with torch.no_grad():
-        loss = linear_cross_entropy(*leaves, targets)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss.double(), exact(*leaves, targets).detach(), rtol=1e-6, atol=1e-6)
+    assert products(*leaves, targets) == 3
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert products(*leaves, targets) == 1
+    hidden, weight, bias = leaves
+    frozen = weight.detach(), bias.detach()
+    assert products(hidden, *frozen, targets) == 2
+    expected = torch.autograd.grad(exact(*leaves, targets), hidden)[0]
+    found = torch.autograd.grad(linear_cross_entropy(hidden, *frozen, targets), hidden)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_process_keeps_its_precision_of_products() -> None:
+    """Also with several threads, each of which changes it for a moment."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    *leaves, targets = operands(64, 3000, torch.bfloat16)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: linear_cross_entropy(*leaves, targets), range(40)))
+    assert matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -165,6 +165,8 @@ def blockwise_attention(
     Returns:
         (B, T + codes, heads · D).
     """
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()  # the fused operator takes no other, and does not say so
     return torch.ops.dalle_ds.blockwise_attention(qkv, keep, kind, text_len, grid, kernel)[0].flatten(2)
 
 
