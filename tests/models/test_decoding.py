@@ -210,14 +210,15 @@ def test_a_row_does_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None
     text = torch.randint(0, 20, (1, config.text_len))
     prefix = model.new_cache(1)
     model.prefill(text, prefix)
-    codes = torch.randint(0, config.image_vocab, (80, 12))
+    codes = torch.randint(0, config.image_vocab, (40, 12)).repeat(2, 1)
     expected = None
     for rows in (4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 64, 80):
         cache = model.new_cache([0] * rows)
         cache.load([prefix])
-        logits = torch.stack([model.decode(codes[:rows, step], step, cache, weights)[:4] for step in range(12)])
+        logits = torch.stack([model.decode(codes[:rows, step], step, cache, weights) for step in range(12)])
         expected = logits if expected is None else expected
-        assert torch.equal(logits, expected), f"{rows} rows"
+        assert torch.equal(logits[:, :4], expected), f"{rows} rows"
+    assert torch.equal(logits[:, 40:44], expected)
 
 
 @torch.no_grad()

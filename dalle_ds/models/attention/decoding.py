@@ -21,6 +21,8 @@ ROWS = 4
 """Rows of a matrix product are filled up to a multiple of this: with fewer, the same row may come out differently."""
 ROWS_ALIKE: dict[torch.dtype, int | None] = {torch.float32: None, torch.bfloat16: 32}
 """Most rows with which they come out as with `ROWS`, by dtype, measured on CPUs with and without AMX; None is any number."""
+ROWS_IN_FP32 = 32
+"""Rows whose 16-bit keys and values are converted at a time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,26 @@ def attend_to_cache(
     by_part = qkv.transpose(0, 1)
     window.write(codes, by_part[1:])
     of_text, text_total = groups.attend(by_part[0], text, text_bias)
-    read = window.read(codes)
-    of_codes, codes_total = _attend(by_part[0].unsqueeze(2), read[0], read[1], window.bias)
-    share = torch.sigmoid(codes_total - text_total.unsqueeze(2))
-    return torch.lerp(of_text.float(), of_codes.squeeze(2).float(), share).flatten(1).to(qkv.dtype)
+    of_codes, codes_total = _attend_to_codes(by_part[0], codes, window)
+    share = torch.sigmoid(codes_total - text_total)[..., None]
+    return torch.lerp(of_text.float(), of_codes.float(), share).flatten(1).to(qkv.dtype)
+
+
+def _attend_to_codes(queries: Tensor, codes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """(rows, heads, D) queries, each to its row's codes: (rows, heads, D) output, (rows, heads) logarithms of what it sums."""
+    if queries.device.type != "cpu" or queries.dtype.itemsize > 2:
+        keys, values = window.read(codes)
+        attended, total = _attend(queries[:, :, None], keys, values, window.bias)
+        return attended[:, :, 0], total[:, :, 0]
+    # One query a head is no matrix product: torch's attention takes three times as long in 16 bits as in 32, conversion
+    # included, if what is converted stays in the cache.
+    attended, total = torch.empty(queries.shape), torch.empty(queries.shape[:2])
+    for first in range(0, len(queries), ROWS_IN_FP32):
+        some = slice(first, first + ROWS_IN_FP32)
+        keys, values = window.read(codes[:, some]).float()
+        of_some, total_of_some = _attend(queries[some, :, None].float(), keys, values, window.bias)
+        attended[some], total[some] = of_some[:, :, 0], total_of_some[:, :, 0]
+    return attended, total
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
