@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measure import DTYPES, ShapeOptions, matmul_rate, median_seconds, shape, synchronize
+from measure import DTYPES, ShapeOptions, check_flags, matmul_rate, median_seconds, shape, synchronize
 from rich import print
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import DalleConfig
-from dalle_ds.errors import ConfigError
 from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.attention import attention_mask
 from dalle_ds.models.attention.blockwise import block_pairs, blockwise_attention
@@ -198,8 +197,7 @@ def main() -> None:
     """Measure, show, write."""
     options = parse_options(Options)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu")
+    check_flags(options, "batch", "repeats", "heads", "head_size")
     if device.type == "cpu":
         keep_freed_memory()
     rate = matmul_rate(DTYPES[options.dtype], device)

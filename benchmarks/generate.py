@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measure import DTYPES, ShapeOptions, matmul_rate, median_seconds, peak_memory, read_bandwidth, shape, synchronize
+from measure import (
+    DTYPES,
+    ShapeOptions,
+    check_flags,
+    matmul_rate,
+    median_seconds,
+    peak_memory,
+    read_bandwidth,
+    shape,
+    synchronize,
+)
 from rich import print
 from rich.table import Table
 
@@ -28,7 +38,7 @@ from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, bytes_per_step
-from dalle_ds.sampling.codes import pictures_at_once
+from dalle_ds.sampling.codes import even_batches, pictures_at_once
 from dalle_ds.sampling.draw import Sampling, draw
 
 WARMUP = 3
@@ -58,10 +68,9 @@ class Options(ShapeOptions):
 def main() -> None:
     """Measure, show, write."""
     options = parse_options(Options)
-    for name in ("batch", "prompts", "tokens"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, found {getattr(options, name)}")
-    keep_freed_memory()
+    check_flags(options, "batch", "prompts", "tokens")
+    if options.device == "cpu":
+        keep_freed_memory()
     figures = measure(options)
     table = Table("figure", "value", title=f"{options.dtype}, {options.device}, bound by {figures['bound']}")
     for name, value in figures.items():
@@ -82,7 +91,7 @@ def measure(options: Options) -> dict[str, Any]:
         model = Dalle(config).to(dtype).eval()
     prompts = [picture // options.batch for picture in range(options.batch * options.prompts)]
     # As `sample_codes` does, in batches that fit.
-    size = min(pictures_at_once(model, options.batch, guided=False), len(prompts))
+    size = even_batches(len(prompts), pictures_at_once(model, options.batch, guided=False))
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     measured = [decode(model, batch, size, options.tokens) for batch in batches]
     seconds, drawing = (sum(each) for each in zip(*measured, strict=True))

@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dalle_ds.config import DalleConfig, TransformerRun, load_preset
+from dalle_ds.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +46,24 @@ def shape(options: ShapeOptions) -> DalleConfig:
         return load_preset(options.preset, "transformer", TransformerRun).model
     fields = ("width", "depth", "heads", "text_len", "grid", "text_vocab", "image_vocab")
     return DalleConfig(**{name: getattr(options, name) for name in fields})
+
+
+def check_flags(options: Any, *counts: str) -> None:
+    """Refuse, before anything is measured, what would fail after it.
+
+    Args:
+        options: with `device`, `json`, and the fields named `counts`.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for name in counts:
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, found {getattr(options, name)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu")
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no such folder")
 
 
 def synchronize(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from baselines import DallePytorch, DenseTransformer
-from measure import DTYPES, ShapeOptions, matmul_rate, peak_memory, read_bandwidth, shape, synchronize
+from measure import DTYPES, ShapeOptions, check_flags, matmul_rate, peak_memory, read_bandwidth, shape, synchronize
 from rich import print
 from rich.table import Table
 from torch import Tensor, nn
@@ -145,23 +145,17 @@ def check(options: Options) -> None:
     Raises:
         ConfigError: says what to leave out.
     """
-    for name in ("batch", "steps"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, found {getattr(options, name)}")
+    check_flags(options, "batch", "steps")
     if options.model != "ours" and (options.blocks_only or options.deepspeed_config is not None):
         raise ConfigError(f"--model {options.model} is measured in a plain loop only: leave out the other options")
     if options.blocks_only and options.deepspeed_config is not None:
         raise ConfigError("--blocks_only measures no engine: leave out --deepspeed_config")
-    if options.json is not None and not Path(options.json).parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no such folder")
 
 
 def measure(options: Options) -> dict[str, float]:
     """Figures by name."""
     check(options)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu")
     if device.type == "cpu" and options.model == "ours":
         keep_freed_memory()
     config = shape(options)

@@ -40,9 +40,14 @@ def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
 
     The heap is only addresses until it is used. It is grown ahead because advice holds for what exists when it is given.
     """
+    import resource  # Linux has it; the module is imported everywhere
+
     try:
-        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == _NEVER_OVERCOMMIT:
-            return  # here addresses are taken from all processes' share
+        # Where addresses are counted as memory, they are not ours to take; nor where what is freed or given is filled.
+        counted = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == _NEVER_OVERCOMMIT
+        limits = [resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+        if counted or limits != [resource.RLIM_INFINITY] * 2 or "MALLOC_PERTURB_" in os.environ:
+            return
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (OSError, ValueError):
         return

@@ -55,7 +55,8 @@ def main() -> None:
     out = Path(options.out)
     if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"out must be a .png file in a folder that exists, found {options.out}")
-    keep_freed_memory()
+    if options.device == "cpu":
+        keep_freed_memory()
     pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype])
     pictures = pipe.generate(
         options.prompt,

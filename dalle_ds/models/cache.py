@@ -78,7 +78,11 @@ class KVCache:
         self.kept: Tensor | None = None
         """(prompts, T) bool, the text positions that may be attended to; None where all may."""
         self.text_bias: dict[torch.device, Tensor] = {}
-        """(prompts, 1, 1, T) 0 or −∞ on each device, where there is a `kept`."""
+        """(prompts, 1, 1, T) 0 or −∞ on each device, where padding may be masked; always the same tensors, as the rest is."""
+        if config.mask_padding:
+            self.text_bias = {
+                device: torch.zeros(self.prompts, 1, 1, config.text_len, device=device) for device in self.groups
+            }
         heads, rows = config.heads, len(self.prompt_of_row)
         depth = config.width // heads
         self.layers = []
@@ -102,10 +106,10 @@ class KVCache:
     def keep(self, kept: Tensor | None) -> None:
         """Attend to the text positions (prompts, T) only that are True; None allows all."""
         self.kept = kept
-        self.text_bias.clear()
-        if kept is not None:
-            bias = torch.zeros(kept.shape).masked_fill_(~kept.cpu(), float("-inf"))[:, None, None]
-            self.text_bias = {device: bias.to(device) for device in self.groups}
+        for bias in self.text_bias.values():
+            bias.zero_()
+            if kept is not None:
+                bias.masked_fill_(~kept[:, None, None].to(bias.device), float("-inf"))
 
     def load(self, prefixes: Sequence[KVCache]) -> None:
         """Start anew from prompts that were run through the model one at a time.

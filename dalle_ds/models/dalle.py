@@ -27,7 +27,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
 from dalle_ds.models.cache import KVCache
 from dalle_ds.models.checkpointing import recomputed
-from dalle_ds.models.decoding import DecodingWeights, layer_devices
+from dalle_ds.models.decoding import DecodingWeights, decoding_device, layer_devices
 from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
 
@@ -265,7 +265,7 @@ class Dalle(nn.Module):
             qkv = attention.attention.project(attention.norm(x))
             layer.load(qkv, self.config.text_len, of_row)
             x = mlp(x + attention.attention.attend(qkv, None if kept is None else kept.to(device)))
-        logits = self.image_head(self.norm(x[:, -1]))
+        logits = self.image_head(self.norm(x[:, -1])).to(decoding_device(self))
         return logits.index_select(0, of_row.to(logits.device))
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +86,8 @@ class _Layer(NamedTuple):
 class DecodingWeights:
     """A model's weights, made ready for many steps of decoding.
 
-    They are those that the model had when this was made. On a CPU they are a copy; on a GPU the large ones are the model's
-    own. Modules of a model whose layers lie on several devices, or are fetched when they are used, are left as they are.
+    To be made anew when the model has changed: some are copies, such as the large ones on a CPU, and some the model's own.
+    Modules of a model whose layers lie on several devices, or are fetched when they are used, are left as they are.
 
     Args:
         model: evaluated without gradients.
@@ -99,7 +100,8 @@ class DecodingWeights:
         self.device = decoding_device(model)
         self._ready = reused and not dispatched
         self._tables: dict[tuple[str, torch.device], SlotTables] = {}
-        self._graph: _StepGraph | None = None
+        # A graph must not outlive its cache, nor keep it: either may be a large part of a GPU's memory.
+        self._graphs: WeakKeyDictionary[KVCache, _StepGraph] = WeakKeyDictionary()
         with torch.no_grad():
             self.layers = [
                 _Layer(
@@ -121,15 +123,23 @@ class DecodingWeights:
     def step(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
         """As `Dalle.decode`, of arguments that are right."""
         if self.device.type == "cuda" and self._ready:
-            if self._graph is None or self._graph.cache is not cache:
-                self._graph = _StepGraph(self, cache)
-            return self._graph(codes, step)
+            return self.step_by_graph(codes, step, cache)
+        return self.step_of_number(codes, step, cache)
+
+    def step_of_number(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
+        """`step`, reading slices of exactly what is needed."""
         windows: dict[tuple[str, torch.device], Window] = {}
         for kind, layer in zip(cache.kinds, cache.layers, strict=True):
             where = kind, layer.codes.device
             if where not in windows:
                 windows[where] = Runs(layer.slots, step + 1)
         return self._compute(codes, self.positions[step + 1], cache, windows)
+
+    def step_by_graph(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
+        """`step`, held in a CUDA graph from the first call with a cache on."""
+        if cache not in self._graphs:
+            self._graphs[cache] = _StepGraph(cache.rows, self.device)
+        return self._graphs[cache](self, codes, step, cache)
 
     def step_of_tensor(self, codes: Tensor, step: Tensor, cache: KVCache) -> Tensor:
         """`step` without a number that Python knows: `step` is (1,) int64, and all shapes are the same in every step."""
@@ -154,10 +164,11 @@ class DecodingWeights:
             attended = attend_to_cache(
                 qkv, layer.text, layer.codes, windows[kind, device], cache.groups[device], cache.text_bias.get(device)
             )
-            x += weights.out(attended)
-            x += weights.down(weights.up(weights.mlp_norm(x).to(self.dtype)))
+            x += weights.out(attended).to(device)
+            # Of a model that is spread over devices, an MLP may lie on the next one.
+            x += weights.down(weights.up(weights.mlp_norm(x).to(self.dtype))).to(device)
         # In 16 bits, an fp32 head would be four times as slow at 32 rows, and logits hardly more exact than blocks let them.
-        return self.image_head(self.norm(x).to(self.dtype)).float()
+        return self.image_head(self.norm(x).to(self.dtype)).to(self.device, torch.float32)
 
     def _norm(self, norm: nn.LayerNorm) -> Layer:
         if not self._ready:
@@ -177,45 +188,45 @@ class DecodingWeights:
 class _StepGraph:
     """A step held in a CUDA graph: one launch in place of some twenty for each layer.
 
-    Where it cannot be held, steps are computed one by one, with one warning.
+    Always called with the same weights and the same cache, whose tensors the graph reads and writes where they lie. Where a
+    step cannot be held, steps are computed one by one, with one warning.
     """
 
-    def __init__(self, weights: DecodingWeights, cache: KVCache) -> None:
-        self.weights, self.cache = weights, cache
-        self.codes = torch.zeros(cache.rows, dtype=torch.int64, device=weights.device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=weights.device)
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.device = device
+        self.codes = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
-        # What is computed to warm up, and while the graph is taken, writes to the cache; the first replay writes over it
-        # what belongs there, since it is for the same step.
-        self._warm = False
+        self._tried = False
 
-    def __call__(self, codes: Tensor, step: int) -> Tensor:
+    def __call__(self, weights: DecodingWeights, codes: Tensor, step: int, cache: KVCache) -> Tensor:
         self.codes.copy_(codes)
         self.step.fill_(step)
-        if not self._warm:
-            self._warm = True
-            self._capture()
-        if self.logits is None:
-            return self._compute()
-        self.graph.replay()
-        return self.logits.clone()
+        with torch.cuda.device(self.device):
+            if not self._tried:
+                self._tried = True
+                self._capture(weights, cache)
+            if self.logits is None:
+                return weights.step_of_tensor(self.codes, self.step, cache)
+            self.graph.replay()
+            return self.logits.clone()
 
-    def _capture(self) -> None:
+    def _capture(self, weights: DecodingWeights, cache: KVCache) -> None:
+        # What is computed to warm up, and while the graph is taken, writes to the cache; the first replay writes over it what
+        # belongs there, since it is for the same step.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._compute()
+            weights.step_of_tensor(self.codes, self.step, cache)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
-                self.logits = self._compute()
+            # Other threads of the process may go on to allocate memory meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = weights.step_of_tensor(self.codes, self.step, cache)
         except RuntimeError as error:
             self.logits = None
             warnings.warn(f"decoding goes on without a CUDA graph, more slowly: {error}", stacklevel=2)
-
-    def _compute(self) -> Tensor:
-        return self.weights.step_of_tensor(self.codes, self.step, self.cache)
 
 
 def decoding_device(model: Dalle) -> torch.device:

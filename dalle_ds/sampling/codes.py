@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Progress:
     pictures: tuple[tuple[int, int], ...]
     """(caption, candidate) indices of each."""
     codes: Tensor
-    """(pictures, codes so far) int64."""
+    """(pictures, codes so far) int64 on the CPU, a copy."""
 
 
 @torch.no_grad()
@@ -57,32 +58,35 @@ def sample_codes(
         text: (B, T) int64, −1 where padded; never modified.
         sampling: temperature and the like; None draws from the model's distribution as it is.
         seed: picture i of a caption depends on the seed, i and the caption's tokens only.
-        batch_size: pictures drawn at once; rounded up to a multiple of 4 rows of memory and arithmetic. None draws as many
-            as fit in 1 GiB on a CPU, or in half of a GPU's free memory.
-        on_row: called whenever a row of codes of the pictures in the making is complete.
+        batch_size: most pictures drawn at once; batches are of about equal size, and take rows of memory and arithmetic in
+            multiples of 4. None draws as many as fit in 1 GiB on a CPU, or in half of a GPU's free memory.
+        on_row: called, without gradients, whenever a row of codes of the pictures in the making is complete.
 
     Returns:
         (B, num, W²) int64 on the CPU.
 
     Raises:
         ConfigError: num or batch_size below 1.
-        DataError: text of the wrong shape, dtype or range.
+        DataError: text of the wrong shape, dtype or range; a model that yields no numbers.
     """
     sampling = sampling if sampling is not None else Sampling()
     for name, value in (("num", num), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, found {value}")
-    if text.dim() != 2 or text.shape[1] != model.config.text_len:
-        raise DataError(f"text must have shape (B, {model.config.text_len}), found {tuple(text.shape)}")
+    if text.dim() != 2 or text.shape[1] != model.config.text_len or len(text) == 0:
+        raise DataError(
+            f"text must have shape (B, {model.config.text_len}) with B of at least 1, found {tuple(text.shape)}"
+        )
     captions = [tuple(row) for row in text.tolist()]
     pictures = [(caption, candidate) for caption in range(len(captions)) for candidate in range(num)]
     if batch_size is None:
-        batch_size = min(pictures_at_once(model, num, guided=sampling.guidance != 1), len(pictures))
+        batch_size = pictures_at_once(model, num, guided=sampling.guidance != 1)
+    batch_size = even_batches(len(pictures), batch_size)
     batches = _Batches(model, sampling, rows=-(-batch_size // ROWS) * ROWS)
     drawn = [torch.empty(0, model.config.image_len, dtype=torch.int64)]
     for start in range(0, len(pictures), batch_size):
         batch = tuple(pictures[start : start + batch_size])
-        drawn.append(batches.draw(batch, captions, seed, on_row))
+        drawn.append(batches.draw(batch, captions, index(seed), on_row))
     return torch.cat(drawn).view(len(captions), num, model.config.image_len)
 
 
@@ -128,18 +132,29 @@ class _Batches:
             if self.guided:
                 mixed = guide(mixed, logits[self.rows : self.rows + count], self.sampling.guidance)
             codes[:count, step] = draw(mixed, uniforms[:, step], self.sampling)
-            if on_row is not None and (step + 1) % config.grid == 0:
-                on_row(Progress(pictures, codes[:count, : step + 1].cpu()))
+            if (step + 1) % config.grid == 0:
+                if mixed.isnan().any():
+                    raise DataError(
+                        "the model's logits are not numbers: its weights or sampling.guidance are too large for its dtype, or "
+                        "its training has diverged"
+                    )
+                if on_row is not None:
+                    on_row(Progress(pictures, codes[:count, : step + 1].to("cpu", copy=True)))
         return codes[:count].cpu()
 
     def _start(self, captions: Sequence[tuple[int, ...]]) -> tuple[Tensor, KVCache]:
         """(rows, image_vocab) logits of code 0, and a cache whose rows continue `captions`."""
         distinct = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-        # Captions are run through the model one at a time, each once for as long as consecutive batches ask for it.
-        self.prefixes = {caption: self.prefixes.get(caption) or self._prefill(caption) for caption in distinct}
         prompt_of_row = tuple(distinct[caption] for caption in captions)
-        if self.cache is None or self.cache.prompt_of_row != prompt_of_row:
-            self.cache = None  # given back before the next is taken
+        # What is no longer needed is given back before more is taken.
+        if self.cache is not None and self.cache.prompt_of_row != prompt_of_row:
+            self.cache = None
+        self.prefixes = {caption: kept for caption, kept in self.prefixes.items() if caption in distinct}
+        # Captions are run through the model one at a time, each once for as long as consecutive batches ask for it.
+        for caption in distinct:
+            if caption not in self.prefixes:
+                self.prefixes[caption] = self._prefill(caption)
+        if self.cache is None:
             self.cache = self.model.new_cache(prompt_of_row)
         self.cache.load([self.prefixes[caption][0] for caption in distinct])
         return torch.cat([self.prefixes[caption][1] for caption in captions]), self.cache
@@ -149,21 +164,34 @@ class _Batches:
         return cache, self.model.prefill(torch.tensor([caption], device=self.weights.device), cache)
 
 
+def even_batches(count: int, most: int) -> int:
+    """The size of as few batches as hold `count` pictures, at most `most` in each: about equally full, in whole `ROWS`."""
+    batches = -(-count // most)
+    return min(most, -(-count // (batches * ROWS)) * ROWS)
+
+
 def pictures_at_once(model: Dalle, num: int, *, guided: bool) -> int:
-    """How many pictures are drawn at once, `num` of each prompt, in the memory set aside for them: a multiple of `ROWS`."""
+    """How many pictures fit in the memory set aside for them, where each prompt has `num`: a multiple of `ROWS`."""
     device = decoding_device(model)
-    budget = CPU_BUDGET if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
-    each = bytes_per_picture(model.config, num, model.weights_dtype, guided=guided)
-    return max(1, budget // (ROWS * each)) * ROWS
+    if device.type == "cpu":
+        budget = CPU_BUDGET
+    else:
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = int((torch.cuda.mem_get_info(device)[0] + reusable) * GPU_SHARE)
+    picture, prompt = bytes_per_picture(model.config, model.weights_dtype, guided=guided)
+    fit = (budget - prompt) // picture  # of one prompt
+    if fit > num:
+        fit = int((budget - prompt) / (picture + prompt / num))  # the first prompt may have begun in the batch before
+    return max(1, fit // ROWS) * ROWS
 
 
-def bytes_per_picture(config: DalleConfig, num: int, dtype: torch.dtype, *, guided: bool) -> int:
-    """Bytes that each picture in the making takes, with its share of its prompt's, where each prompt has `num` pictures."""
+def bytes_per_picture(config: DalleConfig, dtype: torch.dtype, *, guided: bool) -> tuple[int, int]:
+    """Bytes that each picture in the making takes, and each prompt beside its pictures."""
     row, prompt = sum(bytes_per_row(config, dtype).values()), bytes_per_prompt(config, dtype)
     # Logits in fp32, and from them probabilities in fp32, their sums in fp64, and a few more of either when filtered.
     logits = 32 * config.image_vocab
-    # A prompt's text lies in the batch's cache and in its own, from which the batch's is loaded.
-    return (2 if guided else 1) * (row + logits) + (2 * prompt + row) // num
+    # A prompt's text lies in the batch's cache and in its own of one row, from which the batch's is loaded.
+    return (2 if guided else 1) * (row + logits), 2 * prompt + row
 
 
 @torch.no_grad()

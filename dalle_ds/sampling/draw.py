@@ -60,16 +60,16 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """One code per row, decided by the row's logits and its uniform number alone.
 
     Args:
-        logits: (B, V) fp32 or fp64, after guidance.
+        logits: (B, V) fp32 or fp64, after guidance; where they are NaN, any code may come out.
         uniforms: (B,) float64 in [0, 1).
 
     Returns:
         (B,) int64.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(logits.dtype).tiny:  # 0, or would be taken for it
         return logits.argmax(dim=-1)
     if sampling.temperature != 1:
-        # The greatest becomes 0, so that no temperature, however low, makes it infinite.
+        # The greatest becomes 0, so that a low temperature does not make it infinite.
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
@@ -79,7 +79,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     total = cumulative[:, -1:]
     # Below the total even where the product rounds up to it, so that the code found has a probability above 0.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def candidate_uniforms(tokens: tuple[int, ...], seed: int, candidate: int, count: int) -> Tensor:

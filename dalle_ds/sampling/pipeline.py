@@ -26,6 +26,7 @@ from dalle_ds.tokenizer import Tokenizer
 
 TOKENIZER_NAME = "tokenizer.model"
 DVAE_NAME = "dvae"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARTS_NAME = "parts.json"
 """Fingerprints of the tokenizer and the dVAE that the transformer was trained with."""
 
@@ -83,24 +84,24 @@ class TextToImage:
 
         Args:
             path: the run directory or its export.
-            device: "auto" spreads a transformer that is larger than one device over all there are (`load_spread`).
-            dtype: of the transformer's weights; the dVAE stays in fp32.
+            device: a CPU or GPU; "auto" spreads a transformer that is larger than one device over all there are
+                (`load_spread`).
+            dtype: of the transformer's weights, fp32, bf16 or fp16; the dVAE stays in fp32.
             max_memory: as in `load_spread`, for "auto" only.
 
         Raises:
             CheckpointError: something is missing or does not belong together.
-            ConfigError: `device` is not there.
+            ConfigError: `device` or `dtype` is none that pictures can be drawn with here.
         """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, found {dtype}")
         folder = export_folder(path)
         if device == "auto":
             model = load_spread(folder, dtype, max_memory=max_memory)
         else:
             if max_memory is not None:
                 raise ConfigError(f"max_memory needs device=auto, found device={device}")
-            device = torch.device(device)
-            if device.type == "cuda" and not torch.cuda.is_available():
-                raise ConfigError(f"device={device} was asked for, but PyTorch finds no GPU here: use device=cpu")
-            model = Dalle.from_pretrained(folder).to(device=device, dtype=dtype)
+            model = Dalle.from_pretrained(folder).to(device=_usable(device), dtype=dtype)
         for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(
@@ -115,8 +116,12 @@ class TextToImage:
         """Write what `from_pretrained` reads into folder `path`, whole or not at all.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: it cannot be written, or is spread over devices.
         """
+        if hasattr(self.model, "hf_device_map"):
+            raise CheckpointError(
+                "a transformer that device=auto spread over several places cannot be written: copy the folder it came from"
+            )
         parts = {"tokenizer": self.tokenizer.fingerprint, "dvae": self.dvae.fingerprint}
         try:
             with built_beside(Path(path)) as partial:
@@ -217,6 +222,27 @@ class TextToImage:
         """
         side = self.model.config.grid
         return [to_pictures(self.dvae.decode(one.view(1, side, side).to(self.device)))[0] for one in codes]
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: there is none here, or pictures are not drawn on such.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device must be cpu, cuda, cuda:1 and so on, or auto, found {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda, cuda:1 and so on, or auto, found {device!r}")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ConfigError(
+                f"device={device} was asked for, but PyTorch finds {count or 'no'} GPU here: use device=cpu"
+            )
+    return found
 
 
 def _reranked(prompt: str, images: list[Image.Image], rerank: Reranker) -> list[Image.Image]:

@@ -15,35 +15,45 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder
 
+GPU_SHARE = 0.8
+"""Of a GPU's free memory, what weights may take."""
+
 
 def load_spread(
     path: str | Path, dtype: torch.dtype, *, max_memory: Mapping[int | str, int | str] | None = None
 ) -> Dalle:
     """The transformer of an export or run directory, on as many devices as it needs; a residual block is never split.
 
-    GPUs are filled first, then main memory. What is left stays in the exported file, and is read from there whenever it is
-    used. Layers that are not on a GPU are computed there all the same, where there is one.
+    GPUs are filled first, but for a fifth of what is free there, which pictures in the making take; then main memory. What is
+    left stays in the exported file, and is read from there whenever it is used. Layers that are not on a GPU are computed
+    there all the same, where there is one. In 16 bits, codes may be others than those of one device, since products are not
+    packed and the logits are multiplied out in fp32.
 
     Args:
         dtype: of the weights.
         max_memory: bytes, or "20GiB" and the like, that weights may take: GPUs by number, main memory as "cpu". None
-            takes what is free.
+            takes what is free, as said above.
 
     Raises:
         CheckpointError: no transformer there, or weights that do not fit.
-        ConfigError: `accelerate` is not installed.
+        ConfigError: `accelerate` is not installed, or cannot make sense of `max_memory`.
     """
     try:
         from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_max_memory
     except ImportError as error:
         raise ConfigError("device=auto needs accelerate: pip install 'dalle-ds[large]'") from error
     folder = export_folder(path)
     with torch.device("meta"):
         model = Dalle(_config(folder)).to(dtype).eval()
     blocks = sorted({type(block).__name__ for block in model.blocks})
-    places = infer_auto_device_map(
-        model, max_memory=dict(max_memory) if max_memory else None, no_split_module_classes=blocks, dtype=dtype
-    )
+    try:
+        room = get_max_memory(dict(max_memory) if max_memory else None)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"max_memory {dict(max_memory or {})} does not name devices and sizes: {error}") from error
+    if not max_memory:
+        room = {place: size if place == "cpu" else int(size * GPU_SHARE) for place, size in room.items()}
+    places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=blocks, dtype=dtype)
     weights, in_file = {}, {}
     with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a file is not a dict)

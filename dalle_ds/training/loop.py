@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from dalle_ds.config import Run
-from dalle_ds.errors import TrainingError
+from dalle_ds.errors import DalleError, TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics, Task
@@ -236,6 +236,6 @@ class Loop:
                 with torch.no_grad():
                     picture = self.task.preview(model.to(self.mesh.device, dtype), self.batches.preview())
                 picture.save(path)
-            except (OSError, torch.OutOfMemoryError) as error:
+            except (OSError, torch.OutOfMemoryError, DalleError) as error:
                 self.tracker.say(f"the preview {path} could not be made: {error}", style="red")
         self.mesh.barrier()

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention import attention_mask
-from dalle_ds.models.attention.decoding import slots_of
+from dalle_ds.models.attention.decoding import _attend_plainly, slots_of
 from dalle_ds.models.cache import bytes_per_prompt, bytes_per_row, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, PackedLinear, bytes_per_step
@@ -223,7 +223,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None
 
 @torch.no_grad()
 def test_weights_are_those_of_the_moment() -> None:
-    """What was made ready stays as it was when the model is trained on; the next has the new weights."""
+    """Made anew after the model was trained on, they are the new ones."""
     model = build()
     linear = model.blocks[1].up
     before, x = PackedLinear(linear.weight, linear.bias, gelu=True), torch.randn(4, CONFIG.width)
@@ -255,6 +255,22 @@ def test_logits_of_a_bf16_model_are_fp32_and_near() -> None:
     found = decoded(model, text, codes, weights=DecodingWeights(model))
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 8.0, 40.0])
+def test_what_a_graph_holds_attends_as_exactly_as_torch(dtype: torch.dtype, size: float) -> None:
+    """Scores are fp32: rounded to 16 bits they would be off by several per cent here, and infinite in fp16."""
+    queries, keys, values = (
+        torch.randn(2, 3, n, 64).mul(scale).to(dtype) for n, scale in ((5, size), (9, size), (9, 1))
+    )
+    bias = torch.zeros(9).masked_fill_(torch.arange(9) == 4, float("-inf"))
+    found, total = _attend_plainly(queries, keys, values, bias)
+    scores = (queries.double() @ keys.double().transpose(-1, -2)) / 8 + bias
+    torch.testing.assert_close(total.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    exact = scores.softmax(-1) @ values.double()
+    error = 4 * torch.finfo(dtype).eps + 1e-6 * size**2
+    assert (found - exact).abs().max() < error * values.abs().max()
 
 
 @torch.no_grad()

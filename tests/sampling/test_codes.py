@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +160,73 @@ def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> No
             assert torch.equal(so_far, codes[caption, candidate, : len(so_far)])
 
 
+def test_progress_is_a_copy(model: Dalle, text: Tensor) -> None:
+    """What a caller does with it does not reach the pictures."""
+    expected = sample_codes(model, text, seed=3)
+    assert torch.equal(sample_codes(model, text, seed=3, on_row=lambda progress: progress.codes.zero_()), expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [(1, 4, 4), (6, 4, 4), (512, 360, 256), (513, 512, 260), (7, 3, 3), (9, 9, 9), (8, 512, 8)],
+)
+def test_batches_are_about_equally_full(count: int, most: int, expected: int) -> None:
+    assert drawing.even_batches(count, most) == expected
+    assert -(-count // expected) == -(-count // most)
+
+
+def test_no_rows_are_computed_for_nothing(model: Dalle, text: Tensor, monkeypatch: object) -> None:
+    rows: list[int] = []
+    decode = Dalle.decode
+    monkeypatch.setattr(
+        Dalle, "decode", lambda self, codes, *rest: rows.append(len(codes)) or decode(self, codes, *rest)
+    )
+    sample_codes(model, text[:1], num=2, batch_size=512)
+    sample_codes(model, text[:1], num=18, batch_size=16)
+    assert rows == [4] * (CODES - 1) + [12] * 2 * (CODES - 1)
+
+
+@pytest.mark.parametrize("num", [1, 3, 40])
+def test_prompts_count_too(model: Dalle, num: int, monkeypatch: object) -> None:
+    """All that a batch keeps stays below the budget: its cache, and the prompts' own."""
+    budget = 400_000
+    monkeypatch.setattr(drawing, "CPU_BUDGET", budget)
+    live: dict[int, int] = {}
+    most = 0
+    new_cache = Dalle.new_cache
+
+    def counted(*arguments: object) -> object:
+        nonlocal most
+        cache = new_cache(*arguments)
+        live[id(cache)] = cache.nbytes
+        weakref.finalize(cache, live.pop, id(cache))
+        most = max(most, sum(live.values()))
+        return cache
+
+    monkeypatch.setattr(Dalle, "new_cache", counted)
+    text = torch.arange(60).view(60, 1).expand(60, 6) % torch.tensor([20, 3, 4, 5, 7, 11])
+    sample_codes(model, text[: max(2, 60 // num)], num=num)
+    assert budget / 4 < most < budget
+
+
+def test_a_model_without_numbers_is_named(text: Tensor) -> None:
+    broken = Dalle(CONFIG)
+    torch.nn.init.constant_(broken.norm.weight, float("nan"))
+    for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_p=0.9)):
+        with pytest.raises(DataError, match=r"not numbers.*diverged"):
+            sample_codes(broken, text, sampling=sampling)
+
+
+def test_the_lowest_temperature_takes_the_likeliest() -> None:
+    logits = torch.randn(50, 9)
+    found = draw(logits, torch.rand(50, dtype=torch.float64), Sampling(temperature=1e-300))
+    assert torch.equal(found, logits.argmax(dim=-1))
+
+
+def test_a_seed_is_a_number_whatever_its_type(model: Dalle, text: Tensor) -> None:
+    assert torch.equal(sample_codes(model, text, seed=np.int64(3)), sample_codes(model, text, seed=3))
+
+
 @torch.no_grad()
 def test_score_is_a_log_probability(model: Dalle) -> None:
     """Over all codes of a one-code picture, the probabilities sum to 1; and the image loss is the mean score."""
@@ -180,5 +250,7 @@ def test_mistakes_are_named(model: Dalle, text: Tensor) -> None:
         sample_codes(model, text, batch_size=-1)
     with pytest.raises(DataError, match=r"text must have shape \(B, 6\)"):
         sample_codes(model, text[:, :4])
+    with pytest.raises(DataError, match="B of at least 1"):
+        sample_codes(model, text[:0])
     with pytest.raises(DataError, match=r"\[-1, 19\]"):
         sample_codes(model, text + 20)

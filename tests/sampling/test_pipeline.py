@@ -172,6 +172,35 @@ def test_a_model_that_fits_is_spread_over_one_device(run_directory: Path, pipe: 
     assert same(whole.generate("a cat", num=2)[0], pipe.generate("a cat", num=2)[0])
 
 
+@pytest.mark.parametrize("blocks_on_first", [3, 4])
+def test_two_devices_hand_over(blocks_on_first: int) -> None:
+    """Between two layers, or within one. In a process of its own, which gets devices of no substance."""
+    command = [sys.executable, "-m", "tests.sampling.two_devices", str(blocks_on_first)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_spread_model_is_not_written(run_directory: Path, tmp_path: Path) -> None:
+    spread = TextToImage.from_pretrained(run_directory, device="auto", max_memory={"cpu": 60_000})
+    with pytest.raises(CheckpointError, match="copy the folder"):
+        spread.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"device": "banana"}, "banana"),
+        ({"device": "meta"}, "meta"),
+        ({"dtype": torch.int64}, "int64"),
+        ({"device": "auto", "max_memory": {"cpu": "lots"}}, "lots"),
+    ],
+)
+def test_places_and_dtypes_that_do_not_exist_are_named(run_directory: Path, options: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        TextToImage.from_pretrained(run_directory, **options)
+
+
 def test_spreading_says_what_it_needs(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="needs device=auto, found device=cpu"):
         TextToImage.from_pretrained(run_directory, max_memory={"cpu": 60_000})

@@ -233,8 +233,21 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) 
             bias = bias.to(queries.dtype).expand(*queries.shape[:3], -1)
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         return attend(queries, keys, values, attn_mask=bias)
-    scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5
+    return _attend_plainly(queries, keys, values, bias)
+
+
+def _attend_plainly(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_attend` in operations that a CUDA graph holds and that return log Σ exp on every device."""
+    scores = _products(queries, keys) * queries.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
     total = scores.logsumexp(dim=-1)
     return (scores - total[..., None]).exp().to(values.dtype) @ values, total
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """(N, heads, n, m) fp32 products of (N, heads, n, D) and (N, heads, m, D): 16 bits are too few for scores."""
+    if queries.device.type == "cuda" and queries.dtype.itemsize == 2 and "dtype" in torch.ops.aten.bmm.overloads():
+        factors = queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        return torch.bmm(*factors, out_dtype=torch.float32).unflatten(0, queries.shape[:2])
+    return queries.float() @ keys.float().transpose(-1, -2)

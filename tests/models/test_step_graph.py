@@ -1,0 +1,130 @@
+"""What a CUDA graph demands of a step, with one for the CPU: recorded operators, called again on the recorded tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dalle_ds.config import DalleConfig
+from dalle_ds.models import decoding
+from dalle_ds.models.cache import KVCache
+from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.decoding import DecodingWeights
+from dalle_ds.sampling import Sampling, sample_codes
+
+CONFIG = DalleConfig(
+    width=32, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3, mask_padding=True
+)
+TEXT = torch.tensor([[3, 1, 4, -1, -1, -1], [2, 7, 1, 8, 2, 8], [-1] * 6])
+
+
+class Recording(TorchDispatchMode):
+    """Operators with the tensors that they read and the tensors that hold their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        read = {_address(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor) and _address(value) not in read]
+        self.calls.append((function, args, kwargs or {}, made))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.calls:
+            result = function(*args, **kwargs)
+            if made:
+                for old, new in zip(made, (v for v in tree_leaves(result) if isinstance(v, Tensor)), strict=True):
+                    old.copy_(new)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[KVCache]]:
+    """Steps are replayed from now on; the caches that one was recorded for."""
+    recorded: list[weakref.ref[KVCache]] = []
+
+    def capture(graph: Any, weights: DecodingWeights, cache: KVCache) -> None:
+        recorded.append(weakref.ref(cache))
+        weights.step_of_tensor(graph.codes, graph.step, cache)
+        graph.graph = Recording()
+        with graph.graph:
+            graph.logits = weights.step_of_tensor(graph.codes, graph.step, cache)
+
+    monkeypatch.setattr(decoding, "_packed", lambda weight: None)  # its storage cannot be told apart
+    monkeypatch.setattr(decoding._StepGraph, "_capture", capture)
+    monkeypatch.setattr(DecodingWeights, "step", DecodingWeights.step_by_graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return recorded
+
+
+@pytest.fixture
+def model() -> Dalle:
+    torch.manual_seed(0)
+    model = Dalle(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_pictures_of_replayed_steps(
+    model: Dalle, guidance: float, captures: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch after batch with other captions, for which a cache is loaded anew and its graph is used again."""
+    options = {"num": 4, "sampling": Sampling(guidance=guidance), "batch_size": 4, "seed": 2}
+    found = sample_codes(model, TEXT, **options)
+    assert len(captures) == (1 if guidance == 1 else 2)  # the empty caption guides itself, as one prompt
+    monkeypatch.setattr(DecodingWeights, "step", decoding.DecodingWeights.step_of_number)
+    assert torch.equal(found, sample_codes(model, TEXT, **options))
+
+
+@torch.no_grad()
+def test_each_step_has_logits_of_its_own(model: Dalle, captures: list) -> None:
+    weights, cache = DecodingWeights(model), model.new_cache(3)
+    model.prefill(TEXT, cache)
+    first = model.decode(torch.tensor([1, 2, 3]), 0, cache, weights)
+    kept = first.clone()
+    second = model.decode(torch.tensor([3, 2, 1]), 1, cache, weights)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+    assert len(captures) == 1
+
+
+@torch.no_grad()
+def test_each_cache_has_a_graph_of_its_own(model: Dalle, captures: list) -> None:
+    weights = DecodingWeights(model)
+    caches = [model.new_cache(3) for _ in range(2)]
+    for cache, text in zip(caches, (TEXT, TEXT.flip(0)), strict=True):
+        model.prefill(text, cache)
+    codes = torch.tensor([1, 2, 3])
+    found = [model.decode(codes, 0, cache, weights) for cache in caches]
+    assert len(captures) == 2
+    expected = [weights.step_of_number(codes, 0, cache) for cache in caches]
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(*found)
+
+
+def test_a_graph_neither_keeps_its_cache_nor_outlives_it(model: Dalle, captures: list) -> None:
+    """Without the help of the garbage collector, which comes when it likes."""
+    gc.disable()
+    try:
+        sample_codes(model, TEXT, num=5, batch_size=4)  # batches that share prompts differently
+        assert len(captures) > 2
+        assert all(cache() is None for cache in captures)
+    finally:
+        gc.enable()
