@@ -147,6 +147,37 @@ def test_bf16_is_as_accurate_as_torchs_own(kind: str, padded: bool) -> None:
             assert measure(found.double() - expected) <= bound * measure(other.double() - expected)
 
 
+@pytest.mark.parametrize("scale", [3.0, 10.0, 100.0])
+@pytest.mark.parametrize("depth", [32, 48, 64, 128])
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_bf16_gradients_of_confident_attention(kind: str, depth: int, scale: float) -> None:
+    """Where scores are large, a probability that is made again is only right if its score is made as it was forward."""
+    case = Case(kind, text_len=64, grid=16, kernel=11, codes=256, batch=1, heads=2, depth=depth, padded=True)
+    qkv, keep, gradient = case.inputs(torch.bfloat16, scale=scale)
+    _, exact = differentiate(case.reference, qkv.double(), keep, gradient.double())
+    _, ours = differentiate(case.blockwise, qkv, keep, gradient)
+    _, theirs = differentiate(case.torchs_own, qkv, keep, gradient)
+    for part in range(3):
+        size = torch.linalg.vector_norm(exact[:, :, part])
+        off, torchs = (torch.linalg.vector_norm((it - exact)[:, :, part]) / size for it in (ours, theirs))
+        assert off < 1.5 * torchs + 0.01
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_fp16_holds_whatever_fits_into_it(kind: str, scale: float) -> None:
+    """Gradients in the thousands, as gradient scaling makes them."""
+    case = Case(kind, text_len=64, grid=16, kernel=11, codes=256, batch=1, heads=2, depth=64, padded=True)
+    qkv, keep, gradient = case.inputs(torch.float16, scale=scale)
+    gradient = gradient * 1000
+    _, exact = differentiate(case.reference, qkv.double(), keep, gradient.double())
+    _, ours = differentiate(case.blockwise, qkv, keep, gradient)
+    fits = exact.abs() < 6e4
+    assert fits.double().mean() > 0.9
+    off = torch.linalg.vector_norm((ours - exact)[fits])
+    assert off < 0.01 * torch.linalg.vector_norm(exact[fits])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [case for case in PAPER if case.codes == 1024], ids=str)
 def test_large_scores_stay_finite(case: Case, dtype: torch.dtype) -> None:

@@ -217,12 +217,16 @@ def _backward(
     """Gradient of qkv from that of the output; the other arguments are those of the forward operator and its results."""
     batch, length, _, heads, depth = qkv.shape
     blocks = blocks_of(kind, grid, kernel, length - text_len)
+    dtype = qkv.dtype
+    if dtype == torch.float16:
+        # Its five bits of exponent have no room for what follows; and fp32 is the faster on CPUs.
+        gradient, qkv, out = gradient.float(), qkv.float(), out.float()
     inner = (gradient.to(total.dtype) * out).sum(-1).transpose(1, 2)
     # What is subtracted from every score rides along in its matrix product, as columns that the keys multiply by 1: so it
     # is subtracted before the product is rounded to 16 bits, and costs no pass over the scores. Probabilities are made 16
     # times as great as they are, which puts the logarithms of 1 and of 1/256 equally near to 0, where 16 bits are dense.
     scale, gain = depth**-0.5, 16.0
-    queries = _with_columns(qkv[:, :, 0], math.log(gain) - total, scale)
+    queries = _with_columns(qkv[:, :, 0], (math.log(gain) - total) / scale)
     gradients = _with_columns(gradient, -inner)
     keys, values = (_with_ones(qkv[:, :, part], queries.shape[-1]) for part in (1, 2))
 
@@ -249,10 +253,13 @@ def _backward(
     result = torch.empty_like(qkv)
     by_head = result.permute(2, 0, 3, 1, 4)
     torch.mul(d_queries, scale / gain, out=by_head[0])
-    for into, of_text, of_codes in ((1, d_text_keys, d_local_keys), (2, d_text_values, d_local_values)):
-        torch.mul(of_text.view(batch, heads, text_len, depth), 1 / gain, out=by_head[into, :, :, :text_len])
-        by_head[into, :, :, text_len:] = _raster(blocks.fold(of_codes).mul_(1 / gain), blocks, codes)
-    return result
+    for into, of_text, of_codes, factor in (
+        (1, d_text_keys, d_local_keys, scale / gain),
+        (2, d_text_values, d_local_values, 1 / gain),
+    ):
+        torch.mul(of_text.view(batch, heads, text_len, depth), factor, out=by_head[into, :, :, :text_len])
+        by_head[into, :, :, text_len:] = _raster(blocks.fold(of_codes).mul_(factor), blocks, codes)
+    return result.to(dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -319,9 +326,9 @@ def _score_gradients(
     depth: int,
     mask: Callable[[Tensor, slice], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scaled queries, keys and values, from operands with their extra columns: (N, blocks, n, D + c) each.
+    """Gradients of queries, keys and values, from operands with their extra columns: (N, blocks, n, D + c) each.
 
-    Of the N, as many are taken at a time as have `SCORES` scores together.
+    Those of queries and keys are still to be multiplied by the scale of the scores. Of the N, as many are taken at a time as have `SCORES` scores together.
 
     Args:
         mask: puts −∞ into the scores of forbidden pairs, given as (some of N, blocks, n, keys) and which of N these are.
@@ -338,7 +345,8 @@ def _score_gradients(
         query, key, value, gradient = (part[some].flatten(0, 1) for part in (queries, keys, values, gradients))
         probabilities, d_scores = space[:, : len(query)].unbind(0)
         where = slice(first * blocks, first * blocks + len(query))
-        torch.bmm(query, key.transpose(1, 2), out=probabilities)
+        # Scaled as they are added up: scaled queries would be rounded once more, in another way than forward.
+        torch.baddbmm(probabilities, query, key.transpose(1, 2), beta=0, alpha=depth**-0.5, out=probabilities)
         mask(probabilities.view(-1, blocks, rows, columns), some)
         probabilities.exp_()
         torch.bmm(probabilities.transpose(1, 2), gradient[..., :depth], out=d_values[where])
@@ -368,13 +376,16 @@ def _text_bias(keep: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))[:, None]
 
 
-def _with_columns(rows: Tensor, column: Tensor, scale: float = 1.0) -> Tensor:
-    """(B, n, heads, D) and (B, heads, n) → (B · heads, n, D + c): scaled rows; the column, in as many terms as it needs."""
+def _with_columns(rows: Tensor, column: Tensor) -> Tensor:
+    """(B, n, heads, D) and (B, heads, n) → (B · heads, n, D + c): rows; the column, in as many terms as it needs."""
     batch, length, heads, depth = rows.shape
-    high = column.to(rows.dtype)
-    terms = [high] if rows.dtype == column.dtype else [high, (column - high).to(rows.dtype)]
+    terms = [column.to(rows.dtype)]
+    if rows.dtype != column.dtype:
+        for _ in range(2):
+            column = column - terms[-1]
+            terms.append(column.to(rows.dtype))
     widened = rows.new_empty(batch, heads, length, depth + len(terms))
-    torch.mul(rows.transpose(1, 2), scale, out=widened[..., :depth])
+    widened[..., :depth] = rows.transpose(1, 2)
     for index, term in enumerate(terms):
         widened[..., depth + index] = term
     return widened.flatten(0, 1)
