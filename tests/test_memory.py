@@ -27,7 +27,8 @@ before = faults()
 for _ in range(5):
     torch.ones(2**24)  # 64 MiB, freed at once
 addresses = [line for line in open("/proc/self/status") if line.startswith("VmData")][0]
-print(json.dumps({"addresses": int(addresses.split()[1]), "taken": taken, "faults": faults() - before, "huge": int(huge[0].split()[1]) if huge else 0}))
+kibibytes = {"addresses": int(addresses.split()[1]), "huge": int(huge[0].split()[1]) if huge else 0}
+print(json.dumps({"taken": taken, "faults": faults() - before, **kibibytes}))
 """
 
 

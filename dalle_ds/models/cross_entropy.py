@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dalle_ds.config import PADDING
 
 CHUNK = 2**22
 """Logits that exist at a time: 16 MiB of them in fp32."""
+COMPACTED = ("cpu",)
+"""Types of device on which rows without a target are left out; on others they are computed and masked."""
 VOCABULARY = 2**11
 """Tokens of the vocabulary whose weights are converted at a time."""
 
@@ -32,7 +33,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
         targets: (n,) int64; `PADDING` is left out.
 
     Returns:
-        () fp32, in nats.
+        () fp32, in nats; it can be differentiated once.
     """
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
 
@@ -44,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         counted = targets != PADDING
         used = None
-        if hidden.device.type == "cpu":
+        if hidden.device.type in COMPACTED:
             # Padding takes no arithmetic. A GPU would have to wait here to learn how many rows are left.
             used = counted.nonzero()[:, 0]
             hidden_used, targets, counted = hidden[used], targets[used], counted[used]
@@ -75,21 +76,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, weight, out=d_hidden[some])
             if d_weight is not None:
                 d_weight += d_logits.t() @ factors[some]
-        d_weight, d_bias = (None if part is None else part.to(weight.dtype) for part in (d_weight, d_bias))
         ctx.save_for_backward(d_hidden, d_weight, d_bias, used)
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.shape, ctx.dtype, ctx.weight_dtype = hidden.shape, hidden.dtype, weight.dtype
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative: leave out create_graph")
         d_used, d_weight, d_bias, used = ctx.saved_tensors
         d_hidden = None
         if d_used is not None:
             d_hidden = d_used.to(ctx.dtype, copy=True).mul_(gradient)
             if used is not None:
                 d_hidden = d_hidden.new_zeros(ctx.shape).index_copy_(0, used, d_hidden)
-        d_weight, d_bias = (None if part is None else part * gradient for part in (d_weight, d_bias))
+        # Sums over the batch become 16-bit only once the caller's 1 / count has made them small enough.
+        d_weight, d_bias = (
+            None if part is None else torch.mul(part, gradient, out=torch.empty_like(part, dtype=ctx.weight_dtype))
+            for part in (d_weight, d_bias)
+        )
         return d_hidden, d_weight, d_bias, None, None
 
 

@@ -7,6 +7,7 @@ trainer seeds.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,9 +31,10 @@ class Unembedding(Linear):
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """(…, inputs) → (…, outputs), multiplied out in fp32; given targets (…), their `linear_cross_entropy` instead."""
-        if targets is not None:
-            return linear_cross_entropy(input.flatten(0, -2), self.weight, self.bias, targets.flatten())
-        return F.linear(input.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(input.device.type, enabled=False):  # would make logits 16-bit
+            if targets is not None:
+                return linear_cross_entropy(input.flatten(0, -2), self.weight, self.bias, targets.flatten())
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class Embedding(nn.Embedding):

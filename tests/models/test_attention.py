@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.attention import AttentionPattern, attention_mask, configured_kinds, layer_kinds
+from dalle_ds.models.attention.blockwise import is_worthwhile
 
 
 def allowed_codes(kind: str, query: int, side: int, kernel: int) -> set[int]:
@@ -81,17 +82,19 @@ def test_mistakes_are_named(arguments: tuple, named: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [1, 4, 5, 6, 13, 21])
+@pytest.mark.parametrize(("grid", "length"), [*((4, length) for length in (1, 4, 5, 6, 13, 21)), (14, 201), (14, 150)])
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])
-def test_pattern_is_masked_attention(kind: str, length: int, padded: bool) -> None:
+def test_pattern_is_masked_attention(kind: str, grid: int, length: int, padded: bool) -> None:
     """Against torch's own masked attention, for sequences that end anywhere in the text or the picture."""
     torch.manual_seed(0)
     qkv = torch.randn(2, length, 3, 2, 8)
-    mask = attention_mask(kind, 5, 4, 3)[:length, :length].repeat(2, 1, 1, 1)
+    mask = attention_mask(kind, 5, grid, 3)[:length, :length].repeat(2, 1, 1, 1)
     keep = None
     if padded:
         keep = torch.tensor([[True, True, False, True, False], [True, False, False, False, False]])
         mask[..., :5] &= keep[:, None, None, :length]
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(AttentionPattern(kind, 5, 4, 3)(qkv, keep), expected)
+    torch.testing.assert_close(AttentionPattern(kind, 5, grid, 3)(qkv, keep), expected)
+    if grid == 14 and kind != "full":
+        assert is_worthwhile(kind, 5, grid, 3, length, qkv.dtype)  # so not by the same mask

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_ds.models import cross_entropy
 from dalle_ds.models.cross_entropy import linear_cross_entropy
+from dalle_ds.models.layers import Unembedding
 
 
 def operands(rows: int, vocab: int, dtype: torch.dtype, scale: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,6 +62,52 @@ def test_bf16_weights_cost_little_precision(scale: float) -> None:
     for ours, theirs in zip(*errors, strict=True):
         assert ours < 0.02
         assert ours < 1.1 * theirs
+    # Logits in 16 bits would be off by 2^-9 of their size.
+    assert abs(loss.item() - expected.item()) < 0.5 * abs(usual.item() - expected.item()) + 1e-4 * expected.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_gradients_are_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many chunks, and divided by the number of rows: rows that agree would overflow fp16 before that."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 2**18)
+    hidden, weight, bias, targets = operands(70_000, 50, dtype, scale=0.0)
+    targets = torch.zeros_like(targets)
+    found = torch.autograd.grad(linear_cross_entropy(hidden, weight, bias, targets) / 70_000, (weight, bias))
+    exact_ones = torch.autograd.grad(exact(hidden, weight, bias, targets) / 70_000, (weight, bias))
+    for ours, theirs in zip(found, exact_ones, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [300, 301])
+def test_masked_rows_are_as_good_as_absent_ones(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How padding is left out on a GPU."""
+    *leaves, targets = operands(rows, 900, torch.float32)
+    expected = exact(*leaves, targets)
+    monkeypatch.setattr(cross_entropy, "COMPACTED", ())
+    monkeypatch.setattr(cross_entropy, "CHUNK", 40_000)
+    loss = linear_cross_entropy(*leaves, targets)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_are_refused() -> None:
+    *leaves, targets = operands(9, 30, torch.float32)
+    loss = linear_cross_entropy(*leaves, targets)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("targets", [True, False])
+def test_autocast_leaves_logits_alone(targets: bool) -> None:
+    head, hidden = Unembedding(64, 50), torch.randn(20, 64)
+    arguments = (hidden, torch.arange(20)) if targets else (hidden,)
+    expected = head(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(*arguments)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def products(*leaves_and_targets: Tensor) -> float:

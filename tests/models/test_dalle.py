@@ -14,6 +14,7 @@ from torch import Tensor
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import CheckpointError, DataError
 from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.layers import LayerNorm
 
 CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
 T, CODES = CONFIG.text_len, CONFIG.image_len
@@ -206,6 +207,28 @@ def test_masked_padding_reaches_nothing(attention: tuple | None) -> None:
         model.embedding.padding.weight[:-1] += 1.0
         after = model(text, codes).image_logits
         assert torch.equal(before, after) == mask_padding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", SCHEDULES)
+def test_masking_padding_leaves_the_caption(attention: tuple | None) -> None:
+    """The last token of a caption reaches the codes, whether or not padding follows it."""
+    text, codes = batch()
+    text[:, 2:] = -1
+    text[0, -1] = 3  # no padding at the end
+    other = text.clone()
+    other[:, 1] = (other[:, 1] + 1) % CONFIG.text_vocab
+    model = build(attention=attention, mask_padding=True)
+    before, after = (model(some, codes).image_logits for some in (text, other))
+    assert ((before - after).abs().amax(dim=(1, 2)) > 1e-4).all()
+
+
+def test_norms_are_fp32_whatever_their_gains() -> None:
+    norm, x = LayerNorm(64), torch.randn(5, 64) * 30 + 1
+    torch.nn.init.normal_(norm.weight)
+    norm = norm.bfloat16()
+    expected = torch.nn.functional.layer_norm(x.double(), (64,), norm.weight.double(), norm.bias.double())
+    torch.testing.assert_close(norm(x), expected.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_weights_keep_an_fp32_residual_stream() -> None:

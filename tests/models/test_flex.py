@@ -221,6 +221,14 @@ def is_wrong(qkv: Tensor, mask: torch_flex.BlockMask, layout: Layout) -> Tensor:
     return dense_attention(qkv)  # all codes, not the kind's
 
 
+def is_wrong_later(qkv: Tensor, mask: torch_flex.BlockMask, layout: Layout) -> Tensor:
+    """The first sequence's padding is taken for that of all."""
+    dense = attention_mask(layout.kind, layout.text_len, layout.grid, layout.kernel)
+    everywhere = torch.arange(len(dense))
+    allowed = mask.mask_mod(torch.tensor(0), torch.tensor(0), everywhere[:, None], everywhere[None, :])
+    return dense_attention(qkv, dense & allowed)
+
+
 class FailsInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor) -> Tensor:
@@ -236,6 +244,7 @@ class FailsInBackward(torch.autograd.Function):
     [
         (fails, torch.float32, 16, "Cannot find a working triton installation$"),
         (is_wrong, torch.float32, 16, "off by"),
+        (is_wrong_later, torch.float32, 16, "off by"),
         (lambda qkv, mask, layout: FailsInBackward.apply(qkv), torch.float32, 16, "shared memory"),
         (flex._compute, torch.float32, 16, "torch.compile is off"),
         (None, torch.float64, 16, "float64"),

@@ -328,7 +328,8 @@ def _score_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, from operands with their extra columns: (N, blocks, n, D + c) each.
 
-    Those of queries and keys are still to be multiplied by the scale of the scores. Of the N, as many are taken at a time as have `SCORES` scores together.
+    Those of queries and keys are still to be multiplied by the scale of the scores. Of the N, as many are taken at a time as
+    have `SCORES` scores together.
 
     Args:
         mask: puts −∞ into the scores of forbidden pairs, given as (some of N, blocks, n, keys) and which of N these are.

@@ -10,6 +10,7 @@ for it, which may fail in many ways on machines and versions of torch that nobod
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -114,12 +115,14 @@ def flex_attention(qkv: Tensor, keep: Tensor | None, *, kind: str, text_len: int
         Refused: the shape, dtype, device or installation is none that FlexAttention can serve.
     """
     layout = Layout(kind, text_len, grid, kernel)
+    length = qkv.shape[1]
+    qkv = _padded(qkv, text_len + grid**2)  # one kernel for all parts of a picture
     differentiated = torch.is_grad_enabled() and qkv.requires_grad
     refusal = _refusal(layout, qkv.shape, qkv.dtype, qkv.device, keep is not None, differentiated)
     if refusal is not None:
         raise Refused(refusal)
     with torch.set_grad_enabled(differentiated):  # as in the trial, or it would be compiled once more
-        return _attend(qkv, keep, layout)
+        return _attend(qkv, keep, layout)[:, :length]
 
 
 @functools.lru_cache(maxsize=64)
@@ -211,45 +214,55 @@ def _refusal(
 def _trial(
     layout: Layout, shape: torch.Size, dtype: torch.dtype, device: torch.device, padded: bool, differentiated: bool
 ) -> str | None:
-    """Attend once among random numbers, and compare one head of one sequence with attention under a dense mask."""
-    generator = torch.Generator(device).manual_seed(0)
-    qkv = torch.randn(shape, generator=generator, device=device).to(dtype)
-    keep = None
-    mask = attention_mask(layout.kind, layout.text_len, layout.grid, layout.kernel)[: shape[1], : shape[1]].to(device)
-    if padded:
-        keep = torch.rand(shape[0], layout.text_len, generator=generator, device=device) < 0.5
-        keep[:, 0] = True
-        mask[:, : layout.text_len] &= keep[0]
-
-    def dense(qkv: Tensor) -> Tensor:
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).squeeze(1)
-
-    try:
-        found = _head_and_gradient(lambda qkv: _attend(qkv, keep, layout)[:1, :, : shape[-1]], qkv, differentiated)
-    except torch.OutOfMemoryError:
-        raise
-    except Refused as refusal:
-        return str(refusal)
-    except Exception as error:  # whatever a compiler can fail with
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        return f"it failed with {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-    expected = _head_and_gradient(dense, qkv[:1, :, :, :1].float(), differentiated)
-    for ours, theirs in zip(found, expected, strict=True):
-        off = float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs))
-        if not off < TOLERANCE:  # NaN is off too
-            return f"its result was off by {off:.1%} when it was tried out"
+    """Attend once among random numbers, and compare the outermost heads of the outermost sequences with dense attention."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        generator = torch.Generator(device).manual_seed(0)
+        qkv = torch.randn(shape, generator=generator, device=device).to(dtype)
+        keep = None
+        if padded:
+            keep = torch.rand(shape[0], layout.text_len, generator=generator, device=device) < 0.5
+            keep[:, 0] = True
+        try:
+            found = _result_and_gradient(lambda qkv: _attend(qkv, keep, layout), qkv, differentiated)
+        except torch.OutOfMemoryError:
+            raise
+        except Refused as refusal:
+            return str(refusal)
+        except Exception as error:  # whatever a compiler can fail with
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            return f"it failed with {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        found[0] = found[0].unflatten(2, shape[3:])
+        for sequence, head in {(0, 0), (shape[0] - 1, shape[3] - 1)}:
+            expected = _result_and_gradient(
+                functools.partial(_dense, layout=layout, keep=None if keep is None else keep[sequence]),
+                qkv[sequence, :, :, head].float(),
+                differentiated,
+            )
+            for ours, theirs in zip(found, expected, strict=True):
+                error = ours[sequence, ..., head, :].float() - theirs
+                off = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(theirs))
+                if not off < TOLERANCE:  # NaN is off too
+                    return f"its result was off by {off:.1%} when it was tried out"
     return None
 
 
-def _head_and_gradient(attend: Callable[[Tensor], Tensor], qkv: Tensor, differentiated: bool) -> list[Tensor]:
-    """(1, n, D) what `attend` returns, and (1, n, 3, 1, D) the gradient of its square if it is asked for; in fp32."""
+def _dense(qkv: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+    """(n, 3, D) of one head of one sequence → (n, D), under a dense mask."""
+    mask = attention_mask(layout.kind, layout.text_len, layout.grid, layout.kernel).to(qkv.device)
+    if keep is not None:
+        mask[:, : layout.text_len] &= keep
+    queries, keys, values = qkv[None, None].unbind(3)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)[0, 0]
+
+
+def _result_and_gradient(attend: Callable[[Tensor], Tensor], qkv: Tensor, differentiated: bool) -> list[Tensor]:
+    """What `attend` returns, and the gradient of its square if it is asked for."""
     with torch.set_grad_enabled(differentiated):
         qkv = qkv.detach().requires_grad_(differentiated)
         out = attend(qkv)
         found = [out.detach()]
         if differentiated:
-            found.append(torch.autograd.grad(out.float().square().sum(), qkv)[0][:1, :, :, :1])
-    return [part.float() for part in found]
+            found.append(torch.autograd.grad(out.float().square().sum(), qkv)[0])
+    return found

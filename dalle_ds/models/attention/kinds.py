@@ -1,7 +1,7 @@
 """Causal self-attention over text and image, and the sparse attention kinds of DALL·E App. B.1.
 
-What the kinds mean is known in this file only. The rest of the model sees an `AttentionPattern`: something that takes
-queries, keys and values and attends.
+What the kinds mean is defined here; kernels and caches that exploit it are held against `attention_mask` by tests. The rest of
+the model sees an `AttentionPattern`: something that takes queries, keys and values and attends.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ from dalle_ds.models.layers import Linear
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with one fused projection to queries, keys and values."""
+    """Multi-head attention with one fused projection to queries, keys and values.
+
+    In two steps, `project` and `attend`: activation checkpointing and the cache have something to do between them.
+    """
 
     def __init__(self, pattern: AttentionPattern, width: int, heads: int, residual_scale: float) -> None:
         super().__init__()
@@ -18,23 +21,19 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width, scale=residual_scale)
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Attend among positions 0 … n − 1.
-
-        Args:
-            x: (B, n, width).
-            keep: as `AttentionPattern` takes it.
-
-        Returns:
-            (B, n, width), in the dtype of the weights.
-        """
-        return self.attend(self.project(x), keep)
-
     def project(self, x: Tensor) -> Tensor:
         """(B, n, width) → (B, n, 3, heads, head size) queries, keys and values, in the dtype of the weights."""
         batch, length, width = x.shape
         return self.qkv(x.to(self.qkv.weight.dtype)).view(batch, length, 3, self.heads, width // self.heads)
 
     def attend(self, qkv: Tensor, keep: Tensor | None = None) -> Tensor:
-        """What `project` returns → (B, n, width)."""
+        """Attend among positions 0 … n − 1.
+
+        Args:
+            qkv: what `project` returns for them.
+            keep: as `AttentionPattern` takes it.
+
+        Returns:
+            (B, n, width), in the dtype of the weights.
+        """
         return self.out(self.pattern(qkv, keep))

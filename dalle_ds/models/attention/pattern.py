@@ -78,7 +78,7 @@ class AttentionPattern:
         return mask
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _mask_on(device: torch.device, kind: str, text_len: int, grid: int, kernel: int) -> Tensor:
     return attention_mask(kind, text_len, grid, kernel).to(device)
 
