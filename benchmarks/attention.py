@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measure import DTYPES, ShapeOptions, check_flags, matmul_rate, median_seconds, shape, synchronize
+from measure import DTYPES, ShapeOptions, check_flags, matmul_rate, median_seconds, read_bandwidth, shape, synchronize
 from rich import print
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -29,12 +29,9 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.attention import attention_mask
 from dalle_ds.models.attention.blockwise import block_pairs, blockwise_attention
-from dalle_ds.models.attention.flex import BLOCK, Layout, Refused, block_mask, flex_attention
+from dalle_ds.models.attention.flex import Layout, Refused, flex_attention, flex_pairs
 from dalle_ds.models.attention.pattern import KERNELS, dense_attention
-
-PRODUCTS = {"blockwise": 7, "flex": 9, "masked": 7, "causal": 7}
-"""Matrix products over the scores, forward and backward; 6 are needed. The seventh makes the scores again in the backward
-pass; FlexAttention makes them, and their gradients, once for the queries and once for the keys."""
+from dalle_ds.models.flops import BACKWARD_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,7 @@ def ways(kind: str, config: DalleConfig, device: torch.device) -> Iterator[tuple
         pairs = block_pairs(**pattern, length=config.total_len)
         yield "blockwise", partial(blockwise_attention, keep=None, **pattern), pairs
     else:
-        mask = block_mask(Layout(**pattern), False, device)
-        pairs = int((mask.kv_num_blocks + mask.full_kv_num_blocks).sum()) * BLOCK**2
-        yield "flex", partial(flex_attention, keep=None, **pattern), pairs
+        yield "flex", partial(flex_attention, keep=None, **pattern), flex_pairs(Layout(**pattern), False)
     yield "masked", partial(dense_attention, mask=attention_mask(**pattern).to(device)), config.total_len**2
 
 
@@ -151,17 +146,19 @@ def measure(options: Options, rate: float) -> Iterator[Figures]:
                 forward = partial(_forward, attend, qkv)
                 both = partial(_forward_backward, attend, qkv, gradient)
                 try:
+                    forward_seconds = median_seconds(forward, options.repeats, device)
                     seconds = median_seconds(both, options.repeats, device)
                 except Refused as refusal:
                     print(f"{kind}, {name}: {refusal}")
                     continue
                 product = 2 * options.batch * config.width  # FLOPs per pair
-                needed, executed = 6 * product * allowed, PRODUCTS[name] * product * pairs
+                needed = 6 * product * allowed
+                executed = (2 + BACKWARD_PRODUCTS[name]) * product * pairs
                 yield Figures(
                     sequence=length,
                     kind=kind,
                     computed_by=name,
-                    forward_seconds=median_seconds(forward, options.repeats, device),
+                    forward_seconds=forward_seconds,
                     seconds=seconds,
                     peak_memory_bytes=extra_memory(both, device),
                     needed_flops=needed,
@@ -201,12 +198,16 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     rate = matmul_rate(DTYPES[options.dtype], device)
+    bandwidth = read_bandwidth(device)
     rows = list(measure(options, rate))
-    show(
-        rows, f"{options.device}, {options.dtype}, batch {options.batch}, matrix products at {rate / 1e9:,.0f} GFLOP/s"
-    )
+    rates = f"matrix products at {rate / 1e9:,.0f} GFLOP/s, memory read at {bandwidth / 1e9:,.0f} GB/s"
+    show(rows, f"{options.device}, {options.dtype}, batch {options.batch}, {rates}")
     if options.json is not None:
-        figures = {"matmul_flops_per_second": rate, "rows": [asdict(row) for row in rows]}
+        figures = {
+            "matmul_flops_per_second": rate,
+            "read_bytes_per_second": bandwidth,
+            "rows": [asdict(row) for row in rows],
+        }
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 

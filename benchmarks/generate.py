@@ -21,6 +21,7 @@ from measure import (
     DTYPES,
     ShapeOptions,
     check_flags,
+    forget_peak_memory,
     matmul_rate,
     median_seconds,
     peak_memory,
@@ -38,6 +39,7 @@ from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, bytes_per_step
+from dalle_ds.models.flops import decoding_flops
 from dalle_ds.sampling.codes import even_batches, pictures_at_once
 from dalle_ds.sampling.draw import Sampling, draw
 
@@ -69,6 +71,8 @@ def main() -> None:
     """Measure, show, write."""
     options = parse_options(Options)
     check_flags(options, "batch", "prompts", "tokens")
+    if options.no_cache_tokens < 0:
+        raise ConfigError(f"--no_cache_tokens must be 0 or more, found {options.no_cache_tokens}")
     if options.device == "cpu":
         keep_freed_memory()
     figures = measure(options)
@@ -87,8 +91,11 @@ def measure(options: Options) -> dict[str, Any]:
     if config.image_len < 2:
         raise ConfigError("a picture of one code takes no step of decoding: set grid to 2 or more")
     torch.manual_seed(0)
+    torch.set_default_dtype(dtype)  # so that no fp32 model exists before
     with device:
-        model = Dalle(config).to(dtype).eval()
+        model = Dalle(config).eval()
+    torch.set_default_dtype(torch.float32)
+    forget_peak_memory(device)
     prompts = [picture // options.batch for picture in range(options.batch * options.prompts)]
     # As `sample_codes` does, in batches that fit.
     size = even_batches(len(prompts), pictures_at_once(model, options.batch, guided=False))
@@ -100,12 +107,14 @@ def measure(options: Options) -> dict[str, Any]:
     bandwidth, rate = read_bandwidth(device), matmul_rate(dtype, device)
     rows = [filled(size)] * len(batches)
     read = read_by_step(config, dtype, rows, [len(set(batch)) for batch in batches], options.tokens)
-    flops = 2 * sum(rows) * (12 * config.depth * config.width**2 + config.width * config.image_vocab)
+    measured_at = positions(config, options.tokens)
+    flops = sum(rows) * sum(decoding_flops(config, position) for position in measured_at) / len(measured_at)
     by_memory, by_arithmetic = sum(read.values()) / bandwidth, flops / rate
     figures: dict[str, Any] = {
         "seconds_per_token": seconds,
         "seconds_per_token_in_draw": drawing,
         "tokens_per_second": len(prompts) / seconds,
+        "tokens_measured": len(measured_at),
         "batches": len(batches),
         "bytes_per_step": sum(read.values()),
         **{f"bytes_per_step_{name}": count for name, count in read.items()},
@@ -177,8 +186,9 @@ def decode(model: Dalle, prompts: list[int], size: int, tokens: int) -> tuple[fl
         between = time.perf_counter()
         codes[: len(prompts)] = draw(logits[: len(prompts)], uniforms, Sampling())
         synchronize(device)
-        taken.append(time.perf_counter() - start)
-        drawing.append(time.perf_counter() - between)
+        end = time.perf_counter()
+        taken.append(end - start)
+        drawing.append(end - between)
     return statistics.median(taken[WARMUP:]), statistics.median(drawing[WARMUP:])
 
 

@@ -62,8 +62,8 @@ def check_flags(options: Any, *counts: str) -> None:
             raise ConfigError(f"--{name} must be at least 1, found {getattr(options, name)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu")
-    if options.json is not None and not Path(options.json).parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no such folder")
+    if options.json is not None and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+        raise ConfigError(f"--json must be a file in a folder that exists, found {options.json}")
 
 
 def synchronize(device: torch.device) -> None:
@@ -74,6 +74,11 @@ def synchronize(device: torch.device) -> None:
 
 def median_seconds(function: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 2) -> float:
     """Median time of a call, in seconds."""
+    return statistics.median(seconds(function, repeats, device, warmup))
+
+
+def seconds(function: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 2) -> list[float]:
+    """Times of `repeats` calls, after some that are not counted."""
     for _ in range(warmup):
         function()
     taken = []
@@ -83,20 +88,26 @@ def median_seconds(function: Callable[[], Any], repeats: int, device: torch.devi
         function()
         synchronize(device)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return taken
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of square matrix multiplication: 2048² on a CPU, 8192² on a GPU."""
+    """Highest FLOP/s seen of square matrix multiplication: 2048² on a CPU, 8192² on a GPU."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
-    return 2 * size**3 / median_seconds(lambda: left @ right, 11, device)
+    return 2 * size**3 / min(seconds(lambda: left @ right, 11, device))
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which memory is read, from an array too large for any cache."""
-    numbers = torch.ones(2**28 if device.type == "cuda" else 2**27, device=device)
-    return numbers.nbytes / median_seconds(numbers.sum, 7, device)
+    """Most bytes per second at which memory is read, from an array too large for any cache."""
+    numbers = torch.ones(2**30 if device.type == "cuda" else 2**27, device=device)
+    return numbers.nbytes / min(seconds(numbers.sum, 7, device))
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here on, where that can be done: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 python benchmarks/train_step.py --dtype bf16 --json step.json
 python benchmarks/train_step.py --dtype bf16 --model dense          # the same shape without this project
 python benchmarks/train_step.py --deepspeed_config ds_configs/zero1_bf16.json
-python benchmarks/train_step.py --device cuda --width 3968 --heads 62 --depth 4 --batch 8 --blocks_only
+python benchmarks/train_step.py --device cuda --width 3968 --heads 62 --depth 16 --batch 8 --blocks_only True
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from typing import Any, Literal
 
 import torch
 from baselines import DallePytorch, DenseTransformer
-from measure import DTYPES, ShapeOptions, check_flags, matmul_rate, peak_memory, read_bandwidth, shape, synchronize
+from measure import (
+    DTYPES,
+    ShapeOptions,
+    check_flags,
+    forget_peak_memory,
+    matmul_rate,
+    peak_memory,
+    read_bandwidth,
+    shape,
+    synchronize,
+)
 from rich import print
 from rich.table import Table
 from torch import Tensor, nn
@@ -67,6 +77,7 @@ def blocks_step(config: DalleConfig, options: Options, device: torch.device) -> 
     def step() -> None:
         model._residual_blocks(inputs).sum().backward()
         model.zero_grad()
+        inputs.grad = None
 
     return step
 
@@ -156,8 +167,8 @@ def measure(options: Options) -> dict[str, float]:
     """Figures by name."""
     check(options)
     device = torch.device(options.device)
-    if device.type == "cpu" and options.model == "ours":
-        keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()  # for the baselines too, which have nothing of the kind
     config = shape(options)
     torch.manual_seed(0)
     if options.blocks_only:
@@ -166,6 +177,7 @@ def measure(options: Options) -> dict[str, float]:
         step = engine_step(config, options, options.deepspeed_config)
     else:
         step = plain_step(config, options, device)
+    forget_peak_memory(device)
     seconds = []
     for index in range(2 + options.steps):
         synchronize(device)
@@ -192,16 +204,14 @@ def measure(options: Options) -> dict[str, float]:
 
 
 def count(options: Options, config: DalleConfig, device: torch.device) -> dict[str, float]:
-    """FLOPs of a step from shapes: those executed, as far as we know them, and those that the model needs."""
+    """FLOPs of a step from shapes: those executed, and those that the model needs, the base of the MFU."""
     if options.model == "dalle_pytorch":
         return {}
     if options.model == "dense":
         config = replace(config, attention=("full",) * config.depth)
     needed = model_flops(config)
-    executed = needed  # Kernels on a GPU choose their blocks themselves.
-    if device.type == "cpu":
-        checkpointing = options.activation_checkpointing if options.model == "ours" else "none"
-        executed = executed_flops(config, checkpointing, dtype=DTYPES[options.dtype])
+    checkpointing = options.activation_checkpointing if options.model == "ours" else "none"
+    executed = executed_flops(config, checkpointing, dtype=DTYPES[options.dtype], device=device.type)
     parts = {"flops_per_step": executed, "needed_flops_per_step": needed}
     return {
         name: options.batch * (flops.total - (flops.heads if options.blocks_only else 0))

@@ -15,6 +15,8 @@ from dalle_ds.config import PADDING
 
 CHUNK = 2**22
 """Logits that exist at a time: 16 MiB of them in fp32."""
+CHUNK_ON_GPU = 2**25
+"""The same there, where small products would wait for the memory that their sum lies in."""
 COMPACTED = ("cpu",)
 """Types of device on which rows without a target are left out; on others they are computed and masked."""
 VOCABULARY = 2**11
@@ -57,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, CHUNK // len(weight))
+        rows = max(1, (CHUNK if hidden.device.type == "cpu" else CHUNK_ON_GPU) // len(weight))
         for start in range(0, len(factors), rows):
             some = slice(start, start + rows)
             at = targets[some].clamp(min=0)[:, None]

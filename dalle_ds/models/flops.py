@@ -8,7 +8,14 @@ import torch
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.models.attention.blockwise import block_pairs, is_worthwhile
+from dalle_ds.models.attention.flex import Layout, flex_pairs
 from dalle_ds.models.attention.kinds import attention_mask, configured_kinds
+from dalle_ds.models.attention.pattern import KERNELS, SHORTEST_FLEX
+from dalle_ds.models.cache import bytes_read_per_row
+
+BACKWARD_PRODUCTS = {"blockwise": 5, "flex": 7, "masked": 5, "causal": 5}
+"""Matrix products over the scores in a backward pass, by kernel; forward there are two. Four are needed. The fifth makes the
+scores again; FlexAttention makes them, and their gradients, once for the queries and once for the keys."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +45,33 @@ def model_flops(config: DalleConfig) -> Flops:
     return Flops(3 * _projections(config), attention, 3 * _heads(config))
 
 
+def decoding_flops(config: DalleConfig, position: int) -> int:
+    """Of one step of decoding for one picture, at image position `position`: nothing is computed that is not needed."""
+    read = bytes_read_per_row(config, torch.int8, position).values()  # a key and a value of `width` bytes each
+    attention = 2 * (2 * config.depth * config.text_len * config.width + sum(read))
+    return 2 * (12 * config.depth * config.width**2 + config.width * config.image_vocab) + attention
+
+
 def executed_flops(
     config: DalleConfig,
     checkpointing: str = "none",
     text_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Flops:
-    """What a training step on a CPU executes, with what it computes again and what blocks of scores hold too much.
+    """What a training step executes, with what it computes again and what blocks of scores hold too much.
 
     Args:
         checkpointing: as `TrainConfig.activation_checkpointing`.
         text_tokens: text positions without padding; None takes all.
         dtype: of the weights.
+        device: type of device.
     """
     attention = 0
     for kind in configured_kinds(config):
-        product = 2 * config.width * executed_pairs(kind, config, dtype)
-        # Two products forward; five backward, the first of which makes the scores again.
-        attention += (2 * (2 if checkpointing == "full" else 1) + 5) * product
+        kernel, pairs = executed_pairs(kind, config, dtype, device)
+        forward = 2 * (2 if checkpointing == "full" else 1)
+        attention += (forward + BACKWARD_PRODUCTS[kernel]) * 2 * config.width * pairs
     projections = 3 * _projections(config)
     if checkpointing == "full":
         # All but the last product of each residual block.
@@ -63,13 +79,20 @@ def executed_flops(
     return Flops(projections, attention, 3 * _heads(config, text_tokens))
 
 
-def executed_pairs(kind: str, config: DalleConfig, dtype: torch.dtype = torch.float32) -> int:
-    """Query-key pairs whose scores are computed on a CPU, in blocks or else in a square."""
+def executed_pairs(
+    kind: str, config: DalleConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[str, int]:
+    """The kernel that computes a kind, if nothing goes wrong with it, and the query-key pairs whose scores it computes."""
     length = config.total_len
     if kind == "full":
-        return length * (length + 1) // 2
-    pattern = (kind, config.text_len, config.grid, config.kernel, length)
-    return block_pairs(*pattern) if is_worthwhile(*pattern, dtype) else length**2
+        return ("masked", length**2) if config.mask_padding else ("causal", length * (length + 1) // 2)
+    pattern = (kind, config.text_len, config.grid, config.kernel)
+    kernel = KERNELS.get(device)
+    if kernel == "blockwise" and is_worthwhile(*pattern, length, dtype):
+        return kernel, block_pairs(*pattern, length)
+    if kernel == "flex" and length >= SHORTEST_FLEX:
+        return kernel, flex_pairs(Layout(*pattern), config.mask_padding)
+    return "masked", length**2
 
 
 def _projections(config: DalleConfig) -> int:

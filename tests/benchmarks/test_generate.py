@@ -49,7 +49,10 @@ def test_figures(dtype: str, tmp_path: Path) -> None:
     assert figures["bytes_per_step_text"] == 2 * 2 * 4 * 8 * 32 * itemsize
     bound = figures["bytes_per_step"] / figures["bandwidth_bytes_per_second"]
     assert figures["fraction_of_bandwidth"] == pytest.approx(bound / figures["seconds_per_token"])
-    assert figures["flops_per_step"] == 2 * 12 * (4 * 12 * 32**2 + 32 * 64)
+    products = 2 * 12 * (4 * 12 * 32**2 + 32 * 64)
+    assert (
+        products + 12 * 4 * (4 * 8 * 32) < figures["flops_per_step"] < 1.5 * products
+    )  # and attention, to text at least
     assert figures["tokens_per_second"] == pytest.approx(12 / figures["seconds_per_token"])
     assert figures["peak_memory_bytes"] > 10**8
     assert figures["seconds_per_token_without_cache"] > 0

@@ -171,7 +171,7 @@ class Groups:
             queries = queries.index_select(0, self._spread)
         rows, heads, depth = queries.shape
         grouped = queries.view(self.count, rows // self.count, heads, depth).transpose(1, 2)
-        at_once = ROWS_ALIKE.get(queries.dtype, ROWS)
+        at_once = ROWS_ALIKE.get(queries.dtype, ROWS) if queries.device.type == "cpu" else None
         if at_once is None or grouped.shape[2] <= at_once:
             attended, total = _attend(grouped, text[0], text[1], bias)
         else:

@@ -148,6 +148,15 @@ def block_mask(layout: Layout, padded: bool, device: torch.device) -> BlockMask:
     )
 
 
+def flex_pairs(layout: Layout, padded: bool) -> int:
+    """Query-key pairs whose scores the kernels compute for a whole sequence."""
+    mask = block_mask(layout, padded, torch.device("cpu"))
+    blocks = mask.kv_num_blocks.sum()
+    if mask.full_kv_num_blocks is not None:
+        blocks = blocks + mask.full_kv_num_blocks.sum()
+    return int(blocks) * BLOCK**2
+
+
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """(query blocks, key blocks) bool → how many are set in each row, and which, before those that are not."""
     indices = blocks.int().argsort(dim=1, descending=True, stable=True)
@@ -241,8 +250,8 @@ def _trial(
                 differentiated,
             )
             for ours, theirs in zip(found, expected, strict=True):
-                error = ours[sequence, ..., head, :].float() - theirs
-                off = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(theirs))
+                difference = ours[sequence, ..., head, :].float() - theirs
+                off = float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(theirs))
                 if not off < TOLERANCE:  # NaN is off too
                     return f"its result was off by {off:.1%} when it was tried out"
     return None
