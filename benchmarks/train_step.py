@@ -58,6 +58,8 @@ class Options(ShapeOptions):
     """What is computed again in the backward pass instead of being kept."""
     model: Literal["ours", "dense", "dalle_pytorch"] = "ours"
     """`dense`: a plain causal transformer of the same shape; `dalle_pytorch`: that package, where it is installed."""
+    keep_freed_memory: bool | None = None
+    """Whether freed memory is kept (`dalle_ds.memory`); None is as users have it: our training keeps it, baselines do not."""
     deepspeed_config: str | None = None
     """Measure a DeepSpeed engine with this JSON, as training uses it, instead of a plain loop."""
     blocks_only: bool = False
@@ -168,7 +170,9 @@ def measure(options: Options) -> dict[str, float]:
     check(options)
     device = torch.device(options.device)
     if device.type == "cpu":
-        keep_freed_memory()  # for the baselines too, which have nothing of the kind
+        ours = options.model == "ours"
+        if ours if options.keep_freed_memory is None else options.keep_freed_memory:
+            keep_freed_memory()
     config = shape(options)
     torch.manual_seed(0)
     if options.blocks_only:
