@@ -7,6 +7,8 @@ trainer seeds.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,10 +33,16 @@ class Unembedding(Linear):
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """(…, inputs) → (…, outputs), multiplied out in fp32; given targets (…), their `linear_cross_entropy` instead."""
-        with torch.autocast(input.device.type, enabled=False):  # would make logits 16-bit
+        with _without_autocast(input.device.type):  # would make logits 16-bit
             if targets is not None:
                 return linear_cross_entropy(input.flatten(0, -2), self.weight, self.bias, targets.flatten())
             return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 class Embedding(nn.Embedding):
