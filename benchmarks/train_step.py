@@ -170,8 +170,8 @@ def measure(options: Options) -> dict[str, float]:
     check(options)
     device = torch.device(options.device)
     if device.type == "cpu":
-        ours = options.model == "ours"
-        if ours if options.keep_freed_memory is None else options.keep_freed_memory:
+        kept = options.keep_freed_memory
+        if kept or (kept is None and options.model == "ours"):
             keep_freed_memory()
     config = shape(options)
     torch.manual_seed(0)
