@@ -1,0 +1,41 @@
+"""Typed configuration of every stage: dataclasses whose field docstrings are both documentation and command-line help.
+
+A run's configuration is a preset (`dalle_ds/presets/NAME.yaml`, one file per size, one section per stage) with any field
+overridden on the command line (`--model.width 512`). Checks that need one section only live in its `__post_init__`; checks
+across sections live in the run's.
+"""
+
+from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.plain import differences, from_dict, to_dict
+from dalle_ds.config.presets import PRESET_DIR, load_preset, preset_names
+from dalle_ds.config.runs import DvaeRun, Run, TransformerRun
+from dalle_ds.config.training import (
+    Checkpointing,
+    DvaeObjective,
+    LoaderConfig,
+    OptimConfig,
+    ReportConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ATTENTION_KINDS",
+    "PADDING",
+    "PRESET_DIR",
+    "Checkpointing",
+    "DalleConfig",
+    "DiscreteVAEConfig",
+    "DvaeObjective",
+    "DvaeRun",
+    "LoaderConfig",
+    "OptimConfig",
+    "ReportConfig",
+    "Run",
+    "TrainConfig",
+    "TransformerRun",
+    "differences",
+    "from_dict",
+    "load_preset",
+    "preset_names",
+    "to_dict",
+]

@@ -1,0 +1,125 @@
+"""Shapes of the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dalle_ds.config.checks import positive
+from dalle_ds.errors import ConfigError
+
+PADDING = -1
+"""What a text tensor holds where there is no token."""
+ATTENTION_KINDS = ("row", "column", "conv", "full")
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig:
+    """Shape of the discrete VAE (DALL·E App. A.1). The defaults are the released model's."""
+
+    image_size: int = 256
+    """Side in pixels of the square pictures that it is trained on."""
+    groups: int = 4
+    """Groups of residual blocks; each but the last halves (encoder) or doubles (decoder) the resolution."""
+    blocks_per_group: int = 2
+    """Residual blocks in each group."""
+    encoder_width: int = 256
+    """Channels of the encoder's first group; each further group doubles them."""
+    decoder_width: int = 256
+    """Channels of the decoder's last group; each earlier group doubles them."""
+    decoder_input: int = 128
+    """Channels between the decoder's 1×1 input convolution (the codebook) and its first group."""
+    vocab_size: int = 8192
+    """Number of codes."""
+    min_log_scale: float | None = None
+    """Floor of the decoder's ln b. The paper has none; pictures with large areas of one exact colour need one, or those
+    areas' likelihood grows without bound and takes the gradient from everything else (docs/dvae.md)."""
+
+    def __post_init__(self) -> None:
+        positive(
+            "model", self, "image_size", "groups", "blocks_per_group", "encoder_width", "decoder_width", "decoder_input"
+        )
+        if self.vocab_size < 2:
+            raise ConfigError(f"model.vocab_size must be at least 2, found {self.vocab_size}")
+        for name in ("encoder_width", "decoder_width"):
+            if getattr(self, name) % 4:
+                raise ConfigError(
+                    f"model.{name} must be a multiple of 4 (a residual block's inner width is a quarter), "
+                    f"found {getattr(self, name)}"
+                )
+        if self.image_size % self.factor:
+            raise ConfigError(
+                f"model.image_size={self.image_size} is not a multiple of {self.factor}, by which {self.groups} groups "
+                f"shrink a picture: set model.image_size to a multiple of {self.factor}, or model.groups lower"
+            )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one code."""
+        return 2 ** (self.groups - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along each side of a picture."""
+        return self.image_size // self.factor
+
+
+@dataclass(frozen=True)
+class DalleConfig:
+    """Shape of the autoregressive text-image transformer (DALL·E App. B.1). The defaults are the 12 B model's."""
+
+    width: int = 3968
+    """d_model: width of the residual stream."""
+    depth: int = 64
+    """Attention layers, each followed by an MLP."""
+    heads: int = 62
+    """Attention heads; the head size is width / heads (64 in the paper)."""
+    text_len: int = 256
+    """Text positions."""
+    grid: int = 32
+    """Image codes along each side; the picture takes grid² positions."""
+    text_vocab: int = 16384
+    """Text vocabulary: room for as many pieces; the tokenizer may have fewer."""
+    image_vocab: int = 8192
+    """Image vocabulary. Must be the dVAE's."""
+    attention: tuple[Literal["row", "column", "conv", "full"], ...] | None = None
+    """Attention kind of every layer, first to last; None is the paper's schedule (`dalle_ds.models.attention.layer_kinds`)."""
+    kernel: int = 11
+    """Side of the conv kind's kernel; odd."""
+    mask_padding: bool = False
+    """Whether padding is left out of what every position attends to; the paper's model attends to it."""
+    text_weight: float = 0.125
+    """Weight of the text loss; the image loss has 1 minus this (DALL·E §2.2: 1/8 and 7/8)."""
+
+    def __post_init__(self) -> None:
+        positive("model", self, "width", "depth", "heads", "text_len", "grid", "text_vocab", "image_vocab")
+        if self.width % self.heads:
+            raise ConfigError(
+                f"model.width={self.width} cannot be split over model.heads={self.heads}: "
+                "set model.heads to a divisor of model.width (width / 64 in the paper)"
+            )
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError(f"model.kernel must be odd and positive, found {self.kernel}")
+        if not 0.0 <= self.text_weight <= 1.0:
+            raise ConfigError(f"model.text_weight must lie in [0, 1], found {self.text_weight}")
+        if self.attention is not None:
+            unknown = sorted(set(self.attention) - set(ATTENTION_KINDS))
+            if unknown:
+                raise ConfigError(
+                    f"model.attention has unknown kinds {unknown}; known are {', '.join(ATTENTION_KINDS)}"
+                )
+            if len(self.attention) != self.depth:
+                raise ConfigError(
+                    f"model.attention names {len(self.attention)} layers but model.depth is {self.depth}: "
+                    "give one kind per layer, or leave it out for the paper's schedule"
+                )
+
+    @property
+    def image_len(self) -> int:
+        """Image positions."""
+        return self.grid**2
+
+    @property
+    def total_len(self) -> int:
+        """Text and image positions together (1280 in the paper)."""
+        return self.text_len + self.image_len

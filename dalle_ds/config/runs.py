@@ -1,0 +1,61 @@
+"""What each stage's run consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dalle_ds.config.checks import positive
+from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.training import DvaeObjective, LoaderConfig, OptimConfig, ReportConfig, TrainConfig
+from dalle_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage's run has. Paths and counts stand at the top level of the command line."""
+
+    data: str = ""
+    """Folder that `launchers/prepare_data.py` made."""
+    run_dir: str = ""
+    """Folder of this run; naming an existing one resumes it."""
+    steps: int = 1_000
+    """Total updates. Schedules have lengths of their own, so a run may be stopped early and taken further."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and every random choice."""
+    save_every: int = 1_000
+    """Updates between checkpoints; one is always written at the end."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How updates are made."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Data loading."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """Metrics, validation, previews, tracking."""
+
+    def __post_init__(self) -> None:
+        positive("run", self, "steps", "save_every")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in [0, 2^63), found {self.seed}")
+
+
+@dataclass(frozen=True)
+class DvaeRun(Run):
+    """Training of the discrete VAE (`launchers/train_dvae.py`)."""
+
+    model: DiscreteVAEConfig = field(default_factory=DiscreteVAEConfig)
+    """Shape of the model."""
+    objective: DvaeObjective = field(default_factory=DvaeObjective)
+    """Loss and schedules."""
+
+
+@dataclass(frozen=True)
+class TransformerRun(Run):
+    """Training of the text-image transformer (`launchers/train_transformer.py`)."""
+
+    dvae: str = ""
+    """Trained dVAE: its run directory or export."""
+    tokenizer: str = ""
+    """Tokenizer file that `launchers/train_tokenizer.py` made."""
+    model: DalleConfig = field(default_factory=DalleConfig)
+    """Shape of the model."""
