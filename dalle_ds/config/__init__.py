@@ -12,9 +12,11 @@ from dalle_ds.config.runs import DvaeRun, Run, TransformerRun
 from dalle_ds.config.training import (
     Checkpointing,
     DvaeObjective,
+    GuardConfig,
     LoaderConfig,
     OptimConfig,
     ReportConfig,
+    ScalingConfig,
     TrainConfig,
 )
 
@@ -27,10 +29,12 @@ __all__ = [
     "DiscreteVAEConfig",
     "DvaeObjective",
     "DvaeRun",
+    "GuardConfig",
     "LoaderConfig",
     "OptimConfig",
     "ReportConfig",
     "Run",
+    "ScalingConfig",
     "TrainConfig",
     "TransformerRun",
     "differences",

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from dalle_ds.config.checks import positive
 from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
-from dalle_ds.config.training import DvaeObjective, LoaderConfig, OptimConfig, ReportConfig, TrainConfig
+from dalle_ds.config.training import (
+    DvaeObjective,
+    GuardConfig,
+    LoaderConfig,
+    OptimConfig,
+    ReportConfig,
+    ScalingConfig,
+    TrainConfig,
+)
 from dalle_ds.errors import ConfigError
 
 
@@ -28,6 +36,8 @@ class Run:
     """How updates are made."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Non-finite updates and spikes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Data loading."""
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -59,3 +69,5 @@ class TransformerRun(Run):
     """Tokenizer file that `launchers/train_tokenizer.py` made."""
     model: DalleConfig = field(default_factory=DalleConfig)
     """Shape of the model."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Gradient scales in fp16."""

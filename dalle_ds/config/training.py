@@ -50,6 +50,13 @@ class OptimConfig:
     """Decoupled weight decay, on weight matrices and kernels only."""
     clip: float | None = 4.0
     """Largest global gradient norm; None does not clip."""
+    second_moment_clip: float | None = 5.0
+    """Largest value of Adam's running second moment (DALL·E App. B.2); None does not clip."""
+    moments: Literal["fp32", "16-bit"] = "fp32"
+    """Storage of Adam's moments of weight matrices in residual blocks: `16-bit` takes 4 bytes per parameter instead of 8,
+    formats 1-6-9 and 0-6-10 (DALL·E App. D). Those of gains, biases, embeddings and unembeddings are always fp32."""
+    stochastic_rounding: bool = False
+    """Whether 16-bit moments are rounded at random, without bias, instead of to the nearest value."""
     schedule: Literal["constant", "cosine", "plateau"] = "plateau"
     """What follows the warm-up: `constant`; `cosine` from lr to final_lr over decay_steps; `plateau` halves the rate
     whenever the smoothed training loss has stopped falling (DALL·E App. B.2)."""
@@ -67,13 +74,26 @@ class OptimConfig:
     """Plateau: decay of the exponential average of the training loss."""
     plateau_halvings: int = 5
     """Plateau: the most halvings (five in the paper, to 1/32 of the peak)."""
+    halve_at: tuple[int, ...] | None = None
+    """Updates, counted from 0, before which the rate is halved by hand, after the warm-up and whatever the schedule; once
+    given, `plateau` halves no more by itself. A run may be resumed with another list."""
 
     def __post_init__(self) -> None:
-        positive("optim", self, "lr", "eps", "clip", "decay_steps", "plateau_patience")
+        positive("optim", self, "lr", "eps", "clip", "second_moment_clip", "decay_steps", "plateau_patience")
         fraction("optim", self, "beta1", "beta2", "plateau_smoothing", "plateau_threshold")
         for name in ("weight_decay", "warmup_steps", "final_lr", "plateau_halvings"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name} must not be negative, found {getattr(self, name)}")
+        for update in self.halve_at or ():
+            if update < self.warmup_steps:
+                raise ConfigError(
+                    f"optim.halve_at has update {update}, which lies in the warm-up: give updates from "
+                    f"optim.warmup_steps={self.warmup_steps} on"
+                )
+        if self.stochastic_rounding and self.moments == "fp32":
+            raise ConfigError(
+                "optim.stochastic_rounding rounds 16-bit moments: set optim.moments 16-bit, or leave it out"
+            )
         if self.schedule == "cosine":
             if self.decay_steps is None:
                 raise ConfigError(
@@ -93,24 +113,93 @@ class TrainConfig:
     """Pictures per update over all processes."""
     micro_batch: int | None = None
     """Pictures per process and forward pass; None takes batch_size / processes, that is no gradient accumulation."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Arithmetic and storage of the weights; None takes the DeepSpeed JSON's."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic; None takes the DeepSpeed JSON's. bf16 stores 16-bit weights beside fp32 ones; fp16 stores fp32 weights,
+    computes in fp16 inside the transformer's residual blocks, and scales each block's gradients (docs/precision.md)."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; None takes the DeepSpeed JSON's."""
     activation_checkpointing: Checkpointing = "none"
     """What the transformer computes again in the backward pass instead of keeping it: `full` each residual block,
     `selective` its normalized and its activated vectors, which takes little time."""
     average_decay: float | None = 0.999
-    """Decay per update of the exponential average of the weights, which is what is validated, drawn and exported; None
-    keeps no average."""
+    """Decay of the exponential average of the weights, which is what is validated, drawn and exported; None keeps no
+    average."""
+    average_every: int = 1
+    """Updates between weights that the average takes in (25 in DALL·E App. B.2, with a decay of 0.99)."""
+    average_device: Literal["same", "cpu"] = "same"
+    """Where the average is kept: beside the weights, or on the host, to which they are copied while training goes on."""
 
     def __post_init__(self) -> None:
-        positive("train", self, "batch_size", "micro_batch")
+        positive("train", self, "batch_size", "micro_batch", "average_every")
         fraction("train", self, "average_decay")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.micro_batch={self.micro_batch}"
             )
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Gradient scales of the residual blocks in fp16 (DALL·E App. D). The defaults are the paper's.
+
+    Scales are per data-parallel process: a run on M of them multiplies these by M, as the paper does.
+    """
+
+    initial_log2: float = 13.0
+    """log2 of the first scale."""
+    doubling_updates: int = 1_000
+    """Updates without non-finite gradients in which a scale doubles."""
+    backoff: float = 2.0**0.5
+    """What a scale is divided by where its block's gradients were not finite."""
+    window: int = 125
+    """Updates within which a scale is not divided twice."""
+    min_log2: float = 7.0
+    """log2 of the smallest scale."""
+    max_log2: float = 24.0
+    """log2 of the greatest scale."""
+    skip: Literal["update", "block"] = "update"
+    """What is not updated after non-finite gradients: the whole model, as in the paper, or the blocks that had them."""
+    in_fp32: bool = False
+    """Scale in fp32 runs too, where it changes nothing but rounding: for telling errors of scaling from those of fp16."""
+
+    def __post_init__(self) -> None:
+        positive("scaling", self, "doubling_updates")
+        if self.backoff <= 1:
+            raise ConfigError(f"scaling.backoff must be greater than 1, found {self.backoff}")
+        if self.window < 0:
+            raise ConfigError(f"scaling.window must not be negative, found {self.window}")
+        if not self.min_log2 <= self.initial_log2 <= self.max_log2:
+            raise ConfigError(
+                f"scaling.initial_log2={self.initial_log2} must lie between scaling.min_log2={self.min_log2} and "
+                f"scaling.max_log2={self.max_log2}"
+            )
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about updates that go wrong, in every precision.
+
+    An update is bad if the loss or a gradient is not finite (it is then skipped), or if the loss is a spike. After
+    `patience` bad updates in a row the run goes back to its last good checkpoint and leaves out the data that followed it.
+    A gradient that overflowed in a residual block in fp16 is no bad update: it is what scaling expects.
+    """
+
+    patience: int = 10
+    """Bad updates in a row that lead back to the last good checkpoint."""
+    rollbacks: int = 3
+    """How often a run goes back without getting beyond where it went wrong, before it ends with an error."""
+    spike_deviations: float | None = 8.0
+    """A loss is a spike if it lies this many standard deviations above the mean of the last `window` losses that were none,
+    and at least 5 % above it; None looks for non-finite ones only."""
+    window: int = 200
+    """How many losses the mean is over; there are no spikes before as many have been seen."""
+
+    def __post_init__(self) -> None:
+        positive("guard", self, "patience", "spike_deviations")
+        if self.rollbacks < 0:
+            raise ConfigError(f"guard.rollbacks must not be negative, found {self.rollbacks}")
+        if self.window < 2:
+            raise ConfigError(f"guard.window must be at least 2, found {self.window}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +234,8 @@ class ReportConfig:
     """Validation pictures per validation, spread evenly over the split; all where it has fewer."""
     preview_every: int = 5_000
     """Updates between preview pictures in RUN_DIR/samples; 0 draws at the end only."""
+    numerics_every: int = 0
+    """Updates between histograms of gradient exponents per residual block in RUN_DIR/numerics.jsonl; 0 makes none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept in RUN_DIR/checkpoints."""
     peak_tflops: float | None = None
@@ -156,6 +247,6 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         positive("report", self, "log_every", "validation_rows", "keep_checkpoints", "peak_tflops")
-        for name in ("validate_every", "preview_every"):
+        for name in ("validate_every", "preview_every", "numerics_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"report.{name} must not be negative, found {getattr(self, name)}")

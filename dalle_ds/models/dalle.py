@@ -30,6 +30,7 @@ from dalle_ds.models.checkpointing import recomputed
 from dalle_ds.models.decoding import DecodingWeights, decoding_device, layer_devices
 from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
+from dalle_ds.precision import BranchPrecision, enter_branch, join_branch
 
 
 class DalleOutput(NamedTuple):
@@ -52,40 +53,67 @@ class DalleOutput(NamedTuple):
     """() int64, how many tokens text_loss is the mean of."""
 
 
-class AttentionBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """x + branch(norm(x)): the unit that has a gradient scale of its own (DALL·E §2.4), and that pipelines are cut between.
+
+    The identity path and the normalization are fp32. The branch computes in the dtype of its weights, or as `use` says.
+    """
+
+    precision: BranchPrecision | None = None
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width)
+
+    def use(self, precision: BranchPrecision) -> None:
+        """Compute the branch in 16 bits, with scaled gradients, from weights that stay fp32."""
+        self.precision = precision
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.precision = precision
+
+    def _enter(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the branch begins with; `dtype` is that of its weights."""
+        normalized = self.norm(x)
+        return normalized.to(dtype) if self.precision is None else enter_branch(normalized, self.precision)
+
+    def _join(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch if self.precision is None else join_branch(x, branch, self.precision)
+
+
+class AttentionBlock(ResidualBlock):
     """Residual block x + attention(norm(x))."""
 
     def __init__(self, pattern: AttentionPattern, width: int, heads: int, residual_scale: float) -> None:
-        super().__init__()
-        self.norm = LayerNorm(width)
+        super().__init__(width)
         self.attention = SelfAttention(pattern, width, heads, residual_scale)
 
     def forward(self, x: Tensor, keep: Tensor | None = None, *, lean: bool = False) -> Tensor:
         """(B, n, width) fp32 → the same; `keep` is that of `SelfAttention`, `lean` that of `MlpBlock`."""
-        qkv = recomputed(self._project, x) if lean else self._project(x)
-        return x + self.attention.attend(qkv, keep)
+        qkv = recomputed(self.project, x) if lean else self.project(x)
+        return self._join(x, self.attention.attend(qkv, keep))
 
-    def _project(self, x: Tensor) -> Tensor:
-        return self.attention.project(self.norm(x))
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of (B, n, width) fp32, as `SelfAttention.project` returns them."""
+        return self.attention.project(self._enter(x, self.attention.qkv.weight.dtype))
 
 
-class MlpBlock(nn.Module):
+class MlpBlock(ResidualBlock):
     """Residual block x + mlp(norm(x)), with one hidden layer of four times the width and GELU."""
 
     def __init__(self, width: int, residual_scale: float) -> None:
-        super().__init__()
-        self.norm = LayerNorm(width)
+        super().__init__(width)
         self.up = Linear(width, 4 * width)
         self.down = Linear(4 * width, width, scale=residual_scale)
 
     def forward(self, x: Tensor, *, lean: bool = False) -> Tensor:
         """(B, n, width) fp32 → the same; `lean` keeps no normalized or activated vectors, but computes them again."""
         if lean:
-            return x + recomputed(self._narrow, recomputed(self._widen, x))
-        return x + self._narrow(self._widen(x))
+            return self._join(x, recomputed(self._narrow, recomputed(self._widen, x)))
+        return self._join(x, self._narrow(self._widen(x)))
 
     def _widen(self, x: Tensor) -> Tensor:
-        return self.up(self.norm(x).to(self.up.weight.dtype))
+        return self.up(self._enter(x, self.up.weight.dtype))
 
     def _narrow(self, hidden: Tensor) -> Tensor:
         return self.down(F.gelu(hidden))
@@ -262,7 +290,7 @@ class Dalle(nn.Module):
         for (attention, mlp), layer in zip(self.layers, cache.layers, strict=True):
             device = layer.codes.device
             x = x.to(device)
-            qkv = attention.attention.project(attention.norm(x))
+            qkv = attention.project(x)
             layer.load(qkv, self.config.text_len, of_row)
             x = mlp(x + attention.attention.attend(qkv, None if kept is None else kept.to(device)))
         logits = self.image_head(self.norm(x[:, -1])).to(decoding_device(self))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.models.cross_entropy import linear_cross_entropy
+from dalle_ds.precision import BranchPrecision, branch_linear
 
 
 class Linear(nn.Linear):
@@ -22,10 +23,19 @@ class Linear(nn.Linear):
     At GPT-2's width of 768 that is GPT-2's 0.02; at others it keeps the size of the outputs.
     """
 
+    precision: BranchPrecision | None = None
+    """How to compute inside a residual block with a gradient scale; None computes in the dtype of the weights."""
+
     def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0) -> None:
         super().__init__(inputs, outputs)
         nn.init.normal_(self.weight, std=scale * (3 * inputs) ** -0.5)
         nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, inputs) → (…, outputs)."""
+        if self.precision is not None:
+            return branch_linear(input, self.weight, self.bias, self.precision)
+        return F.linear(input, self.weight, self.bias)
 
 
 class Unembedding(Linear):

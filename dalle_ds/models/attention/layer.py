@@ -22,9 +22,9 @@ class SelfAttention(nn.Module):
         self.out = Linear(width, width, scale=residual_scale)
 
     def project(self, x: Tensor) -> Tensor:
-        """(B, n, width) → (B, n, 3, heads, head size) queries, keys and values, in the dtype of the weights."""
+        """(B, n, width) → (B, n, 3, heads, head size) queries, keys and values, of the same dtype."""
         batch, length, width = x.shape
-        return self.qkv(x.to(self.qkv.weight.dtype)).view(batch, length, 3, self.heads, width // self.heads)
+        return self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
 
     def attend(self, qkv: Tensor, keep: Tensor | None = None) -> Tensor:
         """Attend among positions 0 … n − 1.
@@ -34,6 +34,6 @@ class SelfAttention(nn.Module):
             keep: as `AttentionPattern` takes it.
 
         Returns:
-            (B, n, width), in the dtype of the weights.
+            (B, n, width), in the dtype of `qkv`.
         """
         return self.out(self.pattern(qkv, keep))
