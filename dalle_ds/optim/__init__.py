@@ -1,7 +1,8 @@
 """Optimizer settings of the papers: parameter groups, schedules, iterate averaging."""
 
+from dalle_ds.optim.adamw import AdamW
 from dalle_ds.optim.averaging import WeightAverage
-from dalle_ds.optim.groups import decay_groups
+from dalle_ds.optim.groups import decay_groups, resblock_groups
 from dalle_ds.optim.schedules import LearningRate, half_cosine
 
-__all__ = ["LearningRate", "WeightAverage", "decay_groups", "half_cosine"]
+__all__ = ["AdamW", "LearningRate", "WeightAverage", "decay_groups", "half_cosine", "resblock_groups"]

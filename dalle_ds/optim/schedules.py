@@ -23,6 +23,7 @@ class LearningRate:
 
     The plateau rule keeps an exponential average of the loss, without the bias towards its start; whenever the average has
     not fallen by `plateau_threshold` (relative) for `plateau_patience` updates, the rate is halved and the count restarts.
+    Where `halve_at` takes that over, halvings made so far stay.
     """
 
     def __init__(self, config: OptimConfig) -> None:
@@ -40,15 +41,18 @@ class LearningRate:
             return config.lr * (step + 1) / config.warmup_steps
         if config.schedule == "cosine":
             assert config.decay_steps is not None
-            return half_cosine(
+            rate = half_cosine(
                 step - config.warmup_steps, config.decay_steps - config.warmup_steps, config.lr, config.final_lr
             )
-        return config.lr * 0.5**self.halvings
+        else:
+            rate = config.lr * 0.5**self.halvings
+        by_hand = sum(update <= step for update in config.halve_at or ())
+        return rate * 0.5**by_hand
 
     def observe(self, step: int, loss: float) -> None:
         """Take note of the training loss of update `step`, the same number on every rank."""
         config = self.config
-        if config.schedule != "plateau" or step < config.warmup_steps:
+        if config.schedule != "plateau" or step < config.warmup_steps or config.halve_at is not None:
             return
         self._average = config.plateau_smoothing * self._average + (1 - config.plateau_smoothing) * loss
         self._observed += 1
