@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.config import Run
+from dalle_ds.config import Run, ScalingConfig
 from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.optim import decay_groups
 
@@ -39,6 +39,15 @@ class Task(ABC, Generic[RunConfig]):
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer parameter groups."""
         return decay_groups(model, self.run.optim.weight_decay)
+
+    @property
+    def scaling(self) -> ScalingConfig | None:
+        """Gradient scales of `resblocks` in fp16; None for a task that cannot train in fp16."""
+        return None
+
+    def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The model's residual blocks, numbered as in `parameter_groups`; each has `use(BranchPrecision)`."""
+        return ()
 
     @abstractmethod
     def samples(self, split: str) -> Samples:

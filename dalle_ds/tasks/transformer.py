@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.config import PADDING, TransformerRun
+from dalle_ds.config import PADDING, ScalingConfig, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.flops import model_flops
+from dalle_ds.optim import resblock_groups
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
@@ -88,6 +90,16 @@ class TransformerTask(Task[TransformerRun]):
 
     def build_model(self) -> Dalle:
         return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return resblock_groups(model, self.resblocks(model), self.run.optim)
+
+    @property
+    def scaling(self) -> ScalingConfig:
+        return self.run.scaling
+
+    def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        return list(cast(Dalle, model).blocks)
 
     def samples(self, split: str) -> Samples:
         cache = None

@@ -74,7 +74,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as `state`."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
-        missing = {"step", "identity", "layout", "learning_rate"} - set(state)
+        missing = {"step", "identity", "layout", "learning_rate", "scales", "guard"} - set(state)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:

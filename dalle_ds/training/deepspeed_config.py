@@ -35,8 +35,8 @@ class EngineConfig:
 
     deepspeed: dict[str, Any]
     """The complete DeepSpeed configuration, no "auto" left in it."""
-    precision: Literal["fp32", "bf16"]
-    """Storage and arithmetic of the weights."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Arithmetic; fp16 is an fp32 engine around blocks that cast (docs/precision.md)."""
     zero_stage: int
     """ZeRO stage."""
     micro_batch: int
@@ -81,20 +81,19 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
             raise ConfigError(
                 f'the DeepSpeed JSON sets "{name}", which the run sets through {section}: remove it from the JSON'
             )
-    if _enabled(json_config, "fp16"):
-        raise ConfigError(
-            'the DeepSpeed JSON enables "fp16", whose single loss scale loses small gradients: use "bf16", or neither for fp32'
-        )
     micro_batch, accumulation = _batch(json_config, run, world_size)
     precision = _agree("precision", run.train.precision, _json_precision(json_config), "fp32")
     stage = _agree("zero_stage", run.train.zero_stage, _json_stage(json_config), 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f'"zero_optimization.stage" must be 0, 1, 2 or 3, found {stage!r}')
+    _check_offload(json_config)
     complete = dict(json_config)
     complete["train_batch_size"] = run.train.batch_size
     complete["train_micro_batch_size_per_gpu"] = micro_batch
     complete["gradient_accumulation_steps"] = accumulation
-    complete["gradient_clipping"] = _clipping(json_config, run)
+    _check_clipping(json_config, run)
+    complete["gradient_clipping"] = 0.0  # we clip (`MasterGradients`)
+    complete["fp16"] = {"enabled": False}
     complete["bf16"] = {**_section(json_config, "bf16"), "enabled": precision == "bf16"}
     complete["zero_optimization"] = {**_section(json_config, "zero_optimization"), "stage": stage}
     complete.setdefault("zero_allow_untested_optimizer", True)
@@ -143,7 +142,7 @@ def _batch(json_config: dict[str, Any], run: Run, world_size: int) -> tuple[int,
     return micro_batch, accumulation
 
 
-def _clipping(json_config: dict[str, Any], run: Run) -> float:
+def _check_clipping(json_config: dict[str, Any], run: Run) -> None:
     clip = run.optim.clip if run.optim.clip is not None else 0.0
     stated = _stated(json_config, "gradient_clipping")
     if stated is not None and stated != clip:
@@ -151,7 +150,20 @@ def _clipping(json_config: dict[str, Any], run: Run) -> float:
             f'the DeepSpeed JSON says "gradient_clipping": {stated}, but optim.clip is {run.optim.clip}: '
             'make them equal, or set the JSON\'s to "auto"'
         )
-    return float(clip)
+
+
+def _check_offload(json_config: dict[str, Any]) -> None:
+    offload = _section(_section(json_config, "zero_optimization"), "offload_optimizer")
+    if offload.get("device") == "nvme":
+        raise ConfigError(
+            '"zero_optimization.offload_optimizer.device" is "nvme", where gradients cannot be looked at before the step: '
+            'set it to "cpu"'
+        )
+    if offload.get("ratio", 1.0) != 1.0:
+        raise ConfigError(
+            f'"zero_optimization.offload_optimizer.ratio" is {offload["ratio"]}, which would hand a part of the weights to '
+            "another optimizer: leave it out"
+        )
 
 
 def _agree(name: str, wanted: Any, stated: Any, default: Any) -> Any:
@@ -165,9 +177,20 @@ def _agree(name: str, wanted: Any, stated: Any, default: Any) -> Any:
 
 
 def _json_precision(json_config: dict[str, Any]) -> str | None:
-    if "bf16" not in json_config or _section(json_config, "bf16").get("enabled") == "auto":
-        return None
-    return "bf16" if _enabled(json_config, "bf16") else "fp32"
+    enabled = [name for name in ("fp16", "bf16") if _section(json_config, name).get("enabled") not in (None, "auto")]
+    chosen = [name for name in enabled if _enabled(json_config, name)]
+    if len(chosen) == 2:
+        raise ConfigError('the DeepSpeed JSON enables both "fp16" and "bf16": enable one of them')
+    for name, value in _section(json_config, "fp16").items():
+        # DeepSpeed's one scale would be 1: each residual block has its own.
+        if name != "enabled" and not (name == "loss_scale" and value == 1):
+            raise ConfigError(
+                f'the DeepSpeed JSON sets "fp16.{name}", which belongs to a single loss scale; here every residual block '
+                "has one, set through the scaling section: remove it from the JSON"
+            )
+    if chosen:
+        return chosen[0]
+    return "fp32" if enabled else None
 
 
 def _json_stage(json_config: dict[str, Any]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -12,10 +12,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from dalle_ds.config import OptimConfig
+from dalle_ds.config import OptimConfig, ScalingConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.memory import keep_freed_memory
+from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
+from dalle_ds.precision import GradientScales
 from dalle_ds.training.deepspeed_config import EngineConfig
 
 
@@ -25,8 +27,14 @@ def build_engine(
     optim: OptimConfig,
     config: EngineConfig,
     mesh: Mesh,
+    seed: int = 0,
 ) -> Any:
     """A DeepSpeed engine around a new model and its AdamW, on the mesh's device. Collective.
+
+    The engine does not clip (`MasterGradients`); its `client_optimizer` is the AdamW.
+
+    Args:
+        seed: of random rounding.
 
     Raises:
         ConfigError: DeepSpeed refuses its configuration.
@@ -40,8 +48,15 @@ def build_engine(
         with deepspeed.zero.Init(config_dict_or_path=config.deepspeed, enabled=config.zero_stage == 3):
             model = build_model()
         model.to(mesh.device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        optimizer = AdamW(
+            parameter_groups(model),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            second_moment_clip=optim.second_moment_clip,
+            stochastic_rounding=optim.stochastic_rounding,
+            # Shards are different numbers; whole copies of the weights must be rounded alike.
+            seed=seed + (mesh.rank if config.zero_stage > 0 else 0),
         )
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config.deepspeed, dist_init_required=False
@@ -52,3 +67,20 @@ def build_engine(
         # DeepSpeed allocates Adam's state by a step on zeros, after which the first update would count as the second.
         engine.optimizer.optimizer.state.clear()
     return engine
+
+
+def scale_gradients(blocks: Sequence[Any], config: ScalingConfig, precision: str, mesh: Mesh) -> GradientScales:
+    """Give every residual block a gradient scale, and in "fp16" that arithmetic.
+
+    Args:
+        blocks: those of the engine's model, in the order of their parameter groups' numbers.
+    """
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    scales = GradientScales(config, len(blocks), mesh.world_size, mesh.device)
+    for number, block in enumerate(blocks):
+        block.use(scales.precision(number, dtype))
+        for parameter in block.parameters():
+            if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:
+                # ZeRO-3 then gathers these weights in the dtype that the block casts them to anyway.
+                parameter.comm_dtype = dtype
+    return scales

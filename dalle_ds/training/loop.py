@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch import nn
 
 from dalle_ds.config import Run
 from dalle_ds.errors import DalleError, TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
+from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import newest_checkpoint, save_checkpoint
+from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint, save_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig
+from dalle_ds.training.guard import Guard, Rollbacks
+from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
+from dalle_ds.training.update import COUNTED, Updater
 from dalle_ds.training.weights import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
-COUNTED = ("skipped", "truncated")
-"""Parts of a batch that count events: rows that could not be read, captions that were cut."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,34 @@ class Setup:
     batches: Batches
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training changes, besides the weights and moments that the engine holds."""
+
+    engine: Any
+    weights: MasterWeights
+    average: WeightAverage | None
+    learning_rate: LearningRate
+    scales: GradientScales | None
+    guard: Guard
+
+    def load(self, checkpoint: Path, state: dict[str, Any], mesh: Mesh) -> None:
+        """Put everything back to where a checkpoint was written; `state` is what `load_state` returns of it. Collective."""
+        load_checkpoint(checkpoint, self.engine, self.average, mesh)
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        if self.scales is not None:
+            self.scales.load_state_dict(state["scales"])
+        self.guard.load_state_dict(state["guard"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights, moments and average."""
+        return {
+            "learning_rate": self.learning_rate.state_dict(),
+            "scales": None if self.scales is None else self.scales.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+
+
 class Loop:
     """One `fit`: what lives from the first update to the last.
 
@@ -50,37 +79,47 @@ class Loop:
     """
 
     def __init__(
-        self,
-        setup: Setup,
-        engine: Any,
-        weights: MasterWeights,
-        average: WeightAverage | None,
-        learning_rate: LearningRate,
-        tracker: Tracker,
-        state: dict[str, Any],
+        self, setup: Setup, trained: Trained, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
     ) -> None:
         self.run, self.mesh, self.task, self.config = setup.run, setup.mesh, setup.task, setup.config
         self.directory, self.batches = setup.directory, setup.batches
+        self.trained, self.tracker, self.rollbacks = trained, tracker, rollbacks
+        self.engine, self.weights, self.average = trained.engine, trained.weights, trained.average
+        self._begin_at(state)
+        self._alarmed = -STEPS_BETWEEN_ALARMS
+        self._place: int | None = None
+        every = self.run.report.numerics_every
+        self._updater = Updater(
+            self.task,
+            self.engine,
+            self.mesh,
+            self.run.optim,
+            scales=trained.scales,
+            scaling=self.task.scaling,
+            average=self.average,
+            numerics=NumericsReport(self.directory.numerics_file, every, self.mesh, trained.scales) if every else None,
+        )
+
+    def _begin_at(self, state: dict[str, Any]) -> None:
         self.state = state
         self.step: int = state["step"]
-        self.engine, self.weights, self.average = engine, weights, average
-        self.learning_rate, self.tracker = learning_rate, tracker
         self.counts: dict[str, int] = dict(state["counts"])
-        self._alarmed = -STEPS_BETWEEN_ALARMS
-        # In fp32 without ZeRO, DeepSpeed clips but keeps the norm to itself.
-        self._norm_is_ours = self.config.zero_stage == 0 and self.config.precision == "fp32"
+        self._save_is_due = False
 
     def run_to_end(self) -> None:
         """All remaining updates, with their checkpoints and reports, and the export."""
         run, report = self.run, self.run.report
-        batches = self.batches.train(self.step)
         self.engine.train()
         seconds: list[float] = []  # of the updates since the last report, waiting for data included
         while self.step < run.steps:
             began = time.perf_counter()
-            metrics = self._update(batches)
+            metrics, lost = self._update()
             seconds.append(time.perf_counter() - began)
             self.step += 1
+            if lost:
+                self._roll_back(metrics)
+                seconds.clear()
+                continue
             last = self.step == run.steps
             if self.step % report.log_every == 0 or last:
                 self.tracker.log(self.step, metrics, sum(seconds) / len(seconds))
@@ -88,8 +127,7 @@ class Loop:
             self._raise_alarm(metrics)
             if last or (report.validate_every and self.step % report.validate_every == 0):
                 self._validate()
-            if self.step % run.save_every == 0 or last:
-                self._save()
+            self._save_if_due(last)
             if not last and report.preview_every and self.step % report.preview_every == 0:
                 self._preview(self._plain_model())
         self._finish()
@@ -106,71 +144,64 @@ class Loop:
             self.tracker.say(f"exported to {directory.export}")
         self.mesh.barrier()
 
-    def _update(self, batches: Iterator[Batch]) -> dict[str, float]:
-        step = self.step
-        micro_batches = [next(batches) for _ in range(self.config.accumulation)]
-        self._set_shares(micro_batches)
-        rate = self.learning_rate.at(step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        reported: list[Metrics] = []
-        norm: Tensor | None = None
-        for batch in micro_batches:
-            loss, metrics = self.task.loss(self.engine, batch, step)
-            self.engine.backward(loss)
-            if self._norm_is_ours and len(reported) == len(micro_batches) - 1:
-                norm = get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
-            self.engine.step()
-            counts = {name: batch[name].sum().float() for name in COUNTED if name in batch}
-            reported.append({"loss": loss.detach(), **metrics, **counts})
-        figures = self._counted(self._mean(reported), len(reported))
-        figures["lr"] = rate
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
-        if norm is not None:  # a DeepSpeed JSON may switch its computation off
-            figures["grad_norm"] = float(norm)
-        self._require_finite(figures)
+    def _update(self) -> tuple[dict[str, float], bool]:
+        """Make an update; returns its figures and whether the run should go back from here."""
+        step, learning_rate = self.step, self.trained.learning_rate
+        outcome = self._updater.update(self._next_batches(), step, learning_rate.at(step))
+        loss = outcome.figures["loss"]
         if self.average is not None:
             self.average.update(step)
-        self.learning_rate.observe(step, figures["loss"])
-        return figures
+        if outcome.finite:
+            learning_rate.observe(step, loss)
+        lost = self.trained.guard.observe(loss, outcome.finite)
+        return self._counted(outcome.figures, outcome.applied), lost
 
-    def _counted(self, figures: dict[str, float], micro_batches: int) -> dict[str, float]:
-        """`figures` with means of counts replaced by the run's totals, where there is anything to tell."""
-        for name in COUNTED:
-            if name in figures:
-                new = round(figures[name] * micro_batches * self.mesh.world_size)
-                self.counts[name] = self.counts.get(name, 0) + new
-        others = {name: value for name, value in figures.items() if name not in COUNTED}
-        return others | {f"{name}_total": float(count) for name, count in self.counts.items() if count}
+    def _next_batches(self) -> list[Batch]:
+        """The micro-batches of the next update."""
+        place = self.rollbacks.place(self.step)
+        if place != self._place:
+            self._stream = self.batches.train(place)
+        self._place = place + 1
+        return [next(self._stream) for _ in range(self.config.accumulation)]
 
-    def _require_finite(self, figures: dict[str, float]) -> None:
-        for name in ("loss", "grad_norm"):
-            if name in figures and not math.isfinite(figures[name]):
-                saved = newest_checkpoint(self.directory.checkpoints)
-                raise TrainingError(
-                    f"the {name} of update {self.step + 1} is {figures[name]}: lower optim.lr or lengthen "
-                    f"optim.warmup_steps; the last good checkpoint is {saved if saved is not None else 'none yet'}"
-                )
+    def _counted(self, figures: dict[str, float], applied: bool) -> dict[str, float]:
+        """`figures` with counts replaced by the run's totals, where there is anything to tell."""
+        new = {name: round(figures.pop(name)) for name in COUNTED if name in figures}
+        for name, count in (new | {"skipped_updates": int(not applied)}).items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        return figures | {f"{name}_total": float(count) for name, count in self.counts.items() if count}
 
-    def _set_shares(self, micro_batches: list[Batch]) -> None:
-        """Give each micro-batch its share in the mean over the whole batch; see `Task.loss`."""
-        own = torch.stack([self.task.weight_of(batch).float() for batch in micro_batches])
-        total = self.mesh.sum(own.sum()).clamp_min(1)
-        count = len(micro_batches) * self.mesh.world_size
-        for batch, weight in zip(micro_batches, own, strict=True):
-            batch["share"] = weight * count / total
+    def _roll_back(self, metrics: dict[str, float]) -> None:
+        """Go back to the newest checkpoint and leave out the data that followed it. Collective.
 
-    def _mean(self, reported: list[Metrics]) -> dict[str, float]:
-        """One number per figure, in one reduction: means of scalars over micro-batches and ranks; vectors are summed and
-        given to the task."""
-        size = len(reported) * self.mesh.world_size
-        own = torch.cat([torch.stack([m[name].float() for m in reported]).sum(0).flatten() for name in reported[0]])
-        totals = self.mesh.sum(own).split([value.numel() for value in reported[0].values()])
-        summed = dict(zip(reported[0], totals, strict=True))
-        scalars = [name for name, value in reported[0].items() if value.ndim == 0]
-        figures = {name: float(summed.pop(name)) / size for name in scalars}
-        return figures | self.task.digest(summed)
+        Raises:
+            TrainingError: there is no checkpoint, or going back has not helped.
+        """
+        went_wrong = self.step
+        what = (
+            f"{self.trained.guard.bad_in_a_row} updates in a row went wrong, up to update {went_wrong} with a loss of "
+        )
+        what += f"{metrics['loss']:.4g} and a gradient norm of {metrics['grad_norm']:.4g}"
+        advice = "lower optim.lr, lengthen optim.warmup_steps, or look at the data of these updates"
+        checkpoint = self.mesh.decide(lambda: newest_checkpoint(self.directory.checkpoints))
+        if checkpoint is None:
+            raise TrainingError(f"{what}, and there is no checkpoint yet to go back to: {advice}")
+        state = load_state(checkpoint)
+        tries = self.rollbacks.in_a_row(state["step"])
+        if tries >= self.run.guard.rollbacks:
+            raise TrainingError(
+                f"{what}, and {tries} times of going back to an earlier checkpoint have not helped: {advice}; the last good "
+                f"checkpoint is {checkpoint}"
+            )
+        self.rollbacks = self.rollbacks.after(went_wrong, state["step"])
+        self.mesh.decide(lambda: self.rollbacks.write(self.directory.rollbacks_file))
+        self.trained.load(checkpoint, state, self.mesh)
+        self._begin_at({**self.state, **state, "wandb_id": self.tracker.run_id})
+        self.mesh.decide(lambda: self.tracker.rewind(lambda: self.directory.drop_metrics_after(self.step)))
+        self.tracker.say(
+            f"WENT BACK to step {self.step}: {what}; the data of the {went_wrong - self.step} updates since are left out",
+            style="bold red",
+        )
 
     def _raise_alarm(self, metrics: dict[str, float]) -> None:
         step = self.step
@@ -182,16 +213,17 @@ class Loop:
     @contextmanager
     def _averaged(self) -> Iterator[nn.Module]:
         """The engine in evaluation mode with averaged weights, if any are kept. Collective."""
-        if self.average is not None:
-            self.average.swap()
+        average = self.average if self.average is not None and self.average.begun(self.step) else None
+        if average is not None:
+            average.swap()
             self.weights.publish()
         self.engine.eval()
         # No `finally`: after an error on one rank, the others are in another collective than the swap back would be.
         with torch.no_grad():
             yield self.engine
         self.engine.train()
-        if self.average is not None:
-            self.average.swap()
+        if average is not None:
+            average.swap()
             self.weights.publish()
 
     def _validate(self) -> None:
@@ -205,11 +237,16 @@ class Loop:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.tracker.say(f"validation at step {self.step}: {shown}")
 
-    def _save(self) -> None:
+    def _save_if_due(self, last: bool) -> None:
+        """Save when it is time, but not in the midst of updates that go wrong: there may be a need to go back."""
+        self._save_is_due |= self.step % self.run.save_every == 0 or last
+        if not self._save_is_due or (self.trained.guard.bad_in_a_row and not last):
+            return
+        self._save_is_due = False
         state = {
             **self.state,
+            **self.trained.state_dict(),
             "step": self.step,
-            "learning_rate": self.learning_rate.state_dict(),
             "counts": self.counts,
             "wandb_id": self.tracker.run_id,
         }

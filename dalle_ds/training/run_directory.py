@@ -15,9 +15,21 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
 
-# Fields that may differ when a run is resumed: they change no weight (paths are held against fingerprints instead).
-_FREE = ("data", "dvae", "tokenizer", "run_dir", "steps", "save_every", "train.micro_batch", "loader.workers")
-_FREE_SECTIONS = ("report.",)
+# Fields that may differ when a run is resumed: they change no weight (paths are held against fingerprints instead), or are
+# there to be changed by hand.
+_FREE = (
+    "data",
+    "dvae",
+    "tokenizer",
+    "run_dir",
+    "steps",
+    "save_every",
+    "train.micro_batch",
+    "train.average_device",
+    "loader.workers",
+    "optim.halve_at",
+)
+_FREE_SECTIONS = ("report.", "guard.")
 _STEP_NAME = "step.json"
 
 
@@ -51,6 +63,16 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """One JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def numerics_file(self) -> Path:
+        """Histograms of gradients, one JSON object per line."""
+        return self.path / "numerics.jsonl"
+
+    @property
+    def rollbacks_file(self) -> Path:
+        """When the run went back to a checkpoint, and the data that it left out since."""
+        return self.path / "rollbacks.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -151,8 +173,8 @@ class RunDirectory:
             self._lock = None
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the metrics of updates beyond `step`, which a resumed run will do again."""
-        if not self.metrics_file.exists():
-            return
-        kept = [record for record in read_records(self.metrics_file) if record["step"] <= step]
-        write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        """Forget the metrics of updates beyond `step`, which the run will do again."""
+        for file in (self.metrics_file, self.numerics_file):
+            if file.exists():
+                kept = [record for record in read_records(file) if record["step"] <= step]
+                write_text(file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +70,7 @@ class Tracker:
         self._bar: TaskID | None = None
         if not enabled:
             return
+        self._metrics_file = metrics_file
         self._file = metrics_file.open("a")
         if self._report.wandb != "disabled":
             self._start_wandb(metrics_file.parent, stage)
@@ -127,6 +128,14 @@ class Tracker:
             ) from error
         if self._wandb is not None:
             self._wandb.log(record, step=step)
+
+    def rewind(self, rewrite: Callable[[], None]) -> None:
+        """Let `rewrite` replace the metrics file, and go on behind what it left."""
+        if not self.enabled:
+            return
+        self._file.close()
+        rewrite()
+        self._file = self._metrics_file.open("a")
 
     def _throughput(self, seconds: float) -> dict[str, float]:
         samples = self._run.train.batch_size / seconds

@@ -15,10 +15,11 @@ from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint
+from dalle_ds.training.checkpoint import load_state, newest_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
-from dalle_ds.training.engine import build_engine
-from dalle_ds.training.loop import Loop, Setup
+from dalle_ds.training.engine import build_engine, scale_gradients
+from dalle_ds.training.guard import Guard, Rollbacks
+from dalle_ds.training.loop import Loop, Setup, Trained
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
@@ -47,6 +48,11 @@ class Trainer:
         self.mesh = mesh
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
+        if self.config.precision == "fp16" and self.task.scaling is None:
+            raise ConfigError(
+                f"fp16 scales the gradients of residual blocks, which a {self.task.name} does not offer: give a "
+                "DeepSpeed JSON for bf16 or fp32"
+            )
         self.directory = RunDirectory(run.run_dir, self.task.name, run)
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
         mesh.decide(self.directory.claim)
@@ -73,7 +79,6 @@ class Trainer:
             "step": 0,
             "identity": identity,
             "layout": layout,
-            "learning_rate": None,
             "counts": {},
             "wandb_id": None,
             "version": dalle_ds.__version__,
@@ -100,7 +105,7 @@ class Trainer:
         """Train to `run.steps` updates, then validate, draw a preview and export; all of it is skipped where it is done.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: updates go wrong, and going back to a checkpoint does not help.
             CheckpointError: a checkpoint cannot be read or written.
         """
         if self.mesh.decide(lambda: self.step == self.run.steps == self.directory.exported_step()):
@@ -109,20 +114,34 @@ class Trainer:
                 self.directory.release()
             return
         torch.manual_seed(self.run.seed)
-        engine = build_engine(self.task.build_model, self.task.parameter_groups, self.run.optim, self.config, self.mesh)
-        weights = MasterWeights(engine)
-        decay = self.run.train.average_decay
-        average = WeightAverage(weights.shards, decay) if decay is not None else None
-        learning_rate = LearningRate(self.run.optim)
+        trained = self._build()
         if self.checkpoint is not None:
-            load_checkpoint(self.checkpoint, engine, average, self.mesh)
-            learning_rate.load_state_dict(self.state["learning_rate"])
+            trained.load(self.checkpoint, self.state, self.mesh)
         self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step))
+        rollbacks = self.mesh.decide(lambda: Rollbacks.read(self.directory.rollbacks_file))
         with self._tracker() as tracker:
             setup = Setup(self.run, self.mesh, self.task, self.config, self.directory, self.batches)
-            Loop(setup, engine, weights, average, learning_rate, tracker, self.state).run_to_end()
+            Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
         if self.mesh.is_main:
             self.directory.release()
+
+    def _build(self) -> Trained:
+        """The engine with fresh weights, and all that trains beside it."""
+        run, config = self.run, self.config
+        engine = build_engine(self.task.build_model, self.task.parameter_groups, run.optim, config, self.mesh, run.seed)
+        scales = None
+        if self.task.scaling is not None and (config.precision == "fp16" or self.task.scaling.in_fp32):
+            scales = scale_gradients(self.task.resblocks(engine.module), self.task.scaling, config.precision, self.mesh)
+        weights = MasterWeights(engine)
+        average = None
+        if run.train.average_decay is not None:
+            average = WeightAverage(
+                weights.shards,
+                run.train.average_decay,
+                every=run.train.average_every,
+                device=run.train.average_device,
+            )
+        return Trained(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard))
 
     def _tracker(self) -> Tracker:
         tracker = Tracker(

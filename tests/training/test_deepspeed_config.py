@@ -31,8 +31,7 @@ def test_what_the_json_leaves_open_comes_from_the_run() -> None:
     assert complete["train_batch_size"] == 32
     assert complete["train_micro_batch_size_per_gpu"] == 4
     assert complete["gradient_accumulation_steps"] == 4
-    assert complete["gradient_clipping"] == 4.0
-    assert resolve({}, run(clip=None), 1).deepspeed["gradient_clipping"] == 0.0
+    assert complete["gradient_clipping"] == 0.0, "the trainer clips, not DeepSpeed"
 
 
 def test_the_callers_json_is_not_changed() -> None:
@@ -68,7 +67,17 @@ def test_sums_of_bf16_gradients_are_kept_in_fp32() -> None:
         ({"gradient_clipping": 1.0}, {}, 1, '"gradient_clipping": 1.0.*optim.clip is 4.0'),
         ({"optimizer": {"type": "Adam"}}, {}, 1, '"optimizer".*optim section.*remove it'),
         ({"scheduler": {}}, {}, 1, '"scheduler".*remove it'),
-        ({"fp16": {"enabled": True}}, {}, 1, 'use "bf16"'),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {}, 1, 'both "fp16" and "bf16"'),
+        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, 1, "train.precision=bf16 but.*fp16"),
+        ({"fp16": {"enabled": True, "initial_scale_power": 16}}, {}, 1, '"fp16.initial_scale_power".*scaling section'),
+        ({"fp16": {"enabled": True, "loss_scale": 0}}, {}, 1, '"fp16.loss_scale".*remove it'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            1,
+            '"nvme".*set it to "cpu"',
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, {}, 1, "ratio"),
         ({"zero_optimizations": {"stage": 3}}, {}, 1, 'did you mean "zero_optimization"'),
         ({"bf16": {"enabled": 1}}, {}, 1, "must be true or false, found 1"),
         ({"train_micro_batch_size_per_gpu": "2"}, {}, 1, 'must be a number or "auto"'),
@@ -108,3 +117,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path) -> None:
     broken.write_text("[]")
     with pytest.raises(ConfigError, match="must hold a JSON object, found list"):
         load_deepspeed_json(broken)
+
+
+@pytest.mark.parametrize("section", [{"enabled": True}, {"enabled": True, "loss_scale": 1}])
+def test_fp16_is_an_fp32_engine_around_blocks_that_cast(section: dict) -> None:
+    config = resolve({"fp16": section, "zero_optimization": {"stage": 3}}, run(), 1)
+    assert config.precision == "fp16"
+    assert config.deepspeed["fp16"] == {"enabled": False} and config.deepspeed["bf16"] == {"enabled": False}

@@ -27,10 +27,14 @@ STEPS = 10
 WORKER = Path(__file__).with_name("layouts_worker.py")
 # Small parameters are not sharded by default, which would hide what sharding breaks.
 SHARD_ALL = {"stage3_param_persistence_threshold": 0}
+# The paper's optimizer and average, and what makes a resumed run of few updates depend on all of their state.
+PAPER = {"moments": "16-bit", "stochastic_rounding": True, "second_moment_clip": 1e-4}
+AVERAGED = {"average_every": 3, "average_device": "cpu"}
 
 
-def deepspeed_json(stage: int, bf16: bool = False) -> dict[str, Any]:
-    return {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage, **(SHARD_ALL if stage == 3 else {})}}
+def deepspeed_json(stage: int, precision: str = "fp32") -> dict[str, Any]:
+    zero = {"stage": stage, **(SHARD_ALL if stage == 3 else {})}
+    return {name: {"enabled": name == precision} for name in ("bf16", "fp16")} | {"zero_optimization": zero}
 
 
 def launch(jobs: list[dict[str, Any]], processes: int, folder: Path) -> str:
@@ -83,7 +87,11 @@ class Runs:
         }
         reference = [self.job("reference", 0), self.job("dvae-reference", 0, stage="dvae")]
         layouts = [self.job(f"zero{stage}", stage) for stage in range(4)]
-        layouts += [self.job(f"zero{stage}-bf16", stage, bf16=True, steps=4) for stage in range(4)]
+        layouts += [self.job(f"zero{stage}-bf16", stage, precision="bf16", steps=4) for stage in range(4)]
+        layouts += [self.job(f"zero{stage}-fp16", stage, precision="fp16") for stage in range(4)]
+        half = {"precision": "fp16", "optim": PAPER, "train": AVERAGED}
+        layouts += [self.job("fp16-accumulated", 2, precision="fp16", micro_batch=2, recompute="full")]
+        layouts += [self.job("fp16-paper", 3, **half), self.job("fp16-resumed", 3, steps=6, **half)]
         layouts += [self.job(f"dvae-zero{stage}", stage, stage="dvae") for stage in (1, 3)]
         layouts += [self.job("accumulated", 2, micro_batch=2), self.job("checkpointed", 3, recompute="full")]
         layouts += [self.job("selective", 3, recompute="selective")]
@@ -92,6 +100,7 @@ class Runs:
         plateau = {"schedule": "plateau", "plateau_patience": 2, "plateau_smoothing": 0.0, "plateau_threshold": 0.99}
         layouts += [self.job("plateau", 1, optim=plateau), self.job("plateau-resumed", 1, optim=plateau, steps=6)]
         resumed = [
+            self.job("fp16-resumed", 3, **half),
             self.job("plateau-resumed", 1, optim=plateau),
             self.job("resumed", 3),
             self.job("dvae-resumed", 1, stage="dvae"),
@@ -106,11 +115,12 @@ class Runs:
         zero: int,
         *,
         stage: str = "transformer",
-        bf16: bool = False,
+        precision: str = "fp32",
         steps: int = STEPS,
         micro_batch: int | None = None,
         recompute: str = "none",
         optim: dict[str, Any] | None = None,
+        train: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         base = self.transformer if stage == "transformer" else self.dvae
         train = {
@@ -118,10 +128,11 @@ class Runs:
             "micro_batch": micro_batch,
             "activation_checkpointing": recompute,
             "average_decay": 0.9,
+            **(train or {}),
         }
         base = {**base, "optim": {**base["optim"], **(optim or {})}}
         run = {**base, "run_dir": str(self.folder / name), "steps": steps, "train": train}
-        return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, bf16)}
+        return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, precision)}
 
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
@@ -166,7 +177,13 @@ def test_reported_gradient_norms_agree_and_are_those_before_clipping(runs: Runs,
 
 
 @pytest.mark.parametrize(
-    ("name", "straight"), [("resumed", "zero3"), ("dvae-resumed", "dvae-zero1"), ("plateau-resumed", "plateau")]
+    ("name", "straight"),
+    [
+        ("resumed", "zero3"),
+        ("dvae-resumed", "dvae-zero1"),
+        ("plateau-resumed", "plateau"),
+        ("fp16-resumed", "fp16-paper"),
+    ],
 )
 def test_a_resumed_run_continues_bit_for_bit(runs: Runs, name: str, straight: str) -> None:
     expected, found = metrics(runs[straight]), metrics(runs[name])
@@ -237,3 +254,20 @@ def test_a_finished_run_says_so_and_does_nothing(runs: Runs) -> None:
     output = launch([runs.job("reference", 0)], 1, runs.folder)
     assert "is done: all 10 updates" in output
     assert (runs["reference"] / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["zero0-fp16", "zero1-fp16", "zero2-fp16", "zero3-fp16", "fp16-accumulated"])
+def test_fp16_follows_fp32_in_every_layout(runs: Runs, name: str) -> None:
+    expected, found = metrics(runs["reference"]), metrics(runs[name])
+    assert sorted(found) == sorted(expected)
+    for step, figures in expected.items():
+        assert found[step]["loss"] == pytest.approx(figures["loss"], rel=1e-3)
+        assert found[step]["grad_norm"] == pytest.approx(figures["grad_norm"], rel=5e-3)
+    assert any(found[step]["loss"] != figures["loss"] for step, figures in expected.items()), "fp16 was not used"
+
+
+def test_gradient_scales_start_at_the_papers_value_times_the_processes_and_grow(runs: Runs) -> None:
+    records = metrics(runs["zero3-fp16"])
+    for block in range(2 * TINY_DALLE.depth):
+        scales = [records[step][f"gradient_scale/{block}"] for step in range(1, STEPS + 1)]
+        assert scales == pytest.approx([2 * 2**13 * 2 ** (step / 1000) for step in range(1, STEPS + 1)], rel=1e-9)

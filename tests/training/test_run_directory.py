@@ -80,7 +80,7 @@ def test_metrics_beyond_the_checkpoint_and_cut_off_lines_are_dropped(tmp_path: P
 
 
 def state(step: int) -> dict[str, object]:
-    return {"step": step, "identity": {}, "layout": {}, "learning_rate": None}
+    return {"step": step, "identity": {}, "layout": {}, "learning_rate": None, "scales": None, "guard": None}
 
 
 class Engine:
@@ -140,7 +140,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
         load_checkpoint(final, Engine(0), None, ALONE)
     for broken, words in (
         ("{", "cannot be read"),
-        ("{}", "it has no identity, layout, learning_rate, step"),
+        ("{}", "it has no guard, identity, layout, learning_rate, scales, step"),
         ("[]", "it has no"),
     ):
         (final / "state.json").write_text(broken)

@@ -1,0 +1,81 @@
+"""One view of an engine's averaged gradients between backward pass and step, whatever the ZeRO stage hides them behind.
+
+Norms, clipping, the search for non-finite values and skips of single blocks need only what this file offers; DeepSpeed's
+own clipping stays switched off, since it knows neither parameter groups nor what to leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MasterGradients:
+    """The gradients behind a DeepSpeed engine, averaged over processes and micro-batches, by optimizer parameter group.
+
+    Of use only after the last backward pass of an update and before its step. Changes in place are what the step sees.
+
+    Args:
+        engine: from `deepspeed.initialize`.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        self._device = engine.device
+        self.sharded: bool = engine.zero_optimization_stage() > 0
+        """Whether each process holds a part of every gradient, instead of all."""
+        self._offloaded = bool(getattr(self._optimizer, "offload_optimizer", False)) or bool(
+            getattr(self._optimizer, "cpu_offload", False)
+        )
+
+    def groups(self) -> list[list[Tensor]]:
+        """This process's pieces of every parameter group's gradient, as DeepSpeed keeps them."""
+        optimizer = self._optimizer
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+            groups: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                pieces = [flat.grad] if self._offloaded else optimizer.averaged_gradients[index]
+                groups[optimizer.sub_group_to_group_id[index]].extend(pieces)
+            return groups
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # stages 1 and 2
+            if self._offloaded:
+                optimizer._wait_for_offload_copies()
+                return [[flat.grad] for flat in optimizer.single_partition_of_fp32_groups]
+            return [
+                [whole] if (whole := getattr(pieces, "flat_partition", None)) is not None else list(pieces)
+                for _, pieces in sorted(optimizer.averaged_gradients.items())
+            ]
+        if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # bf16, stage 1
+            return [[flat] for flat in optimizer.fp32_groups_gradient_flat_partition]
+        parameters = getattr(optimizer, "fp16_groups", None)  # bf16, stage 0
+        if parameters is None:
+            parameters = [group["params"] for group in optimizer.param_groups]
+        return [[p.grad for p in group if p.grad is not None] for group in parameters]
+
+    def squared_norms(self) -> Tensor:
+        """(groups,) fp32, squared norm of what this process holds of every group; where gradients are `sharded`, the sum over
+        all processes is that of the whole."""
+        norms = [
+            torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square().sum()
+            if pieces
+            else torch.zeros(())
+            for pieces in self.groups()
+        ]
+        return torch.stack([norm.to(self._device) for norm in norms])
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients by `factor`."""
+        for pieces in self.groups():
+            if pieces:
+                torch._foreach_mul_(pieces, factor)
+
+    @torch.no_grad()
+    def clear(self, groups: Collection[int]) -> None:
+        """Set the gradients of these parameter groups to 0."""
+        for index, pieces in enumerate(self.groups()):
+            if index in groups and pieces:
+                torch._foreach_zero_(pieces)

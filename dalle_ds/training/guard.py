@@ -1,0 +1,153 @@
+"""Telling updates that go wrong, and which data a run leaves out after it went back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dalle_ds.config import GuardConfig
+from dalle_ds.errors import CheckpointError
+from dalle_ds.files import write_json
+
+SMALLEST_SPIKE = 0.05
+"""How far above the mean a spike lies at least, relative to it: losses that hardly vary have no spikes within it."""
+
+
+class Guard:
+    """Counts bad updates in a row. Given the same losses, every process comes to the same verdict.
+
+    Args:
+        config: what is bad, and how many of them are too many.
+    """
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.bad_in_a_row = 0
+        self._losses: deque[float] = deque(maxlen=config.window)
+
+    def observe(self, loss: float, finite: bool) -> bool:
+        """Take note of an update.
+
+        Args:
+            loss: of the update, averaged over all processes.
+            finite: whether this loss and all gradients were finite, overflows that gradient scales deal with left out.
+
+        Returns:
+            Whether the run should go back to its last good checkpoint.
+        """
+        if finite and not self.is_spike(loss):
+            self.bad_in_a_row = 0
+            self._losses.append(loss)
+        else:
+            self.bad_in_a_row += 1
+        return self.bad_in_a_row >= self.config.patience
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a finite loss is far above those before."""
+        limit = self.config.spike_deviations
+        if limit is None or len(self._losses) < self.config.window:
+            return False
+        mean = statistics.fmean(self._losses)
+        distance = max(limit * statistics.pstdev(self._losses, mean), SMALLEST_SPIKE * abs(mean))
+        return loss > mean + distance
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-able."""
+        return {"bad_in_a_row": self.bad_in_a_row, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.bad_in_a_row = state["bad_in_a_row"]
+        self._losses = deque(state["losses"], maxlen=self.config.window)
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """One time that a run went back."""
+
+    from_update: int
+    """Updates that had been made."""
+    to_update: int
+    """Updates that the checkpoint had seen which it went back to."""
+    skip_from: int
+    """Place in the order of the data from which on they are left out."""
+    skip_to: int
+    """The first place after those."""
+
+
+class Rollbacks:
+    """All times that a run went back, kept in `RUN_DIR/rollbacks.json`.
+
+    The data of update n, from 0, are those at a place in the order of the data: place n, as long as nothing was left out.
+
+    Args:
+        events: first to last.
+    """
+
+    def __init__(self, events: Sequence[Rollback] = ()) -> None:
+        self.events = tuple(events)
+
+    @classmethod
+    def read(cls, file: Path) -> Rollbacks:
+        """Those in `file`, which is only there once the run went back.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        if not file.exists():
+            return cls()
+        try:
+            return cls([Rollback(**event) for event in json.loads(file.read_text())])
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): it says which data the run left out; restore it, or name a new --run_dir"
+            ) from error
+
+    def write(self, file: Path) -> None:
+        """Keep them in `file`.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            write_json(file, [dataclasses.asdict(event) for event in self.events])
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be written: {error}") from error
+
+    def place(self, update: int) -> int:
+        """Where the data of an update lie in the order of the data, both counted from 0."""
+        place = update
+        for start, end in self._spans():
+            if place >= start:
+                place += end - start
+        return place
+
+    def after(self, from_update: int, to_update: int) -> Rollbacks:
+        """These and one more, from `from_update` updates to `to_update`: the data between are left out from now on."""
+        event = Rollback(from_update, to_update, self.place(to_update), self.place(from_update - 1) + 1)
+        return Rollbacks([*self.events, event])
+
+    def in_a_row(self, to_update: int) -> int:
+        """How often the run went back without getting beyond where it had gone wrong, if it now goes to `to_update`."""
+        count, reached = 0, to_update
+        for event in reversed(self.events):
+            if reached >= event.from_update:
+                break
+            count, reached = count + 1, event.to_update
+        return count
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """What is left out, first to last, without overlaps."""
+        spans: list[tuple[int, int]] = []
+        for start, end in sorted((event.skip_from, event.skip_to) for event in self.events):
+            if spans and start <= spans[-1][1]:
+                spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+            else:
+                spans.append((start, end))
+        return spans

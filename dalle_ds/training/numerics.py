@@ -1,0 +1,58 @@
+"""Histograms of gradient exponents per residual block, for choosing scales and formats (DALL·E App. D)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dalle_ds.errors import CheckpointError
+from dalle_ds.parallel import Mesh
+from dalle_ds.precision import GradientScales
+from dalle_ds.precision.exponents import exponent_counts, exponent_report
+from dalle_ds.training.gradients import MasterGradients
+
+
+class NumericsReport:
+    """Writes a line for every `every`-th update to `file`.
+
+    A line is {"step": updates done with this one, "blocks": {block or "others": {"exponents": {exponent: elements}, "zero":
+    elements, "nonfinite": elements, "log2_scale": of the block, where gradients are scaled}}}. The gradients are those of
+    the parameters, averaged, before clipping and without their scale; inside the block they lie log2_scale (of the scale of
+    one process) higher.
+
+    Args:
+        file: gets one JSON object per line; only the main process writes.
+        every: updates between lines.
+        mesh: the processes that share the gradients.
+        scales: of the residual blocks, if there are any.
+    """
+
+    def __init__(self, file: Path, every: int, mesh: Mesh, scales: GradientScales | None) -> None:
+        self._file = file
+        self._every = every
+        self._mesh = mesh
+        self._scales = scales
+
+    def note(self, step: int, gradients: MasterGradients, block_of: list[int | None]) -> None:
+        """Look at the gradients of update `step`, counted from 0, if it is one to look at. Collective."""
+        if (step + 1) % self._every:
+            return
+        groups = gradients.groups()
+        report = {}
+        for block in dict.fromkeys(block_of):
+            pieces = [piece for group, of in zip(groups, block_of, strict=True) if of == block for piece in group]
+            counts = exponent_counts(pieces).to(self._mesh.device)
+            if gradients.sharded:
+                counts = self._mesh.sum(counts)
+            entry = exponent_report(counts)
+            if self._scales is not None and block is not None:
+                entry["log2_scale"] = float(self._scales.factors[block].log2())
+            report["others" if block is None else str(block)] = entry
+        if self._mesh.is_main:
+            try:
+                with self._file.open("a") as lines:
+                    lines.write(json.dumps({"step": step + 1, "blocks": report}) + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"could not write {self._file}: {error}; free some space and start the run again"
+                ) from error

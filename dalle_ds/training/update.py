@@ -1,0 +1,155 @@
+"""One update: forward and backward passes, one look at the gradients of all processes, then the step or none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_ds.config import OptimConfig, ScalingConfig
+from dalle_ds.optim import AdamW, WeightAverage
+from dalle_ds.parallel import Mesh
+from dalle_ds.precision import GradientScales
+from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.training.gradients import MasterGradients
+from dalle_ds.training.numerics import NumericsReport
+
+COUNTED = ("skipped", "truncated")
+"""Parts of a batch that count events: rows that could not be read, captions that were cut."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update came to, the same on every process."""
+
+    figures: dict[str, float]
+    """To report; of `COUNTED`, the sums over this update."""
+    applied: bool
+    """Whether weights were changed, at least those of most blocks."""
+    finite: bool
+    """Whether loss and gradients were finite, or not so only in residual blocks whose gradients are scaled."""
+
+
+class Updater:
+    """Makes updates on an engine.
+
+    Nothing is changed by an update whose loss or gradients are not finite on some process: neither weights nor moments.
+    Where gradients are scaled, the blocks concerned are told apart, and their scales lowered (`GradientScales`).
+
+    Args:
+        task: turns batches into losses.
+        engine: from `build_engine`.
+        mesh: the processes that share the run's data.
+        optim: clipping.
+        scales: of the residual blocks, or None where gradients are not scaled.
+        scaling: what to skip.
+        average: told before weights change.
+        numerics: asked for histograms of gradients.
+    """
+
+    def __init__(
+        self,
+        task: Task[Any],
+        engine: Any,
+        mesh: Mesh,
+        optim: OptimConfig,
+        *,
+        scales: GradientScales | None,
+        scaling: ScalingConfig | None,
+        average: WeightAverage | None,
+        numerics: NumericsReport | None,
+    ) -> None:
+        self._task, self._engine, self._mesh, self._optim = task, engine, mesh, optim
+        self._scales, self._scaling, self._average, self._numerics = scales, scaling, average, numerics
+        self._optimizer: AdamW = engine.client_optimizer
+        self._gradients = MasterGradients(engine)
+        self._block_of: list[int | None] = [group.get("block") for group in self._optimizer.param_groups]
+
+    def update(self, micro_batches: Sequence[Batch], step: int, rate: float) -> Outcome:
+        """Make update `step`, counted from 0, at learning rate `rate`. Collective."""
+        self._set_shares(micro_batches)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        reported: list[Metrics] = []
+        for batch in micro_batches:
+            loss, metrics = self._task.loss(self._engine, batch, step)
+            self._engine.backward(loss)
+            counts = {name: batch[name].sum().float() for name in COUNTED if name in batch}
+            reported.append({"loss": loss.detach(), **metrics, **counts})
+            if len(reported) < len(micro_batches):
+                self._engine.step()  # not yet: DeepSpeed counts micro-batches
+        figures, squares = self._agree(reported)
+        figures["lr"] = rate
+        if self._numerics is not None:
+            self._numerics.note(step, self._gradients, self._block_of)
+        return self._step(figures, squares)
+
+    def _step(self, figures: dict[str, float], squares: list[float]) -> Outcome:
+        """Decide from the squared norms of the parameter groups, and clip, step or leave it."""
+        broken = {index for index, square in enumerate(squares) if not math.isfinite(square)}
+        blocks = {self._block_of[index] for index in broken}
+        overflowed = frozenset(block for block in blocks if block is not None)
+        if self._scales is None or self._scaling is None:
+            finite = math.isfinite(figures["loss"]) and not broken
+        else:
+            finite = math.isfinite(figures["loss"]) and None not in blocks
+        left_out: set[int] = set()
+        if broken and finite and self._scaling is not None and self._scaling.skip == "block":
+            left_out = {index for index, block in enumerate(self._block_of) if block in overflowed}
+        applied = finite and broken <= left_out and len(left_out) < len(squares)
+        norm = math.sqrt(sum(square for index, square in enumerate(squares) if index not in left_out))
+        figures["grad_norm"] = norm
+        if applied:
+            self._gradients.clear(left_out)
+            figures["grad_norm_clipped"] = self._clip(norm)
+        if self._average is not None:
+            self._average.before_step()
+        self._optimizer.skip = not applied
+        for index, group in enumerate(self._optimizer.param_groups):
+            group["skip"] = index in left_out
+        self._engine.step()
+        if self._scales is not None:
+            self._scales.update(overflowed if finite else (), applied)
+            figures |= self._scales.figures()
+        return Outcome(figures, applied, finite)
+
+    def _clip(self, norm: float) -> float:
+        """Clip all gradients by their global norm; returns what the norm is then."""
+        clip = self._optim.clip
+        clipped = norm
+        if clip is not None and norm > clip:
+            factor = clip / (norm + 1e-6)
+            self._gradients.scale(factor)
+            clipped = norm * factor
+        self._optimizer.gradient_bound = clipped
+        return clipped
+
+    def _set_shares(self, micro_batches: Sequence[Batch]) -> None:
+        """Give each micro-batch its share in the mean over the whole batch; see `Task.loss`."""
+        own = torch.stack([self._task.weight_of(batch).float() for batch in micro_batches])
+        total = self._mesh.sum(own.sum()).clamp_min(1)
+        count = len(micro_batches) * self._mesh.world_size
+        for batch, weight in zip(micro_batches, own, strict=True):
+            batch["share"] = weight * count / total
+
+    def _agree(self, reported: list[Metrics]) -> tuple[dict[str, float], list[float]]:
+        """In one reduction: one number per figure, and the squared gradient norm of every parameter group.
+
+        Scalars are averaged over micro-batches and ranks, counts summed; vectors are summed and given to the task.
+        """
+        size = len(reported) * self._mesh.world_size
+        own = [torch.stack([m[name].float() for m in reported]).sum(0).flatten() for name in reported[0]]
+        squares = self._gradients.squared_norms()
+        if not self._gradients.sharded:
+            squares = squares / self._mesh.world_size  # every process has all of them
+        parts = self._mesh.sum(torch.cat([*own, squares])).split([part.numel() for part in [*own, squares]])
+        sums: dict[str, Tensor] = dict(zip(reported[0], parts, strict=False))
+        figures: dict[str, float] = {}
+        for name, value in reported[0].items():
+            if value.ndim == 0:
+                figures[name] = float(sums.pop(name)) / (1 if name in COUNTED else size)
+        return figures | self._task.digest(sums), parts[-1].tolist()
