@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from baselines import DallePytorch, DenseTransformer
+from engines import build_updater
 from measure import (
     DTYPES,
     ShapeOptions,
@@ -124,26 +125,19 @@ def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
     from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
 
     mesh = Mesh.start(options.device)
-    from dalle_ds.training.engine import build_engine
-
-    run = TransformerRun(model=config, train=TrainConfig(batch_size=options.batch * mesh.world_size))
-    engine_config = resolve(load_deepspeed_json(json_path), run, mesh.world_size)
-    if engine_config.precision != options.dtype:
-        raise ConfigError(f"--dtype {options.dtype}, but {json_path} trains in {engine_config.precision}")
-    engine = build_engine(
-        lambda: Dalle(config, checkpointing=options.activation_checkpointing),
-        lambda model: decay_groups(model, run.optim.weight_decay),
-        run.optim,
-        engine_config,
-        mesh,
+    run = TransformerRun(
+        model=config,
+        train=TrainConfig(
+            batch_size=options.batch * mesh.world_size, activation_checkpointing=options.activation_checkpointing
+        ),
     )
+    json_config = load_deepspeed_json(json_path)
+    precision = resolve(json_config, run, mesh.world_size).precision
+    if precision != options.dtype:
+        raise ConfigError(f"--dtype {options.dtype}, but {json_path} trains in {precision}")
+    _, updater = build_updater(run, json_config, mesh)
     text, codes = batch(config, options.batch, mesh.device)
-
-    def step() -> None:
-        engine.backward(engine(text, codes, logits=False).loss)
-        engine.step()
-
-    return step
+    return lambda: updater.update([{"text": text, "codes": codes}], 0, 1e-4)
 
 
 def batch(config: DalleConfig, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

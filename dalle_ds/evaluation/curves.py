@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from dalle_ds.errors import DataError
 from dalle_ds.metrics import read_records
 
 Series = list[tuple[int, float]]
+NAMED = 6
+"""The most lines of a panel that have a legend."""
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, Series]:
@@ -30,30 +34,63 @@ def read_metrics(run_dir: str | Path) -> dict[str, Series]:
     return figures
 
 
-def curves_svg(panels: dict[str, dict[str, Series]], columns: int = 3) -> str:
-    """Line plots as an SVG element.
+def curves_figure(panels: dict[str, dict[str, Series]], columns: int = 3) -> Figure:
+    """Line plots.
 
     Args:
-        panels: title → (label → series).
+        panels: title → (label → series). Where there are more than `NAMED` series, they are coloured from first to last
+            instead of being named.
         columns: panels side by side.
     """
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
-        for label, series in lines.items():
+        named = len(lines) <= NAMED
+        for number, (label, series) in enumerate(lines.items()):
             steps, values = zip(*series, strict=True)
-            marker = "o" if len(series) < 40 else ""
-            axis.plot(steps, values, label=label, linewidth=1.2, marker=marker, markersize=3)
+            marker = "o" if len(series) < 40 and named else ""
+            colour = None if named else colormaps["viridis"](number / (len(lines) - 1))
+            axis.plot(steps, values, label=label, color=colour, linewidth=1.2, marker=marker, markersize=3)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-        if len(lines) > 1:
+        if 1 < len(lines) <= NAMED:
             axis.legend(fontsize=8, frameon=False)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    return figure
+
+
+def curves_svg(panels: dict[str, dict[str, Series]], columns: int = 3) -> str:
+    """`curves_figure` as an SVG element."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    curves_figure(panels, columns).savefig(buffer, format="svg")
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def gradient_scales(metrics: dict[str, Series]) -> dict[str, Series]:
+    """log2 of every residual block's gradient scale, first block to last (DALL·E Fig. 12); empty where none are kept."""
+    prefix = "gradient_scale/"
+    blocks = sorted(int(name.removeprefix(prefix)) for name in metrics if name.startswith(prefix))
+    return {
+        f"block {block}": [(step, math.log2(value)) for step, value in metrics[f"{prefix}{block}"]] for block in blocks
+    }
+
+
+def numerics_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
+    """What shows whether a run is well: loss, gradient norm, learning rate, gradient scales, whichever there are."""
+    wanted = {
+        "loss": {"training": "loss", "validation": "validation/loss"},
+        "gradient norm": {"raw": "grad_norm", "clipped": "grad_norm_clipped"},
+        "learning rate": {"rate": "lr"},
+        "updates skipped so far": {"skipped": "skipped_updates_total"},
+    }
+    panels = {
+        title: {label: metrics[name] for label, name in lines.items() if name in metrics}
+        for title, lines in wanted.items()
+    }
+    panels["log2 of gradient scales, first block dark, last bright"] = gradient_scales(metrics)
+    return {title: lines for title, lines in panels.items() if lines}

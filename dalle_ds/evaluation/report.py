@@ -16,7 +16,7 @@ from dalle_ds.data import PairDataset
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.curves import Series, curves_svg, read_metrics
+from dalle_ds.evaluation.curves import Series, curves_svg, gradient_scales, read_metrics
 from dalle_ds.evaluation.ranking import ranking_accuracy
 from dalle_ds.files import write_bytes, write_text
 from dalle_ds.sampling import TextToImage, picture_grid
@@ -156,7 +156,7 @@ def _dvae_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
 
 
 def _transformer_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
-    return {
+    panels = {
         "image loss, nats per code": _panel(
             metrics, training="image_loss", validation="validation/image_loss", entropy="validation/code_entropy"
         ),
@@ -166,6 +166,8 @@ def _transformer_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Serie
         "gradient norm": _panel(metrics, norm="grad_norm"),
         "tokens per second": _panel(metrics, speed="tokens_per_second"),
     }
+    scales = gradient_scales(metrics)
+    return panels | ({"log2 of gradient scales, first block to last": scales} if scales else {})
 
 
 PAGE = """<!doctype html>

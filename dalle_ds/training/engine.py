@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,15 +60,31 @@ def build_engine(
             # Shards are different numbers; whole copies of the weights must be rounded alike.
             seed=seed + (mesh.rank if config.zero_stage > 0 else 0),
         )
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config.deepspeed, dist_init_required=False
-        )
+        # DeepSpeed's bf16 optimizer prints six lines on memory for every parameter group.
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config.deepspeed, dist_init_required=False
+            )
     except ValidationError as error:
         raise ConfigError(f"DeepSpeed refuses its JSON: {error}") from error
     if config.zero_stage == 0 and config.precision == "bf16":
         # DeepSpeed allocates Adam's state by a step on zeros, after which the first update would count as the second.
         engine.optimizer.optimizer.state.clear()
+    if config.zero_stage == 3:
+        _keep_one_copy(engine.optimizer)
     return engine
+
+
+def _keep_one_copy(optimizer: Any) -> None:
+    """Let the fp32 weights that ZeRO-3 gathers and those that it updates be the same memory.
+
+    DeepSpeed means to, but compares a device with its name, and keeps two copies: 4 bytes more for every parameter.
+    """
+    for gathered, updated in zip(
+        optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+    ):
+        if gathered is not None and gathered.dtype == updated.dtype and gathered.device == updated.device:
+            updated.data = gathered
 
 
 def scale_gradients(blocks: Sequence[Any], config: ScalingConfig, precision: str, mesh: Mesh) -> GradientScales:

@@ -58,13 +58,15 @@ class MasterGradients:
     def squared_norms(self) -> Tensor:
         """(groups,) fp32, squared norm of what this process holds of every group; where gradients are `sharded`, the sum over
         all processes is that of the whole."""
-        norms = [
-            torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square().sum()
-            if pieces
-            else torch.zeros(())
-            for pieces in self.groups()
-        ]
-        return torch.stack([norm.to(self._device) for norm in norms])
+        groups = self.groups()
+        total = torch.zeros(len(groups), device=self._device)
+        pieces = [piece for group in groups for piece in group]
+        if pieces:
+            # All at once: on a GPU, one launch for each of some hundred groups would take longer than the arithmetic.
+            squares = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square()
+            owners = torch.tensor([index for index, group in enumerate(groups) for _ in group])
+            total.index_add_(0, owners.to(self._device), squares.to(self._device))
+        return total
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:

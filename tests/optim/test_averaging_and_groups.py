@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dalle_ds.config import OptimConfig
 from dalle_ds.models import Dalle, DiscreteVAE
-from dalle_ds.optim import WeightAverage, decay_groups
+from dalle_ds.optim import WeightAverage, decay_groups, resblock_groups
 from tests.conftest import TINY_DALLE, TINY_DVAE
 
 
@@ -50,6 +51,43 @@ def test_swapping_twice_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(average.averages, averages, strict=True))
 
 
+def test_every_25th_weights_are_taken_in_as_every_time_by_an_average_of_those() -> None:
+    torch.manual_seed(0)
+    shard = torch.zeros(5)
+    average, reference = WeightAverage([shard], decay=0.99, every=25), WeightAverage([shard], decay=0.99)
+    for step in range(200):
+        shard.add_(torch.randn(5))
+        average.update(step)
+        if step % 25 == 24:
+            reference.update(step // 25)
+    assert torch.equal(average.averages[0], reference.averages[0])
+    assert not torch.equal(average.averages[0], shard)
+
+
+def test_an_average_on_the_host_is_the_same_however_late_it_is_added() -> None:
+    torch.manual_seed(0)
+    shards = [torch.randn(1000), torch.randn(3)]
+    here, host = WeightAverage(shards, 0.9, every=2), WeightAverage(shards, 0.9, every=2, device="cpu")
+    for step in range(21):
+        host.before_step()
+        for shard in shards:
+            shard.add_(torch.randn_like(shard))  # while the last ones may still be being added
+        for each in (here, host):
+            each.update(step)
+    assert all(torch.equal(a, b) for a, b in zip(here.averages, host.averages, strict=True))
+    state = {name: value.clone() for name, value in host.state_dict().items()}
+    other = WeightAverage([torch.zeros(1000), torch.zeros(3)], 0.9, every=2, device="cpu")
+    other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(other.averages, host.averages, strict=True))
+    host.swap()
+    assert all(torch.equal(s, a) for s, a in zip(shards, here.averages, strict=True))
+
+
+def test_until_the_first_are_taken_in_there_is_no_average() -> None:
+    average = WeightAverage([torch.zeros(2)], 0.99, every=25)
+    assert [average.begun(steps) for steps in (0, 24, 25, 26)] == [False, False, True, True]
+
+
 def names(model: nn.Module, group: dict) -> set[str]:
     wanted = {id(parameter) for parameter in group["params"]}
     return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
@@ -68,3 +106,21 @@ def test_weight_matrices_decay_and_gains_biases_and_embeddings_do_not() -> None:
     decayed, plain = decay_groups(DiscreteVAE(TINY_DVAE), 1e-4)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
     assert {parameter.ndim for parameter in plain["params"]} == {1}
+
+
+def test_each_residual_block_has_its_own_groups_and_only_its_matrices_have_16_bit_moments() -> None:
+    model = Dalle(TINY_DALLE)
+    groups = resblock_groups(model, list(model.blocks), OptimConfig(moments="16-bit"))
+    seen: set[str] = set()
+    for group in groups:
+        members = names(model, group)
+        assert not seen & members
+        seen |= members
+        inside = {f"blocks.{name.split('.')[1]}" for name in members if name.startswith("blocks.")}
+        assert inside == (set() if group["block"] is None else {f"blocks.{group['block']}"})
+        is_matrix = all(dict(model.named_parameters())[name].ndim == 2 for name in members)
+        assert group["moments"] == ("16-bit" if is_matrix and group["block"] is not None else "fp32")
+        embeds = any("embedding" in name for name in members)
+        assert group["weight_decay"] == (OptimConfig().weight_decay if is_matrix and not embeds else 0.0)
+    assert seen == {name for name, _ in model.named_parameters()}
+    assert [group["block"] for group in groups] == [n // 2 for n in range(2 * len(model.blocks))] + [None, None]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dalle_ds.config import DvaeRun, OptimConfig, load_preset
+from dalle_ds.errors import ConfigError
 from dalle_ds.optim import LearningRate, half_cosine
 
 
@@ -114,3 +115,35 @@ def test_one_lucky_batch_after_the_warm_up_is_no_record() -> None:
     for step in range(3000):
         rate.observe(step, 3.0 if step == 0 else 4.0 - 1e-4 * step)
     assert rate.halvings == 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "plateau"])
+def test_halving_by_hand_takes_over_from_the_plateau_rule(schedule: str) -> None:
+    fields = {"lr": 1.0, "warmup_steps": 10, "plateau_patience": 3, "plateau_smoothing": 0.0, "plateau_threshold": 0.5}
+    rate = LearningRate(OptimConfig(schedule=schedule, halve_at=(20, 30, 30), **fields))
+    rates = []
+    for step in range(40):
+        rates.append(rate.at(step))
+        rate.observe(step, 1.0)  # a plateau from the beginning
+    assert rates[9:20] == [1.0] * 11 and rates[20:30] == [0.5] * 10 and rates[30:] == [0.125] * 10
+
+
+def test_a_run_resumed_with_halvings_by_hand_keeps_those_made_before() -> None:
+    fields = {"lr": 1.0, "warmup_steps": 0, "plateau_patience": 3, "plateau_smoothing": 0.0, "schedule": "plateau"}
+    before = LearningRate(OptimConfig(**fields))
+    for step in range(6):
+        before.observe(step, 1.0)
+    assert before.at(6) == 0.5
+    after = LearningRate(OptimConfig(halve_at=(8,), **fields))
+    after.load_state_dict(before.state_dict())
+    for step in range(6, 20):
+        after.observe(step, 1.0)
+    assert [after.at(step) for step in (7, 8, 19)] == [0.5, 0.25, 0.25]
+
+
+def test_halving_by_hand_works_on_a_cosine_and_not_in_the_warm_up() -> None:
+    cosine = OptimConfig(lr=1.0, schedule="cosine", warmup_steps=10, decay_steps=30)
+    by_hand = OptimConfig(lr=1.0, schedule="cosine", warmup_steps=10, decay_steps=30, halve_at=(20,))
+    assert LearningRate(by_hand).at(25) == LearningRate(cosine).at(25) / 2
+    with pytest.raises(ConfigError, match=r"optim.halve_at has update 5, which lies in the warm-up"):
+        OptimConfig(warmup_steps=10, halve_at=(5,))

@@ -32,8 +32,10 @@ PAPER = {"moments": "16-bit", "stochastic_rounding": True, "second_moment_clip":
 AVERAGED = {"average_every": 3, "average_device": "cpu"}
 
 
-def deepspeed_json(stage: int, precision: str = "fp32") -> dict[str, Any]:
-    zero = {"stage": stage, **(SHARD_ALL if stage == 3 else {})}
+def deepspeed_json(stage: int, precision: str = "fp32", offload: bool = False) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, **(SHARD_ALL if stage == 3 else {})}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {name: {"enabled": name == precision} for name in ("bf16", "fp16")} | {"zero_optimization": zero}
 
 
@@ -90,6 +92,7 @@ class Runs:
         layouts += [self.job(f"zero{stage}-bf16", stage, precision="bf16", steps=4) for stage in range(4)]
         layouts += [self.job(f"zero{stage}-fp16", stage, precision="fp16") for stage in range(4)]
         half = {"precision": "fp16", "optim": PAPER, "train": AVERAGED}
+        layouts += [self.job(f"offloaded{stage}", stage, offload=True) for stage in (2, 3)]
         layouts += [self.job("fp16-accumulated", 2, precision="fp16", micro_batch=2, recompute="full")]
         layouts += [self.job("fp16-paper", 3, **half), self.job("fp16-resumed", 3, steps=6, **half)]
         layouts += [self.job(f"dvae-zero{stage}", stage, stage="dvae") for stage in (1, 3)]
@@ -121,6 +124,7 @@ class Runs:
         recompute: str = "none",
         optim: dict[str, Any] | None = None,
         train: dict[str, Any] | None = None,
+        offload: bool = False,
     ) -> dict[str, Any]:
         base = self.transformer if stage == "transformer" else self.dvae
         train = {
@@ -132,7 +136,7 @@ class Runs:
         }
         base = {**base, "optim": {**base["optim"], **(optim or {})}}
         run = {**base, "run_dir": str(self.folder / name), "steps": steps, "train": train}
-        return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, precision)}
+        return {"name": name, "stage": stage, "run": run, "deepspeed": deepspeed_json(zero, precision, offload)}
 
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
@@ -143,7 +147,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path
     return Runs(tmp_path_factory.mktemp("runs"), data, dvae_export, tokenizer_file)
 
 
-LAYOUTS = ["zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed", "selective", "dvae-zero1", "dvae-zero3"]
+LAYOUTS = ["zero0", "zero1", "zero2", "zero3", "accumulated", "checkpointed", "selective", "offloaded2", "offloaded3"]
+LAYOUTS += ["dvae-zero1", "dvae-zero3"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -168,12 +173,14 @@ def test_the_losses_fall(runs: Runs) -> None:
         assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero3", "accumulated", "checkpointed"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero3", "accumulated", "checkpointed", "offloaded2", "offloaded3"])
 def test_reported_gradient_norms_agree_and_are_those_before_clipping(runs: Runs, name: str) -> None:
     expected = [figures["grad_norm"] for figures in metrics(runs["zero2"]).values()]
     found = [figures["grad_norm"] for figures in metrics(runs[name]).values()]
     assert found == pytest.approx(expected, rel=1e-4)
     assert max(found) > 0.5, "this test needs steps that are clipped"
+    clipped = [figures["grad_norm_clipped"] for figures in metrics(runs[name]).values()]
+    assert clipped == pytest.approx([min(norm, 0.5) for norm in found], rel=1e-5)
 
 
 @pytest.mark.parametrize(
