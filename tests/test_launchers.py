@@ -139,15 +139,24 @@ def test_every_launcher_explains_itself(
 
 
 @pytest.mark.launch
-def test_training_on_data_that_is_not_there(tmp_path: Path) -> None:
-    """Beyond the command line: in the process group, told once, with no run directory left."""
-    command = [sys.executable, str(ROOT / "launchers" / "train_dvae.py"), "--deepspeed_config"]
-    command += [str(ROOT / "ds_configs" / "zero1_fp32.json"), "--preset", "toy", "--data", "/nowhere"]
+@pytest.mark.parametrize(
+    ("json", "source", "words"),
+    [
+        ("zero1_fp32.json", "/nowhere", "data folder /nowhere does not exist"),
+        ("zero1_fp16.json", "{data}", "fp16 scales the gradients of residual blocks, which a dvae does not offer"),
+    ],
+)
+def test_what_is_found_in_the_process_group_is_told_once(
+    json: str, source: str, words: str, tmp_path: Path, data: Path
+) -> None:
+    """Beyond the command line, and with no run directory left."""
+    command = [sys.executable, str(ROOT / "launchers" / "train_dvae.py"), "--preset", "toy"]
+    command += ["--deepspeed_config", str(ROOT / "ds_configs" / json), "--data", source.format(data=data)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--run_dir", str(tmp_path / "run")], capture_output=True, text=True, env=environment, timeout=120
     )
     assert done.returncode == 1
-    assert "error: data folder /nowhere does not exist" in done.stderr
+    assert f"error: {words}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

@@ -153,6 +153,11 @@ class Loop:
             self.average.update(step)
         if outcome.finite:
             learning_rate.observe(step, loss)
+        else:
+            norm = outcome.figures["grad_norm"]
+            self.tracker.say(
+                f"update {step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}", style="yellow"
+            )
         lost = self.trained.guard.observe(loss, outcome.finite)
         return self._counted(outcome.figures, outcome.applied), lost
 

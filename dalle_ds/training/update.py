@@ -146,7 +146,8 @@ class Updater:
         squares = self._gradients.squared_norms()
         if not self._gradients.sharded:
             squares = squares / self._mesh.world_size  # every process has all of them
-        parts = self._mesh.sum(torch.cat([*own, squares])).split([part.numel() for part in [*own, squares]])
+        # To the host in one piece: a GPU is waited for once.
+        parts = self._mesh.sum(torch.cat([*own, squares])).cpu().split([part.numel() for part in [*own, squares]])
         sums: dict[str, Tensor] = dict(zip(reported[0], parts, strict=False))
         figures: dict[str, float] = {}
         for name, value in reported[0].items():

@@ -144,6 +144,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(runs: Ru
     records = metrics(runs[name])
     assert [step for step in records if records[step]["loss"] is None] == [1, 6, 7]
     assert records[STEPS]["skipped_updates_total"] == 3
+    assert "update 6 is left out: loss nan, gradient norm nan" in runs.output
     if precision == "fp16":
         expected = [13 + sum(u not in (0, 5, 6) for u in range(update + 1)) / 1000 for update in range(STEPS)]
         for block in range(BLOCKS):
