@@ -49,7 +49,7 @@ class Options(ShapeOptions):
 
     batch: int = 2
     """Sequences per step."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic. In bf16 our weights are bf16 beside fp32 ones that the optimizer updates; the baselines use autocast."""
     steps: int = 5
     """Steps measured, after two that are not."""
@@ -155,6 +155,8 @@ def check(options: Options) -> None:
     check_flags(options, "batch", "steps")
     if options.model != "ours" and (options.blocks_only or options.deepspeed_config is not None):
         raise ConfigError(f"--model {options.model} is measured in a plain loop only: leave out the other options")
+    if options.dtype == "fp16" and (options.deepspeed_config is None or options.device == "cpu"):
+        raise ConfigError("--dtype fp16 is measured on GPUs and in engines: add --device cuda --deepspeed_config FILE")
     if options.blocks_only and options.deepspeed_config is not None:
         raise ConfigError("--blocks_only measures no engine: leave out --deepspeed_config")
 

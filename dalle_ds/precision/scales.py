@@ -63,10 +63,17 @@ class GradientScales:
                     self._last_backoff[block] = self._updates
             elif applied:
                 scale *= 2.0 ** (1 / config.doubling_updates)
-            lowest, highest = self.replicas * 2.0**config.min_log2, self.replicas * 2.0**config.max_log2
-            self.scales[block] = min(max(scale, lowest), highest)
+            self.scales[block] = min(max(scale, self._lowest), self.replicas * 2.0**config.max_log2)
         self._updates += 1
         self._publish()
+
+    def at_floor(self, block: int) -> bool:
+        """Whether the block's scale cannot be lowered any more: what still overflows then, no scale will help."""
+        return self.scales[block] <= self._lowest
+
+    @property
+    def _lowest(self) -> float:
+        return self.replicas * 2.0**self.config.min_log2
 
     def figures(self) -> dict[str, float]:
         """For the metrics: the scale of every block."""

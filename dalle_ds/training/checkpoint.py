@@ -28,6 +28,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(_complete(folder), key=_step_of, default=None)
 
 
+def newest_good_checkpoint(folder: Path) -> Path | None:
+    """The newest one that was not written in the midst of updates that went wrong, as the last of a run may be."""
+    for checkpoint in sorted(_complete(folder), key=_step_of, reverse=True):
+        guard = load_state(checkpoint).get("guard")
+        if guard is None or guard["bad_in_a_row"] == 0:
+            return checkpoint
+    return None
+
+
 def save_checkpoint(
     folder: Path, step: int, engine: Any, average: WeightAverage | None, state: dict[str, Any], mesh: Mesh, keep: int
 ) -> Path:
@@ -74,7 +83,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as `state`."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
-        missing = {"step", "identity", "layout", "learning_rate", "scales", "guard"} - set(state)
+        missing = {"step", "identity", "layout", "learning_rate"} - set(state)
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:

@@ -14,6 +14,8 @@ from dalle_ds.errors import ConfigError
 _OURS = {
     "optimizer": "the optim section",
     "scheduler": "the optim section",
+    "torch_autocast": 'train.precision, or "bf16" or "fp16" in the JSON',
+    "amp": 'train.precision, or "bf16" or "fp16" in the JSON',
 }
 _CHECKED = (
     "bf16",
@@ -79,7 +81,7 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     for name, section in _OURS.items():
         if name in json_config:
             raise ConfigError(
-                f'the DeepSpeed JSON sets "{name}", which the run sets through {section}: remove it from the JSON'
+                f'the DeepSpeed JSON sets "{name}", which is set through {section}: remove it from the JSON'
             )
     micro_batch, accumulation = _batch(json_config, run, world_size)
     precision = _agree("precision", run.train.precision, _json_precision(json_config), "fp32")
@@ -105,6 +107,14 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
             f"bf16 with ZeRO-0 would sum the gradients of {accumulation} micro-batches in bf16, which loses small ones: "
             'set "zero_optimization.stage" to 1, or train.micro_batch so that nothing is accumulated'
         )
+    if precision == "fp16":
+        _check_reduction(json_config)
+    needs_norm = stage not in (1, 2) or (precision == "bf16" and stage == 1)
+    if not needs_norm and "offload_optimizer" not in complete["zero_optimization"]:
+        # The norm is ours too; DeepSpeed's takes a reduction for every parameter group.
+        complete["zero_optimization"].setdefault("compute_grad_norm", False)
+        if precision == "bf16":
+            complete["bf16"].setdefault("check_grad_overflow", False)
     if precision == "bf16" and stage > 0:
         # Summed over micro-batches in fp32; DeepSpeed's default is the weights' dtype.
         complete["data_types"] = {"grad_accum_dtype": "fp32", **_section(json_config, "data_types")}
@@ -150,6 +160,19 @@ def _check_clipping(json_config: dict[str, Any], run: Run) -> None:
             f'the DeepSpeed JSON says "gradient_clipping": {stated}, but optim.clip is {run.optim.clip}: '
             'make them equal, or set the JSON\'s to "auto"'
         )
+
+
+def _check_reduction(json_config: dict[str, Any]) -> None:
+    """fp16 gradients are unscaled: averaged over many processes in 16 bits, the small ones would be lost."""
+    stated = {
+        "communication_data_type": json_config.get("communication_data_type"),
+        "data_types.grad_accum_dtype": _section(json_config, "data_types").get("grad_accum_dtype"),
+    }
+    for name, value in stated.items():
+        if value not in (None, "fp32"):
+            raise ConfigError(
+                f'"{name}" in the DeepSpeed JSON is {value!r}, which fp16 runs need in "fp32": leave it out'
+            )
 
 
 def _check_offload(json_config: dict[str, Any]) -> None:

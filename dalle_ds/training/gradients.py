@@ -71,13 +71,17 @@ class MasterGradients:
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply all gradients by `factor`."""
-        for pieces in self.groups():
-            if pieces:
-                torch._foreach_mul_(pieces, factor)
+        torch._foreach_mul_([piece for pieces in self.groups() for piece in pieces], factor)
 
     @torch.no_grad()
     def clear(self, groups: Collection[int]) -> None:
         """Set the gradients of these parameter groups to 0."""
-        for index, pieces in enumerate(self.groups()):
-            if index in groups and pieces:
-                torch._foreach_zero_(pieces)
+        cleared = [piece for index, pieces in enumerate(self.groups()) if index in groups for piece in pieces]
+        if cleared:
+            torch._foreach_zero_(cleared)
+        if cleared and self._offloaded:
+            # DeepSpeed took its own notes in the backward pass, by which it would leave out the whole step, or, in bf16, keep
+            # what is not finite for the next one.
+            noted = self._optimizer.norm_for_param_grads
+            self._optimizer.norm_for_param_grads = {name: torch.zeros(()) for name in noted}
+            self._optimizer.local_overflow = False

@@ -31,16 +31,19 @@ class Guard:
         self.bad_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=config.window)
 
-    def observe(self, loss: float, finite: bool) -> bool:
+    def observe(self, loss: float, finite: bool, applied: bool = True) -> bool:
         """Take note of an update.
 
         Args:
             loss: of the update, averaged over all processes.
             finite: whether this loss and all gradients were finite, overflows that gradient scales deal with left out.
+            applied: whether the update was made. One that only such overflows prevented is neither good nor bad.
 
         Returns:
             Whether the run should go back to its last good checkpoint.
         """
+        if finite and not applied:
+            return False
         if finite and not self.is_spike(loss):
             self.bad_in_a_row = 0
             self._losses.append(loss)

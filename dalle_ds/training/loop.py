@@ -19,7 +19,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint, save_checkpoint
+from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_good_checkpoint, save_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.numerics import NumericsReport
@@ -29,6 +29,7 @@ from dalle_ds.training.update import COUNTED, Updater
 from dalle_ds.training.weights import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
+STEPS_BETWEEN_SKIP_ALARMS = 50
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ class Trained:
         """Put everything back to where a checkpoint was written; `state` is what `load_state` returns of it. Collective."""
         load_checkpoint(checkpoint, self.engine, self.average, mesh)
         self.learning_rate.load_state_dict(state["learning_rate"])
-        if self.scales is not None:
+        # Runs begun by earlier versions have neither.
+        if self.scales is not None and state.get("scales") is not None:
             self.scales.load_state_dict(state["scales"])
-        self.guard.load_state_dict(state["guard"])
+        if state.get("guard") is not None:
+            self.guard.load_state_dict(state["guard"])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights, moments and average."""
@@ -88,6 +91,7 @@ class Loop:
         self._begin_at(state)
         self._alarmed = -STEPS_BETWEEN_ALARMS
         self._place: int | None = None
+        self._skipped_in_a_row = 0
         every = self.run.report.numerics_every
         self._updater = Updater(
             self.task,
@@ -158,7 +162,14 @@ class Loop:
             self.tracker.say(
                 f"update {step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}", style="yellow"
             )
-        lost = self.trained.guard.observe(loss, outcome.finite)
+        lost = self.trained.guard.observe(loss, outcome.finite, outcome.applied)
+        self._skipped_in_a_row = 0 if outcome.applied else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row and self._skipped_in_a_row % STEPS_BETWEEN_SKIP_ALARMS == 0:
+            self.tracker.say(
+                f"ALARM at step {step + 1}: the last {self._skipped_in_a_row} updates were all skipped; where gradient scales "
+                "fall (gradient_scale in the metrics), begin with a lower scaling.initial_log2",
+                style="bold red",
+            )
         return self._counted(outcome.figures, outcome.applied), lost
 
     def _next_batches(self) -> list[Batch]:
@@ -187,8 +198,11 @@ class Loop:
             f"{self.trained.guard.bad_in_a_row} updates in a row went wrong, up to update {went_wrong} with a loss of "
         )
         what += f"{metrics['loss']:.4g} and a gradient norm of {metrics['grad_norm']:.4g}"
-        advice = "lower optim.lr, lengthen optim.warmup_steps, or look at the data of these updates"
-        checkpoint = self.mesh.decide(lambda: newest_checkpoint(self.directory.checkpoints))
+        advice = (
+            "look at the data of these updates; resume with a lower rate (--optim.halve_at and the checkpoint's step), or "
+            "begin a new run with a lower optim.lr or a longer optim.warmup_steps"
+        )
+        checkpoint = self.mesh.decide(lambda: newest_good_checkpoint(self.directory.checkpoints))
         if checkpoint is None:
             raise TrainingError(f"{what}, and there is no checkpoint yet to go back to: {advice}")
         state = load_state(checkpoint)

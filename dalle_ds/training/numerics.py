@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
@@ -48,11 +49,11 @@ class NumericsReport:
             if self._scales is not None and block is not None:
                 entry["log2_scale"] = float(self._scales.factors[block].log2())
             report["others" if block is None else str(block)] = entry
-        if self._mesh.is_main:
-            try:
-                with self._file.open("a") as lines:
-                    lines.write(json.dumps({"step": step + 1, "blocks": report}) + "\n")
-            except OSError as error:
-                raise CheckpointError(
-                    f"could not write {self._file}: {error}; free some space and start the run again"
-                ) from error
+        self._mesh.decide(lambda: self._write({"step": step + 1, "blocks": report}))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            with self._file.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"could not write {self._file}: {error}; free some space and start again") from error

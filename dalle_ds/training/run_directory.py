@@ -175,6 +175,9 @@ class RunDirectory:
     def drop_metrics_after(self, step: int) -> None:
         """Forget the metrics of updates beyond `step`, which the run will do again."""
         for file in (self.metrics_file, self.numerics_file):
-            if file.exists():
-                kept = [record for record in read_records(file) if record["step"] <= step]
-                write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
+            try:
+                if file.exists():
+                    kept = [record for record in read_records(file) if record["step"] <= step]
+                    write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be written: {error}; free some space and start again") from error

@@ -48,6 +48,11 @@ class Trainer:
         self.mesh = mesh
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
+        if self.task.scaling is not None and self.task.scaling.in_fp32 and self.config.precision != "fp32":
+            raise ConfigError(
+                f"scaling.in_fp32 is for fp32 runs, and this is {self.config.precision}: leave it out, or give a "
+                "DeepSpeed JSON for fp32"
+            )
         if self.config.precision == "fp16" and self.task.scaling is None:
             raise ConfigError(
                 f"fp16 scales the gradients of residual blocks, which a {self.task.name} does not offer: give a "

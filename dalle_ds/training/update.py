@@ -31,7 +31,7 @@ class Outcome:
     applied: bool
     """Whether weights were changed, at least those of most blocks."""
     finite: bool
-    """Whether loss and gradients were finite, or not so only in residual blocks whose gradients are scaled."""
+    """Whether loss and gradients were finite, or not so only in residual blocks whose scales can still be lowered."""
 
 
 class Updater:
@@ -93,10 +93,11 @@ class Updater:
         broken = {index for index, square in enumerate(squares) if not math.isfinite(square)}
         blocks = {self._block_of[index] for index in broken}
         overflowed = frozenset(block for block in blocks if block is not None)
-        if self._scales is None or self._scaling is None:
-            finite = math.isfinite(figures["loss"]) and not broken
+        finite = math.isfinite(figures["loss"])
+        if self._scales is None:
+            finite = finite and not broken
         else:
-            finite = math.isfinite(figures["loss"]) and None not in blocks
+            finite = finite and None not in blocks and not any(map(self._scales.at_floor, overflowed))
         left_out: set[int] = set()
         if broken and finite and self._scaling is not None and self._scaling.skip == "block":
             left_out = {index for index, block in enumerate(self._block_of) if block in overflowed}
@@ -106,12 +107,15 @@ class Updater:
         if applied:
             self._gradients.clear(left_out)
             figures["grad_norm_clipped"] = self._clip(norm)
+        else:
+            self._gradients.clear(range(len(squares)))
         if self._average is not None:
             self._average.before_step()
         self._optimizer.skip = not applied
         for index, group in enumerate(self._optimizer.param_groups):
             group["skip"] = index in left_out
         self._engine.step()
+        assert not (applied and getattr(self._engine.optimizer, "overflow", False)), "DeepSpeed left out a good update"
         if self._scales is not None:
             self._scales.update(overflowed if finite else (), applied)
             figures |= self._scales.figures()

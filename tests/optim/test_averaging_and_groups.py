@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,6 +50,17 @@ def test_swapping_twice_changes_no_bit() -> None:
     average.swap()
     assert all(torch.equal(s, w) for s, w in zip(shards, weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(average.averages, averages, strict=True))
+
+
+def test_the_first_weights_are_taken_in_with_a_decay_of_a_tenth() -> None:
+    shard = torch.zeros(3)
+    average = WeightAverage([shard], decay=0.99)
+    shard.fill_(1.0)
+    average.update(0)
+    assert average.averages[0].tolist() == pytest.approx([1 - 1 / 10] * 3)
+    shard.fill_(2.0)
+    average.update(1)
+    assert average.averages[0].tolist() == pytest.approx([0.9 + (2 - 0.9) * (1 - 2 / 11)] * 3)
 
 
 def test_every_25th_weights_are_taken_in_as_every_time_by_an_average_of_those() -> None:

@@ -74,6 +74,13 @@ def test_it_stays_within_the_papers_bounds(replicas: int, lowest: float, highest
     assert scales.scales == [lowest, highest]
 
 
+def test_at_the_floor_no_scale_will_help() -> None:
+    scales = GradientScales(ScalingConfig(initial_log2=7.5, window=0), 2, replicas=4)
+    assert not scales.at_floor(0)
+    scales.update([0], applied=False)
+    assert scales.at_floor(0) and not scales.at_floor(1)
+
+
 def test_under_the_block_policy_the_others_go_on_growing() -> None:
     scales = GradientScales(PAPER, 2, replicas=1)
     scales.update([0], applied=True)

@@ -67,9 +67,16 @@ def test_sums_of_bf16_gradients_are_kept_in_fp32() -> None:
         ({"gradient_clipping": 1.0}, {}, 1, '"gradient_clipping": 1.0.*optim.clip is 4.0'),
         ({"optimizer": {"type": "Adam"}}, {}, 1, '"optimizer".*optim section.*remove it'),
         ({"scheduler": {}}, {}, 1, '"scheduler".*remove it'),
+        ({"torch_autocast": {"enabled": True}}, {}, 1, '"torch_autocast".*train.precision.*remove it'),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {}, 1, 'both "fp16" and "bf16"'),
         ({"fp16": {"enabled": True}}, {"precision": "bf16"}, 1, "train.precision=bf16 but.*fp16"),
         ({"fp16": {"enabled": True, "initial_scale_power": 16}}, {}, 1, '"fp16.initial_scale_power".*scaling section'),
+        (
+            {"fp16": {"enabled": True}, "communication_data_type": "fp16"},
+            {},
+            1,
+            '"communication_data_type".*leave it out',
+        ),
         ({"fp16": {"enabled": True, "loss_scale": 0}}, {}, 1, '"fp16.loss_scale".*remove it'),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},

@@ -49,6 +49,16 @@ class Runs:
         jobs = [self.job(f"update-zero{stage}", stage, "fp16", {"gradients": GRADIENTS}) for stage in range(4)]
         jobs += [self.job("block", 3, "fp16", {"gradients": GRADIENTS}, skip="block")]
         jobs += [self.job("clean", 3, "fp16", {})]
+        for stage in (2, 3):
+            faults = {"gradients": GRADIENTS}
+            jobs += [self.job(f"block-offloaded{stage}", stage, "fp16", faults, skip="block", offload=True)]
+        for stage in (1, 2, 3):
+            faults = {"losses": [0, 5, 6]}
+            jobs += [self.job(f"loss-bf16-offloaded{stage}", stage, "bf16", faults, offload=True)]
+        jobs += [self.job("straddling", 1, "fp32", {"losses": [7]})]
+        # At the floor from the beginning: no scale can help.
+        always = {"gradients": {str(call): FIRST for call in range(99)}}
+        jobs += [self.job("floor", 1, "fp16", always, guard={"patience": 4}, scaling={"initial_log2": 7.0})]
         for precision in ("fp32", "bf16", "fp16"):
             for stage in range(4):
                 # The very first update too: nothing has any state yet.
@@ -73,11 +83,20 @@ class Runs:
         self.output = done.stdout
 
     def job(
-        self, name: str, zero: int, precision: str, faults: dict[str, Any], *, skip: str = "update", guard: Any = None
+        self,
+        name: str,
+        zero: int,
+        precision: str,
+        faults: dict[str, Any],
+        *,
+        skip: str = "update",
+        guard: Any = None,
+        offload: bool = False,
+        scaling: Any = None,
     ) -> dict[str, Any]:
-        scaling = {"window": WINDOW, "skip": skip}
+        scaling = {"window": WINDOW, "skip": skip, **(scaling or {})}
         run = {**self.base, "run_dir": str(self.folder / name), "scaling": scaling, "guard": guard or {}}
-        return {"name": name, "run": run, "deepspeed": deepspeed_json(zero, precision), "faults": faults}
+        return {"name": name, "run": run, "deepspeed": deepspeed_json(zero, precision, offload), "faults": faults}
 
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
@@ -93,7 +112,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path
     return Runs(tmp_path_factory.mktemp("faults"), data, dvae_export, tokenizer_file)
 
 
-@pytest.mark.parametrize("name", [*(f"update-zero{stage}" for stage in range(4)), "block"])
+@pytest.mark.parametrize("name", [*(f"update-zero{stage}" for stage in range(4)), "block", "block-offloaded2"])
 def test_the_right_scale_drops_once_in_its_window_and_no_other_moves(runs: Runs, name: str) -> None:
     grown = 1 / 1000
     for block in range(BLOCKS):
@@ -102,7 +121,7 @@ def test_the_right_scale_drops_once_in_its_window_and_no_other_moves(runs: Runs,
             poisoned = GRADIENTS.get(str(update))
             if poisoned == block and update - last >= WINDOW:
                 scale, last = scale - 0.5, update
-            elif poisoned is None or (name == "block" and poisoned != block):
+            elif poisoned is None or (name.startswith("block") and poisoned != block):
                 scale += grown
             expected.append(scale)
         assert runs.scales(name, block) == pytest.approx(expected, abs=1e-9), block
@@ -137,15 +156,35 @@ def test_under_the_block_policy_all_other_blocks_are_updated(runs: Runs) -> None
         assert bool(value.isfinite().all()), weight
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(runs: Runs, precision: str, stage: int) -> None:
-    name = f"loss-{precision}-zero{stage}"
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_changes_nothing_of_the_block_policy(runs: Runs, stage: int) -> None:
+    expected = [figures["loss"] for figures in metrics(runs["block"]).values()]
+    found = [figures["loss"] for figures in metrics(runs[f"block-offloaded{stage}"]).values()]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_checkpoint_is_written_while_updates_are_bad(runs: Runs) -> None:
+    """Update 8 is bad and a multiple of save_every: it is saved after the next."""
+    saved = sorted(path.name for path in (runs["straddling"] / "checkpoints").iterdir())
+    assert saved == ["step-12", "step-9"]
+
+
+def test_overflow_that_no_scale_can_help_ends_the_run(runs: Runs) -> None:
+    assert "floor rank 0 TrainingError: 4 updates in a row went wrong, up to update 4" in runs.output
+
+
+LOSS_RUNS = [f"{precision}-zero{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)]
+LOSS_RUNS += [f"bf16-offloaded{stage}" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("layout", LOSS_RUNS)
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(runs: Runs, layout: str) -> None:
+    name = f"loss-{layout}"
     records = metrics(runs[name])
     assert [step for step in records if records[step]["loss"] is None] == [1, 6, 7]
     assert records[STEPS]["skipped_updates_total"] == 3
     assert "update 6 is left out: loss nan, gradient norm nan" in runs.output
-    if precision == "fp16":
+    if layout.startswith("fp16"):
         expected = [13 + sum(u not in (0, 5, 6) for u in range(update + 1)) / 1000 for update in range(STEPS)]
         for block in range(BLOCKS):
             assert runs.scales(name, block) == pytest.approx(expected, abs=1e-9), "a bad loss is no overflow"
@@ -178,7 +217,7 @@ def test_what_a_run_goes_back_to_is_exactly_what_it_was(runs: Runs) -> None:
 def test_going_back_again_and_again_ends_with_a_typed_error_on_every_rank(runs: Runs) -> None:
     for rank in range(2):
         assert f"hopeless rank {rank} TrainingError: 2 updates in a row went wrong" in runs.output
-    assert "2 times of going back to an earlier checkpoint have not helped: lower optim.lr" in runs.output
+    assert "2 times of going back to an earlier checkpoint have not helped: look at the data" in runs.output
     assert len(json.loads((runs["hopeless"] / "rollbacks.json").read_text())) == 2
 
 

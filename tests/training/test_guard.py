@@ -34,6 +34,13 @@ def test_a_good_update_between_starts_the_count_anew() -> None:
     assert not any(verdicts) and guard.bad_in_a_row == 2
 
 
+def test_updates_that_only_overflows_prevented_are_neither_good_nor_bad() -> None:
+    guard = trained(GuardConfig(patience=2))
+    guard.observe(math.nan, finite=False)
+    assert not guard.observe(3.0, finite=True, applied=False) and guard.bad_in_a_row == 1
+    assert guard.observe(math.nan, finite=False)
+
+
 def test_spikes_are_bad_and_do_not_become_normal() -> None:
     guard = trained(GuardConfig(patience=20, window=30))
     assert guard.is_spike(6.0) and not guard.is_spike(3.1)

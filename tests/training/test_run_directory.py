@@ -140,7 +140,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
         load_checkpoint(final, Engine(0), None, ALONE)
     for broken, words in (
         ("{", "cannot be read"),
-        ("{}", "it has no guard, identity, layout, learning_rate, scales, step"),
+        ("{}", "it has no identity, layout, learning_rate, step"),
         ("[]", "it has no"),
     ):
         (final / "state.json").write_text(broken)

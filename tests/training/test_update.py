@@ -1,0 +1,136 @@
+"""One process's updates against torch's own AdamW and clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_ds.config import OptimConfig, ScalingConfig
+from dalle_ds.optim import AdamW
+from dalle_ds.parallel import Mesh
+from dalle_ds.precision import GradientScales
+from dalle_ds.training.update import Updater
+
+
+class Engine:
+    """What an `Updater` uses of a DeepSpeed engine of stage 0."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: nn.Module, optimizer: AdamW) -> None:
+        self.module, self.optimizer, self.client_optimizer = module, optimizer, optimizer
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Square:
+    """A task: mean squared error of two layers in a row."""
+
+    def weight_of(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.ones(())
+
+    def loss(self, engine: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return (engine.module(batch["x"]) - 3 * batch["x"]).square().mean() * batch["weight"], {}
+
+    def digest(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return {}
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def updater(module: nn.Sequential, optim: OptimConfig, skip: str = "update", scaled: bool = False) -> Updater:
+    groups = [{"params": list(layer.parameters()), "block": number} for number, layer in enumerate(module)]
+    betas = (optim.beta1, optim.beta2)
+    optimizer = AdamW(groups, betas=betas, weight_decay=0.1, second_moment_clip=optim.second_moment_clip)
+    scaling = ScalingConfig(skip=skip)  # type: ignore[arg-type]
+    return Updater(
+        Square(),  # type: ignore[arg-type]
+        Engine(module, optimizer),
+        Mesh(0, 1, torch.device("cpu")),
+        optim,
+        scales=GradientScales(scaling, 2, 1) if scaled else None,
+        scaling=scaling,
+        average=None,
+        numerics=None,
+    )
+
+
+def batch(update: int, weight: float = 1.0) -> list[dict[str, Tensor]]:
+    return [{"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(update)), "weight": torch.tensor(weight)}]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e3])
+def test_updates_are_those_of_torch_with_clipping(clip: float | None) -> None:
+    ours, theirs = model(), model()
+    optim = OptimConfig(clip=clip, second_moment_clip=None)
+    update = updater(ours, optim)
+    reference = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.96), weight_decay=0.1)
+    for step in range(20):
+        figures = update.update(batch(step), step, 1e-2).figures
+        for group in reference.param_groups:
+            group["lr"] = 1e-2
+        x = batch(step)[0]["x"]
+        (theirs(x) - 3 * x).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip if clip is not None else math.inf)
+        assert figures["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+        reference.step()
+        reference.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_clipped_norm_is_that_of_the_gradients_that_are_used() -> None:
+    module = model()
+    update = updater(module, OptimConfig(clip=0.5))
+    seen: list[float] = []
+    step = update._engine.step
+    update._engine.step = lambda: (
+        seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters()))),
+        step(),
+    )
+    outcome = update.update(batch(0), 0, 1e-2)
+    assert outcome.figures["grad_norm"] > 0.5
+    assert seen == pytest.approx([outcome.figures["grad_norm_clipped"]], rel=1e-5)
+    assert seen == pytest.approx([0.5], rel=1e-4)
+
+
+def test_a_block_that_was_left_out_is_updated_again_next_time() -> None:
+    module = model()
+    update = updater(module, OptimConfig(), skip="block", scaled=True)
+    handle = module[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    assert update.update(batch(0), 0, 1e-2).applied
+    after = [parameter.detach().clone() for parameter in module.parameters()]
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False, False]
+    handle.remove()
+    assert update.update(batch(1), 1, 1e-2).applied
+    assert not any(torch.equal(a, b) for a, b in zip(after, module.parameters(), strict=True))
+
+
+def test_a_bad_loss_changes_neither_weights_nor_moments_nor_scales() -> None:
+    module = model()
+    update = updater(module, OptimConfig(), scaled=True)
+    update.update(batch(0), 0, 1e-2)
+    state = {p: {n: v.clone() for n, v in s.items() if torch.is_tensor(v)} for p, s in update._optimizer.state.items()}
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    scales = list(update._scales.scales)
+    outcome = update.update(batch(1, weight=math.nan), 1, 1e-2)
+    assert not outcome.applied and not outcome.finite
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert all(torch.equal(update._optimizer.state[p][n], v) for p, kept in state.items() for n, v in kept.items())
+    assert update._scales.scales == scales
