@@ -70,10 +70,10 @@ def run(command: str, place: Path) -> str:
 
 
 def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
-    assert len(commands()) == 9
+    assert len(commands()) == 10
     for command in commands():
         run(shortened(command), place)
-    for picture in ("demo/pictures.png", "demo/drawn.png", "my_pictures.png"):
+    for picture in ("demo/pictures.png", "demo/drawn.png", "demo/curves.png", "my_pictures.png"):
         with Image.open(place / picture) as opened:
             assert min(opened.size) > 100
     assert "<svg" in (place / "demo/report.html").read_text()

@@ -7,7 +7,7 @@ across sections live in the run's.
 
 from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
-from dalle_ds.config.presets import PRESET_DIR, load_preset, preset_names
+from dalle_ds.config.presets import load_preset, preset_names
 from dalle_ds.config.runs import DvaeRun, Run, TransformerRun
 from dalle_ds.config.training import (
     Checkpointing,
@@ -23,7 +23,6 @@ from dalle_ds.config.training import (
 __all__ = [
     "ATTENTION_KINDS",
     "PADDING",
-    "PRESET_DIR",
     "Checkpointing",
     "DalleConfig",
     "DiscreteVAEConfig",
