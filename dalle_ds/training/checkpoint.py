@@ -37,6 +37,13 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def drop_checkpoints_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from."""
+    for checkpoint in _complete(folder):
+        if _step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def save_checkpoint(
     folder: Path, step: int, engine: Any, average: WeightAverage | None, state: dict[str, Any], mesh: Mesh, keep: int
 ) -> Path:

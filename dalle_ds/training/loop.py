@@ -19,7 +19,13 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_good_checkpoint, save_checkpoint
+from dalle_ds.training.checkpoint import (
+    drop_checkpoints_after,
+    load_checkpoint,
+    load_state,
+    newest_good_checkpoint,
+    save_checkpoint,
+)
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.numerics import NumericsReport
@@ -213,6 +219,7 @@ class Loop:
                 f"checkpoint is {checkpoint}"
             )
         self.rollbacks = self.rollbacks.after(went_wrong, state["step"])
+        self.mesh.decide(lambda: drop_checkpoints_after(self.directory.checkpoints, state["step"]))
         self.mesh.decide(lambda: self.rollbacks.write(self.directory.rollbacks_file))
         self.trained.load(checkpoint, state, self.mesh)
         self._begin_at({**self.state, **state, "wandb_id": self.tracker.run_id})

@@ -55,6 +55,9 @@ class Runs:
         for stage in (1, 2, 3):
             faults = {"losses": [0, 5, 6]}
             jobs += [self.job(f"loss-bf16-offloaded{stage}", stage, "bf16", faults, offload=True)]
+        # Ended in the midst of bad updates, and taken up again: the second of them leads back past that checkpoint.
+        jobs += [self.job("prolonged", 3, "bf16", {"losses": [7]}, guard={"patience": 2}, steps=8)]
+        jobs += [self.job("prolonged", 3, "bf16", {"losses": [0]}, guard={"patience": 2})]
         jobs += [self.job("straddling", 1, "fp32", {"losses": [7]})]
         # At the floor from the beginning: no scale can help.
         always = {"gradients": {str(call): FIRST for call in range(99)}}
@@ -93,9 +96,16 @@ class Runs:
         guard: Any = None,
         offload: bool = False,
         scaling: Any = None,
+        steps: int = STEPS,
     ) -> dict[str, Any]:
         scaling = {"window": WINDOW, "skip": skip, **(scaling or {})}
-        run = {**self.base, "run_dir": str(self.folder / name), "scaling": scaling, "guard": guard or {}}
+        run = {
+            **self.base,
+            "run_dir": str(self.folder / name),
+            "steps": steps,
+            "scaling": scaling,
+            "guard": guard or {},
+        }
         return {"name": name, "run": run, "deepspeed": deepspeed_json(zero, precision, offload), "faults": faults}
 
     def __getitem__(self, name: str) -> Path:
@@ -193,7 +203,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(runs: Ru
         assert bool(value.isfinite().all()), weight
 
 
-@pytest.mark.parametrize(("name", "went_wrong", "back_to"), [("back", 7, 4), ("back-dense", 7, 4), ("spikes", 11, 8)])
+@pytest.mark.parametrize(
+    ("name", "went_wrong", "back_to"), [("back", 7, 4), ("back-dense", 7, 4), ("spikes", 11, 8), ("prolonged", 9, 4)]
+)
 def test_a_run_goes_back_to_its_last_good_checkpoint_and_leaves_out_the_data(
     runs: Runs, name: str, went_wrong: int, back_to: int
 ) -> None:

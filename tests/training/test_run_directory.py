@@ -14,7 +14,14 @@ from dalle_ds.config import DvaeRun, OptimConfig, ReportConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoint import load_checkpoint, load_state, newest_checkpoint, save_checkpoint
+from dalle_ds.training.checkpoint import (
+    drop_checkpoints_after,
+    load_checkpoint,
+    load_state,
+    newest_checkpoint,
+    newest_good_checkpoint,
+    save_checkpoint,
+)
 from dalle_ds.training.run_directory import RunDirectory
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
@@ -113,6 +120,17 @@ def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -
     load_checkpoint(newest, engine, average, ALONE)
     assert engine.value.item() == average.averages[0].item() == 10
     assert load_state(newest) == state(10)
+
+
+def test_a_checkpoint_written_amid_bad_updates_is_gone_past_and_removed(tmp_path: Path) -> None:
+    for step, bad in ((1, 0), (2, 0), (3, 1)):
+        written = state(step) | {"guard": {"bad_in_a_row": bad, "losses": []}}
+        save_checkpoint(tmp_path, step, Engine(step), None, written, ALONE, keep=3)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-3"
+    assert newest_good_checkpoint(tmp_path) == tmp_path / "step-2"
+    drop_checkpoints_after(tmp_path, 2)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-2" and (tmp_path / "step-1").is_dir()
+    assert newest_good_checkpoint(tmp_path / "nothing") is None
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_is_told(tmp_path: Path) -> None:
