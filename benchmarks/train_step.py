@@ -78,7 +78,7 @@ def blocks_step(config: DalleConfig, options: Options, device: torch.device) -> 
     inputs = torch.randn(options.batch, config.total_len, config.width, device=device, requires_grad=True)
 
     def step() -> None:
-        model._residual_blocks(inputs).sum().backward()
+        model.residual_blocks(inputs).sum().backward()
         model.zero_grad()
         inputs.grad = None
 

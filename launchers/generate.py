@@ -1,4 +1,8 @@
-"""Draw pictures for prompts with a trained transformer, and write them as one labelled PNG."""
+"""Draw pictures for prompts with a trained transformer, and write them as one labelled PNG.
+
+python launchers/generate.py --model RUN_OR_EXPORT --prompt TEXT --out PNG, or, for a transformer divided among N GPUs (tensor
+parallelism), deepspeed --num_gpus N launchers/generate.py with the same options and --device cuda.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.errors import ConfigError
 from dalle_ds.files import write_bytes
 from dalle_ds.memory import keep_freed_memory
+from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import TextToImage, picture_grid
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,6 +50,8 @@ class Options:
     """Pictures drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
+    local_rank: int | None = None
+    """Given by the deepspeed launcher."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the transformer; bf16 is the faster."""
 
@@ -57,7 +64,8 @@ def main() -> None:
         raise ConfigError(f"out must be a .png file in a folder that exists, found {options.out}")
     if options.device == "cpu":
         keep_freed_memory()
-    pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype])
+    tensor = Mesh.tensor_group(options.device)
+    pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype], tensor=tensor)
     pictures = pipe.generate(
         options.prompt,
         num=options.num,
@@ -68,6 +76,8 @@ def main() -> None:
         seed=options.seed,
         batch_size=options.batch_size,
     )
+    if tensor.rank > 0:
+        return  # all have drawn the same
     buffer = io.BytesIO()
     picture_grid(list(zip(options.prompt, pictures, strict=True))).save(buffer, format="PNG")
     write_bytes(out, buffer.getvalue())

@@ -6,6 +6,7 @@ across sections live in the run's.
 """
 
 from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
 from dalle_ds.config.presets import load_preset, preset_names
 from dalle_ds.config.runs import DvaeRun, Run, TransformerRun
@@ -31,6 +32,8 @@ __all__ = [
     "GuardConfig",
     "LoaderConfig",
     "OptimConfig",
+    "ParallelConfig",
+    "PowerSGDConfig",
     "ReportConfig",
     "Run",
     "ScalingConfig",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dalle_ds.config.checks import positive
 from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.training import (
     DvaeObjective,
     GuardConfig,
@@ -34,6 +35,10 @@ class Run:
     """Updates between checkpoints; one is always written at the end."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How updates are made."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes divide the work; may change when a run is resumed."""
+    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
+    """Compression of gradients between replicas."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -47,6 +52,11 @@ class Run:
         positive("run", self, "steps", "save_every")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2^63), found {self.seed}")
+        if self.powersgd.enabled and self.parallel.replicas == 1:
+            raise ConfigError(
+                "powersgd.enabled compresses what crosses between replicas, and parallel.replicas is 1: raise it, or leave "
+                "powersgd out"
+            )
 
 
 @dataclass(frozen=True)

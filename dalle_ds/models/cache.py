@@ -63,10 +63,16 @@ class KVCache:
         prompt_of_row: the prompt that each row continues; prompts are numbered from 0, and each has a row.
         dtype: of keys and values.
         devices: where each layer's lie.
+        heads: those that are computed here; None for all of the model's.
     """
 
     def __init__(
-        self, config: DalleConfig, prompt_of_row: Sequence[int], dtype: torch.dtype, devices: Sequence[torch.device]
+        self,
+        config: DalleConfig,
+        prompt_of_row: Sequence[int],
+        dtype: torch.dtype,
+        devices: Sequence[torch.device],
+        heads: int | None = None,
     ) -> None:
         self.config = config
         self.prompt_of_row = tuple(prompt_of_row)
@@ -83,8 +89,8 @@ class KVCache:
             self.text_bias = {
                 device: torch.zeros(self.prompts, 1, 1, config.text_len, device=device) for device in self.groups
             }
-        heads, rows = config.heads, len(self.prompt_of_row)
-        depth = config.width // heads
+        heads, rows = heads or config.heads, len(self.prompt_of_row)
+        depth = config.width // config.heads
         self.layers = []
         for kind, device in zip(self.kinds, devices, strict=True):
             slots = slots_of(kind, config.grid, config.kernel)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import PADDING
+from dalle_ds.parallel import WHOLE, TensorGroup
 
 CHUNK = 2**22
 """Logits that exist at a time: 16 MiB of them in fp32."""
@@ -23,7 +24,9 @@ VOCABULARY = 2**11
 """Tokens of the vocabulary whose weights are converted at a time."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, tensor: TensorGroup = WHOLE
+) -> Tensor:
     """Sum of cross-entropies of `targets` under the logits hidden · weightᵀ + bias.
 
     The logits are fp32, whatever the weights. Where the weights are 16-bit, so are the factors of the products, which are
@@ -33,17 +36,25 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: 
         hidden: (n, width) fp32.
         weight: (vocabulary, width); bias: (vocabulary,).
         targets: (n,) int64; `PADDING` is left out.
+        tensor: the group that divides the vocabulary. Each process gives its rows of the weight and gets the whole sum; the
+            gradient of `hidden` is then its share of one (`TensorGroup.enter` adds them up).
 
     Returns:
         () fp32, in nats; it can be differentiated once.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, tensor, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, differentiated: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        tensor: TensorGroup,
+        differentiated: bool,
     ) -> Tensor:
         counted = targets != PADDING
         used = None
@@ -63,12 +74,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(factors), rows):
             some = slice(start, start + rows)
             at = targets[some].clamp(min=0)[:, None]
-            logs = _logits(hidden_used[some], weight, bias).log_softmax(dim=-1)
-            of_target = logs.gather(1, at)
+            logits = _logits(hidden_used[some], weight, bias)
+            if tensor.size == 1:
+                logs = logits.log_softmax(dim=-1)
+                of_target = logs.gather(1, at)
+            else:
+                logs, of_target, at, elsewhere = _shared_log_softmax(logits, at, tensor)
             total -= of_target[:, 0].masked_fill(~counted[some], 0.0).sum()
             if not (of_hidden or of_weight or of_bias):
                 continue
-            d_logits = logs.exp_().scatter_(1, at, of_target.expm1())
+            d_logits = logs.exp_()
+            d_target = of_target.expm1()
+            if tensor.size > 1:
+                d_target = torch.where(elsewhere, d_logits.gather(1, at), d_target)
+            d_logits.scatter_(1, at, d_target)
             if used is None:
                 d_logits.masked_fill_(~counted[some, None], 0.0)
             if d_bias is not None:
@@ -97,7 +116,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if part is None else torch.mul(part, gradient, out=torch.empty_like(part, dtype=ctx.weight_dtype))
             for part in (d_weight, d_bias)
         )
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def _shared_log_softmax(logits: Tensor, targets: Tensor, tensor: TensorGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logarithms of probabilities over a divided vocabulary.
+
+    Args:
+        logits: (n, tokens of this process) fp32, which is used up.
+        targets: (n, 1) int64, tokens of the whole vocabulary.
+
+    Returns:
+        (n, tokens of this process) logarithms; (n, 1) those of the targets, from whichever process has them; (n, 1) where a
+        target lies on this process, and (n, 1) bool whether it lies on another.
+    """
+    logits.sub_(tensor.max_(logits.amax(dim=-1, keepdim=True)))
+    local = targets - tensor.rank * logits.shape[1]
+    elsewhere = (local < 0) | (local >= logits.shape[1])
+    local = local.masked_fill(elsewhere, 0)
+    of_target = logits.gather(1, local).masked_fill(elsewhere, 0.0)
+    both = tensor.sum_(torch.cat([logits.exp().sum(dim=-1, keepdim=True), of_target], dim=1))
+    log_sum = both[:, :1].log()
+    return logits.sub_(log_sum), both[:, 1:] - log_sum, local, elsewhere
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -16,20 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, Checkpointing, DalleConfig
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
 from dalle_ds.models.cache import KVCache
 from dalle_ds.models.checkpointing import recomputed
 from dalle_ds.models.decoding import DecodingWeights, decoding_device, layer_devices
-from dalle_ds.models.layers import Embedding, LayerNorm, Linear, Unembedding
+from dalle_ds.models.layers import (
+    ColumnParallelLinear,
+    Embedding,
+    LayerNorm,
+    Linear,
+    RowParallelLinear,
+    Unembedding,
+    VocabParallelEmbedding,
+)
 from dalle_ds.models.pretrained import load_model, load_weights, save_model
+from dalle_ds.parallel import WHOLE, TensorGroup, split_of
 from dalle_ds.precision import BranchPrecision, enter_branch, join_branch
 
 
@@ -59,11 +68,14 @@ class ResidualBlock(nn.Module):
     The identity path and the normalization are fp32. The branch computes in the dtype of its weights, or as `use` says.
     """
 
+    number: int = 0
+    """Place among the model's residual blocks, counted from 0."""
     precision: BranchPrecision | None = None
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, tensor: TensorGroup = WHOLE) -> None:
         super().__init__()
-        self.norm = LayerNorm(width)
+        self.tensor = tensor
+        self.norm = LayerNorm(width, tensor)
 
     def use(self, precision: BranchPrecision) -> None:
         """Compute the branch in 16 bits, with scaled gradients, from weights that stay fp32."""
@@ -75,7 +87,8 @@ class ResidualBlock(nn.Module):
     def _enter(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the branch begins with; `dtype` is that of its weights."""
         normalized = self.norm(x)
-        return normalized.to(dtype) if self.precision is None else enter_branch(normalized, self.precision)
+        entered = normalized.to(dtype) if self.precision is None else enter_branch(normalized, self.precision)
+        return self.tensor.enter(entered)
 
     def _join(self, x: Tensor, branch: Tensor) -> Tensor:
         return x + branch if self.precision is None else join_branch(x, branch, self.precision)
@@ -84,12 +97,20 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(ResidualBlock):
     """Residual block x + attention(norm(x))."""
 
-    def __init__(self, pattern: AttentionPattern, width: int, heads: int, residual_scale: float) -> None:
-        super().__init__(width)
-        self.attention = SelfAttention(pattern, width, heads, residual_scale)
+    def __init__(
+        self,
+        pattern: AttentionPattern,
+        width: int,
+        heads: int,
+        residual_scale: float,
+        tensor: TensorGroup = WHOLE,
+    ) -> None:
+        super().__init__(width, tensor)
+        self.attention = SelfAttention(pattern, width, heads, residual_scale, tensor)
 
     def forward(self, x: Tensor, keep: Tensor | None = None, *, lean: bool = False) -> Tensor:
-        """(B, n, width) fp32 → the same; `keep` is that of `SelfAttention`, `lean` that of `MlpBlock`."""
+        """(B, n, width) fp32, or this process's positions of it → the same; `keep` is that of `SelfAttention`, `lean` that
+        of `MlpBlock`."""
         qkv = recomputed(self.project, x) if lean else self.project(x)
         return self._join(x, self.attention.attend(qkv, keep))
 
@@ -101,10 +122,10 @@ class AttentionBlock(ResidualBlock):
 class MlpBlock(ResidualBlock):
     """Residual block x + mlp(norm(x)), with one hidden layer of four times the width and GELU."""
 
-    def __init__(self, width: int, residual_scale: float) -> None:
-        super().__init__(width)
-        self.up = Linear(width, 4 * width)
-        self.down = Linear(4 * width, width, scale=residual_scale)
+    def __init__(self, width: int, residual_scale: float, tensor: TensorGroup = WHOLE) -> None:
+        super().__init__(width, tensor)
+        self.up = ColumnParallelLinear(width, 4 * width, tensor)
+        self.down = RowParallelLinear(4 * width, width, tensor, scale=residual_scale, input_major=True)
 
     def forward(self, x: Tensor, *, lean: bool = False) -> Tensor:
         """(B, n, width) fp32 → the same; `lean` keeps no normalized or activated vectors, but computes them again."""
@@ -122,17 +143,22 @@ class MlpBlock(ResidualBlock):
 class InputEmbedding(nn.Module):
     """What the residual stream starts from, fp32 (DALL·E Fig. 10); the module's docstring has the layout."""
 
-    def __init__(self, config: DalleConfig) -> None:
+    def __init__(self, config: DalleConfig, tensor: TensorGroup = WHOLE) -> None:
         super().__init__()
         self.config = config
+        self.tensor = tensor
         width = config.width
-        self.text_token = Embedding(config.text_vocab, width)
+        self.text_token = VocabParallelEmbedding(config.text_vocab, width, tensor)
         self.padding = Embedding(config.text_len, width)  # one for each text slot
         self.text_position = Embedding(config.text_len, width)
-        self.image_token = Embedding(config.image_vocab, width)
+        self.image_token = VocabParallelEmbedding(config.image_vocab, width, tensor)
         self.image_row = Embedding(config.grid, width)
         self.image_column = Embedding(config.grid, width)
         self.start = Embedding(2, width)  # of text, of image
+
+    def forward(self, text: Tensor, codes: Tensor) -> Tensor:
+        """Inputs of all positions: (B, T) and (B, W²) → (B, T + W², width), or this process's positions of it."""
+        return self.tensor.positions(torch.cat([self.prefix(text), self.codes(codes[:, :-1], 0)], dim=1))
 
     def prefix(self, text: Tensor) -> Tensor:
         """Inputs of positions 0 … T, all that a caption decides: (B, T) → (B, T + 1, width)."""
@@ -157,6 +183,83 @@ class InputEmbedding(nn.Module):
         return self.image_row(row).float() + self.image_column(column).float()
 
 
+class OutputLayers(Protocol):
+    """What has the transformer's last layers."""
+
+    config: DalleConfig
+    tensor: TensorGroup
+    norm: LayerNorm
+    text_head: Unembedding
+    image_head: Unembedding
+
+
+def transformer_output(layers: OutputLayers, x: Tensor, text: Tensor, codes: Tensor, *, logits: bool) -> DalleOutput:
+    """Losses and logits from what the last residual block returns.
+
+    Args:
+        x: (B, T + W², width) fp32, or this process's positions of it.
+        text, codes, logits: as `Dalle.forward` takes them.
+    """
+    config = layers.config
+    hidden = layers.tensor.enter(layers.norm(x))
+    of_text, of_image = hidden[:, : config.text_len], hidden[:, config.text_len :]
+    text_logits = image_logits = None
+    if logits:
+        text_logits, image_logits = layers.text_head(of_text), layers.image_head(of_image)
+        text_sum = _summed_cross_entropy(text_logits, text)
+        image_sum = _summed_cross_entropy(image_logits, codes)
+    else:
+        text_sum, image_sum = layers.text_head(of_text, text), layers.image_head(of_image, codes)
+    text_tokens = (text != PADDING).sum()
+    text_loss = text_sum / text_tokens.clamp(min=1)
+    image_loss = image_sum / codes.numel()
+    loss = config.text_weight * text_loss + (1 - config.text_weight) * image_loss
+    return DalleOutput(loss, text_loss, image_loss, text_logits, image_logits, text_tokens)
+
+
+def residual_block(
+    config: DalleConfig, number: int, tensor: TensorGroup = WHOLE, pattern: AttentionPattern | None = None
+) -> ResidualBlock:
+    """The residual block of a number in [0, 2 · depth): attention and MLPs in turn.
+
+    Args:
+        pattern: of an attention block, where blocks of a kind are to share one.
+    """
+    residual_scale = (2 * config.depth) ** -0.5
+    block: ResidualBlock
+    if number % 2:
+        block = MlpBlock(config.width, residual_scale, tensor)
+    else:
+        if pattern is None:
+            kind = configured_kinds(config)[number // 2]
+            pattern = AttentionPattern(kind, config.text_len, config.grid, config.kernel)
+        block = AttentionBlock(pattern, config.width, config.heads, residual_scale, tensor)
+    block.number = number
+    return block
+
+
+def run_block(block: nn.Module, x: Tensor, keep: Tensor | None, checkpointing: Checkpointing) -> Tensor:
+    """What a residual block makes of x; `keep` is that of `SelfAttention`."""
+    inputs = (x, keep) if isinstance(block, AttentionBlock) else (x,)
+    if not torch.is_grad_enabled() or checkpointing == "none":
+        return cast(Tensor, block(*inputs))
+    if checkpointing == "selective":
+        return cast(Tensor, block(*inputs, lean=True))
+    return recomputed(block, *inputs)
+
+
+def kept_text(config: DalleConfig, text: Tensor) -> Tensor | None:
+    """(B, T) bool, the text positions that may be attended to; None where all may, as in the paper.
+
+    Position p holds token p − 1, and position 0 the start of text, which is never padding.
+    """
+    if not config.mask_padding:
+        return None
+    kept = torch.ones_like(text, dtype=torch.bool)
+    kept[:, 1:] = text[:, :-1] != PADDING
+    return kept
+
+
 class Dalle(nn.Module):
     """The autoregressive transformer over text tokens and image codes.
 
@@ -173,9 +276,13 @@ class Dalle(nn.Module):
     Args:
         config: shape of the model.
         checkpointing: what each residual block keeps for the backward pass, as `TrainConfig.activation_checkpointing`.
+        tensor: the processes that divide the layers. Each of them has a `Dalle` of its own, which must be called with the same
+            batch, at the same time; all get the same results.
     """
 
-    def __init__(self, config: DalleConfig, *, checkpointing: Checkpointing = "none") -> None:
+    def __init__(
+        self, config: DalleConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
+    ) -> None:
         super().__init__()
         if checkpointing not in get_args(Checkpointing):
             raise ConfigError(
@@ -183,20 +290,19 @@ class Dalle(nn.Module):
             )
         self.config = config
         self.checkpointing: Checkpointing = checkpointing
+        self.tensor = tensor
         kinds = configured_kinds(config)
-        residual_scale = (2 * config.depth) ** -0.5
-        self.embedding = InputEmbedding(config)
+        self.embedding = InputEmbedding(config, tensor)
         patterns = {
             kind: AttentionPattern(kind, config.text_len, config.grid, config.kernel) for kind in sorted(set(kinds))
         }
         # Flat, and each x → x: gradients are scaled per residual block, and pipelines cut this list.
         self.blocks = nn.ModuleList()
-        for kind in kinds:
-            self.blocks.append(AttentionBlock(patterns[kind], config.width, config.heads, residual_scale))
-            self.blocks.append(MlpBlock(config.width, residual_scale))
-        self.norm = LayerNorm(config.width)
-        self.text_head = Unembedding(config.width, config.text_vocab)
-        self.image_head = Unembedding(config.width, config.image_vocab)
+        for number in range(2 * config.depth):
+            self.blocks.append(residual_block(config, number, tensor, patterns[kinds[number // 2]]))
+        self.norm = LayerNorm(config.width, tensor)
+        self.text_head = Unembedding(config.width, config.text_vocab, tensor)
+        self.image_head = Unembedding(config.width, config.image_vocab, tensor)
 
     def forward(self, text: Tensor, codes: Tensor, *, logits: bool = True) -> DalleOutput:
         """Loss and logits of captioned pictures.
@@ -212,26 +318,15 @@ class Dalle(nn.Module):
             DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking
                 on a GPU would make it wait in every step.
         """
-        self._check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
-        self._check(codes, "codes", self.config.image_len, 0, self.config.image_vocab)
-        if len(text) != len(codes):
-            raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
-        inputs = torch.cat([self.embedding.prefix(text), self.embedding.codes(codes[:, :-1], 0)], dim=1)
-        hidden = self.norm(self._residual_blocks(inputs, self._kept_text(text)))
-        of_text, of_image = hidden[:, : self.config.text_len], hidden[:, self.config.text_len :]
-        text_logits = image_logits = None
-        if logits:
-            text_logits, image_logits = self.text_head(of_text), self.image_head(of_image)
-            text_sum = _summed_cross_entropy(text_logits, text)
-            image_sum = _summed_cross_entropy(image_logits, codes)
-        else:
-            text_sum, image_sum = self.text_head(of_text, text), self.image_head(of_image, codes)
-        text_tokens = (text != PADDING).sum()
-        text_loss = text_sum / text_tokens.clamp(min=1)
-        image_loss = image_sum / codes.numel()
-        weight = self.config.text_weight
-        loss = weight * text_loss + (1 - weight) * image_loss
-        return DalleOutput(loss, text_loss, image_loss, text_logits, image_logits, text_tokens)
+        check_tokens(self.config, text, codes)
+        x = self.residual_blocks(self.embedding(text, codes), kept_text(self.config, text))
+        return transformer_output(self, x, text, codes, logits=logits)
+
+    def residual_blocks(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """What all residual blocks in turn make of x; `keep` is that of `SelfAttention`."""
+        for block in self.blocks:
+            x = run_block(block, x, keep, self.checkpointing)
+        return x
 
     # --- incremental decoding: prefill once, then decode(codes_0, 0), decode(codes_1, 1), …
 
@@ -242,8 +337,11 @@ class Dalle(nn.Module):
             rows: the number of the prompt that each picture continues, counted from 0; or how many pictures, each with a
                 prompt of its own. A prompt's text is kept and read once, however many pictures continue it.
         """
+        if self.tensor.sequence:
+            raise ConfigError("a transformer whose positions are divided (parallel.sequence) cannot draw: leave it out")
         prompt_of_row = range(rows) if isinstance(rows, int) else rows
-        return KVCache(self.config, prompt_of_row, self.weights_dtype, layer_devices(self))
+        heads = self.layers[0][0].attention.heads
+        return KVCache(self.config, prompt_of_row, self.weights_dtype, layer_devices(self), heads)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -270,7 +368,7 @@ class Dalle(nn.Module):
         Returns:
             (rows, image_vocab) fp32 logits of code m.
         """
-        self._check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
+        _check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
         if len(text) != cache.prompts:
             raise DataError(f"the cache has {cache.prompts} prompts, found {len(text)} captions: give one for each")
         x = self.embedding.prefix(text)
@@ -279,11 +377,11 @@ class Dalle(nn.Module):
                 raise DataError(
                     f"codes must have shape (P, m) with m of at most {self.config.image_len - 1}, found {tuple(codes.shape)}"
                 )
-            self._check(codes, "codes", codes.shape[1], 0, self.config.image_vocab)
+            _check(codes, "codes", codes.shape[1], 0, self.config.image_vocab)
             if len(text) != len(codes):
                 raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
             x = torch.cat([x, self.embedding.codes(codes, 0)], dim=1)
-        kept = self._kept_text(text)
+        kept = kept_text(self.config, text)
         cache.keep(kept)
         cache.positions = x.shape[1] - self.config.text_len
         of_row = torch.tensor(cache.prompt_of_row)
@@ -310,65 +408,58 @@ class Dalle(nn.Module):
         """
         if not 0 <= step < self.config.image_len - 1:
             raise ConfigError(f"step must lie in [0, {self.config.image_len - 2}] for this model, found {step}")
-        self._check(codes[:, None], "codes", 1, 0, self.config.image_vocab)
+        _check(codes[:, None], "codes", 1, 0, self.config.image_vocab)
         weights = DecodingWeights(self, reused=False) if weights is None else weights
         return weights.step(codes, step, cache)
 
     # --- export
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Dalle:
+    def from_pretrained(cls, path: str | Path, *, tensor: TensorGroup = WHOLE) -> Dalle:
         """The model in an export or run directory, on the CPU in fp32.
+
+        Args:
+            tensor: the processes that divide its layers, each of which loads its part.
 
         Raises:
             CheckpointError: no transformer there, or weights that do not fit.
         """
         config, weights = load_model(path, "transformer", DalleConfig)
-        model = cls(config)
+        model = cls(config, tensor=tensor)
+        for name, parameter in model.named_parameters():
+            split = split_of(parameter)
+            if split is not None and name in weights:
+                weights[name] = split.cut(weights[name], tensor.rank, tensor.size)
         load_weights(model, weights, path)
         return model.eval()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into folder `path`."""
+        """Write `config.json` and `model.safetensors` into folder `path`; a divided model cannot (`launchers/export.py`)."""
+        if self.tensor.size > 1:
+            raise CheckpointError(
+                f"this process has one of the model's {self.tensor.size} parts: export it from a checkpoint, by "
+                "python launchers/export.py"
+            )
         save_model(path, "transformer", self.config, self.state_dict())
 
-    # --- internals
 
-    def _residual_blocks(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, n, width) fp32, positions 0 … n − 1 → the same."""
-        for block in self.blocks:
-            inputs = (x, keep) if isinstance(block, AttentionBlock) else (x,)
-            if not torch.is_grad_enabled() or self.checkpointing == "none":
-                x = block(*inputs)
-            elif self.checkpointing == "selective":
-                x = block(*inputs, lean=True)
-            else:
-                x = recomputed(block, *inputs)
-        return x
+def check_tokens(config: DalleConfig, text: Tensor, codes: Tensor) -> None:
+    """Raise a `DataError` where captions and pictures are not what `Dalle.forward` takes."""
+    _check(text, "text", config.text_len, PADDING, config.text_vocab)
+    _check(codes, "codes", config.image_len, 0, config.image_vocab)
+    if len(text) != len(codes):
+        raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
 
-    def _kept_text(self, text: Tensor) -> Tensor | None:
-        """(B, T) bool, the text positions that may be attended to; None where all may, as in the paper.
 
-        Position p holds token p − 1, and position 0 the start of text, which is never padding.
-        """
-        if not self.config.mask_padding:
-            return None
-        kept = torch.ones_like(text, dtype=torch.bool)
-        kept[:, 1:] = text[:, :-1] != PADDING
-        return kept
-
-    @staticmethod
-    def _check(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] != length or len(tokens) == 0:
-            raise DataError(f"{name} must have shape (B, {length}) with B of at least 1, found {tuple(tokens.shape)}")
-        if tokens.dtype != torch.int64:
-            raise DataError(f"{name} must be int64, found {tokens.dtype}")
-        if tokens.device.type == "cpu":
-            smallest, largest = (int(bound) for bound in tokens.aminmax())
-            if smallest < lowest or largest >= vocab:
-                raise DataError(
-                    f"{name} must lie in [{lowest}, {vocab - 1}], found values from {smallest} to {largest}"
-                )
+def _check(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:
+    if tokens.dim() != 2 or tokens.shape[1] != length or len(tokens) == 0:
+        raise DataError(f"{name} must have shape (B, {length}) with B of at least 1, found {tuple(tokens.shape)}")
+    if tokens.dtype != torch.int64:
+        raise DataError(f"{name} must be int64, found {tokens.dtype}")
+    if tokens.device.type == "cpu":
+        smallest, largest = (int(bound) for bound in tokens.aminmax())
+        if smallest < lowest or largest >= vocab:
+            raise DataError(f"{name} must lie in [{lowest}, {vocab - 1}], found values from {smallest} to {largest}")
 
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dalle_ds.models.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
 from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_read_per_row
+from dalle_ds.models.layers import Linear, RowParallelLinear, Unembedding
 
 if TYPE_CHECKING:
     from dalle_ds.config import DalleConfig
@@ -36,7 +37,7 @@ class PackedLinear:
         gelu: whether GELU follows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         self.bias = bias
         self.gelu = gelu
         packed = _packed(weight)
@@ -119,6 +120,7 @@ class DecodingWeights:
             self.image_token = model.embedding.image_token
             self.positions = model.embedding.image_positions(0, config.image_len, self.device)
             self.dtype = model.weights_dtype
+            self.heads = model.layers[0][0].attention.heads
 
     def step(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
         """As `Dalle.decode`, of arguments that are right."""
@@ -156,7 +158,7 @@ class DecodingWeights:
         self, codes: Tensor, position: Tensor, cache: KVCache, windows: dict[tuple[str, torch.device], Window]
     ) -> Tensor:
         x = self.image_token(codes) + position
-        parts = (len(codes), 3, self.config.heads, -1)
+        parts = (len(codes), 3, self.heads, -1)
         for weights, kind, layer in zip(self.layers, cache.kinds, cache.layers, strict=True):
             device = layer.codes.device
             x = x.to(device)
@@ -176,13 +178,22 @@ class DecodingWeights:
         gain, bias = norm.weight.float(), norm.bias.float()
         return lambda x: F.layer_norm(x, norm.normalized_shape, gain, bias, norm.eps)
 
-    def _linear(self, linear: nn.Linear, *, gelu: bool = False) -> Layer:
-        if self._ready:
-            weight, bias = linear.weight.detach(), linear.bias.detach()
-            if self.device.type == "cpu":
-                return PackedLinear(weight, bias, gelu=gelu)
-            return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
-        return (lambda x: F.gelu(linear(x))) if gelu else linear
+    def _linear(self, linear: Linear, *, gelu: bool = False) -> Layer:
+        if not self._ready:
+            return (lambda x: F.gelu(linear(x))) if gelu else linear
+        weight, bias = linear.matrix.detach(), linear.bias.detach()
+        if isinstance(linear, RowParallelLinear) and linear.tensor.size > 1:
+            share = self._product(weight, None)
+            return lambda x: linear.tensor.sum_(share(x)).add_(bias)
+        product = self._product(weight, bias, gelu=gelu)
+        if isinstance(linear, Unembedding):
+            return lambda x: linear.tensor.gather(product(x))
+        return product
+
+    def _product(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Layer:
+        if self.device.type == "cpu":
+            return PackedLinear(weight, bias, gelu=gelu)
+        return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
 
 
 class _StepGraph:

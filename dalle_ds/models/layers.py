@@ -3,6 +3,9 @@
 That place is not a matter of taste: under ZeRO-3 a parameter is split over the processes as soon as the constructor of
 its module returns, so nothing can initialize a finished model. All draws come from torch's global generator, which the
 trainer seeds.
+
+Layers that a `TensorGroup` divides draw the whole of their weights and keep this process's piece: a model starts from the
+same weights whatever the group's size.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.models.cross_entropy import linear_cross_entropy
-from dalle_ds.precision import BranchPrecision, branch_linear
+from dalle_ds.parallel import WHOLE, Split, TensorGroup
+from dalle_ds.precision import BranchPrecision, branch_bias, branch_linear
 
 
 class Linear(nn.Linear):
@@ -31,6 +35,11 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=scale * (3 * inputs) ** -0.5)
         nn.init.zeros_(self.bias)
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (outputs, inputs)."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         """(…, inputs) → (…, outputs)."""
         if self.precision is not None:
@@ -38,15 +47,87 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
+class ColumnParallelLinear(Linear):
+    """A linear layer whose outputs are divided among a tensor group.
+
+    Args:
+        fused: matrices of equal size that the weight consists of, one above the other: 3 for queries, keys and values. Each is
+            divided by itself.
+    """
+
+    def __init__(self, inputs: int, outputs: int, tensor: TensorGroup = WHOLE, *, fused: int = 1) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = tensor.divide(self.weight, Split(0, fused))
+        self.bias = tensor.divide(self.bias, Split(0, fused))
+        self.weight.fused = fused  # type: ignore[attr-defined]
+        self.out_features = outputs // tensor.size
+
+
+class RowParallelLinear(Linear):
+    """A linear layer whose inputs are divided among a tensor group, and whose outputs leave it (`TensorGroup.leave`).
+
+    Args:
+        scale: of the initial weights.
+        input_major: the weight is stored as (inputs, outputs). ZeRO-3, and with it PowerSGD, cuts a weight along its first
+            axis, for which the paper takes the inputs in the second layer of an MLP (DALL·E Table 2).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, tensor: TensorGroup = WHOLE, *, scale: float = 1.0, input_major: bool = False
+    ) -> None:
+        super().__init__(inputs, outputs, scale=scale)
+        self.tensor = tensor
+        self.input_major = input_major
+        if input_major:
+            self.weight = nn.Parameter(self.weight.detach().t().contiguous())
+        self.weight = tensor.divide(self.weight, Split(0 if input_major else 1))
+        self.in_features = inputs // tensor.size
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (outputs, inputs)."""
+        return self.weight.t() if self.input_major else self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, n, inputs of this process) → (B, n, outputs), or this process's positions of it."""
+        if self.tensor.size == 1:
+            return self._multiply(input, self.bias)
+        share = self.tensor.leave(self._multiply(input, None))
+        # Once, not on every process before the sum.
+        bias = self.tensor.shared(self.bias)
+        return share + bias if self.precision is None else branch_bias(share, bias, self.precision)
+
+    def _multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if self.precision is not None:
+            return branch_linear(input, self.weight, bias, self.precision, input_major=self.input_major)
+        if not self.input_major:
+            return F.linear(input, self.weight, bias)
+        # The weight itself, not a view of it, is what autograd keeps: ZeRO-3 can take it away meanwhile.
+        rows = input.flatten(0, -2)
+        product = torch.mm(rows, self.weight) if bias is None else torch.addmm(bias, rows, self.weight)
+        return product.view(*input.shape[:-1], product.shape[-1])
+
+
 class Unembedding(Linear):
-    """Logits of a vocabulary, fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2)."""
+    """Logits of a vocabulary, fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2).
+
+    The vocabulary is divided among a tensor group, all of whose processes have the hidden states and get all logits.
+    """
+
+    def __init__(self, inputs: int, outputs: int, tensor: TensorGroup = WHOLE) -> None:
+        super().__init__(inputs, outputs)
+        self.tensor = tensor
+        self.weight = tensor.divide(self.weight, Split(0))
+        self.bias = tensor.divide(self.bias, Split(0))
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """(…, inputs) → (…, outputs), multiplied out in fp32; given targets (…), their `linear_cross_entropy` instead."""
         with _without_autocast(input.device.type):  # would make logits 16-bit
             if targets is not None:
-                return linear_cross_entropy(input.flatten(0, -2), self.weight, self.bias, targets.flatten())
-            return F.linear(input.float(), self.weight.float(), self.bias.float())
+                return linear_cross_entropy(
+                    input.flatten(0, -2), self.weight, self.bias, targets.flatten(), self.tensor
+                )
+            return self.tensor.gather(F.linear(input.float(), self.weight.float(), self.bias.float()))
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
@@ -63,9 +144,37 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
+class VocabParallelEmbedding(Embedding):
+    """An embedding table whose rows are divided among a tensor group, all of whose processes get whole vectors."""
+
+    def __init__(self, count: int, width: int, tensor: TensorGroup = WHOLE) -> None:
+        super().__init__(count, width)
+        self.tensor = tensor
+        self.weight = tensor.divide(self.weight, Split(0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…) int64 in [0, count) → (…, width)."""
+        if self.tensor.size == 1:
+            return super().forward(input)
+        rows = self.num_embeddings // self.tensor.size
+        local = input - self.tensor.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.tensor.reduce(found.masked_fill(elsewhere[..., None], 0.0))
+
+
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization of the fp32 residual stream, whatever the dtype of its gain and bias."""
+    """Layer normalization of the fp32 residual stream, whatever the dtype of its gain and bias.
+
+    Args:
+        tensor: the group that divides the positions of the stream, if `sequence` is set.
+    """
+
+    def __init__(self, width: int, tensor: TensorGroup = WHOLE) -> None:
+        super().__init__(width)
+        self.tensor = tensor
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the last axis of `input`, fp32 → fp32."""
-        return F.layer_norm(input, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        gain, bias = self.tensor.shared(self.weight), self.tensor.shared(self.bias)
+        return F.layer_norm(input, self.normalized_shape, gain.float(), bias.float(), self.eps)

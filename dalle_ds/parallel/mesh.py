@@ -1,26 +1,52 @@
-"""The processes of a run and what they do together."""
+"""The processes of a run, how they divide its work, and what they do together.
+
+Ranks are numbered along four axes, the last of which changes fastest, so that the processes that talk most are neighbours
+(design decision 1):
+
+    rank = ((replica · pipe + stage) · shards + shard) · tensor + part
+
+    replica   holds everything once; gradients cross between replicas once per update
+    stage     of a pipeline: a run of consecutive residual blocks
+    shard     sees data of its own; ZeRO divides optimizer state, gradients and weights among the shards
+    part      of every layer's matrices
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.config import DalleConfig, ParallelConfig
 from dalle_ds.errors import ConfigError, DalleError
+from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
 Value = TypeVar("Value")
+Axis = Literal["world", "data", "replica", "pipe", "shard", "tensor", "model"]
+"""Processes that differ in these places only: "data" in replica and shard, "model" in stage and part, "world" in all."""
+
+_COORDINATES: dict[Axis, tuple[int, ...]] = {
+    "world": (0, 1, 2, 3),
+    "data": (0, 2),
+    "replica": (0,),
+    "pipe": (1,),
+    "shard": (2,),
+    "tensor": (3,),
+    "model": (1, 3),
+}
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place among the processes that share the run's data.
+    """This process's place among the processes of a run; also what DeepSpeed calls an `mpu`.
 
     Every method that communicates must be called by all ranks, in the same order.
     """
@@ -31,11 +57,71 @@ class Mesh:
     """Number of processes."""
     device: torch.device
     """Where this process computes."""
+    degrees: ParallelConfig = field(default_factory=ParallelConfig)
+    """Replicas, stages and parts; `shards` is what they leave over."""
+    groups: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Process groups by `Axis`; None or absent where they are all processes."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes files and talks to the user."""
         return self.rank == 0
+
+    # --- places
+
+    @property
+    def shards(self) -> int:
+        """Processes of one replica, stage and part, which divide data and, under ZeRO, state."""
+        return self.world_size // (self.degrees.replicas * self.degrees.pipe * self.degrees.tensor)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Replicas, stages, shards, parts."""
+        return self.degrees.replicas, self.degrees.pipe, self.shards, self.degrees.tensor
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Number of this process's replica, stage, shard and part."""
+        return _place(self.rank, self.sizes)
+
+    def size(self, axis: Axis) -> int:
+        """Processes along an axis."""
+        size = 1
+        for coordinate in _COORDINATES[axis]:
+            size *= self.sizes[coordinate]
+        return size
+
+    def index(self, axis: Axis) -> int:
+        """This process's number along an axis."""
+        index = 0
+        for coordinate in _COORDINATES[axis]:
+            index = index * self.sizes[coordinate] + self.place[coordinate]
+        return index
+
+    def ranks(self, axis: Axis) -> list[int]:
+        """Ranks of this process's group along an axis, in their order."""
+        fixed = [c for c in range(4) if c not in _COORDINATES[axis]]
+        return [
+            rank for rank in range(self.world_size) if all(_place(rank, self.sizes)[c] == self.place[c] for c in fixed)
+        ]
+
+    def group(self, axis: Axis) -> Any:
+        """The process group along an axis; None stands for all processes."""
+        return self.groups.get(axis)
+
+    @property
+    def tensor(self) -> TensorGroup:
+        """The processes that divide this one's layers."""
+        return TensorGroup(self.index("tensor"), self.degrees.tensor, self.group("tensor"), self.degrees.sequence)
+
+    def describe(self) -> str:
+        """Processes, where they compute, and how they are arranged, for the user."""
+        counts = zip(self.sizes, ("replicas", "stages", "shards", "tensor parts"), strict=True)
+        axes = " × ".join(f"{count} {name}" for count, name in counts if count > 1)
+        arranged = f" ({axes})" if self.world_size > self.shards else ""
+        return f"{self.world_size} × {self.device.type}{arranged}"
+
+    # --- how it begins and ends
 
     @classmethod
     def start(cls, device: str = "auto", timeout_minutes: int = 30) -> Mesh:
@@ -79,11 +165,65 @@ class Mesh:
                 ) from error
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all ranks, as a new tensor on this process's device."""
+    @classmethod
+    def tensor_group(cls, device: str) -> TensorGroup:
+        """All processes of the launch as one tensor group; `WHOLE`, at no cost, where the process was started alone.
+
+        Raises:
+            ConfigError: as `start`.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return WHOLE
+        mesh = cls.start(device)
+        return mesh.divide(ParallelConfig(tensor=mesh.world_size)).tensor
+
+    def divide(self, degrees: ParallelConfig) -> Mesh:
+        """The same processes, arranged along the axes. Collective.
+
+        Raises:
+            ConfigError: the degrees do not divide the number of processes.
+        """
+        taken = degrees.replicas * degrees.pipe * degrees.tensor
+        if self.world_size % taken:
+            raise ConfigError(
+                f"parallel.replicas={degrees.replicas} × parallel.pipe={degrees.pipe} × parallel.tensor={degrees.tensor} = "
+                f"{taken} does not divide the {self.world_size} processes: start a multiple of {taken} processes, or lower a "
+                "degree"
+            )
+        bare = replace(self, degrees=degrees, groups={})
+        return replace(bare, groups=_groups(self.world_size, bare.sizes))
+
+    def check(self, model: DalleConfig) -> None:
+        """Raise a `ConfigError` where a transformer cannot be divided so."""
+        tensor, pipe = self.degrees.tensor, self.degrees.pipe
+        counts = {
+            "model.heads": model.heads,
+            "model.text_vocab": model.text_vocab,
+            "model.image_vocab": model.image_vocab,
+        }
+        for name, count in counts.items():
+            if count % tensor:
+                raise ConfigError(
+                    f"{name}={count} cannot be divided among parallel.tensor={tensor} processes: set it to a multiple of "
+                    f"{tensor}, or parallel.tensor to a divisor of {count}"
+                )
+        if self.degrees.sequence and model.total_len % tensor:
+            raise ConfigError(
+                f"parallel.sequence divides the model's {model.total_len} positions (model.text_len={model.text_len} + "
+                f"model.grid={model.grid}²) among parallel.tensor={tensor} processes, which does not come out even: leave "
+                "it out, or change parallel.tensor"
+            )
+        if pipe > 2 * model.depth:
+            raise ConfigError(
+                f"parallel.pipe={pipe} is more than the model's {2 * model.depth} residual blocks (model.depth="
+                f"{model.depth}): lower it"
+            )
+
+    def sum(self, value: Tensor, over: Axis = "data") -> Tensor:
+        """The sum of `value` over the processes along an axis, as a new tensor on this process's device."""
         total = value.detach().to(self.device, copy=True)
-        if self.world_size > 1:
-            dist.all_reduce(total)
+        if self.size(over) > 1:
+            dist.all_reduce(total, group=self.group(over))
         return total
 
     def decide(self, choose: Callable[[], Value]) -> Value:
@@ -113,6 +253,68 @@ class Mesh:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    # --- what DeepSpeed asks an `mpu`: the model axis is that of parts, the data axis that of shards
+
+    def get_data_parallel_group(self) -> Any:
+        """Process group of the shards."""
+        return self.group("shard") or dist.group.WORLD
+
+    def get_data_parallel_rank(self) -> int:
+        """Number of this process's shard."""
+        return self.index("shard")
+
+    def get_data_parallel_world_size(self) -> int:
+        """Shards."""
+        return self.shards
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Ranks of the shards."""
+        return self.ranks("shard")
+
+    def get_model_parallel_group(self) -> Any:
+        """Process group of the parts."""
+        return self.group("tensor") or dist.group.WORLD
+
+    def get_model_parallel_rank(self) -> int:
+        """Number of this process's part."""
+        return self.index("tensor")
+
+    def get_model_parallel_world_size(self) -> int:
+        """Parts."""
+        return self.degrees.tensor
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def _place(rank: int, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    rest, part = divmod(rank, sizes[3])
+    rest, shard = divmod(rest, sizes[2])
+    replica, stage = divmod(rest, sizes[1])
+    return replica, stage, shard, part
+
+
+@cache
+def _groups(world_size: int, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Groups along every axis that this process belongs to. Collective; kept, since groups are not given back."""
+    own = dist.get_rank()
+    found: dict[str, Any] = {}
+    for axis, coordinates in _COORDINATES.items():
+        fixed = [c for c in range(4) if c not in coordinates]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(world_size):
+            place = _place(rank, sizes)
+            members.setdefault(tuple(place[c] for c in fixed), []).append(rank)
+        if len(members) == 1:
+            found[axis] = None  # all processes
+            continue
+        for ranks in members.values():
+            group = dist.new_group(ranks)  # every process must take part in making every group
+            if own in ranks:
+                found[axis] = group
+    return found
 
 
 def _pick_device(device: str, local_rank: int) -> torch.device:

@@ -42,18 +42,26 @@ def enter_branch(x: Tensor, precision: BranchPrecision) -> Tensor:
     return _Enter.apply(x, precision)
 
 
-def branch_linear(x: Tensor, weight: Tensor, bias: Tensor, precision: BranchPrecision) -> Tensor:
+def branch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, precision: BranchPrecision, *, input_major: bool = False
+) -> Tensor:
     """x · weightᵀ + bias inside the branch.
 
     Args:
         x: (…, inputs) in the branch's dtype.
         weight: (outputs, inputs) fp32; bias: (outputs,) fp32. Their gradients are fp32, without the factor; that of the
             weight comes from a 16-bit product, that of the bias is summed in fp32.
+        input_major: the weight is (inputs, outputs).
 
     Returns:
         (…, outputs) in the branch's dtype.
     """
-    return _Linear.apply(x, weight, bias, precision)
+    return _Linear.apply(x, weight, bias, precision, input_major)
+
+
+def branch_bias(x: Tensor, bias: Tensor, precision: BranchPrecision) -> Tensor:
+    """x + bias inside the branch, for a product that had none; gradients as those of `branch_linear`."""
+    return _Bias.apply(x, bias, precision)
 
 
 def join_branch(x: Tensor, branch: Tensor, precision: BranchPrecision) -> Tensor:
@@ -87,24 +95,44 @@ class _Linear(torch.autograd.Function):
     # ZeRO-3 had just split. The fp32 parameter itself costs nothing to keep, and ZeRO-3 brings it back when it is needed.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, precision: BranchPrecision) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, precision: BranchPrecision, input_major: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.precision = precision
+        ctx.precision, ctx.input_major = precision, input_major
         dtype = precision.dtype
-        product = torch.addmm(bias.to(dtype), x.flatten(0, -2), weight.to(dtype).t())
-        return product.view(*x.shape[:-1], len(weight))
+        matrix = weight.to(dtype) if input_major else weight.to(dtype).t()
+        rows = x.flatten(0, -2)
+        product = rows @ matrix if bias is None else torch.addmm(bias.to(dtype), rows, matrix)
+        return product.view(*x.shape[:-1], matrix.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         precision: BranchPrecision = ctx.precision
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
-        d_x = (rows @ weight.to(precision.dtype)).view(x.shape) if of_x else None
-        d_weight = _unscaled(rows.t() @ x.flatten(0, -2), precision) if of_weight else None
-        d_bias = rows.sum(0, dtype=torch.float32).div_(precision.factor) if of_bias else None
-        return d_x, d_weight, d_bias, None
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        rows, inputs = gradient.flatten(0, -2), x.flatten(0, -2)
+        d_x = d_weight = None
+        if of_x:
+            matrix = weight.to(precision.dtype)
+            d_x = (rows @ (matrix.t() if ctx.input_major else matrix)).view(x.shape)
+        if of_weight:
+            d_weight = _unscaled(inputs.t() @ rows if ctx.input_major else rows.t() @ inputs, precision)
+        d_bias = _summed(rows, precision) if of_bias else None
+        return d_x, d_weight, d_bias, None, None
+
+
+class _Bias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, precision: BranchPrecision) -> Tensor:
+        ctx.precision = precision
+        return x + bias.to(precision.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, _summed(gradient.flatten(0, -2), ctx.precision), None
 
 
 class _Join(torch.autograd.Function):
@@ -123,3 +151,8 @@ class _Join(torch.autograd.Function):
 def _unscaled(gradient: Tensor, precision: BranchPrecision) -> Tensor:
     # A factor of shape (1,), not (), makes the division one of fp32 numbers.
     return gradient / precision.factor
+
+
+def _summed(rows: Tensor, precision: BranchPrecision) -> Tensor:
+    """Gradient of a bias."""
+    return rows.sum(0, dtype=torch.float32).div_(precision.factor)

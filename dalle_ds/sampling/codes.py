@@ -182,6 +182,8 @@ def pictures_at_once(model: Dalle, num: int, *, guided: bool) -> int:
     fit = (budget - prompt) // picture  # of one prompt
     if fit > num:
         fit = int((budget - prompt) / (picture + prompt / num))  # the first prompt may have begun in the batch before
+    if model.tensor.size > 1:  # all processes of a group must draw the same batches
+        fit = -int(model.tensor.max_(torch.tensor([-fit], device=device)))
     return max(1, fit // ROWS) * ROWS
 
 

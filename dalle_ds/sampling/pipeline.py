@@ -18,6 +18,7 @@ from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import decoding_device
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import export_folder
+from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.sampling.codes import Progress, sample_codes
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
@@ -79,6 +80,7 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         *,
         max_memory: Mapping[int | str, int | str] | None = None,
+        tensor: TensorGroup = WHOLE,
     ) -> TextToImage:
         """Load what a transformer run exports: transformer, `tokenizer.model` and the folder `dvae`.
 
@@ -88,6 +90,8 @@ class TextToImage:
                 (`load_spread`).
             dtype: of the transformer's weights, fp32, bf16 or fp16; the dVAE stays in fp32.
             max_memory: as in `load_spread`, for "auto" only.
+            tensor: the processes that divide the transformer's layers. Each has a `TextToImage` of its own, all of which must
+                be asked for the same at the same time, and draw the same.
 
         Raises:
             CheckpointError: something is missing or does not belong together.
@@ -97,11 +101,13 @@ class TextToImage:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, found {dtype}")
         folder = export_folder(path)
         if device == "auto":
+            if tensor.size > 1:
+                raise ConfigError("device=auto spreads a transformer by itself: name the device of each process instead")
             model = load_spread(folder, dtype, max_memory=max_memory)
         else:
             if max_memory is not None:
                 raise ConfigError(f"max_memory needs device=auto, found device={device}")
-            model = Dalle.from_pretrained(folder).to(device=_usable(device), dtype=dtype)
+            model = Dalle.from_pretrained(folder, tensor=tensor).to(device=_usable(device), dtype=dtype)
         for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(

@@ -88,7 +88,8 @@ def reference_hidden(model: Dalle, text: Tensor, codes: Tensor) -> Tensor:
                     attended[position, head] = scores.softmax(0) @ v[keys][:, head]
             x = x + linear(attended, f"{name}.attention.out")
             name = f"blocks.{2 * layer + 1}"
-            x = x + linear(F.gelu(linear(norm(x, f"{name}.norm"), f"{name}.up")), f"{name}.down")
+            hidden = F.gelu(linear(norm(x, f"{name}.norm"), f"{name}.up"))
+            x = x + hidden @ weights[f"{name}.down.weight"] + weights[f"{name}.down.bias"]  # stored (inputs, outputs)
         outputs.append(norm(x, "norm"))
     return torch.stack(outputs)
 
@@ -267,7 +268,8 @@ def test_initial_weights() -> None:
         elif "norm" in name:
             assert torch.equal(value, torch.ones_like(value)), name
         else:
-            expected = 0.02 if name.startswith("embedding") else (3 * value.shape[1]) ** -0.5
+            inputs = value.shape[0] if name.endswith("down.weight") else value.shape[1]
+            expected = 0.02 if name.startswith("embedding") else (3 * inputs) ** -0.5
             if name.endswith(("out.weight", "down.weight")):
                 expected /= math.sqrt(8)
             assert value.std().item() == pytest.approx(expected, rel=0.15), name

@@ -1,0 +1,90 @@
+"""Runs a transformer divided among the launched processes; started by test_tensor.py with the deepspeed launcher.
+
+Arguments: a JSON file with {"out": folder, "cases": [{"name", "sequence", "checkpointing", "scale"}], "pictures": …}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dalle_ds.config import DalleConfig, ParallelConfig, from_dict
+from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.parallel import Mesh, TensorGroup, split_of
+from dalle_ds.precision import BranchPrecision
+from dalle_ds.sampling import TextToImage
+from dalle_ds.tokenizer import Tokenizer
+
+
+def gathered(local: Tensor, parameter: Tensor, group: TensorGroup) -> Tensor:
+    """The whole of something that is divided as a parameter is; what is not divided must be the same everywhere."""
+    pieces = [torch.empty_like(local) for _ in range(group.size)]
+    dist.all_gather(pieces, local.contiguous(), group=group.group)
+    split = split_of(parameter)
+    if split is not None:
+        return split.join(pieces)
+    for piece in pieces:
+        assert torch.equal(piece, local), "processes disagree on a parameter that they share"
+    return local
+
+
+def losses(case: dict[str, Any], config: DalleConfig, batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    tensor = mesh.divide(ParallelConfig(tensor=mesh.world_size, sequence=case["sequence"])).tensor
+    torch.manual_seed(0)
+    model = Dalle(config, checkpointing=case["checkpointing"], tensor=tensor)
+    if case["scale"]:
+        for block in model.blocks:
+            block.use(BranchPrecision(torch.float32, torch.tensor([float(case["scale"])])))
+    result = {name: gathered(p.detach(), p, tensor) for name, p in model.named_parameters()}
+    output = model(batch["text"], batch["codes"], logits=case["logits"])
+    output.loss.backward()
+    result |= {
+        f"{name}.grad": gathered(p.grad, p, tensor) for name, p in model.named_parameters() if p.grad is not None
+    }
+    result |= {"loss": output.loss.detach(), "text_loss": output.text_loss.detach()}
+    if case["logits"]:
+        assert output.text_logits is not None and output.image_logits is not None
+        result |= {"text_logits": output.text_logits.detach(), "image_logits": output.image_logits.detach()}
+    return {name: value.clone() for name, value in result.items()}
+
+
+def pictures(job: dict[str, Any], config: DalleConfig, mesh: Mesh) -> dict[str, Tensor]:
+    """Codes that processes draw together, with weights made ready for many steps and without."""
+    torch.manual_seed(0)
+    model = Dalle(config, tensor=mesh.divide(ParallelConfig(tensor=mesh.world_size)).tensor).eval()
+    pipeline = TextToImage(model, DiscreteVAE.from_pretrained(job["dvae"]), Tokenizer.load(job["tokenizer"]))
+    drawn = pipeline.generate(job["prompts"], num=3, seed=5)
+    flat = [picture.tobytes() for row in drawn for picture in row]
+    stacked = torch.stack([torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in flat])
+    text, _ = pipeline.tokenizer.encode_padded(job["prompts"], config.text_len)
+    cache = model.new_cache(len(text))
+    logits = [model.prefill(text, cache)]
+    for step in range(config.image_len - 1):
+        logits.append(model.decode(torch.full((len(text),), step % config.image_vocab), step, cache))
+    return {"pictures": stacked, "decoded": torch.stack(logits)}
+
+
+def main() -> None:
+    mesh = Mesh.start("cpu")
+    job = json.loads(Path(sys.argv[-1]).read_text())
+    config = from_dict(DalleConfig, job["model"], "test")
+    out = Path(job["out"])
+    batch = torch.load(out / "batch.pt", weights_only=True)
+    for case in job["cases"]:
+        result = losses(case, config, batch, mesh)
+        if mesh.is_main:
+            torch.save(result, out / f"{case['name']}-{mesh.world_size}.pt")
+    drawn = pictures(job, config, mesh)
+    if mesh.is_main:
+        torch.save(drawn, out / f"drawn-{mesh.world_size}.pt")
+    mesh.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A transformer divided among 2 and 4 processes is the same transformer: weights, losses, gradients, logits, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_ds.config import to_dict
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.parallel import Split, TensorGroup, split_of
+from dalle_ds.sampling import TextToImage
+from dalle_ds.tokenizer import Tokenizer
+from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+
+WORKER = Path(__file__).with_name("tensor_worker.py")
+CONFIG = dataclasses.replace(
+    TINY_DALLE, heads=4, attention=("row", "column", "conv", "full"), kernel=3, mask_padding=True
+)
+PROMPTS = ["a red circle", "a blue square"]
+
+
+def case(name: str, **changes: Any) -> dict[str, Any]:
+    return {"name": name, "sequence": False, "checkpointing": "none", "scale": 0, "logits": False, **changes}
+
+
+CASES = [
+    case("plain"),
+    case("logits", logits=True),
+    case("selective", checkpointing="selective"),
+    case("full", checkpointing="full"),
+    case("scaled", scale=1024),
+    case("sequence", sequence=True),
+    case("sequence-logits", sequence=True, logits=True),
+    case("sequence-selective", sequence=True, checkpointing="selective"),
+    case("sequence-full-scaled", sequence=True, checkpointing="full", scale=1024),
+]
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(0, CONFIG.text_vocab, (3, CONFIG.text_len), generator=generator)
+    for row, length in enumerate((2, CONFIG.text_len, 5)):
+        text[row, length:] = -1
+    return {"text": text, "codes": torch.randint(0, CONFIG.image_vocab, (3, CONFIG.image_len), generator=generator)}
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Tensor]:
+    """What one process computes."""
+    torch.manual_seed(0)
+    model = Dalle(CONFIG)
+    result = {name: p.detach().clone() for name, p in model.named_parameters()}
+    output = model(**batch())
+    output.loss.backward()
+    result |= {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = ("loss", "text_loss", "text_logits", "image_logits")
+    return result | {name: getattr(output, name).detach() for name in names}
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory, dvae_export: Path, tokenizer_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tensor")
+    torch.save(batch(), folder / "batch.pt")
+    job = {"out": str(folder), "model": to_dict(CONFIG), "cases": CASES, "prompts": PROMPTS}
+    job |= {"dvae": str(dvae_export), "tokenizer": str(tokenizer_file)}
+    (folder / "job.json").write_text(json.dumps(job))
+    for processes in (2, 4):
+        command = [*deepspeed_command(processes), str(WORKER), str(folder / "job.json")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", [entry["name"] for entry in CASES])
+def test_it_is_the_same_model(whole: dict[str, Tensor], divided: Path, name: str, processes: int) -> None:
+    found = torch.load(divided / f"{name}-{processes}.pt", weights_only=True)
+    gradients = {key for key in whole if key.endswith(".grad")}
+    assert {key for key in found if key.endswith(".grad")} == gradients and len(gradients) > 50
+    for key, value in found.items():
+        if key + ".grad" in gradients:
+            assert torch.equal(value, whole[key]), f"{key} does not start from the same numbers"
+        else:
+            assert value.shape == whole[key].shape, key
+            assert (value - whole[key]).abs().max() < 1e-5 * max(1.0, float(whole[key].abs().max())), key
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("processes", [2, 4])
+def test_it_draws_the_same_pictures(divided: Path, dvae_export: Path, tokenizer_file: Path, processes: int) -> None:
+    found = torch.load(divided / f"drawn-{processes}.pt", weights_only=True)
+    torch.manual_seed(0)
+    model = Dalle(CONFIG).eval()
+    pipeline = TextToImage(model, DiscreteVAE.from_pretrained(dvae_export), Tokenizer.load(tokenizer_file))
+    drawn = [picture.tobytes() for row in pipeline.generate(PROMPTS, num=3, seed=5) for picture in row]
+    assert [bytes(row.tolist()) for row in found["pictures"]] == drawn
+    assert len(set(drawn)) > 1
+    text, _ = pipeline.tokenizer.encode_padded(PROMPTS, CONFIG.text_len)
+    codes = (torch.arange(CONFIG.image_len) % CONFIG.image_vocab).expand(len(text), -1)
+    with torch.no_grad():
+        logits = model(text, codes).image_logits
+    assert logits is not None
+    torch.testing.assert_close(found["decoded"].transpose(0, 1), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("split", "shape"), [(Split(0), (12, 5)), (Split(1), (3, 8)), (Split(0, 3), (24,))])
+def test_pieces_join_to_the_whole(split: Split, shape: tuple[int, ...]) -> None:
+    whole = torch.randn(shape)
+    pieces = [split.cut(whole, rank, 4) for rank in range(4)]
+    assert all(piece.numel() == whole.numel() // 4 for piece in pieces)
+    assert torch.equal(split.join(pieces), whole)
+
+
+def test_fused_matrices_are_divided_by_head() -> None:
+    """Each process gets the queries, keys and values of its own heads."""
+    whole = torch.arange(12).repeat_interleave(2)  # 3 × 4 heads of size 2
+    assert Split(0, 3).cut(whole, 1, 2).unique().tolist() == [2, 3, 6, 7, 10, 11]
+
+
+def test_a_part_loads_its_own_of_an_export_and_cannot_be_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Dalle(CONFIG)
+    model.save_pretrained(tmp_path)
+    part = Dalle.from_pretrained(tmp_path, tensor=TensorGroup(1, 2))
+    for (name, piece), whole in zip(part.named_parameters(), model.parameters(), strict=True):
+        split = split_of(piece)
+        expected = whole if split is None else split.cut(whole, 1, 2)
+        assert torch.equal(piece, expected), name
+    assert {name.rsplit(".", 2)[-2] for name, p in part.named_parameters() if split_of(p) is not None} == {
+        *("qkv", "out", "up", "down", "text_token", "image_token", "text_head", "image_head")
+    }
+    with pytest.raises(CheckpointError, match="one of the model's 2 parts"):
+        part.save_pretrained(tmp_path / "part")
+
+
+def test_divided_positions_cannot_draw() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.sequence"):
+        Dalle(CONFIG, tensor=TensorGroup(0, 2, sequence=True)).new_cache(1)
