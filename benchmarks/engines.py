@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dalle_ds.config import TransformerRun
 from dalle_ds.models import Dalle
+from dalle_ds.models.dalle import ResidualBlock
+from dalle_ds.models.pipeline import pipeline_layers
 from dalle_ds.optim import resblock_groups
 from dalle_ds.parallel import Mesh
 
@@ -19,6 +21,10 @@ class BatchLoss:
     def weight_of(self, batch: dict[str, Tensor]) -> Tensor:
         """Batches without padding all weigh the same."""
         return torch.ones((), device=batch["codes"].device)
+
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the transformer takes of a batch."""
+        return batch["text"], batch["codes"]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """() loss, and no other figures."""
@@ -33,28 +39,56 @@ def build_updater(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) 
     """An engine around `run.model`, and the `Updater` that trains it.
 
     Args:
-        run: `model`, `train`, `optim`, `scaling` and `seed` are used.
+        run: `model`, `train`, `parallel`, `powersgd`, `optim`, `scaling` and `seed` are used.
         json_config: the DeepSpeed JSON's content.
-        mesh: from `Mesh.start`, before DeepSpeed is imported.
+        mesh: from `Mesh.start`, before DeepSpeed is imported; divided here.
     """
+    from dalle_ds.parallel.pipeline import Pipeline
     from dalle_ds.training.deepspeed_config import resolve
     from dalle_ds.training.engine import build_engine, scale_gradients
+    from dalle_ds.training.gradients import MasterGradients
+    from dalle_ds.training.passes import passes_of
+    from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.update import Updater
 
+    mesh = mesh.divide(run.parallel)
     config = resolve(json_config, run, mesh.world_size)
     torch.manual_seed(run.seed)
+    options: dict[str, Any] = {"checkpointing": run.train.activation_checkpointing, "tensor": mesh.tensor}
+
+    def build_model() -> nn.Module:
+        if mesh.size("pipe") > 1:
+            return Pipeline(pipeline_layers(run.model, **options), mesh)
+        return Dalle(run.model, **options)
+
+    def blocks_of(model: nn.Module) -> list[ResidualBlock]:
+        return [module for module in model.modules() if isinstance(module, ResidualBlock)]
+
     engine = build_engine(
-        lambda: Dalle(run.model, checkpointing=run.train.activation_checkpointing),
-        lambda model: resblock_groups(model, list(model.blocks), run.optim),
+        build_model,
+        lambda model: resblock_groups(model, blocks_of(model), run.optim),
         run.optim,
         config,
         mesh,
         run.seed,
     )
-    scales = None
+    scales = replicas = None
     if config.precision == "fp16":
-        scales = scale_gradients(list(engine.module.blocks), run.scaling, config.precision, mesh)
+        blocks = blocks_of(engine.module)
+        scales = scale_gradients(blocks, 2 * run.model.depth, run.scaling, config.precision, mesh)
+    if mesh.size("replica") > 1:
+        replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
+    task: Any = BatchLoss()
     updater = Updater(
-        BatchLoss(), engine, mesh, run.optim, scales=scales, scaling=run.scaling, average=None, numerics=None
+        task,
+        engine,
+        passes_of(task, engine, mesh),
+        mesh,
+        run.optim,
+        scales=scales,
+        scaling=run.scaling,
+        average=None,
+        numerics=None,
+        replicas=replicas,
     )
     return engine, updater

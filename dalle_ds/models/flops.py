@@ -45,6 +45,21 @@ def model_flops(config: DalleConfig) -> Flops:
     return Flops(3 * _projections(config), attention, 3 * _heads(config))
 
 
+def layer_flops(config: DalleConfig) -> list[float]:
+    """Operations of one sequence in a forward pass, layer by layer: embeddings, residual blocks, heads.
+
+    Attention counts those pairs that are computed, on a GPU where there is one.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    products = 2 * config.total_len * config.width**2
+    embeddings = 4.0 * config.total_len * config.width
+    costs = [embeddings]
+    for kind in configured_kinds(config):
+        _, pairs = executed_pairs(kind, config, torch.bfloat16, device)
+        costs += [4.0 * products + 4.0 * config.width * pairs, 8.0 * products]
+    return [*costs, float(_heads(config))]
+
+
 def decoding_flops(config: DalleConfig, position: int) -> int:
     """Of one step of decoding for one picture, at image position `position`: nothing is computed that is not needed."""
     read = bytes_read_per_row(config, torch.int8, position).values()  # a key and a value of `width` bytes each

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dalle_ds.config import OptimConfig
+from dalle_ds.parallel import split_of
 
 Groups = list[dict[str, Any]]
 
@@ -15,31 +16,58 @@ Groups = list[dict[str, Any]]
 def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
     """Weight matrices and kernels with `weight_decay`; gains, biases and embeddings with none.
 
-    Works on modules that ZeRO-3 has partitioned, whose tensors are empty, by their recorded shapes.
+    Works on modules that ZeRO-3 has partitioned, whose tensors are empty, by their recorded shapes. Each group has a "name".
     """
     matrices, others = _split(model.modules())
-    return _present({"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    return _present(
+        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
+        {"name": "others", "params": others, "weight_decay": 0.0},
+    )
 
 
-def resblock_groups(model: nn.Module, blocks: Sequence[nn.Module], optim: OptimConfig) -> Groups:
+def resblock_groups(model: nn.Module, blocks: Sequence[Any], optim: OptimConfig) -> Groups:
     """Two groups for each residual block, its matrices and its vectors; after them, those of all other parameters.
 
     ZeRO never mixes groups in a shard: so each shard's gradients belong to one block, whose update can be left out
     (DALL·E App. D). A group's "block" is the number of its block, None outside of them. Its "moments" are
-    `optim.moments` for the blocks' matrices and fp32 for all else, as in the paper.
+    `optim.moments` for the blocks' matrices and fp32 for all else, as in the paper. Its "name" is the same in every layout.
+
+    Parameters that a tensor group divides and those that it does not are in groups apart, since the whole of a norm is
+    added up from them in different ways; the former's "divided" is True.
+
+    Args:
+        blocks: those of `model`, each with its `number`.
     """
     groups: Groups = []
-    for number, block in enumerate(blocks):
+    for block in blocks:
         matrices, others = _split(block.modules())
         groups += _present(
-            {"params": matrices, "weight_decay": optim.weight_decay, "block": number, "moments": optim.moments},
-            {"params": others, "weight_decay": 0.0, "block": number, "moments": "fp32"},
+            {
+                "name": f"block {block.number} matrices",
+                "params": matrices,
+                "weight_decay": optim.weight_decay,
+                "block": block.number,
+                "moments": optim.moments,
+            },
+            {
+                "name": f"block {block.number} others",
+                "params": others,
+                "weight_decay": 0.0,
+                "block": block.number,
+                "moments": "fp32",
+            },
         )
     inside = {module for block in blocks for module in block.modules()}
     matrices, others = _split(module for module in model.modules() if module not in inside)
     return groups + _present(
-        {"params": matrices, "weight_decay": optim.weight_decay, "block": None, "moments": "fp32"},
-        {"params": others, "weight_decay": 0.0, "block": None, "moments": "fp32"},
+        {
+            "name": "matrices",
+            "params": matrices,
+            "weight_decay": optim.weight_decay,
+            "block": None,
+            "moments": "fp32",
+        },
+        {"name": "others", "params": others, "weight_decay": 0.0, "block": None, "moments": "fp32"},
     )
 
 
@@ -56,4 +84,13 @@ def _split(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Pa
 
 
 def _present(*groups: dict[str, Any]) -> Groups:
-    return [group for group in groups if group["params"]]
+    """The groups that have parameters, those that a tensor group divides apart from the rest."""
+    present: Groups = []
+    for group in groups:
+        divided = [parameter for parameter in group["params"] if split_of(parameter) is not None]
+        whole = [parameter for parameter in group["params"] if split_of(parameter) is None]
+        if divided:
+            present.append({**group, "name": f"{group['name']}, divided", "params": divided, "divided": True})
+        if whole:
+            present.append({**group, "params": whole, "divided": False})
+    return present

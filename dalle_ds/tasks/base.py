@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from dalle_ds.config import Run, ScalingConfig
 from dalle_ds.data.loader import Batch, Samples
+from dalle_ds.errors import ConfigError
 from dalle_ds.optim import decay_groups
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
+from dalle_ds.parallel.stages import PipelineLayer
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Metrics = dict[str, Tensor]
@@ -33,8 +36,26 @@ class Task(ABC, Generic[RunConfig]):
         self.run = run
 
     @abstractmethod
-    def build_model(self) -> nn.Module:
-        """The model with fresh weights, drawn from torch's global generator."""
+    def build_model(self, tensor: TensorGroup = WHOLE) -> nn.Module:
+        """The model, or this process's part of it, with fresh weights drawn from torch's global generator."""
+
+    def check_layout(self, mesh: Mesh) -> None:
+        """Raise a `ConfigError` where the model cannot be divided so."""
+        for name in ("tensor", "pipe"):
+            degree = getattr(mesh.degrees, name)
+            if degree > 1:
+                raise ConfigError(
+                    f"parallel.{name}={degree}, but a {self.name} is not divided in that way: leave it out; ZeRO divides what "
+                    "is too large for one device"
+                )
+
+    def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
+        """The layers of `build_model`'s model, for tasks whose `check_layout` allows pipelines."""
+        raise NotImplementedError
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the first of `pipeline_layers` takes of a batch."""
+        raise NotImplementedError
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer parameter groups."""
@@ -46,8 +67,13 @@ class Task(ABC, Generic[RunConfig]):
         return None
 
     def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The model's residual blocks, numbered as in `parameter_groups`; each has `use(BranchPrecision)`."""
+        """Those residual blocks that this process's model has; each has its `number` and `use(BranchPrecision)`."""
         return ()
+
+    @property
+    def resblock_count(self) -> int:
+        """Residual blocks of the whole model."""
+        return 0
 
     @abstractmethod
     def samples(self, split: str) -> Samples:
@@ -85,7 +111,7 @@ class Task(ABC, Generic[RunConfig]):
         return {}
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
+    def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
         """Sums over the rows of a batch of validation data where `batch["valid"]` is 1; any shape, added up over batches and
         ranks."""
 

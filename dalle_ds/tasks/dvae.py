@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from dalle_ds.models.dvae import DiscreteVAE, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.optim import half_cosine
+from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
@@ -30,7 +31,7 @@ class DvaeTask(Task[DvaeRun]):
 
     name = "dvae"
 
-    def build_model(self) -> DiscreteVAE:
+    def build_model(self, tensor: TensorGroup = WHOLE) -> DiscreteVAE:
         return DiscreteVAE(self.run.model)
 
     def samples(self, split: str) -> Samples:
@@ -73,7 +74,7 @@ class DvaeTask(Task[DvaeRun]):
     def digest(self, sums: Metrics) -> dict[str, float]:
         return _usage(sums["histogram"])
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
+    def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
         vae = cast(DiscreteVAE, getattr(model, "module", model))
         config, images, valid = self.run.model, batch["image"], batch["valid"]
         logits = vae.encoder(map_pixels(images))

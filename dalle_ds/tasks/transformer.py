@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, ScalingConfig, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
 from dalle_ds.errors import ConfigError
-from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.dalle import Dalle, ResidualBlock
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.flops import model_flops
+from dalle_ds.models.pipeline import pipeline_layers
 from dalle_ds.optim import resblock_groups
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
+from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
@@ -88,8 +91,17 @@ class TransformerTask(Task[TransformerRun]):
         """ "cached" or "live": where the codes of this run come from."""
         return "live" if self._cache is None else "cached"
 
-    def build_model(self) -> Dalle:
-        return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing)
+    def build_model(self, tensor: TensorGroup = WHOLE) -> Dalle:
+        return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
+
+    def check_layout(self, mesh: Mesh) -> None:
+        mesh.check(self.run.model)
+
+    def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
+        return pipeline_layers(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        return batch["text"], batch["codes"]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return resblock_groups(model, self.resblocks(model), self.run.optim)
@@ -99,7 +111,11 @@ class TransformerTask(Task[TransformerRun]):
         return self.run.scaling
 
     def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        return list(cast(Dalle, model).blocks)
+        return [module for module in model.modules() if isinstance(module, ResidualBlock)]
+
+    @property
+    def resblock_count(self) -> int:
+        return 2 * self.run.model.depth
 
     def samples(self, split: str) -> Samples:
         cache = None
@@ -142,7 +158,7 @@ class TransformerTask(Task[TransformerRun]):
         loss = weight * text_loss + (1 - weight) * output.image_loss
         return loss, {"text_loss": text_loss.detach(), "image_loss": output.image_loss.detach()}
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
+    def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
         text, codes, valid = batch["text"], batch["codes"], batch["valid"]
         output = model(text, codes)
         # The same pictures under the captions of others: what the model gains from reading.

@@ -41,8 +41,8 @@ class Batches:
             seed=self._run.seed,
             batch_size=self._run.train.batch_size,
             micro_batch=self._micro_batch,
-            rank=self._mesh.rank,
-            world_size=self._mesh.world_size,
+            rank=self._mesh.index("data"),
+            world_size=self._mesh.size("data"),
             start_step=start_step,
             workers=self._run.loader.workers,
         )
@@ -53,8 +53,8 @@ class Batches:
         rows = evaluation_batches(
             self.validation_samples,
             self._micro_batch,
-            rank=self._mesh.rank,
-            world_size=self._mesh.world_size,
+            rank=self._mesh.index("data"),
+            world_size=self._mesh.size("data"),
             rows=self._run.report.validation_rows,
         )
         return map(self._ready, rows)

@@ -68,6 +68,8 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
 def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineConfig:
     """Check the DeepSpeed JSON against the run and fill in what it leaves out or calls "auto".
 
+    `run.parallel` must divide `world_size` processes (`Mesh.divide`).
+
     The run decides batch sizes and clipping; the JSON decides precision, ZeRO stage and everything else, unless the run
     states those too. Whatever both state must agree.
 
@@ -83,14 +85,23 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
             raise ConfigError(
                 f'the DeepSpeed JSON sets "{name}", which is set through {section}: remove it from the JSON'
             )
-    micro_batch, accumulation = _batch(json_config, run, world_size)
+    degrees = run.parallel
+    readers = world_size // (degrees.pipe * degrees.tensor)
+    micro_batch, accumulation = _batch(json_config, run, readers)
     precision = _agree("precision", run.train.precision, _json_precision(json_config), "fp32")
-    stage = _agree("zero_stage", run.train.zero_stage, _json_stage(json_config), 0)
+    stage = _agree("zero_stage", run.train.zero_stage, _json_stage(json_config), 1 if degrees.pipe > 1 else 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f'"zero_optimization.stage" must be 0, 1, 2 or 3, found {stage!r}')
+    if degrees.pipe > 1 and stage != 1:
+        raise ConfigError(
+            f"parallel.pipe={degrees.pipe} with ZeRO-{stage}: a pipeline adds up gradients over many micro-batches, which "
+            "ZeRO-2 and 3 would reduce after every one, and without ZeRO DeepSpeed's pipelines drift; set "
+            '"zero_optimization.stage" to 1'
+        )
     _check_offload(json_config)
     complete = dict(json_config)
-    complete["train_batch_size"] = run.train.batch_size
+    # DeepSpeed knows of one replica only.
+    complete["train_batch_size"] = run.train.batch_size // degrees.replicas
     complete["train_micro_batch_size_per_gpu"] = micro_batch
     complete["gradient_accumulation_steps"] = accumulation
     _check_clipping(json_config, run)
@@ -102,6 +113,12 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     # DeepSpeed warns about an offloaded client optimizer that is not its own; ours is AdamW on purpose.
     complete.setdefault("zero_force_ds_cpu_optimizer", False)
     complete.setdefault("steps_per_print", 2**31)
+    # Between stages each process sends what it has; the positions of a residual stream may be divided already.
+    complete["pipeline"] = {
+        "pipe_partitioned": False,
+        "grad_partitioned": False,
+        **_section(json_config, "pipeline"),
+    }
     if precision == "bf16" and stage == 0 and accumulation > 1:
         raise ConfigError(
             f"bf16 with ZeRO-0 would sum the gradients of {accumulation} micro-batches in bf16, which loses small ones: "
@@ -121,35 +138,46 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     return EngineConfig(complete, precision, stage, micro_batch, accumulation)
 
 
-def _batch(json_config: dict[str, Any], run: Run, world_size: int) -> tuple[int, int]:
-    batch = run.train.batch_size
-    if batch % world_size:
+def _batch(json_config: dict[str, Any], run: Run, readers: int) -> tuple[int, int]:
+    """Micro-batch and how many of them make an update; `readers` is the number of processes with data of their own."""
+    batch, degrees = run.train.batch_size, run.parallel
+    processes = "processes" if degrees.pipe == degrees.tensor == 1 else "data-parallel processes"
+    if batch % readers:
         raise ConfigError(
-            f"train.batch_size={batch} cannot be divided among {world_size} processes: "
-            f"set it to a multiple of {world_size}, or start another number of processes"
+            f"train.batch_size={batch} cannot be divided among {readers} {processes}: "
+            f"set it to a multiple of {readers}, or start another number of processes"
         )
     stated = _stated(json_config, "train_micro_batch_size_per_gpu")
-    micro_batch = run.train.micro_batch if run.train.micro_batch is not None else stated or batch // world_size
+    micro_batch = run.train.micro_batch if run.train.micro_batch is not None else stated
+    if micro_batch is None:
+        micro_batch = _default_micro_batch(batch // readers, degrees.pipe)
     if stated is not None and stated != micro_batch:
         raise ConfigError(
             f'train.micro_batch={micro_batch} but the DeepSpeed JSON says "train_micro_batch_size_per_gpu": {stated}: '
             'make them equal, or set the JSON\'s to "auto"'
         )
-    if batch % (micro_batch * world_size):
+    if batch % (micro_batch * readers):
         raise ConfigError(
-            f"train.batch_size={batch} is not a multiple of train.micro_batch={micro_batch} × {world_size} processes: "
-            f"set train.batch_size to a multiple of {micro_batch * world_size}, or train.micro_batch to a divisor of "
-            f"{batch // world_size}"
+            f"train.batch_size={batch} is not a multiple of train.micro_batch={micro_batch} × {readers} {processes}: "
+            f"set train.batch_size to a multiple of {micro_batch * readers}, or train.micro_batch to a divisor of "
+            f"{batch // readers}"
         )
-    accumulation = batch // (micro_batch * world_size)
+    accumulation = batch // (micro_batch * readers)
     for name, value in (("train_batch_size", batch), ("gradient_accumulation_steps", accumulation)):
         stated = _stated(json_config, name)
         if stated is not None and stated != value:
             raise ConfigError(
                 f'the DeepSpeed JSON says "{name}": {stated}, but train.batch_size={batch}, train.micro_batch={micro_batch} '
-                f'and {world_size} processes make it {value}: set it to {value} or "auto"'
+                f'and {readers} {processes} make it {value}: set it to {value} or "auto"'
             )
     return micro_batch, accumulation
+
+
+def _default_micro_batch(rows: int, stages: int) -> int:
+    """All rows of an update at once; in a pipeline, few enough that its stages are idle a fifth of the time at most."""
+    if stages == 1:
+        return rows
+    return next(size for size in range(max(1, rows // (4 * stages)), 0, -1) if rows % size == 0)
 
 
 def _check_clipping(json_config: dict[str, Any], run: Run) -> None:

@@ -47,7 +47,12 @@ def build_engine(
     if mesh.device.type == "cpu":
         keep_freed_memory()
     try:
-        with deepspeed.zero.Init(config_dict_or_path=config.deepspeed, enabled=config.zero_stage == 3):
+        with deepspeed.zero.Init(
+            config_dict_or_path=config.deepspeed,
+            enabled=config.zero_stage == 3,
+            mpu=mesh,
+            data_parallel_group=mesh.get_data_parallel_group(),
+        ):
             model = build_model()
         model.to(mesh.device)
         optimizer = AdamW(
@@ -58,12 +63,16 @@ def build_engine(
             second_moment_clip=optim.second_moment_clip,
             stochastic_rounding=optim.stochastic_rounding,
             # Shards are different numbers; whole copies of the weights must be rounded alike.
-            seed=seed + (mesh.rank if config.zero_stage > 0 else 0),
+            seed=seed + (mesh.index("shard") if config.zero_stage > 0 else 0),
         )
         # DeepSpeed's bf16 optimizer prints six lines on memory for every parameter group.
         with contextlib.redirect_stdout(io.StringIO()):
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=config.deepspeed, dist_init_required=False
+                model=model,
+                optimizer=optimizer,
+                config=config.deepspeed,
+                dist_init_required=False,
+                mpu=mesh if mesh.size("pipe") == 1 else None,  # a pipeline brings its own
             )
     except ValidationError as error:
         raise ConfigError(f"DeepSpeed refuses its JSON: {error}") from error
@@ -87,16 +96,19 @@ def _keep_one_copy(optimizer: Any) -> None:
             updated.data = gathered
 
 
-def scale_gradients(blocks: Sequence[Any], config: ScalingConfig, precision: str, mesh: Mesh) -> GradientScales:
+def scale_gradients(
+    blocks: Sequence[Any], count: int, config: ScalingConfig, precision: str, mesh: Mesh
+) -> GradientScales:
     """Give every residual block a gradient scale, and in "fp16" that arithmetic.
 
     Args:
-        blocks: those of the engine's model, in the order of their parameter groups' numbers.
+        blocks: those of this process's model, each with its `number`.
+        count: how many the whole model has.
     """
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    scales = GradientScales(config, len(blocks), mesh.world_size, mesh.device)
-    for number, block in enumerate(blocks):
-        block.use(scales.precision(number, dtype))
+    scales = GradientScales(config, count, mesh.size("data"), mesh.device)
+    for block in blocks:
+        block.use(scales.precision(block.number, dtype))
         for parameter in block.parameters():
             if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:
                 # ZeRO-3 then gathers these weights in the dtype that the block casts them to anyway.

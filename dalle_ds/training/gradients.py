@@ -6,11 +6,14 @@ own clipping stays switched off, since it knows neither parameter groups nor wha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dalle_ds.parallel import Mesh
 
 
 class MasterGradients:
@@ -85,3 +88,46 @@ class MasterGradients:
             noted = self._optimizer.norm_for_param_grads
             self._optimizer.norm_for_param_grads = {name: torch.zeros(()) for name in noted}
             self._optimizer.local_overflow = False
+
+
+class GroupLayout:
+    """Which parameter groups there are on all processes, and what this one holds of them.
+
+    Stages of a pipeline have groups of their own; parts of a tensor group all hold those that are not divided.
+
+    Args:
+        groups: the optimizer's parameter groups, as `optim/groups.py` makes them.
+        sharded: whether shards hold parts of every gradient, instead of all.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], sharded: bool, mesh: Mesh) -> None:
+        own = [(group["name"], group.get("block")) for group in groups]
+        everywhere: list[Any] = [own]
+        if mesh.size("pipe") > 1:
+            everywhere = [None] * mesh.size("pipe")
+            dist.all_gather_object(everywhere, own, group=mesh.group("pipe"))
+        known = dict(entry for stage in everywhere for entry in stage)
+        self.blocks: list[int | None] = list(known.values())
+        """Of all groups of the model, the number of the residual block or None."""
+        numbers = {name: number for number, name in enumerate(known)}
+        self.numbers = [numbers[name] for name, _ in own]
+        """Of this process's groups, their numbers among all."""
+        self.own_blocks: list[int | None] = [block for _, block in own]
+        """Of this process's groups, the number of the residual block or None."""
+        holders = [
+            mesh.size("replica")
+            * (1 if sharded else mesh.size("shard"))
+            * (1 if group.get("divided") else mesh.size("tensor"))
+            for group in groups
+        ]
+        self._shares = torch.tensor([1 / count for count in holders], device=mesh.device)
+        first = mesh.index("replica") == 0 and (sharded or mesh.index("shard") == 0)
+        self.counted = [first and (bool(group.get("divided")) or mesh.index("tensor") == 0) for group in groups]
+        """Of this process's groups, whether it is the one to count what it holds where others hold the same."""
+        self._device = mesh.device
+
+    def spread(self, squares: Tensor) -> Tensor:
+        """(own groups,) squared norms of what this process holds → (all groups,), whose sum over all processes is right."""
+        total = torch.zeros(len(self.blocks), device=self._device)
+        total[self.numbers] = squares * self._shares
+        return total

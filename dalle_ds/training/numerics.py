@@ -10,7 +10,7 @@ from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.precision.exponents import exponent_counts, exponent_report
-from dalle_ds.training.gradients import MasterGradients
+from dalle_ds.training.gradients import GroupLayout, MasterGradients
 
 
 class NumericsReport:
@@ -34,17 +34,17 @@ class NumericsReport:
         self._mesh = mesh
         self._scales = scales
 
-    def note(self, step: int, gradients: MasterGradients, block_of: list[int | None]) -> None:
+    def note(self, step: int, gradients: MasterGradients, layout: GroupLayout) -> None:
         """Look at the gradients of update `step`, counted from 0, if it is one to look at. Collective."""
         if (step + 1) % self._every:
             return
         groups = gradients.groups()
+        own = [block for block, is_counted in zip(layout.own_blocks, layout.counted, strict=True) if is_counted]
+        counted = [group for group, is_counted in zip(groups, layout.counted, strict=True) if is_counted]
         report = {}
-        for block in dict.fromkeys(block_of):
-            pieces = [piece for group, of in zip(groups, block_of, strict=True) if of == block for piece in group]
-            counts = exponent_counts(pieces).to(self._mesh.device)
-            if gradients.sharded:
-                counts = self._mesh.sum(counts)
+        for block in dict.fromkeys(layout.blocks):
+            pieces = [piece for group, of in zip(counted, own, strict=True) if of == block for piece in group]
+            counts = self._mesh.sum(exponent_counts(pieces).to(self._mesh.device), "world")
             entry = exponent_report(counts)
             if self._scales is not None and block is not None:
                 entry["log2_scale"] = float(self._scales.factors[block].log2())

@@ -15,8 +15,10 @@ from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
-from dalle_ds.training.gradients import MasterGradients
+from dalle_ds.training.gradients import GroupLayout, MasterGradients
 from dalle_ds.training.numerics import NumericsReport
+from dalle_ds.training.passes import Passes
+from dalle_ds.training.replicas import ReplicaReduction
 
 COUNTED = ("skipped", "truncated")
 """Parts of a batch that count events: rows that could not be read, captions that were cut."""
@@ -43,18 +45,21 @@ class Updater:
     Args:
         task: turns batches into losses.
         engine: from `build_engine`.
-        mesh: the processes that share the run's data.
+        passes: the engine's.
+        mesh: the processes of the run.
         optim: clipping.
         scales: of the residual blocks, or None where gradients are not scaled.
         scaling: what to skip.
         average: told before weights change.
         numerics: asked for histograms of gradients.
+        replicas: averages gradients over replicas; None where there is one.
     """
 
     def __init__(
         self,
         task: Task[Any],
         engine: Any,
+        passes: Passes,
         mesh: Mesh,
         optim: OptimConfig,
         *,
@@ -62,36 +67,35 @@ class Updater:
         scaling: ScalingConfig | None,
         average: WeightAverage | None,
         numerics: NumericsReport | None,
+        replicas: ReplicaReduction | None,
     ) -> None:
-        self._task, self._engine, self._mesh, self._optim = task, engine, mesh, optim
+        self._task, self._engine, self._passes, self._mesh, self._optim = task, engine, passes, mesh, optim
         self._scales, self._scaling, self._average, self._numerics = scales, scaling, average, numerics
         self._optimizer: AdamW = engine.client_optimizer
         self._gradients = MasterGradients(engine)
-        self._block_of: list[int | None] = [group.get("block") for group in self._optimizer.param_groups]
+        self._replicas = replicas
+        self._layout = GroupLayout(self._optimizer.param_groups, self._gradients.sharded, mesh)
 
     def update(self, micro_batches: Sequence[Batch], step: int, rate: float) -> Outcome:
         """Make update `step`, counted from 0, at learning rate `rate`. Collective."""
         self._set_shares(micro_batches)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        reported: list[Metrics] = []
-        for batch in micro_batches:
-            loss, metrics = self._task.loss(self._engine, batch, step)
-            self._engine.backward(loss)
-            counts = {name: batch[name].sum().float() for name in COUNTED if name in batch}
-            reported.append({"loss": loss.detach(), **metrics, **counts})
-            if len(reported) < len(micro_batches):
-                self._engine.step()  # not yet: DeepSpeed counts micro-batches
-        figures, squares = self._agree(reported)
+        reported = self._passes.backward(micro_batches, step)
+        for batch, metrics in zip(micro_batches, reported, strict=True):
+            metrics |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
+        squares_here = self._gradients.squared_norms() if self._replicas is None else self._replicas.reduce()
+        figures, squares = self._agree(reported, squares_here)
         figures["lr"] = rate
         if self._numerics is not None:
-            self._numerics.note(step, self._gradients, self._block_of)
+            self._numerics.note(step, self._gradients, self._layout)
         return self._step(figures, squares)
 
     def _step(self, figures: dict[str, float], squares: list[float]) -> Outcome:
-        """Decide from the squared norms of the parameter groups, and clip, step or leave it."""
+        """Decide from the squared norms of all parameter groups, and clip, step or leave it."""
         broken = {index for index, square in enumerate(squares) if not math.isfinite(square)}
-        blocks = {self._block_of[index] for index in broken}
+        block_of = self._layout.blocks
+        blocks = {block_of[index] for index in broken}
         overflowed = frozenset(block for block in blocks if block is not None)
         finite = math.isfinite(figures["loss"])
         if self._scales is None:
@@ -100,21 +104,22 @@ class Updater:
             finite = finite and None not in blocks and not any(map(self._scales.at_floor, overflowed))
         left_out: set[int] = set()
         if broken and finite and self._scaling is not None and self._scaling.skip == "block":
-            left_out = {index for index, block in enumerate(self._block_of) if block in overflowed}
+            left_out = {index for index, block in enumerate(block_of) if block in overflowed}
         applied = finite and broken <= left_out and len(left_out) < len(squares)
         norm = math.sqrt(sum(square for index, square in enumerate(squares) if index not in left_out))
         figures["grad_norm"] = norm
+        numbers = self._layout.numbers  # of the groups that this process has
         if applied:
-            self._gradients.clear(left_out)
+            self._gradients.clear({own for own, number in enumerate(numbers) if number in left_out})
             figures["grad_norm_clipped"] = self._clip(norm)
         else:
-            self._gradients.clear(range(len(squares)))
+            self._gradients.clear(range(len(numbers)))
         if self._average is not None:
             self._average.before_step()
         self._optimizer.skip = not applied
-        for index, group in enumerate(self._optimizer.param_groups):
-            group["skip"] = index in left_out
-        self._engine.step()
+        for number, group in zip(numbers, self._optimizer.param_groups, strict=True):
+            group["skip"] = number in left_out
+        self._passes.step()
         assert not (applied and getattr(self._engine.optimizer, "overflow", False)), "DeepSpeed left out a good update"
         if self._scales is not None:
             self._scales.update(overflowed if finite else (), applied)
@@ -136,22 +141,22 @@ class Updater:
         """Give each micro-batch its share in the mean over the whole batch; see `Task.loss`."""
         own = torch.stack([self._task.weight_of(batch).float() for batch in micro_batches])
         total = self._mesh.sum(own.sum()).clamp_min(1)
-        count = len(micro_batches) * self._mesh.world_size
+        count = len(micro_batches) * self._mesh.size("data")
         for batch, weight in zip(micro_batches, own, strict=True):
             batch["share"] = weight * count / total
 
-    def _agree(self, reported: list[Metrics]) -> tuple[dict[str, float], list[float]]:
+    def _agree(self, reported: list[Metrics], squares_here: Tensor) -> tuple[dict[str, float], list[float]]:
         """In one reduction: one number per figure, and the squared gradient norm of every parameter group.
 
         Scalars are averaged over micro-batches and ranks, counts summed; vectors are summed and given to the task.
         """
-        size = len(reported) * self._mesh.world_size
+        size = len(reported) * self._mesh.size("data")
         own = [torch.stack([m[name].float() for m in reported]).sum(0).flatten() for name in reported[0]]
-        squares = self._gradients.squared_norms()
-        if not self._gradients.sharded:
-            squares = squares / self._mesh.world_size  # every process has all of them
+        own = [part / self._mesh.size("model") for part in own]  # all processes of a model have the same
+        squares = self._layout.spread(squares_here)
         # To the host in one piece: a GPU is waited for once.
-        parts = self._mesh.sum(torch.cat([*own, squares])).cpu().split([part.numel() for part in [*own, squares]])
+        sizes = [part.numel() for part in [*own, squares]]
+        parts = self._mesh.sum(torch.cat([*own, squares]), "world").cpu().split(sizes)
         sums: dict[str, Tensor] = dict(zip(reported[0], parts, strict=False))
         figures: dict[str, float] = {}
         for name, value in reported[0].items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dalle_ds.config import TransformerRun, from_dict
 from dalle_ds.errors import TrainingError
 from dalle_ds.models.dalle import Dalle, MlpBlock
-from dalle_ds.parallel import Mesh
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.trainer import Trainer
@@ -38,8 +38,8 @@ class FaultyTask(TransformerTask):
         self.faults = faults
         self.call = -1
 
-    def build_model(self) -> Dalle:
-        model = super().build_model()
+    def build_model(self, tensor: TensorGroup = WHOLE) -> Dalle:
+        model = super().build_model(tensor)
         for number, block in enumerate(model.blocks):
             last = block.down if isinstance(block, MlpBlock) else block.attention.out
             last.register_forward_hook(lambda _module, _inputs, output, number=number: self._poison(output, number))

@@ -1,0 +1,83 @@
+"""The text-image transformer as a list of layers that a pipeline deals out to its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+from torch import Tensor, nn
+
+from dalle_ds.config import Checkpointing, DalleConfig
+from dalle_ds.models.attention import AttentionPattern, configured_kinds
+from dalle_ds.models.dalle import (
+    DalleOutput,
+    InputEmbedding,
+    kept_text,
+    residual_block,
+    run_block,
+    transformer_output,
+)
+from dalle_ds.models.flops import layer_flops
+from dalle_ds.models.layers import LayerNorm, Unembedding
+from dalle_ds.parallel import WHOLE, TensorGroup
+from dalle_ds.parallel.stages import PipelineLayer
+
+Passed = tuple[Tensor, Tensor, Tensor]
+"""Between layers: (B, n, width) fp32, of this process's positions, and the captions and codes of the batch.
+
+The last two are needed by the losses and by the mask of padding, and are small: beside a width of 3,968, a two-thousandth.
+"""
+
+
+class OutputStage(nn.Module):
+    """The transformer's last layers, under the names that they have in the plain model."""
+
+    def __init__(self, config: DalleConfig, tensor: TensorGroup) -> None:
+        super().__init__()
+        self.config = config
+        self.tensor = tensor
+        self.norm = LayerNorm(config.width, tensor)
+        self.text_head = Unembedding(config.width, config.text_vocab, tensor)
+        self.image_head = Unembedding(config.width, config.image_vocab, tensor)
+
+
+def pipeline_layers(
+    config: DalleConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
+) -> list[PipelineLayer]:
+    """The layers of a `Dalle`, of the same names and, from the same random state, with the same weights.
+
+    The first takes (text, codes); the last returns a `DalleOutput`, with logits where no gradients are wanted. Their costs
+    are counted operations: the embeddings' are none to speak of, the heads' are many.
+
+    Args:
+        config, checkpointing, tensor: as `Dalle` takes them.
+    """
+    patterns = {
+        kind: AttentionPattern(kind, config.text_len, config.grid, config.kernel)
+        for kind in sorted(set(configured_kinds(config)))
+    }
+    costs = layer_flops(config)
+    layers = [PipelineLayer("embedding.", costs[0], partial(InputEmbedding, config, tensor), _embed)]
+    for number in range(2 * config.depth):
+        pattern = patterns[configured_kinds(config)[number // 2]]
+        build: Callable[[], nn.Module] = partial(residual_block, config, number, tensor, pattern)
+        run = partial(_run_block, config=config, checkpointing=checkpointing)
+        layers.append(PipelineLayer(f"blocks.{number}.", costs[1 + number], build, run))
+    layers.append(PipelineLayer("", costs[-1], partial(OutputStage, config, tensor), _finish))
+    return layers
+
+
+def _embed(layer: nn.Module, tokens: tuple[Tensor, Tensor]) -> Passed:
+    text, codes = tokens
+    return layer(text, codes), text, codes
+
+
+def _run_block(block: nn.Module, passed: Passed, *, config: DalleConfig, checkpointing: Checkpointing) -> Passed:
+    x, text, codes = passed
+    return run_block(block, x, kept_text(config, text), checkpointing), text, codes
+
+
+def _finish(layer: nn.Module, passed: Passed) -> DalleOutput:
+    x, text, codes = passed
+    return transformer_output(cast(OutputStage, layer), x, text, codes, logits=not x.requires_grad)
