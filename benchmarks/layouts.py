@@ -145,7 +145,7 @@ def main() -> None:
     names = options.layouts or tuple(LAYOUTS)
     with tempfile.TemporaryDirectory() as folder:
         results = measured(options, names, Path(folder))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 127)
     console.print(straight_table(results["straight"]))
     if options.resume:
         console.print(resumed_table(results["resumed"]))
@@ -252,40 +252,27 @@ def figures(run_dir: Path) -> dict[str, list[float]]:
 def straight_table(runs: dict[str, Any]) -> Table:
     """Each layout against one process."""
     table = Table(title="from one seed, in fp32: largest differences from one process")
-    for column in (
-        "layout",
-        "processes",
-        "first loss",
-        "last loss",
-        "last norm",
-        "losses differ by",
-        "norms differ by",
-    ):
-        table.add_column(column, justify="left" if column == "layout" else "right")
+    for column in ("layout", "ranks", "first loss", "last loss", "last norm", "Δ loss", "Δ norm"):
+        table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=True)
     one = runs["one"]
     for name, run in runs.items():
         loss = max(abs(a - b) for a, b in zip(run["loss"], one["loss"], strict=True))
         norm = max(abs(a - b) for a, b in zip(run["grad_norm"], one["grad_norm"], strict=True))
-        table.add_row(
-            name,
-            str(LAYOUTS[name].processes),
-            f"{run['loss'][0]:.6f}",
-            f"{run['loss'][-1]:.6f}",
-            f"{run['grad_norm'][-1]:.6f}",
-            f"{loss:.1e}",
-            f"{norm:.1e}",
-        )
+        cells = [f"{number:.6f}" for number in (run["loss"][0], run["loss"][-1], run["grad_norm"][-1])]
+        table.add_row(name, str(LAYOUTS[name].processes), *cells, f"{loss:.1e}", f"{norm:.1e}")
     return table
 
 
 def resumed_table(resumed: dict[str, Any]) -> Table:
     """Each pair of layouts."""
-    table = Table(title="saved in (row), resumed in (column): losses differ by; = equal to the bit")
+    table = Table(title="saved in (row), resumed in (column): by how many millionths losses differ; = equal to the bit")
     table.add_column("")
-    for target in next(iter(resumed.values())):
-        table.add_column(target, justify="right")
-    for source, targets in resumed.items():
-        table.add_row(source, *["=" if entry["same_bits"] else f"{entry['loss']:.0e}" for entry in targets.values()])
+    table.add_column("saved in", no_wrap=True)
+    for number, _ in enumerate(resumed, 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    for number, (source, targets) in enumerate(resumed.items(), 1):
+        cells = ["=" if entry["same_bits"] else f"{1e6 * entry['loss']:.1f}" for entry in targets.values()]
+        table.add_row(str(number), source, *cells)
     return table
 
 

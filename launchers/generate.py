@@ -1,7 +1,7 @@
 """Draw pictures for prompts with a trained transformer, and write them as one labelled PNG.
 
 python launchers/generate.py --model RUN_OR_EXPORT --prompt TEXT --out PNG, or, for a transformer divided among N GPUs (tensor
-parallelism), deepspeed --num_gpus N launchers/generate.py with the same options and --device cuda.
+parallelism), torchrun --nproc_per_node N launchers/generate.py with the same options and --device cuda.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ class Options:
     """Pictures drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
-    local_rank: int | None = None
-    """Given by the deepspeed launcher."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the transformer; bf16 is the faster."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle_ds.config.checks import positive
+from dalle_ds.config.checks import fraction, positive
 from dalle_ds.errors import ConfigError
 
 PADDING = -1
@@ -90,6 +90,8 @@ class DalleConfig:
     """Whether padding is left out of what every position attends to; the paper's model attends to it."""
     text_weight: float = 0.125
     """Weight of the text loss; the image loss has 1 minus this (DALL·E §2.2: 1/8 and 7/8)."""
+    dropout: float = 0.0
+    """Share of the outputs of residual branches that is dropped in training. The paper has none; small corpora may want it."""
 
     def __post_init__(self) -> None:
         positive("model", self, "width", "depth", "heads", "text_len", "grid", "text_vocab", "image_vocab")
@@ -98,6 +100,7 @@ class DalleConfig:
                 f"model.width={self.width} cannot be split over model.heads={self.heads}: "
                 "set model.heads to a divisor of model.width (width / 64 in the paper)"
             )
+        fraction("model", self, "dropout")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ConfigError(f"model.kernel must be odd and positive, found {self.kernel}")
         if not 0.0 <= self.text_weight <= 1.0:

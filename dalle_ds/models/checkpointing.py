@@ -15,5 +15,5 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     The backward pass repeats the function up to the last value that it needs: where a function ends with a matrix product,
     that product is not repeated.
     """
-    # No dropout, so there is no random state to restore.
+    # What is dropped depends on no random state that would have to be restored.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

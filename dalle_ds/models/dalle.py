@@ -28,6 +28,7 @@ from dalle_ds.models.attention import AttentionPattern, SelfAttention, configure
 from dalle_ds.models.cache import KVCache
 from dalle_ds.models.checkpointing import recomputed
 from dalle_ds.models.decoding import DecodingWeights, decoding_device, layer_devices
+from dalle_ds.models.dropout import dropout
 from dalle_ds.models.layers import (
     ColumnParallelLinear,
     Embedding,
@@ -70,6 +71,8 @@ class ResidualBlock(nn.Module):
 
     number: int = 0
     """Place among the model's residual blocks, counted from 0."""
+    dropout: float = 0.0
+    """Share of the branch's output that is dropped in training, where samples have keys."""
     precision: BranchPrecision | None = None
 
     def __init__(self, width: int, tensor: TensorGroup = WHOLE) -> None:
@@ -90,7 +93,9 @@ class ResidualBlock(nn.Module):
         entered = normalized.to(dtype) if self.precision is None else enter_branch(normalized, self.precision)
         return self.tensor.enter(entered)
 
-    def _join(self, x: Tensor, branch: Tensor) -> Tensor:
+    def _join(self, x: Tensor, branch: Tensor, keys: Tensor | None) -> Tensor:
+        if self.dropout and self.training and keys is not None:
+            branch = dropout(branch, keys, self.number, self.dropout, self.tensor)
         return x + branch if self.precision is None else join_branch(x, branch, self.precision)
 
 
@@ -108,11 +113,13 @@ class AttentionBlock(ResidualBlock):
         super().__init__(width, tensor)
         self.attention = SelfAttention(pattern, width, heads, residual_scale, tensor)
 
-    def forward(self, x: Tensor, keep: Tensor | None = None, *, lean: bool = False) -> Tensor:
-        """(B, n, width) fp32, or this process's positions of it → the same; `keep` is that of `SelfAttention`, `lean` that
-        of `MlpBlock`."""
+    def forward(
+        self, x: Tensor, keys: Tensor | None = None, keep: Tensor | None = None, *, lean: bool = False
+    ) -> Tensor:
+        """(B, n, width) fp32, or this process's positions of it → the same; `keep` is that of `SelfAttention`, the rest as in
+        `MlpBlock`."""
         qkv = recomputed(self.project, x) if lean else self.project(x)
-        return self._join(x, self.attention.attend(qkv, keep))
+        return self._join(x, self.attention.attend(qkv, keep), keys)
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of (B, n, width) fp32, as `SelfAttention.project` returns them."""
@@ -127,11 +134,16 @@ class MlpBlock(ResidualBlock):
         self.up = ColumnParallelLinear(width, 4 * width, tensor)
         self.down = RowParallelLinear(4 * width, width, tensor, scale=residual_scale, input_major=True)
 
-    def forward(self, x: Tensor, *, lean: bool = False) -> Tensor:
-        """(B, n, width) fp32 → the same; `lean` keeps no normalized or activated vectors, but computes them again."""
+    def forward(self, x: Tensor, keys: Tensor | None = None, *, lean: bool = False) -> Tensor:
+        """(B, n, width) fp32, or this process's positions of it → the same.
+
+        Args:
+            keys: as `Dalle.forward` takes them.
+            lean: keep no normalized or activated vectors, but compute them again.
+        """
         if lean:
-            return self._join(x, recomputed(self._narrow, recomputed(self._widen, x)))
-        return self._join(x, self._narrow(self._widen(x)))
+            return self._join(x, recomputed(self._narrow, recomputed(self._widen, x)), keys)
+        return self._join(x, self._narrow(self._widen(x)), keys)
 
     def _widen(self, x: Tensor) -> Tensor:
         return self.up(self._enter(x, self.up.weight.dtype))
@@ -234,13 +246,15 @@ def residual_block(
             kind = configured_kinds(config)[number // 2]
             pattern = AttentionPattern(kind, config.text_len, config.grid, config.kernel)
         block = AttentionBlock(pattern, config.width, config.heads, residual_scale, tensor)
-    block.number = number
+    block.number, block.dropout = number, config.dropout
     return block
 
 
-def run_block(block: nn.Module, x: Tensor, keep: Tensor | None, checkpointing: Checkpointing) -> Tensor:
-    """What a residual block makes of x; `keep` is that of `SelfAttention`."""
-    inputs = (x, keep) if isinstance(block, AttentionBlock) else (x,)
+def run_block(
+    block: nn.Module, x: Tensor, keys: Tensor | None, keep: Tensor | None, checkpointing: Checkpointing
+) -> Tensor:
+    """What a residual block makes of x; `keys` are those of `Dalle.forward`, `keep` is that of `SelfAttention`."""
+    inputs = (x, keys, keep) if isinstance(block, AttentionBlock) else (x, keys)
     if not torch.is_grad_enabled() or checkpointing == "none":
         return cast(Tensor, block(*inputs))
     if checkpointing == "selective":
@@ -263,9 +277,9 @@ def kept_text(config: DalleConfig, text: Tensor) -> Tensor | None:
 class Dalle(nn.Module):
     """The autoregressive transformer over text tokens and image codes.
 
-    The paper does not say, and this model chooses: layer normalization before each residual branch; GELU; no dropout;
-    untied embeddings; initial weights as `models/layers.py` says, those that end a residual branch scaled by
-    1 / sqrt(number of residual blocks), as in GPT-2; padding left out of the text loss.
+    The paper does not say, and this model chooses: layer normalization before each residual branch; GELU; no dropout, but
+    for those who ask for it; untied embeddings; initial weights as `models/layers.py` says, those that end a residual branch
+    scaled by 1 / sqrt(number of residual blocks), as in GPT-2; padding left out of the text loss.
 
     The residual stream is fp32 whatever the dtype of the weights (DALL·E §2.4 keeps its identity path so); each block
     computes in the weights' dtype. Logits are fp32.
@@ -304,7 +318,7 @@ class Dalle(nn.Module):
         self.text_head = Unembedding(config.width, config.text_vocab, tensor)
         self.image_head = Unembedding(config.width, config.image_vocab, tensor)
 
-    def forward(self, text: Tensor, codes: Tensor, *, logits: bool = True) -> DalleOutput:
+    def forward(self, text: Tensor, codes: Tensor, *, logits: bool = True, keys: Tensor | None = None) -> DalleOutput:
         """Loss and logits of captioned pictures.
 
         Args:
@@ -313,19 +327,22 @@ class Dalle(nn.Module):
             logits: whether the result has them, in fp32. Without, losses are made chunk by chunk and their products of a
                 16-bit model have 16-bit factors (`linear_cross_entropy`): for training, where logits would take more
                 memory than all the rest.
+            keys: (B,) int64, seeds of what `dropout` drops of each picture in training; None drops nothing.
 
         Raises:
             DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking
                 on a GPU would make it wait in every step.
         """
         check_tokens(self.config, text, codes)
-        x = self.residual_blocks(self.embedding(text, codes), kept_text(self.config, text))
+        if keys is not None:
+            keys = keys.cpu() if self.config.dropout else None  # read once, not in every block
+        x = self.residual_blocks(self.embedding(text, codes), keys, kept_text(self.config, text))
         return transformer_output(self, x, text, codes, logits=logits)
 
-    def residual_blocks(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """What all residual blocks in turn make of x; `keep` is that of `SelfAttention`."""
+    def residual_blocks(self, x: Tensor, keys: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """What all residual blocks in turn make of x, as `run_block`."""
         for block in self.blocks:
-            x = run_block(block, x, keep, self.checkpointing)
+            x = run_block(block, x, keys, keep, self.checkpointing)
         return x
 
     # --- incremental decoding: prefill once, then decode(codes_0, 0), decode(codes_1, 1), …

@@ -23,10 +23,11 @@ from dalle_ds.models.layers import LayerNorm, Unembedding
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 
-Passed = tuple[Tensor, Tensor, Tensor]
-"""Between layers: (B, n, width) fp32, of this process's positions, and the captions and codes of the batch.
+Passed = tuple[Tensor, ...]
+"""Between layers: (B, n, width) fp32, of this process's positions; the captions and codes of the batch; in training, its keys.
 
-The last two are needed by the losses and by the mask of padding, and are small: beside a width of 3,968, a two-thousandth.
+What follows the first is needed by losses, the mask of padding and dropout, and is small: at a width of 3,968, a
+two-thousandth.
 """
 
 
@@ -47,8 +48,9 @@ def pipeline_layers(
 ) -> list[PipelineLayer]:
     """The layers of a `Dalle`, of the same names and, from the same random state, with the same weights.
 
-    The first takes (text, codes); the last returns a `DalleOutput`, with logits where no gradients are wanted. Their costs
-    are counted operations: the embeddings' are none to speak of, the heads' are many.
+    The first takes (text, codes) and, in training, the keys of `Dalle.forward`; the last returns a `DalleOutput`, with logits
+    where no gradients are wanted. Their costs are counted operations: the embeddings' are none to speak of, the heads' are
+    many.
 
     Args:
         config, checkpointing, tensor: as `Dalle` takes them.
@@ -68,16 +70,17 @@ def pipeline_layers(
     return layers
 
 
-def _embed(layer: nn.Module, tokens: tuple[Tensor, Tensor]) -> Passed:
-    text, codes = tokens
-    return layer(text, codes), text, codes
+def _embed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Passed:
+    text, codes, *keys = inputs
+    return layer(text, codes), text, codes, *keys
 
 
 def _run_block(block: nn.Module, passed: Passed, *, config: DalleConfig, checkpointing: Checkpointing) -> Passed:
-    x, text, codes = passed
-    return run_block(block, x, kept_text(config, text), checkpointing), text, codes
+    x, text, *rest = passed
+    keys = rest[1] if len(rest) > 1 else None
+    return run_block(block, x, keys, kept_text(config, text), checkpointing), text, *rest
 
 
 def _finish(layer: nn.Module, passed: Passed) -> DalleOutput:
-    x, text, codes = passed
+    x, text, codes, *_ = passed
     return transformer_output(cast(OutputStage, layer), x, text, codes, logits=not x.requires_grad)

@@ -101,7 +101,7 @@ class TransformerTask(Task[TransformerRun]):
         return pipeline_layers(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        return batch["text"], batch["codes"]
+        return batch["text"], batch["codes"], batch["key"]
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return resblock_groups(model, self.resblocks(model), self.run.optim)
@@ -152,7 +152,7 @@ class TransformerTask(Task[TransformerRun]):
         return (batch["text"] != PADDING).sum().float()
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        output = model(batch["text"], batch["codes"], logits=False)
+        output = model(batch["text"], batch["codes"], logits=False, keys=batch["key"])
         text_loss = output.text_loss * batch["share"]
         weight = self.run.model.text_weight
         loss = weight * text_loss + (1 - weight) * output.image_loss

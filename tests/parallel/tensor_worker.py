@@ -5,10 +5,11 @@ Arguments: a JSON file with {"out": folder, "cases": [{"name", "sequence", "chec
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dalle_ds.config import DalleConfig, ParallelConfig, from_dict
 from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.models.dalle import ResidualBlock
 from dalle_ds.parallel import Mesh, TensorGroup, split_of
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.sampling import TextToImage
@@ -37,12 +39,13 @@ def gathered(local: Tensor, parameter: Tensor, group: TensorGroup) -> Tensor:
 def losses(case: dict[str, Any], config: DalleConfig, batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     tensor = mesh.divide(ParallelConfig(tensor=mesh.world_size, sequence=case["sequence"])).tensor
     torch.manual_seed(0)
+    config = dataclasses.replace(config, dropout=case["dropout"])
     model = Dalle(config, checkpointing=case["checkpointing"], tensor=tensor)
     if case["scale"]:
         for block in model.blocks:
-            block.use(BranchPrecision(torch.float32, torch.tensor([float(case["scale"])])))
+            cast(ResidualBlock, block).use(BranchPrecision(torch.float32, torch.tensor([float(case["scale"])])))
     result = {name: gathered(p.detach(), p, tensor) for name, p in model.named_parameters()}
-    output = model(batch["text"], batch["codes"], logits=case["logits"])
+    output = model(batch["text"], batch["codes"], logits=case["logits"], keys=batch["keys"])
     output.loss.backward()
     result |= {
         f"{name}.grad": gathered(p.grad, p, tensor) for name, p in model.named_parameters() if p.grad is not None

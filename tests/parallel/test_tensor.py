@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -29,7 +30,14 @@ PROMPTS = ["a red circle", "a blue square"]
 
 
 def case(name: str, **changes: Any) -> dict[str, Any]:
-    return {"name": name, "sequence": False, "checkpointing": "none", "scale": 0, "logits": False, **changes}
+    return {
+        "name": name,
+        "sequence": False,
+        "checkpointing": "none",
+        "scale": 0,
+        "logits": False,
+        "dropout": 0.0,
+    } | changes
 
 
 CASES = [
@@ -38,6 +46,9 @@ CASES = [
     case("selective", checkpointing="selective"),
     case("full", checkpointing="full"),
     case("scaled", scale=1024),
+    case("dropout", dropout=0.3),
+    case("dropout-full", dropout=0.3, checkpointing="full", logits=True),
+    case("sequence-dropout", dropout=0.3, sequence=True),
     case("sequence", sequence=True),
     case("sequence-logits", sequence=True, logits=True),
     case("sequence-selective", sequence=True, checkpointing="selective"),
@@ -50,14 +61,15 @@ def batch() -> dict[str, Tensor]:
     text = torch.randint(0, CONFIG.text_vocab, (3, CONFIG.text_len), generator=generator)
     for row, length in enumerate((2, CONFIG.text_len, 5)):
         text[row, length:] = -1
-    return {"text": text, "codes": torch.randint(0, CONFIG.image_vocab, (3, CONFIG.image_len), generator=generator)}
+    codes = torch.randint(0, CONFIG.image_vocab, (3, CONFIG.image_len), generator=generator)
+    return {"text": text, "codes": codes, "keys": torch.tensor([5, 2**62, 11])}
 
 
-@pytest.fixture(scope="module")
-def whole() -> dict[str, Tensor]:
+@functools.cache
+def whole(rate: float) -> dict[str, Tensor]:
     """What one process computes."""
     torch.manual_seed(0)
-    model = Dalle(CONFIG)
+    model = Dalle(dataclasses.replace(CONFIG, dropout=rate))
     result = {name: p.detach().clone() for name, p in model.named_parameters()}
     output = model(**batch())
     output.loss.backward()
@@ -83,17 +95,23 @@ def divided(tmp_path_factory: pytest.TempPathFactory, dvae_export: Path, tokeniz
 
 @pytest.mark.launch
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", [entry["name"] for entry in CASES])
-def test_it_is_the_same_model(whole: dict[str, Tensor], divided: Path, name: str, processes: int) -> None:
-    found = torch.load(divided / f"{name}-{processes}.pt", weights_only=True)
-    gradients = {key for key in whole if key.endswith(".grad")}
+@pytest.mark.parametrize("entry", CASES, ids=lambda entry: entry["name"])
+def test_it_is_the_same_model(divided: Path, entry: dict[str, Any], processes: int) -> None:
+    found = torch.load(divided / f"{entry['name']}-{processes}.pt", weights_only=True)
+    expected = whole(entry["dropout"])
+    gradients = {key for key in expected if key.endswith(".grad")}
     assert {key for key in found if key.endswith(".grad")} == gradients and len(gradients) > 50
     for key, value in found.items():
         if key + ".grad" in gradients:
-            assert torch.equal(value, whole[key]), f"{key} does not start from the same numbers"
+            assert torch.equal(value, expected[key]), f"{key} does not start from the same numbers"
         else:
-            assert value.shape == whole[key].shape, key
-            assert (value - whole[key]).abs().max() < 1e-5 * max(1.0, float(whole[key].abs().max())), key
+            assert value.shape == expected[key].shape, key
+            assert (value - expected[key]).abs().max() < 1e-5 * max(1.0, float(expected[key].abs().max())), key
+
+
+def test_dropout_changes_the_loss() -> None:
+    """Equal losses would prove nothing about it otherwise."""
+    assert abs(whole(0.3)["loss"] - whole(0.0)["loss"]) > 1e-3
 
 
 @pytest.mark.launch
