@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from dalle_ds.training.checkpoint import (
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.numerics import NumericsReport
+from dalle_ds.training.passes import passes_of
+from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.update import COUNTED, Updater
@@ -60,16 +62,18 @@ class Trained:
     learning_rate: LearningRate
     scales: GradientScales | None
     guard: Guard
+    replicas: ReplicaReduction | None
 
     def load(self, checkpoint: Path, state: dict[str, Any], mesh: Mesh) -> None:
         """Put everything back to where a checkpoint was written; `state` is what `load_state` returns of it. Collective."""
-        load_checkpoint(checkpoint, self.engine, self.average, mesh)
+        optimizer = self.engine.client_optimizer
+        load_checkpoint(checkpoint, self.weights, optimizer, mesh, average=self.average, errors=self.replicas)
+        # DeepSpeed's count of updates, by which its profiler and its monitors go.
+        self.engine.global_steps = state["step"]
         self.learning_rate.load_state_dict(state["learning_rate"])
-        # Runs begun by earlier versions have neither.
-        if self.scales is not None and state.get("scales") is not None:
+        if self.scales is not None and state["scales"] is not None:
             self.scales.load_state_dict(state["scales"])
-        if state.get("guard") is not None:
-            self.guard.load_state_dict(state["guard"])
+        self.guard.load_state_dict(state["guard"])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights, moments and average."""
@@ -99,15 +103,18 @@ class Loop:
         self._place: int | None = None
         self._skipped_in_a_row = 0
         every = self.run.report.numerics_every
+        self._passes = passes_of(self.task, self.engine, self.mesh)
         self._updater = Updater(
             self.task,
             self.engine,
+            self._passes,
             self.mesh,
             self.run.optim,
             scales=trained.scales,
             scaling=self.task.scaling,
             average=self.average,
             numerics=NumericsReport(self.directory.numerics_file, every, self.mesh, trained.scales) if every else None,
+            replicas=trained.replicas,
         )
 
     def _begin_at(self, state: dict[str, Any]) -> None:
@@ -222,7 +229,7 @@ class Loop:
         self.mesh.decide(lambda: drop_checkpoints_after(self.directory.checkpoints, state["step"]))
         self.mesh.decide(lambda: self.rollbacks.write(self.directory.rollbacks_file))
         self.trained.load(checkpoint, state, self.mesh)
-        self._begin_at({**self.state, **state, "wandb_id": self.tracker.run_id})
+        self._begin_at({**self.state, **state, "layout": self.state["layout"], "wandb_id": self.tracker.run_id})
         self.mesh.decide(lambda: self.tracker.rewind(lambda: self.directory.drop_metrics_after(self.step)))
         self.tracker.say(
             f"WENT BACK to step {self.step}: {what}; the data of the {went_wrong - self.step} updates since are left out",
@@ -237,8 +244,8 @@ class Loop:
             self.tracker.say(f"ALARM at step {step}: {sentence}", style="bold red")
 
     @contextmanager
-    def _averaged(self) -> Iterator[nn.Module]:
-        """The engine in evaluation mode with averaged weights, if any are kept. Collective."""
+    def _averaged(self) -> Iterator[Callable[..., Any]]:
+        """The model in evaluation mode with averaged weights, if any are kept. Collective."""
         average = self.average if self.average is not None and self.average.begun(self.step) else None
         if average is not None:
             average.swap()
@@ -246,7 +253,7 @@ class Loop:
         self.engine.eval()
         # No `finally`: after an error on one rank, the others are in another collective than the swap back would be.
         with torch.no_grad():
-            yield self.engine
+            yield self._passes.model
         self.engine.train()
         if average is not None:
             average.swap()
@@ -276,14 +283,23 @@ class Loop:
             "counts": self.counts,
             "wandb_id": self.tracker.run_id,
         }
-        keep = self.run.report.keep_checkpoints
-        save_checkpoint(self.directory.checkpoints, self.step, self.engine, self.average, state, self.mesh, keep)
+        save_checkpoint(
+            self.directory.checkpoints,
+            self.step,
+            state,
+            self.weights,
+            self.engine.client_optimizer,
+            self.mesh,
+            keep=self.run.report.keep_checkpoints,
+            average=self.average,
+            errors=self.trained.replicas,
+        )
 
     def _plain_model(self) -> nn.Module | None:
         """The model with averaged weights, fp32 on the CPU and outside DeepSpeed, on the main rank; None elsewhere.
         Collective."""
         with self._averaged():
-            state = self.weights.consolidate(keep=self.mesh.is_main)
+            state = self.weights.consolidate()
         if state is None:
             return None
         model = self.task.build_model()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dalle_ds
 from dalle_ds.config import Run
@@ -18,8 +19,10 @@ from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoint import load_state, newest_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
 from dalle_ds.training.engine import build_engine, scale_gradients
+from dalle_ds.training.gradients import MasterGradients
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.loop import Loop, Setup, Trained
+from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
@@ -45,9 +48,10 @@ class Trainer:
         self, make_task: Callable[[Any], Task[Any]], run: Run, json_config: dict[str, Any], mesh: Mesh
     ) -> None:
         self.run = run
-        self.mesh = mesh
+        self.mesh = mesh = mesh.divide(run.parallel)
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
+        self.task.check_layout(mesh)
         if self.task.scaling is not None and self.task.scaling.in_fp32 and self.config.precision != "fp32":
             raise ConfigError(
                 f"scaling.in_fp32 is for fp32 runs, and this is {self.config.precision}: leave it out, or give a "
@@ -73,12 +77,20 @@ class Trainer:
 
     def _load_state(self) -> dict[str, Any]:
         identity = self.task.identity()
-        kept = ("zero_optimization", "bf16", "data_types")
+        replicas, stages, shards, parts = self.mesh.sizes
+        offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         layout = {
-            "world_size": self.mesh.world_size,
-            "zero_stage": self.config.zero_stage,
             "precision": self.config.precision,
-            "deepspeed": {name: self.config.deepspeed[name] for name in kept if name in self.config.deepspeed},
+            "processes": self.mesh.world_size,
+            "replicas": replicas,
+            "pipe": stages,
+            "shards": shards,
+            "tensor": parts,
+            "zero_stage": self.config.zero_stage,
+            "offload": offload.get("device", "none"),
+            "micro_batch": self.config.micro_batch,
+            "accumulation": self.config.accumulation,
+            "powersgd": self.run.powersgd.enabled,
         }
         fresh = {
             "step": 0,
@@ -98,13 +110,19 @@ class Trainer:
                     f"the run in {self.directory.path} began with another {name} ({str(began_with)[:12]}, now {found[:12]}): "
                     "resume it with the one it began with, or name a new --run_dir"
                 )
-        for name, value in layout.items():
-            if state["layout"].get(name) != value:
-                raise CheckpointError(
-                    f"the checkpoint {self.checkpoint} was written with {name}={state['layout'].get(name)}, this is "
-                    f"{name}={value}: resume with the same number of processes and DeepSpeed JSON"
-                )
-        return {**fresh, **state, "version": dalle_ds.__version__}
+        wrote = state["layout"]
+        if wrote["precision"] != layout["precision"]:
+            raise CheckpointError(
+                f"the checkpoint {self.checkpoint} is of a run in {wrote['precision']}, this is {layout['precision']}: that "
+                "changes what is learned, while how the work is divided changes no more than rounding, and is free; give a "
+                f"DeepSpeed JSON for {wrote['precision']}, or name a new --run_dir"
+            )
+        if wrote["powersgd"] and not layout["powersgd"] and self.mesh.is_main:
+            print(
+                f"{self.checkpoint} has what PowerSGD had yet to pass on of gradients; this run, which does not compress, "
+                "leaves it out"
+            )
+        return {**fresh, **state, "layout": layout, "version": dalle_ds.__version__}
 
     def fit(self) -> None:
         """Train to `run.steps` updates, then validate, draw a preview and export; all of it is skipped where it is done.
@@ -125,6 +143,8 @@ class Trainer:
         self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step))
         rollbacks = self.mesh.decide(lambda: Rollbacks.read(self.directory.rollbacks_file))
         with self._tracker() as tracker:
+            for line in trained.replicas.describe() if trained.replicas is not None else ():
+                tracker.say(line)
             setup = Setup(self.run, self.mesh, self.task, self.config, self.directory, self.batches)
             Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
         if self.mesh.is_main:
@@ -133,11 +153,17 @@ class Trainer:
     def _build(self) -> Trained:
         """The engine with fresh weights, and all that trains beside it."""
         run, config = self.run, self.config
-        engine = build_engine(self.task.build_model, self.task.parameter_groups, run.optim, config, self.mesh, run.seed)
+        task, mesh = self.task, self.mesh
+        engine = build_engine(self._build_model, task.parameter_groups, run.optim, config, mesh, run.seed)
         scales = None
-        if self.task.scaling is not None and (config.precision == "fp16" or self.task.scaling.in_fp32):
-            scales = scale_gradients(self.task.resblocks(engine.module), self.task.scaling, config.precision, self.mesh)
+        if task.scaling is not None and (config.precision == "fp16" or task.scaling.in_fp32):
+            blocks = task.resblocks(engine.module)
+            scales = scale_gradients(blocks, task.resblock_count, task.scaling, config.precision, mesh)
         weights = MasterWeights(engine)
+        replicas = None
+        if mesh.size("replica") > 1:
+            replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
+            broadcast_start(weights, mesh)
         average = None
         if run.train.average_decay is not None:
             average = WeightAverage(
@@ -146,7 +172,15 @@ class Trainer:
                 every=run.train.average_every,
                 device=run.train.average_device,
             )
-        return Trained(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard))
+        return Trained(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard), replicas)
+
+    def _build_model(self) -> nn.Module:
+        """What this process trains of the model."""
+        if self.mesh.size("pipe") == 1:
+            return self.task.build_model(self.mesh.tensor)
+        from dalle_ds.parallel.pipeline import Pipeline
+
+        return Pipeline(self.task.pipeline_layers(self.mesh.tensor), self.mesh)
 
     def _tracker(self) -> Tracker:
         tracker = Tracker(
@@ -163,9 +197,9 @@ class Trainer:
         begun = f"resumed from {self.checkpoint}" if self.checkpoint is not None else "new run"
         tracker.say(
             f"{self.task.name}: {begun} in {self.directory.path}; {len(self.batches.train_samples):,} training and "
-            f"{len(self.batches.validation_samples):,} validation rows; {self.mesh.world_size} × {self.mesh.device.type}, "
+            f"{len(self.batches.validation_samples):,} validation rows; {self.mesh.describe()}, "
             f"ZeRO-{self.config.zero_stage}, {self.config.precision}, {self.config.accumulation} × "
-            f"{self.config.micro_batch} × {self.mesh.world_size} = {self.run.train.batch_size} pictures per update"
+            f"{self.config.micro_batch} × {self.mesh.size('data')} = {self.run.train.batch_size} pictures per update"
         )
         for line in self.task.describe():
             tracker.say(line)
