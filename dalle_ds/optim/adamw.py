@@ -170,15 +170,33 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             # DeepSpeed may have made empty states of tensors that are yet to be updated.
             index = 1 + max((other["index"] for other in self.state.values() if "index" in other), default=-1)
-            dtype = torch.int16 if in_16_bits else parameter.dtype
-            state["step"] = torch.zeros((), device=_home_of_step(parameter, in_16_bits))
-            state.update({name: torch.zeros_like(parameter, dtype=dtype) for name in _MOMENTS})
-            state.update(index=index, ceiling=0.0)
+            self.begin(parameter, "16-bit" if in_16_bits else "fp32", step=0, index=index, ceiling=0.0)
         elif (state["exp_avg"].dtype == torch.int16) != in_16_bits:
             raise ConfigError(
                 f"moments={'16-bit' if in_16_bits else 'fp32'} was set for a parameter whose moments are stored otherwise: "
                 "set it before the first update"
             )
+        return state
+
+    def begin(self, parameter: Tensor, moments: str, *, step: int, index: int, ceiling: float) -> dict[str, Any]:
+        """Make a parameter's state as it is after `step` updates, but for the moments, which are 0: the caller's to fill.
+
+        Args:
+            moments: the setting of the parameter's group.
+            step, index, ceiling: as in the state.
+
+        Returns:
+            The state.
+        """
+        in_16_bits = moments == "16-bit"
+        state = self.state[parameter]
+        state["step"] = torch.full((), float(step), device=_home_of_step(parameter, in_16_bits))
+        for name in _MOMENTS:
+            if name in state:
+                state[name].zero_()
+            else:
+                state[name] = torch.zeros_like(parameter, dtype=torch.int16 if in_16_bits else parameter.dtype)
+        state.update(index=index, ceiling=ceiling)
         return state
 
     def _update_in_chunks(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

@@ -83,16 +83,6 @@ class WeightAverage:
             shard.copy_(average)
             average.copy_(kept)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of this process's share."""
-        return {str(index): average for index, average in enumerate(self.averages)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict` of the same layout."""
-        for index, average in enumerate(self.averages):
-            average.copy_(state[str(index)])
-
     def _copy(self) -> None:
         if self._stream is None:
             for landing, shard in zip(self._landing, self.shards, strict=True):

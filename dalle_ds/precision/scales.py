@@ -81,11 +81,16 @@ class GradientScales:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
-        return {"scales": list(self.scales), "updates": self._updates, "last_backoff": list(self._last_backoff)}
+        return {
+            "replicas": self.replicas,
+            "scales": list(self.scales),
+            "updates": self._updates,
+            "last_backoff": list(self._last_backoff),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.scales = list(state["scales"])
+        """Go on from `state_dict`, of as many processes or of others: scales are multiples of M."""
+        self.scales = [scale * (self.replicas / state["replicas"]) for scale in state["scales"]]
         self._updates = state["updates"]
         self._last_backoff = list(state["last_backoff"])
         self._publish()

@@ -1,26 +1,52 @@
-"""Checkpoints that are complete or absent: written beside, renamed last (design decision 10)."""
+"""Checkpoints that are complete or absent: written beside, renamed last (design decision 10).
+
+A checkpoint belongs to the model, not to the processes that wrote it: `tensors/` has every parameter's fp32 weights, Adam's
+moments, average and error sum under the parameter's name in the plain model, and any number of processes, cut in any way,
+can go on from it. `state.json` has everything else, and is written last.
+"""
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from torch import Tensor
 
 from dalle_ds.errors import CheckpointError
 from dalle_ds.files import sync_folder
-from dalle_ds.optim import WeightAverage
+from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
+from dalle_ds.training import storage
+from dalle_ds.training.fragments import matrix_size
+from dalle_ds.training.storage import Index, Pieces
+from dalle_ds.training.weights import MasterWeights
 
-ENGINE_TAG = "engine"
+FORMAT = 2
+"""Of `state.json` and `tensors/`. Checkpoints of format 1 had no such number, and were of use to one layout only."""
 STATE_NAME = "state.json"
+TENSORS_NAME = "tensors"
+WEIGHT, AVERAGE, ERROR = "weight", "average", "error"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = re.compile(r"step-(\d+)")
+
+
+class ErrorSums(Protocol):
+    """What compresses gradients between replicas and keeps what is lost (DALL·E App. E.2)."""
+
+    def errors(self) -> dict[str, Tensor]:
+        """What is kept of each compressed parameter, summed over replicas, as this process's fragment. Collective."""
+        ...
+
+    def load_errors(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from what `errors` returned."""
+        ...
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -45,49 +71,67 @@ def drop_checkpoints_after(folder: Path, step: int) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, engine: Any, average: WeightAverage | None, state: dict[str, Any], mesh: Mesh, keep: int
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    weights: MasterWeights,
+    optimizer: AdamW,
+    mesh: Mesh,
+    *,
+    keep: int,
+    average: WeightAverage | None = None,
+    errors: ErrorSums | None = None,
 ) -> Path:
     """Write `folder/step-N` and delete all but the `keep` newest. Collective.
+
+    The processes of the first replica write, each what it has; what several of them have is written once.
 
     Args:
         step: updates done.
         state: JSON-able; comes back from `load_state`.
 
     Raises:
-        CheckpointError: it could not be written, on this process; no half-written checkpoint remains under a valid name.
+        CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
     """
     final = folder / f"step-{step}"
     partial = folder / f"partial-step-{step}"
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / TENSORS_NAME).mkdir(parents=True)
+
+    def end() -> None:
+        (partial / STATE_NAME).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
+        sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(_complete(folder), key=_step_of)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def write_tensors() -> None:
+        if mesh.index("replica") == 0:
+            pieces = _pieces(weights, optimizer, average, sums)
+            storage.write(partial / TENSORS_NAME, pieces, _merged(_parameters(weights, optimizer), group), group)
+
+    sums = errors.errors() if errors is not None else {}
+    group = _writers(mesh.world_size // mesh.size("replica"), mesh)
     try:
+        mesh.decide(lambda: _on_disk(begin, final))
+        _on_all(mesh, lambda: _on_disk(write_tensors, final))
+        mesh.decide(lambda: _on_disk(end, final))
+    except CheckpointError:
         if mesh.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        mesh.barrier()
-        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
-        if average is not None:
-            save_file(average.state_dict(), _average_file(partial, mesh))
-        mesh.barrier()
-        if mesh.is_main:
-            (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
-            sync_folder(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in sorted(_complete(folder), key=_step_of)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        mesh.barrier()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # PyTorch reports a full disk in words of its own, so the space is told too.
-        free = shutil.disk_usage(folder).free / 2**20
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"could not save the checkpoint of step {step} to {final} ({free:,.0f} MiB free there; {error}): free some space "
-            "and start the run again, it goes on from the last complete checkpoint"
-        ) from error
+        raise
     return final
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`."""
+    """What `save_checkpoint` was given as `state`.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
     try:
         state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
         missing = {"step", "identity", "layout", "learning_rate"} - set(state)
@@ -97,36 +141,166 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint {checkpoint} cannot be read: {error}; delete it to resume from an older one"
         ) from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} was written by {'an earlier' if 'format' not in state else 'another'} version of "
+            "dalle_ds, whose checkpoints this one cannot read: end the run with that version, or name a new --run_dir"
+        )
     return state
 
 
-def load_checkpoint(checkpoint: Path, engine: Any, average: WeightAverage | None, mesh: Mesh) -> None:
-    """Put a checkpoint's weights, optimizer state and average into a fresh engine of the same layout. Collective.
+def load_checkpoint(
+    checkpoint: Path,
+    weights: MasterWeights,
+    optimizer: AdamW,
+    mesh: Mesh,
+    *,
+    average: WeightAverage | None = None,
+    errors: ErrorSums | None = None,
+) -> None:
+    """Put a checkpoint's weights, moments, average and error sums into an engine, fresh or not, of any layout. Collective.
+
+    What the optimizer's parameter groups say (rates, decay, formats of moments) stays as it is.
 
     Raises:
-        CheckpointError: a file is missing or broken.
+        CheckpointError: a file is missing or broken, or it is of another model, on some process.
     """
-    try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE_TAG)
-        if loaded is None:
-            raise CheckpointError(f"DeepSpeed found no weights in {checkpoint}")
-        if average is not None:
-            average.load_state_dict(load_file(_average_file(checkpoint, mesh)))
-    except (OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} has a broken or missing file ({error}): delete it to resume from an older one"
-        ) from error
-    except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} cannot be loaded ({str(error) or 'a file is missing or does not fit'}): resume with "
-            "the DeepSpeed JSON that it was written with; where a file is broken, delete it to resume from an older one"
-        ) from error
+    # A run that has just begun to compress has none of them in the checkpoint, and starts with zeros.
+    sums = {name: torch.zeros_like(value) for name, value in (errors.errors() if errors is not None else {}).items()}
+
+    def read() -> None:
+        try:
+            index = Index.open(checkpoint / TENSORS_NAME)
+            _begin_states(index, weights, optimizer)
+            known = {name: value for name, value in sums.items() if f"{ERROR}/{name}" in index.tensors}
+            index.read(_pieces(weights, optimizer, average, known))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} cannot be loaded: {error}; delete it to resume from an older one"
+            ) from error
+
+    _on_all(mesh, read)
+    weights.publish()
+    if errors is not None:
+        errors.load_errors(sums)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _average_file(folder: Path, mesh: Mesh) -> Path:
-    return folder / f"average-rank-{mesh.rank}.safetensors"
+def _pieces(
+    weights: MasterWeights, optimizer: AdamW, average: WeightAverage | None, sums: Mapping[str, Tensor]
+) -> dict[str, Pieces]:
+    """What this process has of every tensor of a checkpoint."""
+    kinds: dict[str, list[Tensor | None]] = {WEIGHT: list(weights.shards)}
+    for name in MOMENTS:
+        kinds[name] = [optimizer.state.get(shard, {}).get(name) for shard in weights.shards]
+    if average is not None:
+        kinds[AVERAGE] = list(average.averages)
+    found: dict[str, Pieces] = {}
+    for fragment in weights.fragments:
+        runs: dict[str, Tensor] = {}
+        for kind, tensors in kinds.items():
+            tensor = tensors[fragment.shard]
+            if tensor is not None:
+                runs[kind] = fragment.of(tensor)
+        if fragment.name in sums:
+            runs[ERROR] = sums[fragment.name]
+        for kind, run in runs.items():
+            parts = [(place, place.of(run)) for place in fragment.rectangles()]
+            found[f"{kind}/{fragment.name}"] = Pieces(matrix_size(fragment.whole), parts)
+    return found
+
+
+def _parameters(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[str, Any]]:
+    """What a checkpoint keeps of every parameter besides tensors: its shape, and of Adam's state all but the moments."""
+    known: dict[int, dict[str, Any]] = {}
+    table: dict[str, dict[str, Any]] = {}
+    for fragment in weights.fragments:
+        if fragment.shard not in known:
+            state = optimizer.state.get(weights.shards[fragment.shard], {})
+            known[fragment.shard] = {
+                "moments": optimizer.param_groups[weights.group_of[fragment.shard]]["moments"],
+                "step": int(state.get("step", 0)),
+                "ceiling": state.get("ceiling", 0.0),
+                "index": state.get("index"),
+            }
+        table[fragment.name] = {"shape": list(fragment.whole), **known[fragment.shard]}
+    return table
+
+
+def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> None:
+    """Make Adam's states, which a fresh engine has none of, and check that the checkpoint is of this model."""
+    held: list[list[dict[str, Any]]] = [[] for _ in weights.shards]
+    for fragment in weights.fragments:
+        stored = index.parameters.get(fragment.name)
+        if stored is None or tuple(stored["shape"]) != fragment.whole:
+            found = "it has none" if stored is None else f"its has shape {tuple(stored['shape'])}"
+            raise CheckpointError(f"the model's {fragment.name} has shape {fragment.whole}, and {found}")
+        held[fragment.shard].append(stored)
+    # Random rounding tells shards apart by their indices. These are kept where every shard of this process finds one of its
+    # own, as all do in the layout that they come from.
+    indices = [{stored["index"] for stored in parameters if stored["step"] > 0} for parameters in held]
+    found_any = [found for found in indices if found]
+    kept = sum(map(len, found_any)) == len(set().union(*found_any)) == len(found_any)
+    for number, (shard, parameters) in enumerate(zip(weights.shards, held, strict=True)):
+        group = optimizer.param_groups[weights.group_of[number]]
+        wrong = next((stored for stored in parameters if stored["moments"] != group["moments"]), None)
+        if wrong is not None:
+            raise CheckpointError(f"its moments are {wrong['moments']}, and optim.moments is {group['moments']}")
+        step = max((stored["step"] for stored in parameters), default=0)
+        if step == 0:
+            optimizer.state.pop(shard, None)  # not updated yet
+            continue
+        ceiling = max(stored["ceiling"] for stored in parameters)
+        place = next(iter(indices[number])) if kept else number
+        optimizer.begin(shard, group["moments"], step=step, index=place, ceiling=ceiling)
+
+
+def _merged(table: dict[str, dict[str, Any]], group: Any) -> dict[str, dict[str, Any]]:
+    """On the group's first process, the parameters of all its processes. Collective within the group."""
+    if not dist.is_initialized():
+        return table
+    tables: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(table, tables, dst=0, group=group)
+    return {name: row for each in tables or [] for name, row in each.items()}
+
+
+def _writers(count: int, mesh: Mesh) -> Any:
+    """The group of the first `count` processes, for plans of who writes what; None stands for all. Collective."""
+    if count == mesh.world_size and mesh.device.type == "cpu":
+        return None
+    return _cpu_group(count)
+
+
+@cache
+def _cpu_group(count: int) -> Any:
+    return dist.new_group(list(range(count)), backend="gloo")
+
+
+def _on_disk(write: Callable[[], None], final: Path) -> None:
+    try:
+        write()
+    except OSError as error:
+        # The space is told too, since a full disk is the likeliest reason.
+        free = shutil.disk_usage(final.parent).free / 2**20
+        raise CheckpointError(
+            f"could not save the checkpoint of step {_step_of(final)} to {final} ({free:,.0f} MiB free there; {error}): free "
+            "some space and start the run again, it goes on from the last complete checkpoint"
+        ) from error
+
+
+def _on_all(mesh: Mesh, do: Callable[[], None]) -> None:
+    """Call `do` on every process; where it raises a `CheckpointError` on one, all raise one. Collective."""
+    failure: CheckpointError | None = None
+    try:
+        do()
+    except CheckpointError as error:
+        failure = error
+    failed = int(mesh.sum(torch.tensor(int(failure is not None)), "world"))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointError(f"{failed} of the other processes could not read or write a checkpoint; they say why")
 
 
 def _complete(folder: Path) -> list[Path]:

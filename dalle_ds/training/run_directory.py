@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import yaml
 
@@ -15,8 +15,8 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
 
-# Fields that may differ when a run is resumed: they change no weight (paths are held against fingerprints instead), or are
-# there to be changed by hand.
+# Fields that may differ when a run is resumed: they change no weight but for rounding (paths are held against fingerprints
+# instead), or are there to be changed by hand.
 _FREE = (
     "data",
     "dvae",
@@ -25,12 +25,30 @@ _FREE = (
     "steps",
     "save_every",
     "train.micro_batch",
+    "train.zero_stage",
     "train.average_device",
     "loader.workers",
     "optim.halve_at",
 )
-_FREE_SECTIONS = ("report.", "guard.")
+_FREE_SECTIONS = ("report.", "guard.", "parallel.", "powersgd.")
+_CONFIG_NAME = "config.yaml"
 _STEP_NAME = "step.json"
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The stage and the configuration, as plain values, of the run in folder `path`.
+
+    Raises:
+        CheckpointError: there is no run.
+    """
+    file = path / _CONFIG_NAME
+    try:
+        saved = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read: name another --run_dir") from error
+    if not isinstance(saved, dict) or "stage" not in saved or "run" not in saved:
+        raise CheckpointError(f"{file} is not a run's configuration: name another --run_dir")
+    return saved["stage"], saved["run"]
 
 
 class RunDirectory:
@@ -57,7 +75,7 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         """The configuration that the run was started with."""
-        return self.path / "config.yaml"
+        return self.path / _CONFIG_NAME
 
     @property
     def metrics_file(self) -> Path:
@@ -98,17 +116,12 @@ class RunDirectory:
                     f"--run_dir {self.path} is not empty and not a run (it has no config.yaml): name a new folder"
                 )
             return
-        try:
-            saved = yaml.safe_load(self.config_file.read_text())
-        except (ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{self.config_file} cannot be read: name another --run_dir") from error
-        if not isinstance(saved, dict) or "stage" not in saved or "run" not in saved:
-            raise CheckpointError(f"{self.config_file} is not a run's configuration: name another --run_dir")
-        if saved["stage"] != self.stage:
+        stage, began_with = read_config(self.path)
+        if stage != self.stage:
             raise CheckpointError(
-                f"--run_dir {self.path} holds a {saved['stage']} run, this is {self.stage}: name another folder"
+                f"--run_dir {self.path} holds a {stage} run, this is {self.stage}: name another folder"
             )
-        old = from_dict(type(self.run), saved["run"], str(self.config_file))
+        old = from_dict(type(self.run), began_with, str(self.config_file))
         changed = {
             name: values
             for name, values in differences(old, self.run).items()

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from dalle_ds.config import DvaeRun, OptimConfig, ReportConfig
+from dalle_ds.config import DvaeRun, OptimConfig, ParallelConfig, ReportConfig, TrainConfig
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.optim import WeightAverage
+from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoint import (
     drop_checkpoints_after,
@@ -22,7 +22,11 @@ from dalle_ds.training.checkpoint import (
     newest_good_checkpoint,
     save_checkpoint,
 )
+from dalle_ds.training.fragments import Fragment
 from dalle_ds.training.run_directory import RunDirectory
+from dalle_ds.training.weights import MasterWeights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 RUN = DvaeRun(data="data", run_dir="run", steps=10)
@@ -38,6 +42,10 @@ def claimed(path: Path, run: DvaeRun = RUN) -> RunDirectory:
 def test_the_same_run_is_taken_up_again_and_free_fields_may_differ(tmp_path: Path) -> None:
     claimed(tmp_path / "run").release()
     longer = dataclasses.replace(RUN, steps=20, save_every=7, report=ReportConfig(log_every=1), data="moved")
+    # How the work is divided is free too.
+    longer = dataclasses.replace(
+        longer, parallel=ParallelConfig(replicas=2), train=TrainConfig(zero_stage=3, micro_batch=4)
+    )
     claimed(tmp_path / "run", longer).release()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["steps"] == 20
 
@@ -90,42 +98,50 @@ def state(step: int) -> dict[str, object]:
     return {"step": step, "identity": {}, "layout": {}, "learning_rate": None, "scales": None, "guard": None}
 
 
-class Engine:
-    """The two calls of a DeepSpeed engine that checkpoints use, with one tensor."""
+class Weights(MasterWeights):
+    """Of a model of one tensor, without an engine."""
 
-    def __init__(self, value: float, disk: float | None = None) -> None:
-        self.value = torch.tensor([value])
-        self.disk = disk
+    def __init__(self, value: float) -> None:
+        self.shards = [torch.full((3,), float(value))]
+        self.fragments = [Fragment("w", (3,), 0, 3, 0, 0)]
+        self.published = False
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "weights").write_text(str(self.value.item()))
-        if self.disk is not None:
-            raise OSError(28, "No space left on device")
+    @property
+    def group_of(self) -> list[int]:  # type: ignore[override]
+        return [0]
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict]:
-        self.value = torch.tensor([float((Path(folder) / tag / "weights").read_text())])
-        return folder, {}
+    def publish(self) -> None:
+        self.published = True
+
+
+def save(folder: Path, step: int, keep: int = 2, **changes: object) -> Path:
+    weights = Weights(step)
+    optimizer, average = AdamW(weights.shards), WeightAverage(weights.shards, 0.9)
+    optimizer.begin(weights.shards[0], "fp32", step=step, index=7, ceiling=0.5)["exp_avg"].fill_(-step)
+    return save_checkpoint(folder, step, state(step) | changes, weights, optimizer, ALONE, keep=keep, average=average)
 
 
 def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -> None:
     for step in (2, 10, 9):
-        shard = torch.tensor([float(step)])
-        save_checkpoint(tmp_path, step, Engine(step), WeightAverage([shard], 0.9), state(step), ALONE, keep=2)
+        save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-9"]
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "step-10"
-    engine, shard = Engine(0.0), torch.zeros(1)
-    average = WeightAverage([shard], 0.9)
-    load_checkpoint(newest, engine, average, ALONE)
-    assert engine.value.item() == average.averages[0].item() == 10
-    assert load_state(newest) == state(10)
+    weights = Weights(0.0)
+    optimizer, average = AdamW(weights.shards, lr=0.5), WeightAverage(weights.shards, 0.9)
+    load_checkpoint(newest, weights, optimizer, ALONE, average=average)
+    assert weights.shards[0].tolist() == average.averages[0].tolist() == [10] * 3
+    assert weights.published
+    found = optimizer.state[weights.shards[0]]
+    assert found["exp_avg"].tolist() == [-10] * 3 and found["exp_avg_sq"].tolist() == [0] * 3
+    assert (float(found["step"]), found["index"], found["ceiling"]) == (10, 7, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert load_state(newest) == state(10) | {"format": 2}
 
 
 def test_a_checkpoint_written_amid_bad_updates_is_gone_past_and_removed(tmp_path: Path) -> None:
     for step, bad in ((1, 0), (2, 0), (3, 1)):
-        written = state(step) | {"guard": {"bad_in_a_row": bad, "losses": []}}
-        save_checkpoint(tmp_path, step, Engine(step), None, written, ALONE, keep=3)
+        save(tmp_path, step, keep=3, guard={"bad_in_a_row": bad, "losses": []})
     assert newest_checkpoint(tmp_path) == tmp_path / "step-3"
     assert newest_good_checkpoint(tmp_path) == tmp_path / "step-2"
     drop_checkpoints_after(tmp_path, 2)
@@ -133,16 +149,24 @@ def test_a_checkpoint_written_amid_bad_updates_is_gone_past_and_removed(tmp_path
     assert newest_good_checkpoint(tmp_path / "nothing") is None
 
 
-def test_a_full_disk_leaves_nothing_half_written_and_is_told(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, Engine(1), None, state(1), ALONE, keep=2)
+@pytest.mark.parametrize("place", ["dalle_ds.training.storage.os.fsync", "dalle_ds.training.checkpoint.sync_folder"])
+def test_a_full_disk_leaves_nothing_half_written_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    save(tmp_path, 1)
+
+    def no_space(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(place, no_space)
     with pytest.raises(CheckpointError, match=r"step 2 to .*step-2 .*MiB free.*No space left.*free some space"):
-        save_checkpoint(tmp_path, 2, Engine(2, disk=0.0), None, state(2), ALONE, keep=2)
+        save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_an_unfinished_checkpoint_is_not_taken(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, Engine(1), None, state(1), ALONE, keep=2)
-    (tmp_path / "partial-step-2" / "engine").mkdir(parents=True)
+    save(tmp_path, 1)
+    (tmp_path / "partial-step-2" / "tensors").mkdir(parents=True)
     (tmp_path / "step-3").mkdir()  # no state: the renaming of something incomplete by hand
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "step-1"
@@ -150,20 +174,60 @@ def test_an_unfinished_checkpoint_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
-    final = save_checkpoint(tmp_path, 1, Engine(1), None, state(1), ALONE, keep=2)
-    (final / "engine" / "weights").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"step-1 has a broken or missing file.*delete it to resume from an older one"
+    final = save(tmp_path, 1)
+    weights = Weights(0)
+    file = final / "tensors" / "rank-0.safetensors"
+    content = file.read_bytes()
+    for harm, words in (
+        (file.unlink, "broken or missing file"),
+        (lambda: file.write_bytes(content[:-9]), "is cut off"),
     ):
-        load_checkpoint(final, Engine(0), None, ALONE)
+        harm()
+        with pytest.raises(
+            CheckpointError, match=rf"step-1 cannot be loaded: .*{words}.*; delete it to resume from an older"
+        ):
+            load_checkpoint(final, weights, AdamW(weights.shards), ALONE)
+    written = json.loads((final / "state.json").read_text())
     for broken, words in (
         ("{", "cannot be read"),
         ("{}", "it has no identity, layout, learning_rate, step"),
         ("[]", "it has no"),
+        (json.dumps(written | {"format": 3}), "was written by another version of dalle_ds"),
+        (
+            json.dumps({k: v for k, v in written.items() if k != "format"}),
+            "was written by an earlier version of dalle_ds",
+        ),
     ):
         (final / "state.json").write_text(broken)
         with pytest.raises(CheckpointError, match=words):
             load_state(final)
+
+
+def test_a_checkpoint_of_another_model_or_other_moments_is_refused(tmp_path: Path) -> None:
+    final = save(tmp_path, 1)
+    weights = Weights(0)
+    with pytest.raises(CheckpointError, match=r"its moments are fp32, and optim.moments is 16-bit"):
+        load_checkpoint(final, weights, AdamW(weights.shards, moments="16-bit"), ALONE)
+    for fragment, words in (
+        (Fragment("w", (1, 3), 0, 3, 0, 0), r"the model's w has shape \(1, 3\), and its has shape \(3,\)"),
+        (Fragment("v", (3,), 0, 3, 0, 0), r"the model's v has shape \(3,\), and it has none"),
+    ):
+        weights.fragments = [fragment]
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(final, weights, AdamW(weights.shards), ALONE)
+    weights.fragments = Weights(0).fragments
+    unaveraged = save_checkpoint(tmp_path, 2, state(2), weights, AdamW(weights.shards), ALONE, keep=2, average=None)
+    with pytest.raises(CheckpointError, match=r"average/w of 3 × 1 is needed, and .* has none"):
+        load_checkpoint(unaveraged, weights, AdamW(weights.shards), ALONE, average=WeightAverage(weights.shards, 0.9))
+
+
+def test_a_shard_that_was_not_updated_yet_is_begun_anew_by_its_first_update(tmp_path: Path) -> None:
+    weights = Weights(0)
+    final = save_checkpoint(tmp_path, 1, state(1), weights, AdamW(weights.shards), ALONE, keep=2)
+    optimizer = AdamW(weights.shards)
+    optimizer.begin(weights.shards[0], "fp32", step=9, index=0, ceiling=1.0)
+    load_checkpoint(final, weights, optimizer, ALONE)
+    assert not optimizer.state.get(weights.shards[0])
 
 
 def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""Exported models from checkpoints: what training exports at its end, at any update that is still kept.
+
+One tensor is in memory at a time, and neither DeepSpeed nor a GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dalle_ds.config import DvaeRun, Run, TransformerRun, from_dict
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.files import built_beside
+from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
+from dalle_ds.tasks import Task
+from dalle_ds.tasks.dvae import DvaeTask
+from dalle_ds.tasks.transformer import TransformerTask
+from dalle_ds.training.checkpoint import AVERAGE, TENSORS_NAME, WEIGHT, load_state, newest_checkpoint
+from dalle_ds.training.run_directory import RunDirectory, read_config
+from dalle_ds.training.storage import Index, write_safetensors
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Weights = Literal["average", "raw"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STAGES: dict[str, tuple[type[Run], Callable[[Any], Task[Any]]]] = {
+    "dvae": (DvaeRun, DvaeTask),
+    "transformer": (TransformerRun, TransformerTask),
+}
+
+
+def read_run(path: Path) -> tuple[str, Run]:
+    """The stage and the configuration of the run in folder `path`.
+
+    Raises:
+        CheckpointError: there is no run, or one of an unknown stage.
+    """
+    stage, values = read_config(path)
+    if stage not in _STAGES:
+        raise CheckpointError(f"{path} holds a run of stage {stage!r}: this version knows {', '.join(_STAGES)}")
+    return stage, from_dict(_STAGES[stage][0], values, str(path))
+
+
+def export_checkpoint(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    out: str | Path | None = None,
+    dtype: Precision = "fp32",
+) -> tuple[Path, int]:
+    """Write an exported model of a run, as its task does at the end of training, whole or not at all.
+
+    Args:
+        step: updates that the model has had; None takes the newest checkpoint.
+        weights: the average of the weights, or these themselves; None takes the average if there is one, as training does.
+        out: folder to write, which is replaced; None takes the run's own export.
+        dtype: of the weights that are written.
+
+    Returns:
+        The folder, and the updates that the model has had.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, one that is broken, or a folder that cannot be written.
+        ConfigError: an average asked for where there is none, or `out` is something else than an exported model.
+    """
+    path = Path(run_dir)
+    stage, run = read_run(path)
+    task = _STAGES[stage][1](run)
+    directory = RunDirectory(path, stage, run)
+    checkpoint = newest_checkpoint(directory.checkpoints) if step is None else directory.checkpoints / f"step-{step}"
+    if checkpoint is None or not checkpoint.is_dir():
+        kept = sorted(folder.name for folder in directory.checkpoints.glob("step-*"))
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise CheckpointError(f"the run in {path} has {what}: it has {', '.join(kept) or 'none yet'}")
+    state = load_state(checkpoint)
+    _check_parts(task, state["identity"])
+    has_average = run.train.average_decay is not None and state["step"] >= run.train.average_every
+    if weights == "average" and not has_average:
+        raise ConfigError(f"{checkpoint} has no average of the weights yet: leave --weights out, or give raw")
+    kind = AVERAGE if has_average and weights != "raw" else WEIGHT
+    index = Index.open(checkpoint / TENSORS_NAME)
+    folder = Path(out) if out is not None else directory.export
+    if folder.exists() and not (folder / WEIGHTS_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"--out {folder} is there already, and no exported model: name a new folder")
+    try:
+        with built_beside(folder) as partial:
+            task.export(_stored_model(task, index, kind, DTYPES[dtype]), partial)
+    except OSError as error:
+        raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
+    if folder == directory.export and dtype == "fp32" and (kind == AVERAGE) == has_average:
+        directory.mark_exported(state["step"])
+    return folder, state["step"]
+
+
+def _stored_model(task: Task[Any], index: Index, kind: str, dtype: torch.dtype) -> nn.Module:
+    """A model that has its weights in a checkpoint, and none in memory: of use for nothing but to be exported."""
+    with torch.device("meta"):
+        model = task.build_model()
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    missing = next((name for name in shapes if f"{kind}/{name}" not in index.tensors), None)
+    if missing is not None:
+        raise CheckpointError(f"{index.folder} has no {missing}: it is of another model")
+    # An export asks the model for its device, which is not to be "meta".
+    nothing = torch.zeros(())
+    model.load_state_dict({name: nothing.expand(shape) for name, shape in shapes.items()}, assign=True)
+
+    def read(name: str) -> Callable[[], Tensor]:
+        return lambda: index.tensor(f"{kind}/{name}").view(shapes[name])
+
+    def save_pretrained(path: str | Path) -> None:
+        save_model(path, task.name, model.config, {})
+        tensors = [(name, dtype, shape, read(name)) for name, shape in shapes.items()]
+        write_safetensors(Path(path) / WEIGHTS_NAME, tensors, {"format": "pt"})
+
+    model.save_pretrained = save_pretrained  # type: ignore[assignment]
+    return model
+
+
+def _check_parts(task: Task[Any], identity: Mapping[str, str]) -> None:
+    """Refuse a dVAE or tokenizer that are not those that the run learned from."""
+    for name in ("dvae", "tokenizer"):
+        part = getattr(task, name, None)
+        if part is not None and part.fingerprint != identity.get(name):
+            raise CheckpointError(
+                f"the {name} at {getattr(task.run, name)} is not the one that the run began with: put that one back there"
+            )
