@@ -45,7 +45,8 @@ def test_ranks_are_arranged_as_deepspeed_pipelines_have_them(degrees: dict[str, 
             theirs.data,
             theirs.model,
         )
-        for axis, name in (("pipe", "pipe"), ("shard", "data"), ("tensor", "model")):
+        names: dict[Any, str] = {"pipe": "pipe", "shard": "data", "tensor": "model"}
+        for axis, name in names.items():
             lists = topology.get_axis_comm_lists(name) or [[rank]]
             assert ours.ranks(axis) in lists
 
