@@ -50,17 +50,24 @@ def run_launcher(main: Callable[[], None]) -> None:
     warnings.showwarning = _show_warning
     try:
         main()
-    except DalleError as error:
-        if _rank() == "0" or not isinstance(error, ConfigError):
-            _fail(str(error))
-        sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
-            raise  # about no file of the user's
-        _fail(f"{error.filename} cannot be read or written: {error.strerror}")
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (DalleError, OSError) as error:
+        words = explain(error)
+        if words is None:
+            raise
+        if _rank() == "0" or not isinstance(error, ConfigError):
+            _fail(words)
+        sys.exit(1)
+
+
+def explain(error: BaseException) -> str | None:
+    """An error in the user's words, or None where it is not of the user's making and a traceback is due."""
+    if isinstance(error, DalleError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read or written: {error.strerror}"
+    return None
 
 
 def _rank() -> str:

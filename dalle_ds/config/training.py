@@ -112,7 +112,8 @@ class TrainConfig:
     batch_size: int = 512
     """Pictures per update over all processes."""
     micro_batch: int | None = None
-    """Pictures per process and forward pass; None takes batch_size / processes, that is no gradient accumulation."""
+    """Pictures per process and forward pass; None takes batch_size / processes, that is no gradient accumulation; in a
+    pipeline, what leaves four micro-batches for each stage."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Arithmetic; None takes the DeepSpeed JSON's. bf16 stores 16-bit weights beside fp32 ones; fp16 stores fp32 weights,
     computes in fp16 inside the transformer's residual blocks, and scales each block's gradients (docs/precision.md)."""
@@ -240,6 +241,9 @@ class ReportConfig:
     """Newest checkpoints kept in RUN_DIR/checkpoints."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device at the run's precision; given, the progress line shows the model FLOPs utilization."""
+    plan_check: Literal["refuse", "warn", "off"] = "refuse"
+    """What happens before training if its plan needs more memory than there is: `refuse` ends it, where that is beyond doubt;
+    `warn` only tells; `off` does not plan."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases tracking, which needs `pip install wandb`."""
     wandb_project: str = "dalle_ds"

@@ -303,6 +303,7 @@ class Dalle(nn.Module):
                 f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, found {checkpointing!r}"
             )
         self.config = config
+        tensor.check(config)
         self.checkpointing: Checkpointing = checkpointing
         self.tensor = tensor
         kinds = configured_kinds(config)

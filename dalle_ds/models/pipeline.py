@@ -13,6 +13,7 @@ from dalle_ds.models.attention import AttentionPattern, configured_kinds
 from dalle_ds.models.dalle import (
     DalleOutput,
     InputEmbedding,
+    check_tokens,
     kept_text,
     residual_block,
     run_block,
@@ -72,6 +73,7 @@ def pipeline_layers(
 
 def _embed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Passed:
     text, codes, *keys = inputs
+    check_tokens(cast(InputEmbedding, layer).config, text, codes)
     return layer(text, codes), text, codes, *keys
 
 

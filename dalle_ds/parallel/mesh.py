@@ -195,24 +195,8 @@ class Mesh:
 
     def check(self, model: DalleConfig) -> None:
         """Raise a `ConfigError` where a transformer cannot be divided so."""
-        tensor, pipe = self.degrees.tensor, self.degrees.pipe
-        counts = {
-            "model.heads": model.heads,
-            "model.text_vocab": model.text_vocab,
-            "model.image_vocab": model.image_vocab,
-        }
-        for name, count in counts.items():
-            if count % tensor:
-                raise ConfigError(
-                    f"{name}={count} cannot be divided among parallel.tensor={tensor} processes: set it to a multiple of "
-                    f"{tensor}, or parallel.tensor to a divisor of {count}"
-                )
-        if self.degrees.sequence and model.total_len % tensor:
-            raise ConfigError(
-                f"parallel.sequence divides the model's {model.total_len} positions (model.text_len={model.text_len} + "
-                f"model.grid={model.grid}²) among parallel.tensor={tensor} processes, which does not come out even: leave "
-                "it out, or change parallel.tensor"
-            )
+        self.tensor.check(model)
+        pipe = self.degrees.pipe
         if pipe > 2 * model.depth:
             raise ConfigError(
                 f"parallel.pipe={pipe} is more than the model's {2 * model.depth} residual blocks (model.depth="
@@ -253,6 +237,7 @@ class Mesh:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            _groups.cache_clear()
 
     # --- what DeepSpeed asks an `mpu`: the model axis is that of parts, the data axis that of shards
 
@@ -287,6 +272,27 @@ class Mesh:
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def share_tensors(tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis) -> dict[str, Tensor] | None:
+    """What the first process along an axis gives, on all of them: named tensors on the mesh's device, or None. Collective."""
+    source, group = mesh.ranks(axis)[0], mesh.group(axis)
+    is_source = mesh.rank == source
+    told: list[Any] = [None]
+    if is_source and tensors is not None:
+        told = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]]
+    dist.broadcast_object_list(told, src=source, group=group, device=mesh.device)
+    if told[0] is None:
+        return None
+    shared: dict[str, Tensor] = {}
+    for name, shape, dtype in told[0]:
+        if is_source:
+            assert tensors is not None
+            shared[name] = tensors[name].contiguous()
+        else:
+            shared[name] = torch.empty(shape, dtype=dtype, device=mesh.device)
+        dist.broadcast(shared[name], src=source, group=group)
+    return shared
 
 
 def _place(rank: int, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -120,7 +120,8 @@ class Reduced:
     """What one reduction came to, by shard; on the device, so that nothing waits for a GPU."""
 
     squares: Tensor
-    """(shards,) fp32, ‖Ĝ‖², that of Q, since P is orthonormal; Inf where the gradient is not to be used."""
+    """(shards,) fp32, ‖Ĝ‖², that of Q, since P is orthonormal. Where the gradient is not to be used: NaN if that of this
+    replica was not finite itself, else Inf."""
     overflowed: Tensor
     """(shards,) bool, whether P or Q was not finite on some replica; the same on all."""
     zeroed: Tensor
@@ -133,10 +134,11 @@ class PowerSGD:
     All replicas must make theirs from the same arguments, and compute alike: from the same sums each makes its own Ĝ.
 
     Numbers that are not finite, in a gradient or an error buffer of any replica, or too great for the factors' format, are
-    found in P or Q, where sums carry them to all replicas. Such a shard's Ĝ is NaN and its square Inf, so that the update is
-    left out, and error buffers stay what they were before, as if that update had not been; only one that is itself not
-    finite becomes 0. (The paper's keep the new gradient where P or Q overflowed. They have nothing to go back to, and would
-    overflow again.) No number that is not finite is made orthonormal.
+    found in P or Q, where sums carry them to all replicas. Such a shard's Ĝ is NaN and its square NaN or Inf, so that the
+    update is left out, and error buffers stay what they were before, as if that update had not been; only one that is itself
+    not finite becomes 0. What other shards' Ĝ took out of their buffers, `give_back` returns to them where it is not used.
+    (The paper's keep the new gradient where P or Q overflowed. They have nothing to go back to, and would overflow again.) No
+    number that is not finite is made orthonormal.
 
     Args:
         shards: what is compressed; no two of the same name.
@@ -189,6 +191,21 @@ class PowerSGD:
         return outcome
 
     @torch.no_grad()
+    def give_back(self, shards: Iterable[int], pieces: Sequence[Tensor]) -> None:
+        """Take Ĝ, which `reduce` left in `pieces`, back into the error buffers: it is not used in this update.
+
+        Nothing of these gradients is lost then: it comes with those of later updates.
+
+        Args:
+            shards: their numbers; what is not finite is left out.
+        """
+        for number in shards:
+            stored = self._errors[number]
+            mean = pieces[self.shards[number].piece].to(stored.device, torch.float32).view(-1)[: stored.numel()]
+            share = torch.where(_is_finite(mean), mean / self._replicas, 0.0)
+            stored.copy_(self._encoded(self._decoded(stored) + share))
+
+    @torch.no_grad()
     def errors(self) -> dict[str, Tensor]:
         """The sum of every shard's error buffer over the replicas, by name: (numel,) fp32, on the CPU. Collective.
 
@@ -220,6 +237,7 @@ class PowerSGD:
 
     def _reduce_bucket(self, numbers: list[int], pieces: Sequence[Tensor], outcome: Reduced) -> Generator[None]:
         shards = [self.shards[number] for number in numbers]
+        own = [_is_finite(pieces[shard.piece]).to(self._device) for shard in shards]
         works = [self._add_errors(number, pieces) for number in numbers]
         columns, flat = self._factors([(shard.parts, shard.short, shard.rank) for shard in shards])
         for number, work, factor in zip(numbers, works, columns, strict=True):
@@ -234,10 +252,12 @@ class PowerSGD:
         for work, basis, factor in zip(works, bases, rows, strict=True):
             torch.bmm(work.transpose(1, 2), basis, out=factor)
         yield from self._sum(flat, self._config.q_scale_log2)
-        for number, work, basis, is_broken, factor in zip(numbers, works, bases, broken, rows, strict=True):
+        for number, work, basis, is_broken, factor, is_own in zip(
+            numbers, works, bases, broken, rows, own, strict=True
+        ):
             square = factor.square().sum()
             is_broken = is_broken | ~square.isfinite()
-            outcome.squares[number] = torch.where(is_broken, math.inf, square)
+            outcome.squares[number] = torch.where(is_broken, torch.where(is_own, math.inf, math.nan), square)
             outcome.overflowed[number] = is_broken
             mean = torch.bmm(basis, torch.where(is_broken, math.nan, factor).transpose(1, 2))
             outcome.zeroed[number] = self._keep_errors(number, work.sub_(mean, alpha=1 / self._replicas), is_broken)

@@ -26,6 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dalle_ds.config import DalleConfig
+from dalle_ds.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Split:
@@ -74,6 +77,26 @@ class TensorGroup:
         piece.tensor_model_parallel = True  # type: ignore[attr-defined]
         piece.model_parallel = True  # type: ignore[attr-defined]
         return piece
+
+    def check(self, model: DalleConfig) -> None:
+        """Raise a `ConfigError` where the group cannot divide a transformer."""
+        counts = {
+            "model.heads": model.heads,
+            "model.text_vocab": model.text_vocab,
+            "model.image_vocab": model.image_vocab,
+        }
+        for name, count in counts.items():
+            if count % self.size:
+                raise ConfigError(
+                    f"{name}={count} cannot be divided among parallel.tensor={self.size} processes: set it to a multiple of "
+                    f"{self.size}, or parallel.tensor to a divisor of {count}"
+                )
+        if self.sequence and model.total_len % self.size:
+            raise ConfigError(
+                f"parallel.sequence divides the model's {model.total_len} positions (model.text_len={model.text_len} + "
+                f"model.grid={model.grid}²) among parallel.tensor={self.size} processes, which does not come out even: leave "
+                "it out, or change parallel.tensor"
+            )
 
     # --- between the residual stream and the divided layers; each (B, n, width)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dalle_ds.config import Run
 from dalle_ds.data import BatchLoader, evaluation_batches
 from dalle_ds.errors import DataError
 from dalle_ds.parallel import Mesh
+from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.tasks import Batch, Task
 
 PREVIEW_ROWS = 16
@@ -35,8 +36,15 @@ class Batches:
         self._mesh = mesh
 
     def train(self, start_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from update `start_step` on, endless."""
-        loader = BatchLoader(
+        """This rank's micro-batches from update `start_step` on, endless; collective among the processes of a model."""
+        return self._shared(lambda: self._loaded(start_step))
+
+    def validation(self) -> Iterator[Batch]:
+        """This rank's part of the validation rows; collective as `train`."""
+        return self._shared(self._evaluated)
+
+    def _loaded(self, start_step: int) -> Iterable[Batch]:
+        return BatchLoader(
             self.train_samples,
             seed=self._run.seed,
             batch_size=self._run.train.batch_size,
@@ -46,18 +54,32 @@ class Batches:
             start_step=start_step,
             workers=self._run.loader.workers,
         )
-        return map(self._ready, loader)
 
-    def validation(self) -> Iterator[Batch]:
-        """This rank's part of the validation rows."""
-        rows = evaluation_batches(
+    def _evaluated(self) -> Iterable[Batch]:
+        return evaluation_batches(
             self.validation_samples,
             self._micro_batch,
             rank=self._mesh.index("data"),
             world_size=self._mesh.size("data"),
             rows=self._run.report.validation_rows,
         )
-        return map(self._ready, rows)
+
+    def _shared(self, read: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+        """Batches made ready by the first of the processes that hold parts of one model, on all of them.
+
+        Each reading for itself would be as much work once more, and where one of them could not read a picture, or rounded a
+        code in another way, they would go on with different data.
+        """
+        if self._mesh.size("model") == 1:
+            yield from map(self._ready, read())
+            return
+        if self._mesh.index("model") > 0:
+            while (batch := share_tensors(None, self._mesh, "model")) is not None:
+                yield batch
+            return
+        for batch in map(self._ready, read()):
+            yield share_tensors(batch, self._mesh, "model") or {}
+        share_tensors(None, self._mesh, "model")
 
     def preview(self) -> Batch:
         """A few rows of validation data, the same on any rank."""

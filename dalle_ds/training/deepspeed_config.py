@@ -98,7 +98,8 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
             "ZeRO-2 and 3 would reduce after every one, and without ZeRO DeepSpeed's pipelines drift; set "
             '"zero_optimization.stage" to 1'
         )
-    _check_offload(json_config)
+    _check_offload(json_config, degrees.pipe)
+    _check_compression(run, stage, world_size)
     complete = dict(json_config)
     # DeepSpeed knows of one replica only.
     complete["train_batch_size"] = run.train.batch_size // degrees.replicas
@@ -130,6 +131,8 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     if not needs_norm and "offload_optimizer" not in complete["zero_optimization"]:
         # The norm is ours too; DeepSpeed's takes a reduction for every parameter group.
         complete["zero_optimization"].setdefault("compute_grad_norm", False)
+        if degrees.pipe > 1:  # would wait for ever: stages have different numbers of parameter groups
+            complete["zero_optimization"]["compute_grad_norm"] = False
         if precision == "bf16":
             complete["bf16"].setdefault("check_grad_overflow", False)
     if precision == "bf16" and stage > 0:
@@ -203,8 +206,29 @@ def _check_reduction(json_config: dict[str, Any]) -> None:
             )
 
 
-def _check_offload(json_config: dict[str, Any]) -> None:
+def _check_compression(run: Run, stage: int, world_size: int) -> None:
+    if not run.powersgd.enabled:
+        return
+    if stage != 3:
+        raise ConfigError(
+            f"powersgd.enabled with ZeRO-{stage}: only ZeRO-3 cuts every matrix by itself, so that what a process holds of "
+            'its gradient is a matrix too; set "zero_optimization.stage" to 3, or leave powersgd out'
+        )
+    rank, divisor = run.powersgd.rank, world_size // run.parallel.replicas
+    if rank is not None and rank % divisor:
+        raise ConfigError(
+            f"powersgd.rank={rank} cannot be shared out to the {divisor} processes that divide a replica's matrices: set it "
+            f"to a multiple of {divisor}"
+        )
+
+
+def _check_offload(json_config: dict[str, Any], stages: int) -> None:
     offload = _section(_section(json_config, "zero_optimization"), "offload_optimizer")
+    if stages > 1 and offload.get("device", "none") != "none":
+        raise ConfigError(
+            f'"zero_optimization.offload_optimizer" with parallel.pipe={stages}: DeepSpeed then compares norms among stages, '
+            "which have different numbers of parameter groups, and waits for ever; leave one of them out"
+        )
     if offload.get("device") == "nvme":
         raise ConfigError(
             '"zero_optimization.offload_optimizer.device" is "nvme", where gradients cannot be looked at before the step: '

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from dalle_ds.cli import parse_options
+from dalle_ds.cli import explain, parse_options
 from dalle_ds.config import Run, load_preset, preset_names
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
+from dalle_ds.parallel.watch import Watch
 from dalle_ds.tasks import Task
 from dalle_ds.training.deepspeed_config import load_deepspeed_json
 
@@ -75,8 +76,9 @@ def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig
     """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)
     mesh = Mesh.start(command.device)
-    # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
-    from dalle_ds.training.trainer import Trainer
+    with Watch(mesh, explain):
+        # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
+        from dalle_ds.training.trainer import Trainer
 
-    Trainer(make_task, command.run, command.deepspeed, mesh).fit()
+        Trainer(make_task, command.run, command.deepspeed, mesh).fit()
     mesh.stop()

@@ -172,9 +172,12 @@ class Loop:
             learning_rate.observe(step, loss)
         else:
             norm = outcome.figures["grad_norm"]
-            self.tracker.say(
-                f"update {step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}", style="yellow"
-            )
+            sentence = f"update {step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}"
+            if "powersgd_overflows" in outcome.figures:
+                sentence += (
+                    "; a factor of PowerSGD left its format: lower powersgd.p_scale_log2 or powersgd.q_scale_log2"
+                )
+            self.tracker.say(sentence, style="yellow")
         lost = self.trained.guard.observe(loss, outcome.finite, outcome.applied)
         self._skipped_in_a_row = 0 if outcome.applied else self._skipped_in_a_row + 1
         if self._skipped_in_a_row and self._skipped_in_a_row % STEPS_BETWEEN_SKIP_ALARMS == 0:

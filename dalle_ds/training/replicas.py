@@ -6,7 +6,8 @@ its own replica; between that and the step, processes that hold the same part in
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import math
+from collections.abc import Collection, Generator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -42,8 +43,7 @@ class ReplicaReduction:
         seed: of PowerSGD's random matrices.
 
     Raises:
-        ConfigError: compression without ZeRO-3, of a rank that shards cannot share out, or of a model without matrices that
-            can be compressed.
+        ConfigError: compression of a model without matrices that can be compressed. (`resolve` refuses what else cannot be.)
     """
 
     def __init__(self, engine: Any, gradients: MasterGradients, mesh: Mesh, config: PowerSGDConfig, seed: int) -> None:
@@ -52,12 +52,6 @@ class ReplicaReduction:
         self._compressor = self._compress(engine, config, seed) if config.enabled else None
 
     def _compress(self, engine: Any, config: PowerSGDConfig, seed: int) -> PowerSGD:
-        stage = engine.zero_optimization_stage()
-        if stage != 3:
-            raise ConfigError(
-                f"powersgd.enabled with ZeRO-{stage}: only ZeRO-3 cuts every matrix by itself, so that what a process holds "
-                'of its gradient is a matrix too; set "zero_optimization.stage" to 3, or leave powersgd out'
-            )
         optimizer, mesh = engine.optimizer, self._mesh
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         blocks = [group.get("block") for group in engine.client_optimizer.param_groups]
@@ -91,8 +85,9 @@ class ReplicaReduction:
         """Put the mean over replicas in place of all gradients. Collective.
 
         Returns:
-            (groups,) fp32, squared norm of what this process then holds of every parameter group; NaN or Inf where some
-            replica's gradient was not finite.
+            (groups,) fp32, squared norm of what this process then holds of every parameter group. Where it is not to be used:
+            NaN or Inf without compression; with it, NaN where a gradient was not finite, and Inf where all were, but their
+            factors' format cannot hold them.
         """
         if self._compressor is None:
             self._average(list(chain.from_iterable(self._gradients.groups())))
@@ -102,12 +97,26 @@ class ReplicaReduction:
         self._average(plain)
         compressed = self._compressor.reduce(pieces).squares
         norms = torch.stack(torch._foreach_norm(plain, 2, dtype=torch.float32)).to(compressed.device)
+        norms = torch.where(norms.isfinite(), norms, math.nan)
         owners = [self._group_of[number] for number in self._plain]
         owners += [self._group_of[shard.piece] for shard in self._compressor.shards]
         squares = torch.zeros(len(self._parameters), device=compressed.device)
         return squares.index_add_(
             0, torch.tensor(owners, device=compressed.device), torch.cat([norms.square(), compressed])
         )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether gradients cross as factors."""
+        return self._compressor is not None
+
+    def give_back(self, groups: Collection[int]) -> None:
+        """`PowerSGD.give_back` of parameter groups whose gradients, still as `reduce` left them, are not used."""
+        if self._compressor is None or not groups:
+            return
+        shards = self._compressor.shards
+        numbers = [number for number, shard in enumerate(shards) if self._group_of[shard.piece] in groups]
+        self._compressor.give_back(numbers, self._pieces())
 
     def errors(self) -> dict[str, Tensor]:
         """`PowerSGD.errors` by the parameters' names, for what this process holds; empty without compression. Collective."""
@@ -136,15 +145,10 @@ class ReplicaReduction:
     def _rank_of(self, matrices: Sequence[Any], config: PowerSGDConfig) -> int:
         """Rank of a whole matrix, which all processes that divide a replica can share out."""
         divisor = self._mesh.size("shard") * self._mesh.size("tensor")
-        if config.rank is None:
-            # Rows of these matrices are as long as the residual stream is wide, or a part of it.
-            return paper_rank(max((matrix.ds_shape[1] for matrix in matrices), default=1), divisor)
-        if config.rank % divisor:
-            raise ConfigError(
-                f"powersgd.rank={config.rank} cannot be shared out to the {divisor} processes that divide a replica's "
-                f"matrices: set it to a multiple of {divisor}"
-            )
-        return config.rank
+        if config.rank is not None:
+            return config.rank
+        # Rows of these matrices are as long as the residual stream is wide, or a part of it.
+        return paper_rank(max((matrix.ds_shape[1] for matrix in matrices), default=1), divisor)
 
     def _shard(self, name: str, piece: int, parameter: Any, block: int) -> MatrixShard | None:
         """This process's shard of a parameter; None, and a note for the user, where it is not made of whole rows."""

@@ -14,6 +14,7 @@ from dalle_ds.config import Run
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
+from dalle_ds.planning.check import check_plan
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoint import load_state, newest_checkpoint
@@ -130,12 +131,14 @@ class Trainer:
         Raises:
             TrainingError: updates go wrong, and going back to a checkpoint does not help.
             CheckpointError: a checkpoint cannot be read or written.
+            ConfigError: there is not enough memory for it (`check_plan`).
         """
         if self.mesh.decide(lambda: self.step == self.run.steps == self.directory.exported_step()):
             if self.mesh.is_main:
                 print(f"{self.directory.path} is done: all {self.step} updates, exported to {self.directory.export}")
                 self.directory.release()
             return
+        check_plan(self.run, self.config, self.mesh)
         torch.manual_seed(self.run.seed)
         trained = self._build()
         if self.checkpoint is not None:

@@ -95,9 +95,12 @@ class Updater:
         """Decide from the squared norms of all parameter groups, and clip, step or leave it."""
         broken = {index for index, square in enumerate(squares) if not math.isfinite(square)}
         block_of = self._layout.blocks
-        blocks = {block_of[index] for index in broken}
+        compressed = self._replicas is not None and self._replicas.compresses
+        # Finite gradients that their compressed form cannot hold: no gradient scale is to blame.
+        unheld = {index for index in broken if compressed and math.isinf(squares[index])}
+        blocks = {block_of[index] for index in broken - unheld}
         overflowed = frozenset(block for block in blocks if block is not None)
-        finite = math.isfinite(figures["loss"])
+        finite = math.isfinite(figures["loss"]) and not unheld
         if self._scales is None:
             finite = finite and not broken
         else:
@@ -108,12 +111,15 @@ class Updater:
         applied = finite and broken <= left_out and len(left_out) < len(squares)
         norm = math.sqrt(sum(square for index, square in enumerate(squares) if index not in left_out))
         figures["grad_norm"] = norm
+        if unheld:
+            figures["powersgd_overflows"] = float(len(unheld))
         numbers = self._layout.numbers  # of the groups that this process has
+        unused = {own for own, number in enumerate(numbers) if not applied or number in left_out}
+        if self._replicas is not None:
+            self._replicas.give_back(unused)
+        self._gradients.clear(unused)
         if applied:
-            self._gradients.clear({own for own, number in enumerate(numbers) if number in left_out})
             figures["grad_norm_clipped"] = self._clip(norm)
-        else:
-            self._gradients.clear(range(len(numbers)))
         if self._average is not None:
             self._average.before_step()
         self._optimizer.skip = not applied

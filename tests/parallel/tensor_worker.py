@@ -19,6 +19,7 @@ from dalle_ds.config import DalleConfig, ParallelConfig, from_dict
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.dalle import ResidualBlock
 from dalle_ds.parallel import Mesh, TensorGroup, split_of
+from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.sampling import TextToImage
 from dalle_ds.tokenizer import Tokenizer
@@ -73,8 +74,19 @@ def pictures(job: dict[str, Any], config: DalleConfig, mesh: Mesh) -> dict[str, 
     return {"pictures": stacked, "decoded": torch.stack(logits)}
 
 
+def check_sharing(mesh: Mesh) -> None:
+    """All parts of a model go on with what the first one has read."""
+    divided = mesh.divide(ParallelConfig(tensor=mesh.world_size))
+    own = {"text": torch.full((2, 3), mesh.rank), "weight": torch.rand(4)[::2] + mesh.rank}
+    shared = share_tensors(own, divided, "model")
+    assert shared is not None and shared["text"].tolist() == [[0] * 3] * 2 and shared["weight"].max() < 1
+    assert own["text"].unique().tolist() == [mesh.rank]
+    assert share_tensors(None, divided, "model") is None
+
+
 def main() -> None:
     mesh = Mesh.start("cpu")
+    check_sharing(mesh)
     job = json.loads(Path(sys.argv[-1]).read_text())
     config = from_dict(DalleConfig, job["model"], "test")
     out = Path(job["out"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -318,7 +318,7 @@ def test_what_is_not_finite_anywhere_is_known_everywhere(found: list[dict[str, A
     expected = [shard == TALL for shard in range(len(SHARDS))]
     for name, rank, (_, made, said, _, _) in faults(found):
         assert said["overflowed"] == expected, (name, rank)
-        assert [math.isinf(square) for square in said["squares"]] == expected, (name, rank)
+        assert [not math.isfinite(square) for square in said["squares"]] == expected, (name, rank)
         assert said["zeroed"] == [False] * len(SHARDS), (name, rank)
         assert all(made[other].isfinite().all() for other in NAMES if other != "tall"), (name, rank)
         assert not made["tall"].isfinite().any(), (name, rank)
@@ -382,3 +382,40 @@ def test_what_does_not_fit_comes_through_later(found: list[dict[str, Any]]) -> N
         assert distances["plain"] < 1e-3
         assert distances["low rank"] < 0.02
         assert distances["nothing kept"] > 0.1
+
+
+@pytest.mark.parametrize("storage", ["fp32", "1-6-9"])
+def test_what_is_given_back_comes_later(storage: Literal["fp32", "1-6-9"]) -> None:
+    """Over updates some of which are not made, what was applied and what is left add up to all gradients."""
+    shard = MatrixShard("w", 0, 2, 24, 40, 6, 0)
+    compressor = PowerSGD([shard], None, 1, PowerSGDConfig(enabled=True, storage=storage), seed=3)
+    generator = torch.Generator().manual_seed(0)
+    applied, all_of_them = torch.zeros(shard.numel), torch.zeros(shard.numel)
+    for update in range(12):
+        gradient = torch.randn(shard.numel, generator=generator)
+        all_of_them += gradient
+        pieces = [gradient.clone()]
+        compressor.reduce(pieces)
+        if update % 4 == 1:
+            compressor.give_back([0], pieces)
+        else:
+            applied += pieces[0]
+    missing = applied + compressor.errors()["w"] - all_of_them
+    assert missing.norm() < (1e-5 if storage == "fp32" else 1e-2) * all_of_them.norm()
+
+
+def test_what_is_not_finite_is_not_given_back() -> None:
+    shard = MatrixShard("w", 0, 1, 24, 40, 6, 0)
+    compressor = PowerSGD([shard], None, 1, PowerSGDConfig(enabled=True), seed=3)
+    compressor.reduce([torch.randn(shard.numel)])
+    before = compressor.errors()["w"]
+    pieces = [torch.full((shard.numel,), math.inf)]
+    assert math.isnan(compressor.reduce(pieces).squares[0]), "the gradient itself was not finite"
+    compressor.give_back([0], pieces)
+    assert torch.equal(compressor.errors()["w"], before)
+
+
+def test_a_factor_that_leaves_its_format_is_told_from_a_gradient_that_is_not_finite() -> None:
+    shard = MatrixShard("w", 0, 1, 24, 40, 6, 0)
+    compressor = PowerSGD([shard], None, 1, PowerSGDConfig(enabled=True), seed=3)
+    assert math.isinf(compressor.reduce([torch.full((shard.numel,), 3e38)]).squares[0])

@@ -162,6 +162,11 @@ def test_a_part_loads_its_own_of_an_export_and_cannot_be_exported(tmp_path: Path
         part.save_pretrained(tmp_path / "part")
 
 
+def test_a_group_that_does_not_divide_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.heads=4 cannot be divided among parallel\.tensor=3"):
+        Dalle(CONFIG, tensor=TensorGroup(0, 3))
+
+
 def test_divided_positions_cannot_draw() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.sequence"):
         Dalle(CONFIG, tensor=TensorGroup(0, 2, sequence=True)).new_cache(1)

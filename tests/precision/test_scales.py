@@ -108,6 +108,24 @@ def test_state_survives_json_bit_for_bit() -> None:
     assert scales.factors.tolist() == other.factors.tolist()
 
 
+def test_scales_of_another_number_of_processes_are_taken_over_as_multiples_of_it() -> None:
+    scales = GradientScales(PAPER, 2, replicas=8)
+    scales.update([0], applied=False)
+    for _ in range(100):
+        scales.update((), applied=True)
+    other = GradientScales(PAPER, 2, replicas=2)
+    other.load_state_dict(json.loads(json.dumps(scales.state_dict())))
+    assert other.scales == [scale / 4 for scale in scales.scales]
+    assert other.factors.tolist() == scales.factors.tolist(), "inside of the branches nothing changes"
+    # The window goes on: the 101st update since the division does not divide again, the 125th does.
+    other.update([0], applied=False)
+    assert other.scales[0] == scales.scales[0] / 4
+    for _ in range(23):
+        other.update((), applied=False)
+    other.update([0], applied=False)
+    assert other.scales[0] == pytest.approx(scales.scales[0] / 4 / math.sqrt(2))
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -67,7 +67,8 @@ class Replica:
         parallel = ParallelConfig(replicas=2, tensor=tensor)
         self.mesh = processes.divide(parallel)
         self.shape = shape
-        run = TransformerRun(model=shape, parallel=parallel, train=TrainConfig(batch_size=BATCH))
+        compression = powersgd or PowerSGDConfig()
+        run = TransformerRun(model=shape, parallel=parallel, train=TrainConfig(batch_size=BATCH), powersgd=compression)
         zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
         if offload:
             zero["offload_optimizer"] = {"device": "cpu"}
@@ -80,7 +81,7 @@ class Replica:
 
         self.engine = build_engine(lambda: Dalle(shape, tensor=self.mesh.tensor), groups, optim, config, self.mesh)
         self.gradients = MasterGradients(self.engine)
-        self.reduction = ReplicaReduction(self.engine, self.gradients, self.mesh, powersgd or PowerSGDConfig(), seed=0)
+        self.reduction = ReplicaReduction(self.engine, self.gradients, self.mesh, compression, seed=0)
 
     def backward(self, update: int = 0) -> None:
         """Gradients of rows that each data-parallel process has for itself."""
@@ -151,6 +152,17 @@ def not_finite(processes: Mesh, powersgd: PowerSGDConfig) -> list[list[float]]:
     return found
 
 
+def from_the_same(processes: Mesh, tensor: int) -> list[float]:
+    """Squared norms, by parameter group, of what becomes of gradients that all processes share."""
+    replica = Replica(processes, 3, tensor=tensor, powersgd=PowerSGDConfig(enabled=True))
+    replica.backward()
+    generator = torch.Generator().manual_seed(0)
+    for group in replica.gradients.groups():
+        for piece in group:
+            piece.copy_(torch.randn(piece.shape, generator=generator))
+    return replica.reduction.reduce().tolist()
+
+
 def kept(processes: Mesh) -> dict[str, float]:
     """Whether error buffers are those of what was left out, and can be put back."""
     replica = Replica(processes, 3, powersgd=PowerSGDConfig(enabled=True))
@@ -198,6 +210,7 @@ def main() -> None:
     found: dict[str, Any] = {name: means(processes, **options) for name, options in CASES.items()}
     found["refused"] = {name: refusal(processes, **options) for name, options in REFUSED.items()}
     found["not finite"] = [not_finite(processes, PowerSGDConfig(enabled=on)) for on in (False, True)]
+    found["from the same"] = {f"low rank{name}": from_the_same(processes, t) for name, t in (("", 1), (" tensor", 2))}
     found["kept"] = kept(processes)
     found["start"] = {(s, p): start(processes, s, p) for s in range(4) for p in ("fp32", "bf16")}
     torch.save(found, Path(sys.argv[-1]) / f"rank-{processes.rank}.pt")

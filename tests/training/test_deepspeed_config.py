@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from dalle_ds.config import OptimConfig, Run, TrainConfig
+from dalle_ds.config import OptimConfig, ParallelConfig, PowerSGDConfig, Run, TrainConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
 from tests.conftest import ROOT
@@ -104,8 +105,8 @@ def test_contradictions_are_refused_with_both_sides_named(
         resolve(json_config, run(**fields), world_size)
 
 
-def test_every_json_that_is_shipped_works_with_one_and_two_processes() -> None:
-    files = sorted((ROOT / "ds_configs").glob("*.json"))
+def test_every_json_of_a_stage_and_a_precision_works_with_one_and_two_processes() -> None:
+    files = sorted((ROOT / "ds_configs").glob("zero*.json"))
     assert len(files) >= 8
     for file in files:
         stage, precision = file.stem.split("_")
@@ -131,3 +132,47 @@ def test_fp16_is_an_fp32_engine_around_blocks_that_cast(section: dict) -> None:
     config = resolve({"fp16": section, "zero_optimization": {"stage": 3}}, run(), 1)
     assert config.precision == "fp16"
     assert config.deepspeed["fp16"] == {"enabled": False} and config.deepspeed["bf16"] == {"enabled": False}
+
+
+def test_pipelines_are_refused_what_they_cannot_do() -> None:
+    piped = replace(run(), parallel=ParallelConfig(pipe=2))
+    assert resolve({}, piped, 2).zero_stage == 1
+    assert resolve({"zero_optimization": {"compute_grad_norm": True}}, piped, 2).deepspeed["zero_optimization"] == {
+        "stage": 1,
+        "compute_grad_norm": False,
+    }
+    for stage in (0, 2, 3):
+        with pytest.raises(ConfigError, match=rf"parallel\.pipe=2 with ZeRO-{stage}.*stage\" to 1"):
+            resolve({"zero_optimization": {"stage": stage}}, piped, 2)
+    offloaded = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(ConfigError, match=r"offload_optimizer.*parallel\.pipe=2"):
+        resolve(offloaded, piped, 2)
+
+
+def test_a_pipeline_gets_several_micro_batches_for_each_stage() -> None:
+    piped = replace(run(), train=TrainConfig(batch_size=64), parallel=ParallelConfig(pipe=2))
+    config = resolve({}, piped, 4)
+    assert (config.micro_batch, config.accumulation) == (4, 8)
+
+
+def test_batches_are_divided_among_processes_with_data_of_their_own() -> None:
+    divided = replace(run(), train=TrainConfig(batch_size=12), parallel=ParallelConfig(replicas=3, tensor=2))
+    config = resolve({"zero_optimization": {"stage": 3}}, divided, 12)
+    assert (config.micro_batch, config.accumulation) == (2, 1)
+    assert config.deepspeed["train_batch_size"] == 4, "DeepSpeed knows of one replica"
+    with pytest.raises(ConfigError, match=r"train\.batch_size=10 cannot be divided among 6 data-parallel processes"):
+        resolve({}, replace(divided, train=TrainConfig(batch_size=10)), 12)
+
+
+def test_compression_needs_zero_3_and_a_rank_that_can_be_shared_out() -> None:
+    compressed = replace(
+        run(),
+        train=TrainConfig(batch_size=8),
+        parallel=ParallelConfig(replicas=2),
+        powersgd=PowerSGDConfig(enabled=True, rank=6),
+    )
+    resolve({"zero_optimization": {"stage": 3}}, compressed, 4)
+    with pytest.raises(ConfigError, match=r"powersgd\.enabled with ZeRO-2.*stage\" to 3"):
+        resolve({"zero_optimization": {"stage": 2}}, compressed, 4)
+    with pytest.raises(ConfigError, match=r"powersgd\.rank=6 cannot be shared out to the 4 processes"):
+        resolve({"zero_optimization": {"stage": 3}}, compressed, 8)

@@ -1,0 +1,354 @@
+"""Holds the planner's formulas against what real runs hold and exchange.
+
+    deepspeed --num_gpus 2 benchmarks/plan_check.py [--few True] [--json FILE]
+
+Bytes are counted, not sampled: those of every storage that exists, and the most at any moment (`counting.py`). Activations are
+counted around a plain model; weights, optimizer state, gradients and buffers in DeepSpeed engines of this many processes,
+between updates, before the step, and at the peak of an update; exchanges by collective.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from counting import Allocations, Exchanges
+from engines import build_updater
+from measure import DTYPES
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dalle_ds.cli import parse_options, run_launcher
+from dalle_ds.config import (
+    DalleConfig,
+    OptimConfig,
+    ParallelConfig,
+    PowerSGDConfig,
+    ScalingConfig,
+    TrainConfig,
+    TransformerRun,
+)
+from dalle_ds.models import Dalle
+from dalle_ds.parallel import Mesh
+from dalle_ds.planning.activations import transformer_activations
+from dalle_ds.planning.layout import Layout
+from dalle_ds.planning.memory import Memory, heaviest, stage_memory
+from dalle_ds.planning.stages import stages_of
+from dalle_ds.planning.traffic import Transfer, traffic
+from dalle_ds.precision import GradientScales
+from dalle_ds.training.deepspeed_config import resolve
+
+BUCKET = 50_000
+"""Elements of DeepSpeed's own buffers, small against the model."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which formulas to check."""
+
+    parts: tuple[str, ...] = ("activations", "engines", "parallel")
+    """Of "activations", "engines" (ZeRO stages, on any number of processes) and "parallel" (on 2 or 4 of them)."""
+    few: bool = False
+    """Whether to count in a few engines only."""
+    json: str | None = None
+    """File for the figures."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One prediction."""
+
+    setting: str
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """How far the prediction is off, in relation to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A DeepSpeed engine to count in."""
+
+    stage: int
+    precision: str = "fp32"
+    moments: str = "fp32"
+    accumulation: int = 1
+    checkpointing: str = "full"
+    offload: bool = False
+    degrees: ParallelConfig = field(default_factory=ParallelConfig)
+    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
+    zero: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        parts = [f"ZeRO-{self.stage} {self.precision}", f"recompute {self.checkpointing}"]
+        parts += ["16-bit moments"] if self.moments == "16-bit" else []
+        parts += [f"{self.accumulation} micro-batches"] if self.accumulation > 1 else []
+        parts += ["offload"] if self.offload else []
+        parts += [f"{name} {value}" for name, value in asdict(self.degrees).items() if value not in (1, False)]
+        parts += [f"PowerSGD {self.powersgd.storage}"] if self.powersgd.enabled else []
+        parts += [f"{name.removeprefix('stage3_')} {value}" for name, value in self.zero]
+        return ", ".join(parts)
+
+
+# Of a small model, DeepSpeed would otherwise keep all that it has gathered.
+SHARDED = (
+    ("stage3_param_persistence_threshold", 0),
+    ("stage3_max_live_parameters", 0),
+    ("stage3_max_reuse_distance", 0),
+)
+REUSED = (("stage3_param_persistence_threshold", 0), ("stage3_max_live_parameters", 200_000))
+SETTINGS = [
+    *(Setting(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16", "fp16")),
+    *(Setting(3, precision, zero=SHARDED) for precision in ("fp32", "bf16", "fp16")),
+    Setting(1, accumulation=2),
+    Setting(1, "bf16", accumulation=2, checkpointing="none"),
+    Setting(2, accumulation=2, checkpointing="selective"),
+    Setting(2, "bf16", "16-bit", accumulation=2),
+    Setting(3, "fp16", "16-bit", accumulation=2, checkpointing="none", zero=SHARDED),
+    Setting(3, "bf16", zero=REUSED),
+    Setting(3, "bf16"),
+    Setting(2, offload=True),
+    Setting(2, "bf16", offload=True),
+    Setting(3, "bf16", "16-bit", offload=True, zero=SHARDED),
+]
+
+FEW = [
+    Setting(1, "bf16", accumulation=2, checkpointing="none"),
+    Setting(2, "fp32"),
+    Setting(2, "bf16", "16-bit", accumulation=2),
+    Setting(3, "fp16", "16-bit", zero=SHARDED),
+    Setting(3, "bf16", zero=REUSED),
+]
+PARALLEL = {
+    2: [
+        Setting(1, "bf16", degrees=ParallelConfig(tensor=2)),
+        Setting(1, checkpointing="none", degrees=ParallelConfig(tensor=2, sequence=True)),
+        Setting(1, "fp16", checkpointing="selective", degrees=ParallelConfig(tensor=2, sequence=True)),
+        Setting(1, "bf16", accumulation=4, degrees=ParallelConfig(pipe=2)),
+        Setting(1, checkpointing="none", accumulation=4, degrees=ParallelConfig(pipe=2)),
+        Setting(0, degrees=ParallelConfig(replicas=2)),
+        Setting(1, "bf16", degrees=ParallelConfig(replicas=2)),
+        Setting(3, degrees=ParallelConfig(replicas=2), zero=SHARDED),
+        Setting(3, degrees=ParallelConfig(replicas=2), powersgd=PowerSGDConfig(enabled=True, rank=16), zero=SHARDED),
+        Setting(
+            3,
+            "fp16",
+            degrees=ParallelConfig(replicas=2),
+            powersgd=PowerSGDConfig(enabled=True, rank=16, storage="1-6-9", transport="1-6-9"),
+            zero=SHARDED,
+        ),
+    ],
+}
+"""By number of processes; one axis at a time, so that all that is sent is sent along it."""
+
+
+def check_activations() -> Iterator[Check]:
+    """Of a plain model: kept at the end of the forward pass, and the peaks of both passes."""
+    for precision in ("fp32", "bf16", "fp16"):
+        # Arithmetic in fp16 is slow on CPUs.
+        width, text_len, grid = (64, 16, 8) if precision == "fp16" else (256, 64, 16)
+        config = DalleConfig(
+            width=width, depth=3, heads=4, text_len=text_len, grid=grid, text_vocab=512, image_vocab=256
+        )
+        for checkpointing in ("none", "selective", "full"):
+            layout = Layout(precision=precision, checkpointing=checkpointing, micro_batch=2)  # type: ignore[arg-type]
+            plan = transformer_activations(config, layout, range(2 * config.depth), last=True, device="cpu")
+            kept, forward, backward = _activations(config, layout)
+            setting = f"{precision}, recompute {checkpointing}"
+            # One weight's gradient at a time, which the plan counts among the gradients.
+            gradient = 4 * width**2 * (6 if precision == "fp16" else layout.weight_bytes)
+            yield Check(setting, "kept for the backward pass", plan.kept + plan.loss_kept, kept)
+            yield Check(setting, "peak of the forward pass", plan.kept + plan.loss_kept + plan.loss_working, forward)
+            yield Check(setting, "peak of the backward pass", plan.kept + plan.working + gradient, backward)
+
+
+def _activations(config: DalleConfig, layout: Layout) -> tuple[int, int, int]:
+    model = Dalle(config, checkpointing=layout.checkpointing)
+    if layout.precision == "fp16":
+        scales = GradientScales(ScalingConfig(), len(model.blocks), 1)
+        for number, block in enumerate(model.blocks):
+            block.use(scales.precision(number, torch.float16))  # type: ignore[operator]
+    else:
+        model.to(DTYPES[layout.precision])
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    text = torch.zeros(layout.micro_batch, config.text_len, dtype=torch.int64)
+    codes = torch.zeros(layout.micro_batch, config.image_len, dtype=torch.int64)
+    model(text, codes, logits=False).loss.backward()  # what is made once, such as masks
+    with Allocations(left_out=list(model.parameters())) as allocations:
+        loss = model(text, codes, logits=False).loss
+        forward, kept = allocations.peak, allocations.now()
+        allocations.peak = 0
+        loss.backward()
+    return kept, forward, allocations.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def check_engines(mesh: Mesh, settings: Sequence[Setting] = SETTINGS) -> Iterator[Check]:
+    """Of engines on this many processes. Collective."""
+    for setting in settings:
+        yield from _check_engine(setting, mesh)
+        gc.collect()
+
+
+def _check_engine(setting: Setting, mesh: Mesh) -> list[Check]:
+    model = DalleConfig(width=64, depth=8, heads=2, text_len=4, grid=4, text_vocab=32, image_vocab=32)
+    readers = mesh.world_size // (setting.degrees.tensor * setting.degrees.pipe)
+    run = TransformerRun(
+        model=model,
+        parallel=setting.degrees,
+        powersgd=setting.powersgd,
+        train=TrainConfig(
+            batch_size=readers * setting.accumulation,
+            micro_batch=1,
+            activation_checkpointing=setting.checkpointing,  # type: ignore[arg-type]
+            average_decay=None,
+        ),
+        optim=OptimConfig(warmup_steps=0, moments=setting.moments),  # type: ignore[arg-type]
+    )
+    zero: dict[str, Any] = {"stage": setting.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero |= {"stage3_prefetch_bucket_size": BUCKET, **dict(setting.zero)} if setting.stage == 3 else {}
+    zero |= {"offload_optimizer": {"device": "cpu"}} if setting.offload else {}
+    json_config = {name: {"enabled": name == setting.precision} for name in ("bf16", "fp16")}
+    json_config["zero_optimization"] = zero
+    layout = Layout.of(run, resolve(json_config, run, mesh.world_size), mesh.world_size)
+    stages = stages_of(run, layout, "cpu")
+    memory = heaviest(stage_memory(stage, layout, "cpu") for stage in stages)
+    transfers = max((traffic(stage, model, layout) for stage in stages), key=_sent)
+    counted = _count(run, json_config, setting, mesh)
+    before = memory.at("step") - _kind(memory, "optimizer's step", "step")
+    passes = max(map(memory.at, ("loss", "backward", "reduce")))
+    checks = [
+        Check(setting.name, "held between updates", memory.at("between"), counted["between"]),
+        Check(setting.name, "of that, weights", _kind(memory, "weights"), counted["weights"]),
+        Check(setting.name, "of that, Adam's moments", _kind(memory, "Adam's moments"), counted["moments"]),
+        Check(setting.name, "held before the step", before, counted["before"]),
+        Check(setting.name, "peak of the passes", passes, counted["passes"]),
+        Check(setting.name, "peak of the step", memory.at("step"), counted["step"]),
+    ]
+    if mesh.world_size > 1:
+        checks.append(Check(setting.name, "sent in an update", _sent(transfers), counted["sent"]))
+    return checks
+
+
+def _sent(transfers: Sequence[Transfer]) -> int:
+    return sum(transfer.sent for transfer in transfers)
+
+
+def _kind(memory: Memory, name: str, moment: str = "between") -> int:
+    return sum(use.at(moment) for use in memory.uses if use.kind == name)
+
+
+def _count(run: TransformerRun, json_config: dict[str, Any], setting: Setting, mesh: Mesh) -> dict[str, int]:
+    """Bytes of one process, the most of all. Collective."""
+    engine, updater = build_updater(run, json_config, mesh)
+    text = torch.zeros(1, run.model.text_len, dtype=torch.int64)
+    codes = torch.zeros(1, run.model.image_len, dtype=torch.int64)
+
+    def update(number: int) -> None:
+        batches = [{"text": text.clone(), "codes": codes.clone()} for _ in range(setting.accumulation)]
+        updater.update(batches, number, 1e-3)
+
+    for number in range(3):  # DeepSpeed traces the first, and makes Adam's state in it
+        update(number)
+    gc.collect()
+    weights = [parameter.data for parameter in engine.module.parameters()]
+    weights += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
+    states = [v for state in engine.client_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    counted = {
+        "between": _bytes(tensors_behind([engine, updater])),
+        "weights": _bytes(weights),
+        "moments": _bytes(states),
+    }
+    passes = updater._passes
+    step = passes.step
+    with Allocations(known=tensors_behind([engine, updater])) as allocations:
+
+        def watched_step() -> None:
+            counted.update(passes=allocations.peak, before=allocations.now())
+            allocations.peak = 0
+            step()
+
+        passes.step = watched_step
+        update(3)
+        passes.step = step
+        counted["step"] = allocations.peak
+    with Exchanges(mesh.world_size) as exchanges:
+        update(4)
+    counted["sent"] = sum(exchanges.sent.values())
+    engine.destroy()
+    most = torch.tensor([counted[name] for name in sorted(counted)], dtype=torch.int64)
+    if mesh.world_size > 1:
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(sorted(counted), most.tolist(), strict=True))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def tensors_behind(root: Any) -> list[Tensor]:
+    """All tensors that can be reached from an object and have memory."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        thing = waiting.pop()
+        # Functions and modules lead to all of the program.
+        if id(thing) in seen or isinstance(thing, (type, FunctionType, ModuleType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor) and thing.layout == torch.strided and thing.device.type != "meta":
+            found.append(thing)
+            if thing.is_leaf and thing.grad is not None:
+                waiting.append(thing.grad)
+        waiting += gc.get_referents(thing)
+    return found
+
+
+def main() -> None:
+    """Check everything, print a table."""
+    # The deepspeed launcher tells the rank here, and in the environment.
+    options = parse_options(Options, [word for word in sys.argv[1:] if not word.startswith("--local_rank")])
+    mesh = Mesh.start("cpu")
+    checks: list[Check] = []
+    if "activations" in options.parts and mesh.is_main:
+        checks += check_activations()
+    if "engines" in options.parts:
+        checks += check_engines(mesh, FEW if options.few else SETTINGS)
+    if "parallel" in options.parts:
+        checks += check_engines(mesh, PARALLEL.get(mesh.world_size, []))
+    if mesh.is_main:
+        table = Table(title=f"{mesh.world_size} processes", title_justify="left")
+        for column in ("setting", "formula", "predicted", "measured", "error"):
+            table.add_column(column, justify="right" if column in ("predicted", "measured", "error") else "left")
+        for check in checks:
+            row = (f"{check.predicted:,.0f}", f"{check.measured:,.0f}", f"{check.error:+.1%}")
+            table.add_row(check.setting, check.what, *row)
+        Console(width=140).print(table)
+        if options.json is not None:
+            records = [{**asdict(check), "error": check.error} for check in checks]
+            Path(options.json).write_text(json.dumps(records, indent=2) + "\n")
+    mesh.stop()
+
+
+if __name__ == "__main__":
+    run_launcher(main)
