@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,7 @@ class Options:
 
     what: tyro.conf.Positional[Literal["checkpoint"]]
     """What to look at."""
-    path: tyro.conf.Positional[str]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A checkpoint, or a run directory, whose newest one is taken."""
 
 

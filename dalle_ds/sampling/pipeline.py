@@ -102,7 +102,9 @@ class TextToImage:
         folder = export_folder(path)
         if device == "auto":
             if tensor.size > 1:
-                raise ConfigError("device=auto spreads a transformer by itself: name the device of each process instead")
+                raise ConfigError(
+                    "device=auto spreads a transformer by itself: name the device of each process instead"
+                )
             model = load_spread(folder, dtype, max_memory=max_memory)
         else:
             if max_memory is not None:

@@ -73,7 +73,12 @@ class Inspection:
             ("precision", layout["precision"]),
             ("parameters", f"{sum(torch.Size(row['shape']).numel() for row in rows):,} in {len(rows):,} tensors"),
             ("moments", f"16-bit in {in_16_bits} tensors, fp32 in {len(rows) - in_16_bits}" if in_16_bits else "fp32"),
-            ("state", "; ".join(self.faults) if self.faults else f"complete: {len(self.index.files)} files as written"),
+            (
+                "state",
+                "; ".join(self.faults)
+                if self.faults
+                else "complete: every file is there, and as long as when it was written",
+            ),
         ):
             table.add_row(name, value, style="bold red" if name == "state" and self.faults else None)
         return table

@@ -239,7 +239,7 @@ def test_the_doctor_finds_a_sound_checkpoint_sound(
         "2 processes (1 replicas × 1 pipe × 1 shards × 2 tensor), ZeRO-1, offload none",
         f"parameters {count:,} in",
         "moments fp32",
-        "complete: 2 files as written",
+        "complete: every file is there",
         f"weights 61 float32 {count * 4 / 2**20:.1f}",
         f"average of the weights 61 float32 {count * 4 / 2**20:.1f}",
         "data-parallel processes 1, 2, 4, 8",
