@@ -300,7 +300,9 @@ def settle(scales: LossScale | GradientScales, probe: Probe, data: Data, run: Ru
     if isinstance(scales, GradientScales):
         settled = [max(scale / HEADROOM, 2.0**TRAINING.min_log2) for scale in scales.scales]
         scales.config = TRAINING
-        scales.load_state_dict({"scales": settled, "updates": 0, "last_backoff": [None] * len(settled)})
+        scales.load_state_dict(
+            {**scales.state_dict(), "scales": settled, "updates": 0, "last_backoff": [None] * len(settled)}
+        )
 
 
 def train(name: str, options: Options) -> tuple[Run, Dalle]:

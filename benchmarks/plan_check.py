@@ -87,6 +87,9 @@ class Setting:
     accumulation: int = 1
     checkpointing: str = "full"
     offload: bool = False
+    bf16_states: bool = False
+    is_long: bool = False
+    """Whether sequences are so long that activations are the most of all."""
     degrees: ParallelConfig = field(default_factory=ParallelConfig)
     powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
     zero: tuple[tuple[str, int], ...] = ()
@@ -98,6 +101,8 @@ class Setting:
         parts += ["16-bit moments"] if self.moments == "16-bit" else []
         parts += [f"{self.accumulation} micro-batches"] if self.accumulation > 1 else []
         parts += ["offload"] if self.offload else []
+        parts += ["bf16 states"] if self.bf16_states else []
+        parts += ["long sequences"] if self.is_long else []
         parts += [f"{name} {value}" for name, value in asdict(self.degrees).items() if value not in (1, False)]
         parts += [f"PowerSGD {self.powersgd.storage}"] if self.powersgd.enabled else []
         parts += [f"{name.removeprefix('stage3_')} {value}" for name, value in self.zero]
@@ -124,6 +129,9 @@ SETTINGS = [
     Setting(2, offload=True),
     Setting(2, "bf16", offload=True),
     Setting(3, "bf16", "16-bit", offload=True, zero=SHARDED),
+    Setting(3, "bf16", bf16_states=True, zero=SHARDED),
+    Setting(1, "bf16", is_long=True),
+    Setting(2, checkpointing="none", is_long=True),
 ]
 
 FEW = [
@@ -139,6 +147,11 @@ PARALLEL = [
     Setting(1, "fp16", checkpointing="selective", degrees=ParallelConfig(tensor=2, sequence=True)),
     Setting(1, "bf16", accumulation=4, degrees=ParallelConfig(pipe=2)),
     Setting(1, checkpointing="none", accumulation=4, degrees=ParallelConfig(pipe=2)),
+    Setting(1, "bf16", checkpointing="none", is_long=True, degrees=ParallelConfig(tensor=2)),
+    Setting(1, checkpointing="none", is_long=True, degrees=ParallelConfig(tensor=2, sequence=True)),
+    Setting(1, "bf16", checkpointing="selective", is_long=True, degrees=ParallelConfig(tensor=2, sequence=True)),
+    Setting(1, "bf16", accumulation=4, checkpointing="none", is_long=True, degrees=ParallelConfig(pipe=2)),
+    Setting(1, accumulation=4, is_long=True, degrees=ParallelConfig(pipe=2)),
     Setting(0, degrees=ParallelConfig(replicas=2)),
     Setting(1, "bf16", degrees=ParallelConfig(replicas=2)),
     Setting(3, degrees=ParallelConfig(replicas=2), zero=SHARDED),
@@ -152,7 +165,7 @@ PARALLEL = [
     ),
 ]
 """On two processes: one axis at a time, so that all that is sent is sent along it."""
-FEW_PARALLEL = (1, 3, 7, 9)
+FEW_PARALLEL = (6, 8, 12, 14)
 
 
 def check_activations() -> Iterator[Check]:
@@ -208,7 +221,8 @@ def check_engines(mesh: Mesh, settings: Sequence[Setting] = SETTINGS) -> Iterato
 
 
 def _check_engine(setting: Setting, mesh: Mesh) -> list[Check]:
-    model = DalleConfig(width=64, depth=8, heads=2, text_len=4, grid=4, text_vocab=32, image_vocab=32)
+    text_len, grid = (64, 16) if setting.is_long else (4, 4)
+    model = DalleConfig(width=64, depth=8, heads=2, text_len=text_len, grid=grid, text_vocab=32, image_vocab=32)
     readers = mesh.world_size // (setting.degrees.tensor * setting.degrees.pipe)
     run = TransformerRun(
         model=model,
@@ -225,8 +239,11 @@ def _check_engine(setting: Setting, mesh: Mesh) -> list[Check]:
     zero: dict[str, Any] = {"stage": setting.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     zero |= {"stage3_prefetch_bucket_size": BUCKET, **dict(setting.zero)} if setting.stage == 3 else {}
     zero |= {"offload_optimizer": {"device": "cpu"}} if setting.offload else {}
-    json_config = {name: {"enabled": name == setting.precision} for name in ("bf16", "fp16")}
+    json_config: dict[str, Any] = {name: {"enabled": name == setting.precision} for name in ("bf16", "fp16")}
     json_config["zero_optimization"] = zero
+    if setting.bf16_states:
+        json_config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        json_config["data_types"] = {"grad_accum_dtype": "bf16"}
     layout = Layout.of(run, resolve(json_config, run, mesh.world_size), mesh.world_size)
     stages = stages_of(run, layout, "cpu")
     memory = heaviest(stage_memory(stage, layout, "cpu") for stage in stages)

@@ -28,7 +28,7 @@ REUSE_STEPS = 4
 """How often DeepSpeed counts a weight on the way to its next use, as measured, where it compares that with
 `stage3_max_reuse_distance`."""
 CHUNKED_TENSORS = 5
-"""Tensors of a chunk's size that `AdamW` works with where its moments are 16-bit."""
+"""fp32 tensors of a chunk's size that `AdamW` works with where moments or weights are 16-bit."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,10 @@ def _activations(stage: Stage, layout: Layout) -> Use:
         waiting = min(layout.pipe - stage.number, layout.accumulation)
         # DeepSpeed has two buffers at least; each holds what was received and what is to be sent.
         ends = (stage.number > 0) + (stage.number + 1 < layout.pipe)
-        kept = waiting * kept + max(2, waiting) * ends * stage.activations.boundary
+        boundary = stage.activations.boundary
+        kept = waiting * kept + max(2, waiting) * ends * boundary
+        # What was last received and sent stays.
+        return Use("activations", boundary, kept, kept, 2 * boundary, 2 * boundary)
     return Use("activations", loss=kept, backward=kept)
 
 
@@ -297,13 +300,14 @@ class _Held:
             flat = 4 * self.count if layout.precision == "bf16" else 0
         else:
             flat = 0 if self.is_bf16_stage_1 or layout.offload_optimizer else 4 * max(self.owned_of)  # one group's
-        small = [
+        converted = [
             owned
             for group, owned in zip(self.parameters.groups, self.owned_of, strict=True)
-            if group[0].has_small_moments and layout.moments == "16-bit"
+            if layout.master_bytes < 4 or (group[0].has_small_moments and layout.moments == "16-bit")
         ]
         on_host = layout.offload_optimizer or device == "cpu"
-        working = CHUNKED_TENSORS * 4 * min(CHUNK if on_host else CHUNK_ON_GPU, max(small)) if small else 0
+        chunk = min(CHUNK if on_host else CHUNK_ON_GPU, max(converted, default=0))
+        working = CHUNKED_TENSORS * 4 * chunk
         if layout.offload_optimizer and device != "cpu":
             return Use("optimizer's step", step=self.persistent, host=working)
         return Use("optimizer's step", step=max(flat + working, self.persistent))

@@ -127,11 +127,6 @@ def make_plan(run: Run, json_config: dict[str, Any], cluster: Cluster, device: s
         Mesh(0, cluster.gpus, torch.device("cpu"), run.parallel).check(run.model)
     elif run.parallel.tensor * run.parallel.pipe > 1:
         raise ConfigError("a dVAE is divided by ZeRO and replicas only: leave out parallel.tensor and parallel.pipe")
-    if run.powersgd.enabled and engine.zero_stage != 3:
-        raise ConfigError(
-            f"powersgd.enabled compresses the shards of ZeRO-3, and this is ZeRO-{engine.zero_stage}: give a DeepSpeed JSON "
-            "for stage 3"
-        )
     layout = Layout.of(run, engine, cluster.gpus)
     return plan_layout(run, layout, cluster, device)
 

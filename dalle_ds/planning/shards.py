@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.powersgd import MatrixShard, paper_rank
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.parameters import ParameterSet
@@ -22,19 +21,9 @@ def compressed_shards(parameters: ParameterSet, layout: Layout, width: int) -> t
 
 
 def whole_rank(layout: Layout, width: int) -> int:
-    """Rank of a whole matrix.
-
-    Raises:
-        ConfigError: the processes that divide a matrix cannot share it out.
-    """
-    divisor = layout.shards * layout.tensor
-    rank = layout.powersgd.rank if layout.powersgd.rank is not None else paper_rank(width, divisor)
-    if rank % divisor:
-        raise ConfigError(
-            f"powersgd.rank={rank} cannot be shared out to the {divisor} processes that divide a replica's matrices: set it "
-            f"to a multiple of {divisor}"
-        )
-    return rank
+    """Rank of a whole matrix, which the processes that divide it share out."""
+    stated = layout.powersgd.rank
+    return stated if stated is not None else paper_rank(width, layout.shards * layout.tensor)
 
 
 @functools.lru_cache(maxsize=1024)

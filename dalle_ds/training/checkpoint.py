@@ -173,7 +173,12 @@ def load_checkpoint(
             index = Index.open(checkpoint / TENSORS_NAME)
             _begin_states(index, weights, optimizer)
             known = {name: value for name, value in sums.items() if f"{ERROR}/{name}" in index.tensors}
-            index.read(_pieces(weights, optimizer, average, known))
+            pieces = _pieces(weights, optimizer, average, known)
+            for name, stored in index.parameters.items():
+                if stored["step"] == 0:  # never updated, though others are that share its shard here
+                    for kind in MOMENTS:
+                        pieces.pop(f"{kind}/{name}", None)
+            index.read(pieces)
         except CheckpointError as error:
             raise CheckpointError(
                 f"the checkpoint {checkpoint} cannot be loaded: {error}; delete it to resume from an older one"

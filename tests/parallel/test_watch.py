@@ -131,7 +131,8 @@ class Office:
         self.selector = selectors.DefaultSelector()
         ours, theirs = socket.socketpair()
         settings = Settings(0, world_size, os.getppid(), "rank 0", True, beat=5, patience=30, settle=2)
-        self.chief = Chief(settings, Channel(theirs), self.selector, Parent(os.getppid(), 30))
+        self.parent = Parent(os.getppid(), 30)
+        self.chief = Chief(settings, Channel(theirs), self.selector, self.parent)
         place = Channel(ours).wait()
         assert place is not None
         self.port, self.token = place["port"], place["token"]
@@ -325,6 +326,45 @@ def test_a_signal_explains_a_death_soon_after_it_and_no_later_one(monkeypatch: p
         parent.hangs_up(clock.now - 1)
         reports.append(parent.check(clock.now))
     assert [report.kind for report in reports if report is not None] == ["told", "dead"]
+
+
+def test_an_orphan_and_one_that_was_hung_up_on_each_know_of_the_death() -> None:
+    orphan, hung_up, well = Parent(os.getpid(), 30), Parent(os.getppid(), 30), Parent(os.getppid(), 30)
+    assert orphan.check(100) is None  # a signal may still explain it
+    hung_up.hangs_up(100)
+    assert hung_up.check(100) is None
+    for parent in (orphan, hung_up):
+        report = parent.check(100.2)
+        assert report is not None and report.kind == "dead"
+    assert well.check(1000) is None
+
+
+def test_a_watchman_whose_process_closes_the_connection_knows_that_it_is_ending() -> None:
+    ours, theirs = socket.socketpair()
+    selector = selectors.DefaultSelector()
+    settings = Settings(1, 2, os.getppid(), "rank 1", True, beat=5, patience=30, settle=2)
+    watching = watchman.Watchman(settings, Channel(theirs), selector)
+    assert not watching.parent.ending
+    ours.close()
+    for key, _ in selector.select(1):
+        key.data()
+    assert watching.parent.ending and not watching.parent.gone
+
+
+@pytest.mark.parametrize(("signalled", "ranks", "lines"), [(True, [1], 0), (False, [1, 0, 2], 0), (False, [1], 1)])
+def test_that_all_of_a_run_is_told_to_end_needs_no_line(
+    office: Any, signalled: bool, ranks: list[int], lines: int
+) -> None:
+    at = office(3)
+    members = [at.join(rank) for rank in range(3)]
+    if signalled:
+        at.parent.is_told()
+    for rank in ranks:
+        members[rank].send(kind="told", text="was interrupted", detail="")
+        at.pump()
+    assert at.told == []
+    assert len(at.after(3, *members)) == lines
+    assert [outcome(member) for member in members] == ["verdict"] * 3
 
 
 def test_a_single_process_is_not_watched_and_its_errors_pass() -> None:

@@ -120,10 +120,14 @@ def test_v100_has_no_bf16_and_a_dvae_no_parts() -> None:
         make_plan(dvae, {}, named_cluster("cpu"))
 
 
-def test_compression_needs_zero_3() -> None:
-    run = replace(RUN, parallel=ParallelConfig(replicas=2), powersgd=PowerSGDConfig(enabled=True))
-    with pytest.raises(ConfigError, match="compresses the shards of ZeRO-3, and this is ZeRO-1"):
-        make_plan(run, {"zero_optimization": {"stage": 1}}, named_cluster("h100-80gb"))
+@pytest.mark.parametrize(
+    ("stage", "rank", "words"),
+    [(1, None, "powersgd.enabled with ZeRO-1"), (3, 7, "powersgd.rank=7 cannot be shared out to the 4 processes")],
+)
+def test_compression_that_training_refuses_is_refused(stage: int, rank: int | None, words: str) -> None:
+    run = replace(RUN, parallel=ParallelConfig(replicas=2), powersgd=PowerSGDConfig(enabled=True, rank=rank))
+    with pytest.raises(ConfigError, match=words):
+        make_plan(run, {"zero_optimization": {"stage": stage}}, named_cluster("h100-80gb"))
 
 
 # --- search

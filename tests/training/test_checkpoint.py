@@ -181,9 +181,14 @@ def test_a_file_is_what_safetensors_would_write(tmp_path: Path, dtype: torch.dty
         assert torch.equal(torch.frombuffer(bytearray(content[offsets[name] :][:size]), dtype=dtype), value.flatten())
 
 
-def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path) -> None:
+def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.arange(3, dtype=torch.int16), "b": torch.randn(2, 3), "c": torch.randn(5).bfloat16()}
-    write_safetensors(tmp_path / "file", [(name, v.dtype, v.shape, lambda v=v: v) for name, v in tensors.items()])
+    forced: list[int] = []
+    monkeypatch.setattr(storage.os, "fsync", forced.append)
+    entries = [(name, v.dtype, v.shape, lambda v=v: v) for name, v in tensors.items()]
+    offsets = write_safetensors(tmp_path / "file", entries)
+    assert len(forced) == 1
+    assert all(offset % tensors[name].element_size() == 0 for name, offset in offsets.items())
     loaded = load_file(tmp_path / "file")
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 

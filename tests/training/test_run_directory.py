@@ -108,7 +108,7 @@ class Weights(MasterWeights):
 
     @property
     def group_of(self) -> list[int]:  # type: ignore[override]
-        return [0]
+        return [0] * len(self.shards)
 
     def publish(self) -> None:
         self.published = True
@@ -117,7 +117,9 @@ class Weights(MasterWeights):
 def save(folder: Path, step: int, keep: int = 2, **changes: object) -> Path:
     weights = Weights(step)
     optimizer, average = AdamW(weights.shards), WeightAverage(weights.shards, 0.9)
-    optimizer.begin(weights.shards[0], "fp32", step=step, index=7, ceiling=0.5)["exp_avg"].fill_(-step)
+    moments = optimizer.begin(weights.shards[0], "fp32", step=step, index=7, ceiling=0.5)
+    moments["exp_avg"].fill_(-step)
+    moments["exp_avg_sq"].fill_(step / 2)
     return save_checkpoint(folder, step, state(step) | changes, weights, optimizer, ALONE, keep=keep, average=average)
 
 
@@ -133,7 +135,7 @@ def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -
     assert weights.shards[0].tolist() == average.averages[0].tolist() == [10] * 3
     assert weights.published
     found = optimizer.state[weights.shards[0]]
-    assert found["exp_avg"].tolist() == [-10] * 3 and found["exp_avg_sq"].tolist() == [0] * 3
+    assert found["exp_avg"].tolist() == [-10] * 3 and found["exp_avg_sq"].tolist() == [5] * 3
     assert (float(found["step"]), found["index"], found["ceiling"]) == (10, 7, 0.5)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert load_state(newest) == state(10) | {"format": 2}
@@ -228,6 +230,21 @@ def test_a_shard_that_was_not_updated_yet_is_begun_anew_by_its_first_update(tmp_
     optimizer.begin(weights.shards[0], "fp32", step=9, index=0, ceiling=1.0)
     load_checkpoint(final, weights, optimizer, ALONE)
     assert not optimizer.state.get(weights.shards[0])
+
+
+def test_a_parameter_that_was_never_updated_may_share_a_shard_with_one_that_was(tmp_path: Path) -> None:
+    apart, together = Weights(0), Weights(0)
+    apart.shards = [torch.ones(2), torch.full((1,), 2.0)]
+    apart.fragments = [Fragment("a", (2,), 0, 2, 0, 0), Fragment("b", (1,), 0, 1, 1, 0)]
+    optimizer = AdamW(apart.shards)
+    optimizer.begin(apart.shards[0], "fp32", step=4, index=0, ceiling=1.0)["exp_avg"].fill_(3.0)
+    final = save_checkpoint(tmp_path, 4, state(4), apart, optimizer, ALONE, keep=2)
+    together.fragments = [Fragment("b", (1,), 0, 1, 0, 0), Fragment("a", (2,), 0, 2, 0, 1)]
+    optimizer = AdamW(together.shards)
+    load_checkpoint(final, together, optimizer, ALONE)
+    assert together.shards[0].tolist() == [2, 1, 1]
+    found = optimizer.state[together.shards[0]]
+    assert found["exp_avg"].tolist() == [0, 3, 3] and float(found["step"]) == 4
 
 
 def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
