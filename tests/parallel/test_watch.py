@@ -266,6 +266,8 @@ def test_the_end_of_rank_0_is_the_end_of_the_watch_and_no_ones_death(office: Any
     at = office(3)
     first, second, third = (at.join(rank) for rank in range(3))
     second.send(kind="bye")
+    at.pump()
+    assert outcome(second) == "end"
     second.connection.close()
     assert at.after(1, first, third) == []
     assert at.after(1000, first, third) == []
