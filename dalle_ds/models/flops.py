@@ -38,7 +38,8 @@ class Flops:
 def model_flops(config: DalleConfig) -> Flops:
     """What the model needs: only pairs that the masks allow, nothing computed twice. The base of the MFU."""
     masks = {
-        kind: attention_mask(kind, config.text_len, config.grid, config.kernel) for kind in configured_kinds(config)
+        kind: attention_mask(kind, config.text_len, config.grid, config.kernel)
+        for kind in set(configured_kinds(config))
     }
     pairs = {kind: int(mask.sum()) for kind, mask in masks.items()}
     attention = sum(6 * 2 * config.width * pairs[kind] for kind in configured_kinds(config))

@@ -65,6 +65,7 @@ class Trainer:
             )
         self.directory = RunDirectory(run.run_dir, self.task.name, run)
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
+        check_plan(run, self.config, mesh)
         mesh.decide(self.directory.claim)
         # One process looks, since disks may show several ones different things at one time.
         self.checkpoint: Path | None = mesh.decide(lambda: newest_checkpoint(self.directory.checkpoints))
@@ -131,14 +132,12 @@ class Trainer:
         Raises:
             TrainingError: updates go wrong, and going back to a checkpoint does not help.
             CheckpointError: a checkpoint cannot be read or written.
-            ConfigError: there is not enough memory for it (`check_plan`).
         """
         if self.mesh.decide(lambda: self.step == self.run.steps == self.directory.exported_step()):
             if self.mesh.is_main:
                 print(f"{self.directory.path} is done: all {self.step} updates, exported to {self.directory.export}")
                 self.directory.release()
             return
-        check_plan(self.run, self.config, self.mesh)
         torch.manual_seed(self.run.seed)
         trained = self._build()
         if self.checkpoint is not None:
