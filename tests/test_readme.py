@@ -70,7 +70,7 @@ def run(command: str, place: Path) -> str:
 
 
 def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
-    assert len(commands()) == 10
+    assert len(commands()) == 11
     for command in commands():
         run(shortened(command), place)
     for picture in ("demo/pictures.png", "demo/drawn.png", "demo/curves.png", "my_pictures.png"):

@@ -152,7 +152,7 @@ class TransformerTask(Task[TransformerRun]):
         return (batch["text"] != PADDING).sum().float()
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        output = model(batch["text"], batch["codes"], logits=False, keys=batch["key"])
+        output = model(batch["text"], batch["codes"], logits=False, keys=batch.get("key"))
         text_loss = output.text_loss * batch["share"]
         weight = self.run.model.text_weight
         loss = weight * text_loss + (1 - weight) * output.image_loss
