@@ -34,8 +34,8 @@ class Options:
     """What to draw; given again, another row of pictures."""
     out: str
     """PNG file to write: a row for each prompt."""
-    num: int = 8
-    """Pictures for each prompt."""
+    num: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 8
+    """Pictures for each prompt. Launchers of several processes take --num for an option of theirs: call it --pictures."""
     seed: int = 0
     """Picture i of a prompt depends on the seed, i and the prompt only."""
     temperature: float = 1.0

@@ -200,11 +200,10 @@ def test_processes_that_divide_a_model_draw_what_one_draws(runs: Runs) -> None:
     pictures = []
     for processes in (1, 2):
         out = runs.folder / f"drawn-{processes}.png"
-        # The deepspeed launcher takes --num for an abbreviation of its own options.
         torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(processes)]
         command = torchrun if processes > 1 else [sys.executable]
         command += [str(ROOT / "launchers" / "generate.py"), "--model", str(runs["reference"]), "--out", str(out)]
-        command += ["--prompt", "a red circle", "--prompt", "a blue square", "--num", "3"]
+        command += ["--prompt", "a red circle", "--prompt", "a blue square", "--pictures", "3"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -216,7 +215,7 @@ def test_processes_that_divide_a_model_draw_what_one_draws(runs: Runs) -> None:
 @pytest.mark.parametrize(("source", "target", "processes"), RESUMED)
 def test_a_run_goes_on_in_another_layout(runs: Runs, source: str, target: str, processes: int) -> None:
     expected, found = metrics(runs[source]), metrics(runs[f"{source}-to-{target}"])
-    if source == target:
+    if source == target and "rank" not in source:  # PowerSGD's error buffers are summed and shared out anew
         assert found == expected, "the same layout goes on bit for bit"
         return
     assert sorted(found) == sorted(expected)

@@ -13,6 +13,7 @@ from dalle_ds.config import OptimConfig, ScalingConfig
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
+from dalle_ds.training.passes import EnginePasses
 from dalle_ds.training.update import Updater
 
 
@@ -53,20 +54,29 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
 
-def updater(module: nn.Sequential, optim: OptimConfig, skip: str = "update", scaled: bool = False) -> Updater:
-    groups = [{"params": list(layer.parameters()), "block": number} for number, layer in enumerate(module)]
+def updater(
+    module: nn.Sequential, optim: OptimConfig, skip: str = "update", scaled: bool = False, replicas: Any = None
+) -> Updater:
+    groups = [
+        {"name": str(number), "params": list(layer.parameters()), "block": number}
+        for number, layer in enumerate(module)
+    ]
     betas = (optim.beta1, optim.beta2)
     optimizer = AdamW(groups, betas=betas, weight_decay=0.1, second_moment_clip=optim.second_moment_clip)
     scaling = ScalingConfig(skip=skip)  # type: ignore[arg-type]
+    task: Any = Square()
+    engine = Engine(module, optimizer)
     return Updater(
-        Square(),  # type: ignore[arg-type]
-        Engine(module, optimizer),
+        task,
+        engine,
+        EnginePasses(task, engine),
         Mesh(0, 1, torch.device("cpu")),
         optim,
         scales=GradientScales(scaling, 2, 1) if scaled else None,
         scaling=scaling,
         average=None,
         numerics=None,
+        replicas=replicas,
     )
 
 
@@ -134,3 +144,39 @@ def test_a_bad_loss_changes_neither_weights_nor_moments_nor_scales() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert all(torch.equal(update._optimizer.state[p][n], v) for p, kept in state.items() for n, v in kept.items())
     assert update._scales.scales == scales
+
+
+class Replicas:
+    """Stands for a compressed reduction: says what it is told of a block's squared norm, and remembers what was given back."""
+
+    compresses = True
+
+    def __init__(self, module: nn.Sequential, square: float) -> None:
+        self.module, self.square = module, square
+        self.given_back: list[tuple[set[int], list[bool]]] = []
+
+    def reduce(self) -> Tensor:
+        norms = [sum(p.grad.square().sum() for p in layer.parameters() if p.grad is not None) for layer in self.module]
+        return torch.tensor([float(norms[0]), self.square])
+
+    def give_back(self, groups: set[int]) -> None:
+        is_there = [any(bool(p.grad.any()) for p in layer.parameters() if p.grad is not None) for layer in self.module]
+        self.given_back.append((set(groups), is_there))
+
+
+@pytest.mark.parametrize(("skip", "unused"), [("update", {0, 1}), ("block", {1})])
+def test_gradients_that_are_not_used_are_given_back_before_they_are_cleared(skip: str, unused: set[int]) -> None:
+    module = model()
+    replicas = Replicas(module, math.nan)
+    outcome = updater(module, OptimConfig(), skip, scaled=True, replicas=replicas).update(batch(0), 0, 1e-2)
+    assert outcome.finite and outcome.applied == (skip == "block")
+    assert replicas.given_back == [(unused, [True, True])]
+
+
+def test_a_factor_that_overflows_is_not_blamed_on_a_gradient_scale() -> None:
+    module = model()
+    update = updater(module, OptimConfig(), scaled=True, replicas=Replicas(module, math.inf))
+    outcome = update.update(batch(0), 0, 1e-2)
+    assert not outcome.applied and not outcome.finite
+    assert outcome.figures["powersgd_overflows"] == 1
+    assert outcome.figures["gradient_scale/1"] == outcome.figures["gradient_scale/0"] == 2**13
