@@ -21,3 +21,8 @@ class CheckpointError(DalleError, RuntimeError):
 
 class TrainingError(DalleError, RuntimeError):
     """A run that cannot go on, such as a loss that is not finite."""
+
+
+EXIT_REQUEUE = 75
+"""Status of a run that was stopped before its end, or lost a process, and goes on when the same command is given again
+(EX_TEMPFAIL of sysexits.h). 0 is a run that is done, 1 one that failed and needs a person, 2 a wrong command line."""
