@@ -1,0 +1,150 @@
+"""OpenAI's released dVAE (`encoder.pkl`, `decoder.pkl`: pickled modules of the package `dall_e`) as one of ours.
+
+Neither the package nor the files' pickled code is run (`dalle_ds.interop.pickles`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle_ds.config import DiscreteVAEConfig
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.files import built_beside, write_json
+from dalle_ds.interop.pickles import read_pickled_tensors
+from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.pretrained import load_weights
+
+SOURCE_NAME = "source.json"
+"""Which files an imported model was made from, in its folder."""
+_GROUPS = 4  # dall_e has no other number
+_MOST_BLOCKS, _MOST_CHANNELS = 64, 2**16
+"""Of a dVAE that is worth building from what a file claims; the released one has 2 and 8,192."""
+_ENDS: dict[str, dict[str, tuple[int | None, ...]]] = {
+    "encoder": {"blocks.input.w": (None, 3, 7, 7), "blocks.output.conv.w": (None, None, 1, 1)},
+    "decoder": {"blocks.input.w": (None, None, 1, 1), "blocks.output.conv.w": (6, None, 1, 1)},
+}
+"""The convolutions at both ends of each part, by which it is known."""
+_CLASSES = (
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
+    "dall_e.utils.Conv2d",
+)
+
+
+def load_openai_dvae(encoder: str | Path, decoder: str | Path, image_size: int = 256) -> DiscreteVAE:
+    """The dVAE of OpenAI's two files; in eval mode, in fp32, on the CPU.
+
+    Args:
+        encoder, decoder: pickled `dall_e.Encoder` and `dall_e.Decoder`, of any width and vocabulary, or their state dicts.
+        image_size: side of the pictures that it is used for; the files do not say it, and it changes no weight.
+
+    Raises:
+        CheckpointError: a file that cannot be read, is not trusted, or is of another model; or the two do not fit together.
+        ConfigError: an image size that does not fit the model.
+    """
+    found = {"encoder": _read(encoder, "encoder"), "decoder": _read(decoder, "decoder")}
+    config = _config(found, encoder, decoder, image_size)
+    # No memory is taken before the files have shown that they have as many bytes.
+    with torch.device("meta"):
+        model = DiscreteVAE(config)
+    for part, path in (("encoder", encoder), ("decoder", decoder)):
+        wanted = {name: tuple(value.shape) for name, value in getattr(model, part).state_dict().items()}
+        shapes = {name: tuple(value.shape) for name, value in found[part].items()}
+        if shapes != wanted:
+            name = min(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
+            raise CheckpointError(
+                f"{path} is not OpenAI's {part}: its {name[:100]!r} has shape {shapes.get(name)}, where "
+                f"{wanted.get(name)} is needed"
+            )
+    model.to_empty(device="cpu")
+    load_weights(model.encoder, found["encoder"], encoder)
+    load_weights(model.decoder, found["decoder"], decoder)
+    return model.eval()
+
+
+def import_openai_dvae(encoder: str | Path, decoder: str | Path, out: str | Path, image_size: int = 256) -> DiscreteVAE:
+    """`load_openai_dvae`, exported to folder `out`, with the two files' SHA-256 in `source.json` beside the weights.
+
+    Raises:
+        CheckpointError: as `load_openai_dvae`, or the folder cannot be written.
+        ConfigError: `out` is there already, and is something else than an imported model, which would be replaced.
+    """
+    folder = Path(out)
+    if folder.exists() and not (folder / SOURCE_NAME).is_file():
+        raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
+    model = load_openai_dvae(encoder, decoder, image_size)
+    source = {
+        name: {"file": Path(path).name, "sha256": _sha256(Path(path))}
+        for name, path in (("encoder", encoder), ("decoder", decoder))
+    }
+    try:
+        with built_beside(folder) as partial:
+            model.save_pretrained(partial)
+            write_json(partial / SOURCE_NAME, source)
+    except OSError as error:
+        raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
+    return model
+
+
+def _read(path: str | Path, part: str) -> dict[str, Tensor]:
+    tensors = read_pickled_tensors(path, _CLASSES)
+    for name, shape in _ENDS[part].items():
+        found = tuple(tensors[name].shape) if name in tensors else ()
+        if len(found) != 4 or 0 in found or any(n not in (None, size) for size, n in zip(found, shape, strict=True)):
+            wanted = ", ".join("n" if size is None else str(size) for size in shape)
+            raise CheckpointError(
+                f"{path} is not OpenAI's {part}: its {name} has shape {found or None}, where ({wanted}) is needed; are "
+                "encoder and decoder in each other's place?"
+            )
+    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not OpenAI's {part}: its {wrong[:100]!r} is of {tensors[wrong].dtype}")
+    return tensors
+
+
+def _config(
+    found: dict[str, dict[str, Tensor]], encoder: str | Path, decoder: str | Path, image_size: int
+) -> DiscreteVAEConfig:
+    """The shape, as far as it can be told from the convolutions at both ends."""
+    vocab_size = found["encoder"]["blocks.output.conv.w"].shape[0]
+    codebook = found["decoder"]["blocks.input.w"]
+    if codebook.shape[1] != vocab_size:
+        raise CheckpointError(
+            f"{encoder} has {vocab_size} codes and {decoder} has {codebook.shape[1]}: they are of two dVAEs"
+        )
+    fields = {
+        "groups": _GROUPS,
+        "blocks_per_group": _blocks(found["encoder"]),
+        "encoder_width": found["encoder"]["blocks.input.w"].shape[0],
+        "decoder_width": found["decoder"]["blocks.output.conv.w"].shape[1],
+        "decoder_input": codebook.shape[0],
+        "vocab_size": vocab_size,
+    }
+    try:
+        if fields["blocks_per_group"] > _MOST_BLOCKS or max(fields.values()) > _MOST_CHANNELS:
+            raise ConfigError(f"nobody has made one of such a shape: {fields}")
+        DiscreteVAEConfig(**fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{encoder} and {decoder} are not OpenAI's dVAE: {error}") from error
+    return DiscreteVAEConfig(**fields, image_size=image_size)
+
+
+def _blocks(names: Iterable[str]) -> int:
+    """Residual blocks in the first group."""
+    prefix = "blocks.group_1.block_"
+    return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
