@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8.0",
             "ruff>=0.6",
