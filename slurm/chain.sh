@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Submits a whole DALL·E: tokenizer → dVAE → codes → transformer → evaluation. Each stage waits for the one before; where one
+# fails, those after it leave the queue. Given again, it goes on where it was stopped: finished stages end at once.
+#
+#   slurm/chain.sh PRESET DATA OUT
+#
+# DATA is what launchers/prepare_data.py made. OUT gets tokenizer.model, dvae/, transformer/, report/ and logs/. DVAE_ARGS,
+# CODES_ARGS, TRANSFORMER_ARGS and EVALUATE_ARGS are options that the launchers get besides; SBATCH_ARGS are sbatch's, for all
+# stages; AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
+(($# == 3)) || { sed -n '2,/^[^#]/{/^#/p}' "$0" >&2; exit 2; }
+mkdir -p "$3"
+preset=$1 data=$2 out=$(cd "$3" && pwd)
+export DALLE_LOGS=$out/logs
+source "$(dirname "$0")/common.sh"
+
+jobs=() last=${AFTER:-}
+trap '((${#jobs[@]} == 0)) || scancel "${jobs[@]}"' EXIT # all stages or none
+
+stage() {
+    local name=$1 dependency=()
+    shift
+    [[ -z $last ]] || dependency=(--dependency="afterok:$last" --kill-on-invalid-dep=yes)
+    # shellcheck disable=SC2086 # options, several in a word
+    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} "${dependency[@]}" "$DALLE_ROOT/slurm/$name.sbatch" "$@")
+    jobs+=("$last")
+    printf '%-12s %s\n' "$name" "$last"
+}
+
+# shellcheck disable=SC2086
+{
+    stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model"
+    stage dvae --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
+        --data "$data" --run_dir "$out/dvae" ${DVAE_ARGS:-}
+    stage codes --out "$data" --cache_codes "$out/dvae" ${CODES_ARGS:-}
+    stage transformer --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero3_bf16.json" \
+        --data "$data" --dvae "$out/dvae" --tokenizer "$out/tokenizer.model" --run_dir "$out/transformer" ${TRANSFORMER_ARGS:-}
+    stage evaluate --data "$data" --dvae "$out/dvae" --transformer "$out/transformer" --out "$out/report" ${EVALUATE_ARGS:-}
+}
+trap - EXIT
+echo "how it is doing: slurm/status.sh $out" >&2
