@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dalle_ds.data.faults import BAD_PICTURE, Fault, RowError
 from dalle_ds.data.images import Pixels, decode_image
 from dalle_ds.data.prepare import read_info
-from dalle_ds.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from dalle_ds.data.shards import Shard, Shards
+from dalle_ds.data.stamps import Stamps
+from dalle_ds.errors import DataChangedError, DataError
 
 
 class PairDataset:
     """One split of a prepared folder: pictures with their captions by row.
 
-    The rows stay in files that are mapped into memory: instances are small, also when sent to loader workers.
+    The rows stay in files: instances are small, also when sent to loader workers. Shards that are missing or damaged
+    keep their row numbers, and reading one of their rows raises a `RowError`.
     """
 
     def __init__(self, data_dir: Path, split: str, info: dict[str, Any]) -> None:
@@ -25,29 +26,64 @@ class PairDataset:
         self.split = split
         self.fingerprint: str = info["fingerprint"]
         """SHA-256 of the whole prepared folder, all splits."""
-        self._rows: int = info["splits"][split]
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
-        self._table: pa.Table | None = None
+        self._shards = Shards(data_dir / split, [Shard(**entry) for entry in info["shards"][split]])
+        self._stamps = Stamps({data_dir / split / shard.file: shard.xxh3_128 for shard in self._shards.shards})
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
         """Open a split ("train", "validation", "compositional") of a folder that `prepare` made.
 
         Raises:
-            DataError: no such folder or split, or not a prepared folder.
+            DataError: no such folder or split, not a prepared folder, or nothing of the split can be read.
         """
         folder = Path(data_dir)
         info = read_info(folder)
         if split not in info["splits"]:
             raise DataError(f"{folder} has no split {split!r}: it has {', '.join(info['splits'])}")
-        dataset = cls(folder, split, info)
-        found = len(dataset._opened())
-        if found != len(dataset):
-            raise DataError(f"{folder / split} has {found} rows where info.json says {len(dataset)}: prepare it again")
+        try:
+            dataset = cls(folder, split, info)
+            wanted = info["splits"][split]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{folder}/info.json is damaged ({error}): prepare it again with --overwrite True"
+            ) from error
+        if len(dataset) != wanted:
+            raise DataError(
+                f"{folder}/info.json is damaged: the shards of {split} have {len(dataset)} rows, not {wanted}: prepare it "
+                "again with --overwrite True"
+            )
+        if len(dataset) and sum(fault.rows for fault in dataset.faults) == len(dataset):
+            first = dataset.faults[0]
+            raise DataError(f"no shard of {folder / split} can be read: {first.where} is a {first.reason}")
         return dataset
 
     def __len__(self) -> int:
-        return self._rows
+        return len(self._shards)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """Shards that were missing or of the wrong size when the split was opened."""
+        return self._shards.faults
+
+    def check_unchanged(self) -> None:
+        """See that the files are those that were opened. Quick: contents are read only where a file has another time.
+
+        A shard that cannot be read any more is no change; its rows count as unreadable.
+
+        Raises:
+            DataChangedError: the folder was prepared again, or a shard has other contents.
+        """
+        try:
+            fingerprint = read_info(self.data_dir)["fingerprint"]
+        except DataError as error:
+            raise DataChangedError(f"{self.data_dir} has changed since it was opened: {error}") from error
+        if fingerprint != self.fingerprint:
+            raise DataChangedError(
+                f"{self.data_dir} was prepared again since it was opened (fingerprint {fingerprint[:12]}… instead of "
+                f"{self.fingerprint[:12]}…): put back what was there, or begin a new run in another --run_dir"
+            )
+        self._stamps.check()
 
     def picture(self, row: int, short_side: int | None = None) -> Pixels:
         """The picture of a row.
@@ -59,33 +95,26 @@ class PairDataset:
             (H, W, 3), 0 to 255.
 
         Raises:
-            DataError: it cannot be decoded.
+            RowError: it cannot be read or decoded.
         """
         image = self._value(row, "image")
         try:
             return decode_image(image, max_pixels=self._max_pixels, short_side=short_side)
         except DataError as error:
-            raise DataError(f"{self.data_dir / self.split} row {row} ({self.name(row)}): {error}") from error
+            where = f"{self.data_dir / self.split} row {row} ({self.name(row)})"
+            raise RowError(f"{where}: {error}", BAD_PICTURE, where) from error
 
     def captions(self, row: int) -> list[str]:
-        """The captions of a row, at least one."""
+        """The captions of a row, at least one. Raises `RowError` where they cannot be read."""
         return self._value(row, "captions")
 
     def name(self, row: int) -> str:
-        """Where the row came from, for people."""
+        """Where the row came from, for people. Raises `RowError` where it cannot be read."""
         return self._value(row, "name")
 
+    def encoded(self, row: int) -> bytes:
+        """The picture of a row as it is stored. Raises `RowError` where it cannot be read."""
+        return self._value(row, "image")
+
     def _value(self, row: int, column: str) -> Any:
-        if not 0 <= row < self._rows:
-            raise IndexError(f"row {row} of {self._rows}")
-        return self._opened().fast_slice(row, 1).column(column)[0].as_py()
-
-    def _opened(self) -> Any:
-        if self._table is None:
-            import datasets
-
-            try:
-                self._table = datasets.load_from_disk(str(self.data_dir / self.split)).data
-            except (OSError, ValueError) as error:
-                raise DataError(f"{self.data_dir / self.split} cannot be opened: {error}") from error
-        return self._table
+        return self._shards.value(row, column)

@@ -35,7 +35,7 @@ from dalle_ds.files import built_beside, write_json
 if TYPE_CHECKING:
     from dalle_ds.data.arrow import SplitWriter, StoredPair
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UNDECODABLE = "undecodable picture"
 DUPLICATE = "duplicate"
 
@@ -106,14 +106,14 @@ def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: b
         sorter = _SplitSorter(partial_folder, options)
         for pair in _checked(_captioned(_read(options), options.filters, report), options, workers, report):
             sorter.add(pair)
-        report.kept, report.fingerprint = sorter.finish()
+        report.kept, report.fingerprint, shards = sorter.finish()
         report.notes = _notes(options, report)
         if not any(report.kept.values()):
             reasons = ", ".join(f"{reason} ({entry.count})" for reason, entry in report.dropped.items())
             raise DataError(
                 f"corpus {options.source or options.corpus} has no pair that can be kept: dropped {reasons}"
             )
-        info = {"format_version": FORMAT_VERSION, "options": _identity(options), **report.to_json()}
+        info = {"format_version": FORMAT_VERSION, "options": _identity(options), **report.to_json(), "shards": shards}
         write_json(partial_folder / "info.json", info)
     return report
 
@@ -137,7 +137,7 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
             "prepare it again with --overwrite True"
         )
-    missing = {"fingerprint", "options", "splits"} - set(info)
+    missing = {"fingerprint", "options", "splits", "shards"} - set(info)
     if missing:
         raise DataError(
             f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
@@ -319,8 +319,8 @@ class _SplitSorter:
         else:
             self._writers["train"].add(_stored(pair))
 
-    def finish(self) -> tuple[dict[str, int], str]:
-        """Place the waiting pairs and close the splits: (split → rows, fingerprint of all)."""
+    def finish(self) -> tuple[dict[str, int], str, dict[str, list[dict[str, Any]]]]:
+        """Place the waiting pairs and close the splits: (split → rows, fingerprint of all, split → shards)."""
         from dalle_ds.data.arrow import SplitWriter, read_rows
 
         self._waiting.close()
@@ -345,7 +345,9 @@ class _SplitSorter:
         shutil.rmtree(self._folder / "waiting")
         digests = [f"{split}:{writer.close()}" for split, writer in self._writers.items()]
         fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        return {split: writer.rows for split, writer in self._writers.items()}, fingerprint
+        rows = {split: writer.rows for split, writer in self._writers.items()}
+        shards = {split: [vars(shard) for shard in writer.shards] for split, writer in self._writers.items()}
+        return rows, fingerprint, shards
 
 
 def _stored(pair: RawPair) -> StoredPair:

@@ -334,7 +334,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(monkeypatch, folder_corpus: Path
     def full(*_args) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(arrow.SplitWriter, "_write_batch", full)
+    monkeypatch.setattr(arrow.ShardWriter, "_write_batch", full)
     with pytest.raises(DataError, match=f"no space left on the disk of {tmp_path}/data"):
         prepare(options_for(folder_corpus), str(tmp_path / "data"))
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,182 @@
+"""What cannot be read of prepared data: where, why, how much of it, and when that is too much.
+
+A row that cannot be read raises a `RowError`; the loader puts another row in its place and keeps a `Fault` in its
+`FaultLog`. The trainer adds up the counts of all processes and gives them to `Unreadable`, which ends a run of which too
+much is unreadable:
+
+    unreadable = Unreadable(run.loader.max_unreadable, loader.faults, run.data)
+    unreadable.check_known(samples.faults, len(samples))            # before the first update
+    …
+    skipped = total of batch["skipped"] over all processes and micro-batches of an update
+    unreadable.observe(tried=run.train.batch_size + skipped, failed=skipped)
+    for line in loader.faults.news():                               # on every process: each has its own
+        tracker.say(line)
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dalle_ds.errors import DataError
+
+MISSING_SHARD = "missing shard"
+TRUNCATED_SHARD = "shard of the wrong size"
+DAMAGED_SHARD = "damaged shard"
+READ_ERROR = "disk error"
+BAD_PICTURE = "undecodable picture"
+NO_CODES = "picture without codes"
+DAMAGED_CODES = "damaged codes"
+OTHER = "unreadable row"
+
+_WINDOW = 10_000
+_AT_LEAST = 100
+_DEVIATIONS = 3.0
+_TOLD = 20
+
+
+class RowError(DataError):
+    """A row that cannot be read; another one may stand in for it.
+
+    Args:
+        message: what was found.
+        reason: the same few words for all faults of a kind.
+        where: the shard, or the row where the fault is its own.
+    """
+
+    def __init__(self, message: str, reason: str = OTHER, where: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.where = where
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Rows that cannot be read."""
+
+    reason: str
+    """The same few words for all faults of a kind."""
+    where: str
+    """The shard, or the row where the fault is its own."""
+    rows: int
+    """How many rows are concerned."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}, {self.rows:,} row{'s' * (self.rows != 1)} unreadable"
+
+
+class FaultLog:
+    """The faults that one process has met: how many of each kind, where, and which of them nobody was told of yet."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[str] = Counter()
+        self._places: dict[str, set[str]] = {}
+        self._examples: dict[str, str] = {}
+        self._news: list[str] = []
+
+    def add(self, error: DataError) -> None:
+        """Take note of a row that could not be read."""
+        reason, where = getattr(error, "reason", OTHER), getattr(error, "where", "")
+        self._rows[reason] += 1
+        self._examples.setdefault(reason, where or str(error))
+        places = self._places.setdefault(reason, set())
+        if len(places) < _TOLD and (where or str(error)) not in places:
+            places.add(where or str(error))
+            self._news.append(f"unreadable: {error}")
+
+    def news(self) -> list[str]:
+        """A sentence for each place that was not reported before, up to 20 of a kind; from now on they are reported."""
+        news, self._news = self._news, []
+        return news
+
+    def commonest(self) -> tuple[str, int, str] | None:
+        """(reason, rows, example) of the commonest kind, or None where nothing was unreadable."""
+        if not self._rows:
+            return None
+        reason, rows = self._rows.most_common(1)[0]
+        return reason, rows, self._examples[reason]
+
+
+class Unreadable:
+    """Ends a run when the share of rows that cannot be read is above a limit. Pure: it is told all counts.
+
+    Args:
+        limit: largest share, in [0, 1].
+        log: faults met by this process, for the message.
+        data: the data folder, for the message.
+        window: the share is that of about this many rows tried last.
+        at_least: nothing is concluded from fewer rows, unless the limit is 0.
+    """
+
+    def __init__(
+        self, limit: float, log: FaultLog, data: str, *, window: int = _WINDOW, at_least: int = _AT_LEAST
+    ) -> None:
+        self._limit = limit
+        self._log = log
+        self._data = data
+        self._window = window
+        self._at_least = at_least
+        self._updates: deque[tuple[int, int]] = deque()
+        self.tried = 0
+        """Rows tried in the window."""
+        self.failed = 0
+        """Those of them that could not be read."""
+
+    def check_known(self, faults: Iterable[Fault], rows: int) -> None:
+        """Count what is known to be unreadable before anything was read.
+
+        Args:
+            faults: of the training split, as `Samples.faults` has them.
+            rows: all rows of the split.
+
+        Raises:
+            DataError: it is more than the limit allows.
+        """
+        known = list(faults)
+        lost = sum(fault.rows for fault in known)
+        if lost > self._limit * rows:
+            reasons: Counter[str] = Counter()
+            for fault in known:
+                reasons[fault.reason] += fault.rows
+            reason, count = reasons.most_common(1)[0]
+            example = next(fault.where for fault in known if fault.reason == reason)
+            raise self._error(f"{lost:,} of {rows:,} rows cannot be read", lost / rows, (reason, count, example))
+
+    def observe(self, tried: int, failed: int) -> None:
+        """Count the rows of an update, over all processes.
+
+        Args:
+            tried: rows that were tried, those that failed included.
+            failed: rows that could not be read.
+
+        Raises:
+            DataError: more of the window cannot be read than the limit allows and chance explains (three standard
+                deviations), on every process that was told the same counts.
+        """
+        self._updates.append((tried, failed))
+        self.tried += tried
+        self.failed += failed
+        while self.tried - self._updates[0][0] >= self._window:
+            old_tried, old_failed = self._updates.popleft()
+            self.tried -= old_tried
+            self.failed -= old_failed
+        if self.tried < self._at_least and self._limit > 0:
+            return
+        chance = _DEVIATIONS * (self._limit * (1 - self._limit) * self.tried) ** 0.5
+        if self.failed > self._limit * self.tried + chance:
+            raise self._error(
+                f"{self.failed:,} of the last {self.tried:,} rows tried could not be read",
+                self.failed / self.tried,
+                self._log.commonest(),
+            )
+
+    def _error(self, found: str, share: float, commonest: tuple[str, int, str] | None) -> DataError:
+        why = ""
+        if commonest is not None:
+            reason, rows, example = commonest
+            why = f"; most often: {reason} ({rows:,} times), such as {example}"
+        return DataError(
+            f"{found}, {share:.1%}, which is more than loader.max_unreadable={self._limit:g} allows{why}. Look at all of "
+            f"the data with python launchers/doctor.py data {self._data}, and put back what is missing, or raise the limit"
+        )
