@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dalle_ds.config.checks import positive
+from dalle_ds.config.checks import positive, sound
 from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.training import (
@@ -49,6 +49,7 @@ class Run:
     """Metrics, validation, previews, tracking."""
 
     def __post_init__(self) -> None:
+        sound(self)
         positive("run", self, "steps", "save_every")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2^63), found {self.seed}")
