@@ -39,6 +39,8 @@ class DiscreteVAEConfig:
         positive(
             "model", self, "image_size", "groups", "blocks_per_group", "encoder_width", "decoder_width", "decoder_input"
         )
+        if self.groups > 16:
+            raise ConfigError(f"model.groups={self.groups} would shrink any picture to nothing: set it to 16 at most")
         if self.vocab_size < 2:
             raise ConfigError(f"model.vocab_size must be at least 2, found {self.vocab_size}")
         for name in ("encoder_width", "decoder_width"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -11,6 +13,8 @@ from typing import Any, Literal, TypeVar
 from dalle_ds.errors import ConfigError
 
 Config = TypeVar("Config")
+_Repr = reprlib.Repr()
+_Repr.maxlevel, _Repr.maxstring, _Repr.maxother, _Repr.maxlong = 2, 80, 80, 40
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -36,15 +40,15 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str) -> Config:
         ConfigError: a field that `kind` does not have, or a value of the wrong type.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} must be a mapping of fields, found {values!r}")
+        raise ConfigError(f"{where} must be a mapping of fields, found {_shown(values)}")
     hints = typing.get_type_hints(kind)
     names = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in names:
-            guess = difflib.get_close_matches(str(name), names, 1)
+            guess = difflib.get_close_matches(name[:50], names, 1) if isinstance(name, str) else []
             hint = f"; did you mean {guess[0]}?" if guess else ""
-            raise ConfigError(f"{where} has no field {name!r}{hint}")
+            raise ConfigError(f"{where} has no field {_shown(name)}{hint}")
         arguments[name] = _convert(hints[name], value, f"{where}.{name}")
     return kind(**arguments)
 
@@ -61,12 +65,24 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(choices[0], item, where) for item in value)
     if origin is Literal and value in choices:
         return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{where} is a number of more than 64 bits: leave it out for its default")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where} must be a finite number, found {value}")
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     wanted = f"one of {', '.join(map(repr, choices))}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{where} must be {wanted}, found {value!r}")
+    raise ConfigError(f"{where} must be {wanted}, found {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """What was found, shortened: in YAML, a few lines can stand for a mapping that fills memory when it is written out."""
+    try:
+        return _Repr.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
