@@ -17,6 +17,7 @@ import datetime
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from dalle_ds.config import DalleConfig, ParallelConfig
 from dalle_ds.errors import ConfigError, DalleError
+from dalle_ds.parallel import timeouts
 from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
 Value = TypeVar("Value")
@@ -232,6 +234,18 @@ class Mesh:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def set_timeout(self, minutes: float) -> None:
+        """Set how long operations that begin from now on may wait for other processes, on all groups that there are.
+
+        Long at first, for loading and compiling; short afterwards. To be called by all ranks, though none waits for another.
+        """
+        timeouts.set_timeout(60 * minutes)
+
+    def patience(self, minutes: float) -> AbstractContextManager[None]:
+        """A context in which operations may wait for so long, where they wait less otherwise: for what takes processes
+        different times, such as saving. Ends for all at once. Collective."""
+        return timeouts.patience(60 * minutes)
 
     def stop(self) -> None:
         """Leave the process group."""

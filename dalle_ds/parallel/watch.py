@@ -1,42 +1,54 @@
-"""A process that dies ends all processes of its run within a minute, with a line that names it.
+"""A process that dies ends all processes of its run within a minute, one that hangs after minutes, with a line that names it.
 
 A collective does not end by itself where one process is missing: NCCL waits, and so does gloo where a machine has gone, up
-to the timeout of `Mesh.start`, while the GPUs are paid for. Launchers end what they started themselves, on one machine, and
-name no rank. So every training process gets a watchman (`watchman.py`), a process that sees
+to its time-out, while the GPUs are paid for. Launchers end what they started themselves, on one machine, and name no rank.
+So every training process gets a watchman (`watchmen`), a process that sees
 
     the training process end without a word        at once: their connection breaks
     an error that it raises                        told by the training process itself
     it being stopped (SIGSTOP)                     after `PATIENCE` seconds; not by a debugger, nor together with its watchman
     the machine of another one vanish              after `PATIENCE` seconds: its watchman sends no sign of life
+    it hanging                                     after `WatchConfig.hang_minutes` without a pulse; where it waits for other
+                                                   processes in one operation, the time-out of that may come before
 
-The watchman of rank 0 decides on the cause and prints it; all processes end with a status that is not 0.
+The watchman of rank 0 decides on the cause and prints it; all processes end, with status 1 if one of them raised an error,
+and with `EXIT_REQUEUE` if they only need to be started again. One that does not end by itself is killed. After a hang, the
+stacks of all threads of all processes are in RUN_DIR/logs/stacks; where each process is, RUN_DIR/logs/heartbeats says all
+the time (`watchmen/logs.py`).
 
-What a training process does is no concern of a watchman: it may compute, save or wait for as long as it likes.
+Besides its pulses, what a training process does is no concern of a watchman. It may compute, save or wait for as long as it
+likes before the first one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dalle_ds.errors import TrainingError
+from dalle_ds.config.watch import WatchConfig
+from dalle_ds.errors import EXIT_REQUEUE, Interrupted, TrainingError
+from dalle_ds.parallel import timeouts
 from dalle_ds.parallel.mesh import Mesh
-from dalle_ds.parallel.watchman import Channel, Report, Settings
+from dalle_ds.parallel.watchmen.channel import Channel, Settings
+from dalle_ds.parallel.watchmen.progress import Progress
+from dalle_ds.parallel.watchmen.verdict import Report
 
 BEAT = 5.0
 """Seconds between two signs of life of a watchman."""
@@ -44,46 +56,80 @@ PATIENCE = 30.0
 """Seconds without one after which a process is held to be dead, and which one may be stopped."""
 SETTLE = 2.0
 """Seconds to wait, after a process has failed, for what others have to say."""
+STALLED = 0.75
+"""Share of a time-out without a pulse after which another process's death may be the consequence."""
 LONGEST_TRACEBACK = 20_000  # characters
 
+_WATCHMAN = "import sys; sys.path.append(sys.argv[1]); from watchmen.main import main; main(int(sys.argv[2]))"
 _numbers = itertools.count()
 
 
 class Watch:
-    """Ends this process when another one of the run dies, and the others when this one does; a context around all that the
-    processes do together.
+    """Ends this process when another one of the run dies or hangs, and the others when this one does; a context around all
+    that the processes do together.
 
-    An error that leaves the context ends all processes from here, and is printed once. For a run of one process this does
-    nothing, and errors pass through.
+    An error that leaves the context ends all processes from here, and is printed once; that the run was told to stop
+    (`Interrupted`, or `SystemExit` with `EXIT_REQUEUE`) is none. In a run of one process, errors pass through.
 
     Args:
         mesh: the processes.
         explain: an error in the user's words, or None where a traceback is due.
+        config: what a hang is.
+        logs: RUN_DIR/logs, to be made with the first pulse; None writes no files.
 
     Raises:
         TrainingError: no process can be started.
     """
 
-    def __init__(self, mesh: Mesh, explain: Callable[[BaseException], str | None]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        explain: Callable[[BaseException], str | None],
+        config: WatchConfig | None = None,
+        logs: Path | None = None,
+    ) -> None:
         self._mesh = mesh
         self._explain = explain
+        self._config = config or WatchConfig()
+        self._logs = logs
         self._over = threading.Event()
         """Set once no one watches this process any longer."""
         self._joined = threading.Event()
+        self._shared = _memory("progress")
+        self._shared.truncate(Progress.SIZE)
+        self._stacks = _memory("stacks")
+        self._progress = Progress(self._shared.fileno())
+
+    def pulse(self, step: int, phase: str, minutes: float = 0.0) -> None:
+        """Say that this process goes on. The first pulse begins the count of what a hang is, and the files in `logs`.
+
+        Takes about a microsecond, and waits for no one.
+
+        Args:
+            step: updates done.
+            phase: what comes now, in a short word or two: "step", "waiting for data", "saving".
+            minutes: how long that may take, where it is more than `WatchConfig.hang_minutes`.
+        """
+        self._progress.pulse(step, phase, 60 * minutes)
 
     def __enter__(self) -> Watch:
-        if self._mesh.world_size == 1:
-            self._over.set()
-            return self
-        self._who = f"rank {self._mesh.rank} (host {socket.gethostname()}, pid {os.getpid()})"
+        place = f"(host {socket.gethostname()}, pid {os.getpid()})"
+        alone = self._mesh.world_size == 1
+        self._who = f"the training process {place}" if alone else f"rank {self._mesh.rank} {place}"
+        # What faulthandler needs at a signal must stay open, and does: it holds the file.
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._start()
-        # Not by a collective: NCCL's first one connects all GPUs, which takes time and should be watched already.
-        store = distributed_c10d._get_default_store()
-        key = f"dalle_ds/watch/{next(_numbers)}"
-        if self._mesh.is_main:
-            store.set(key, json.dumps({**self._chief(), "who": self._who}))
-        # That store is at the same address, so rank 0 can be reached there.
-        self._channel.send(kind="begin", host=os.environ["MASTER_ADDR"], **json.loads(store.get(key)))
+        begin = {**self._chief(), "who": self._who} if self._mesh.is_main else {}
+        host = "127.0.0.1"
+        if not alone:
+            # Not by a collective: NCCL's first one connects all GPUs, which takes time and should be watched already.
+            store = distributed_c10d._get_default_store()
+            key = f"dalle_ds/watch/{next(_numbers)}"
+            if self._mesh.is_main:
+                store.set(key, json.dumps(begin))
+            begin = json.loads(store.get(key))
+            host = os.environ["MASTER_ADDR"]  # that store is at the same address, so rank 0 can be reached there
+        self._channel.send(kind="begin", host=host, **begin)
         threading.Thread(target=self._listen, name="watch", daemon=True).start()
         self._joined.wait()
         return self
@@ -93,7 +139,7 @@ class Watch:
     ) -> None:
         if self._over.is_set():
             return
-        if error is None:
+        if error is None or self._mesh.world_size == 1 or _is_told_to_stop(error):
             self._channel.send(kind="bye")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._watchman.wait(PATIENCE)
@@ -102,10 +148,13 @@ class Watch:
         # The verdict ends this process meanwhile, unless rank 0 was done before this error.
         with contextlib.suppress(KeyboardInterrupt):
             self._over.wait(3 * PATIENCE)
+        late = timeouts.timed_out(error)
+        if late is not None:
+            raise late from error
 
     @property
     def watchman_pid(self) -> int:
-        """Process id of what watches this process; a run of several processes has one each."""
+        """Process id of what watches this process."""
         return self._watchman.pid
 
     def _chief(self) -> dict[str, Any]:
@@ -117,25 +166,33 @@ class Watch:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
+        files = (theirs.fileno(), self._shared.fileno(), self._stacks.fileno())
+        config = self._config
         settings = Settings(
             rank=self._mesh.rank,
             world_size=self._mesh.world_size,
             pid=os.getpid(),
+            host=socket.gethostname(),
             who=self._who,
             prints=os.environ.get("LOCAL_RANK", "0") == "0",
+            progress=files[1],
+            stacks=files[2],
             beat=BEAT,
             patience=PATIENCE,
             settle=SETTLE,
+            hang=None if config.hang_minutes is None else 60 * config.hang_minutes,
+            stalled=STALLED * 60 * config.collective_minutes,
+            heartbeat=config.heartbeat_seconds,
+            logs=None if self._logs is None else str(self._logs),
         )
-        script = str(Path(__file__).with_name("watchman.py"))
         try:
             with theirs:
                 self._watchman = subprocess.Popen(
                     # Neither the user's settings of Python nor site-packages: it starts at once and is small.
-                    [sys.executable, "-I", "-S", script, str(theirs.fileno())],
+                    [sys.executable, "-I", "-S", "-c", _WATCHMAN, str(Path(__file__).parent), str(files[0])],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=files,
                 )
             assert self._watchman.stdin is not None
             with self._watchman.stdin as pipe:
@@ -156,35 +213,47 @@ class Watch:
                     self._over.set()
                     return
                 else:
-                    _exit()
+                    _exit(message["status"])
+        if self._mesh.world_size == 1:
+            print(f"warning: the process that watches {self._who} has died", file=sys.stderr)
+            self._over.set()
+            self._joined.set()
+            return
         print(f"error: the process that watches {self._who} has died, and so this one ends", file=sys.stderr)
-        _exit()
+        _exit(EXIT_REQUEUE)
 
 
-def _exit() -> None:
+def _memory(name: str) -> IO[bytes]:
+    """A file that is on no disk, where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create(name), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def _exit(status: int) -> None:
     """End the process from any thread; the main one does not get to say anything more."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(1)
+    os._exit(status)
+
+
+def _is_told_to_stop(error: BaseException) -> bool:
+    """Whether the run ends before its end as it should."""
+    return isinstance(error, Interrupted) or (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_REQUEUE))
 
 
 def _report(error: BaseException, explain: Callable[[BaseException], str | None]) -> Report:
     if isinstance(error, KeyboardInterrupt):
         return Report("told", "was interrupted")
-    kind = "cut off" if _is_about_communication(error) else "failed"
+    if isinstance(error, SystemExit):
+        return Report("failed", f"it ended itself with status {error.code}")
+    late = timeouts.timed_out(error)
+    if late is not None:
+        return Report("timed out", str(late))
+    kind = "cut off" if timeouts.is_about_communication(error) else "failed"
     words = explain(error)
     if words is not None:
         return Report(kind, words)
     detail = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
     return Report(kind, traceback.format_exception_only(error)[-1].strip(), detail)
-
-
-def _is_about_communication(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is a collective's, such as that a connection was closed by the other side."""
-    while error is not None:
-        # gloo raises errors of no type of their own, which begin with the place in its source.
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

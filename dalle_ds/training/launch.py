@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dalle_ds.cli import explain, parse_options
 from dalle_ds.config import Run, load_preset, preset_names
+from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.watch import Watch
@@ -76,7 +78,7 @@ def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig
     """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)
     mesh = Mesh.start(command.device)
-    with Watch(mesh, explain):
+    with Watch(mesh, explain, WatchConfig(), Path(command.run.run_dir) / "logs"):
         # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
         from dalle_ds.training.trainer import Trainer
 

@@ -2,13 +2,14 @@
 
 python -m tests.parallel.watch_worker FOLDER: writes FOLDER/results.json, by job {"outputs", "statuses", "seconds",
 "watchmen_seconds"}: what each rank and its watchman printed, its exit status (negative for a signal), and how long after
-the event all ranks, and all watchmen, were gone (null: they had to be killed).
+the event all ranks, and all watchmen, were gone (null: they had to be killed). FOLDER/JOB/logs is what watchmen wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import random
@@ -27,11 +28,14 @@ import torch
 import torch.distributed as dist
 
 from dalle_ds.cli import explain, run_launcher
-from dalle_ds.errors import DataError
+from dalle_ds.config.watch import WatchConfig
+from dalle_ds.errors import EXIT_REQUEUE, DataError
 from dalle_ds.parallel import Mesh, watch
 from dalle_ds.parallel.watch import Watch
 
 PATIENCE = 4.0
+HANG = 3.0
+"""Seconds without a pulse that are a hang in most jobs, of those that give any."""
 START_LIMIT = 150.0
 """Seconds in which all jobs have begun, even where the machine has other work."""
 LIMIT = 40.0
@@ -68,6 +72,8 @@ class Job:
     work: Callable[[Mesh], None] = lambda mesh: meet(mesh, 60)
     end: Callable[[Mesh], None] = lambda _: None
     """Called by each process after it is watched."""
+    hang: float | None = HANG
+    """Seconds without a pulse that are a hang."""
 
 
 @dataclass
@@ -82,6 +88,8 @@ class Result:
 
 CONNECTION = Path()
 """What /proc calls this process's connection to its watchman."""
+PULSE: Callable[..., None] = Watch.pulse
+"""The `pulse` of what watches this process."""
 
 
 def meet(mesh: Mesh, seconds: float) -> None:
@@ -104,7 +112,7 @@ def fail(error: Exception, *ranks: int) -> Callable[[Mesh], None]:
 
 
 def hold_the_interpreter(seconds: int) -> None:
-    """A long call that no thread of the process gets past."""
+    """A long call that no thread of the process gets past, though a signal may end it."""
     ctypes.PyDLL(None).sleep(seconds)
 
 
@@ -179,6 +187,93 @@ def gone_before(mesh: Mesh) -> None:
         os._exit(3)
 
 
+def hang(where: Callable[[], object]) -> Callable[[Mesh], None]:
+    """Rank 1 does not get through update 8, while the others wait for it."""
+
+    def work(mesh: Mesh) -> None:
+        PULSE(6, "waiting for data")
+        meet(mesh, 0.3)
+        PULSE(7, "step")
+        if mesh.rank == mesh.world_size - 1:
+            where()
+        mesh.barrier()
+
+    return work
+
+
+def loop_for_ever() -> None:
+    while True:
+        pass
+
+
+def loop_in_c() -> None:
+    """A call that no thread of the process gets past, and no signal ends."""
+    sum(itertools.repeat(0))
+
+
+def hang_ahead(mesh: Mesh) -> None:
+    """Rank 1 waits for rank 0, which is behind by its step and waits for rank 1 in another group of processes."""
+    group = dist.new_group([0, 1])
+    PULSE(7, "step")
+    if mesh.rank == 1:
+        PULSE(8, "step")
+        dist.all_reduce(torch.ones(1), group=group)
+    mesh.barrier()
+
+
+def time_out(mesh: Mesh) -> None:
+    """Rank 0 waits for rank 1 for no longer than it may."""
+    PULSE(7, "step")
+    meet(mesh, 0.3)
+    if mesh.rank == 1:
+        PULSE(7, "waiting for data")
+        time.sleep(60)
+    mesh.set_timeout(2 / 60)
+    mesh.sum(torch.ones(1), "world")
+
+
+def die_of_waiting(mesh: Mesh) -> None:
+    """Rank 1 is ended while it waits for rank 0, as NCCL does."""
+    PULSE(7, "step")
+    meet(mesh, 0.3)
+    if mesh.rank == 0:
+        PULSE(7, "waiting for data")
+        time.sleep(60)
+    time.sleep(3)
+    os.abort()
+
+
+def take_long(mesh: Mesh) -> None:
+    """Phases longer than a hang, of which one was announced and the other goes on giving pulses."""
+    PULSE(0, "saving", minutes=1)
+    time.sleep(HANG + 1.5)
+    for step in range(int(HANG) + 2):
+        PULSE(step, "step")
+        time.sleep(1)
+
+
+def stop_in_turn(first: int) -> Callable[[Mesh], None]:
+    """Told to stop, the processes come to it at different times."""
+    told = threading.Event()
+
+    def work(mesh: Mesh) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
+        PULSE(3, "step")
+        while not told.is_set():
+            time.sleep(0.05)
+        time.sleep(0.2 if mesh.rank == first else 1.7)
+        sys.exit(EXIT_REQUEUE)
+
+    return work
+
+
+def tell_all(processes: Processes) -> None:
+    """As launchers and SLURM do, who signal all processes of a run, and more than once."""
+    for what in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        processes.send(what, *processes.watchmen)
+    processes.send(signal.SIGTERM, *processes.ranks)
+
+
 def suspend_all(processes: Processes) -> None:
     processes.send(signal.SIGSTOP)
     time.sleep(PATIENCE + 3)
@@ -221,6 +316,20 @@ JOBS = {
     "stopped-for-a-while": Job(2, stop_for_a_while, work=lambda mesh: meet(mesh, PATIENCE + 2)),
     "fails-after-the-end": Job(2, work=fail_after_the_end),
     "watched-twice": Job(2, work=lambda mesh: meet(mesh, 0.5), end=twice),
+    "loops": Job(2, work=hang(loop_for_ever)),
+    "sleeps": Job(4, work=hang(lambda: time.sleep(60))),
+    "holds-the-interpreter": Job(2, work=hang(loop_in_c)),
+    "hangs-ahead": Job(2, work=hang_ahead),
+    "times-out": Job(2, work=time_out, hang=None),
+    "dies-of-waiting": Job(2, work=die_of_waiting, hang=None),
+    "takes-long": Job(2, work=take_long),
+    "told-to-stop-0-first": Job(2, tell_all, work=stop_in_turn(0)),
+    "told-to-stop-1-first": Job(2, tell_all, work=stop_in_turn(1)),
+    "alone-loops": Job(1, work=hang(loop_for_ever)),
+    "alone-stopped": Job(1, lambda p: p.send(signal.SIGSTOP, p.ranks[0]), work=hang(lambda: time.sleep(60))),
+    "alone-killed": Job(1, lambda p: p.send(signal.SIGKILL, p.ranks[0])),
+    "alone-fails": Job(1, work=fail(DataError("row 7 is broken: mend it"), 0)),
+    "alone-watchman-killed": Job(1, lambda p: p.send(signal.SIGKILL, p.watchmen[0]), work=lambda mesh: meet(mesh, 2)),
     "slow-to-leave": Job(2, work=lambda mesh: meet(mesh, 0.5), end=lambda _: time.sleep(PATIENCE + 1)),
 }
 
@@ -240,8 +349,10 @@ def run_rank(job: Job, rank: int, port: int, folder: Path) -> None:
     def main() -> None:
         mesh = Mesh.start("cpu", timeout_minutes=1)
         job.begin(mesh)
-        with Watch(mesh, explain) as watched:
-            global CONNECTION
+        config = WatchConfig(hang_minutes=job.hang and job.hang / 60, collective_minutes=3 / 60, heartbeat_seconds=0.5)
+        with Watch(mesh, explain, config, folder / "logs") as watched:
+            global CONNECTION, PULSE
+            PULSE = watched.pulse
             CONNECTION = Path(f"/proc/self/fd/{watched._channel.connection.fileno()}").readlink()
             (folder / f"ready-{rank}").write_text(str(watched.watchman_pid))
             job.work(mesh)

@@ -1,0 +1,63 @@
+"""How far a training process is: told without waiting for anyone, read by its watchman."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training process is."""
+
+    step: int = 0
+    """Of its last pulse: updates done."""
+    phase: str = "starting"
+    """Of its last pulse."""
+    since: float = 0.0
+    """Seconds since that pulse."""
+    allowed: float = 0.0
+    """Seconds that the phase may take, where that is longer than others may."""
+    begun: bool = False
+    """Whether there was a pulse. A process that gives none is not held to hang."""
+    where: str = ""
+    """Where its main thread is, or why that is unknown; empty where no one has asked."""
+    waits: bool = False
+    """Whether that call waits for other processes."""
+
+    def __str__(self) -> str:
+        return f"at step {self.step} ({self.phase})" if self.begun else "before its first pulse"
+
+
+class Progress:
+    """The last pulse of a training process, in memory that it shares with its watchman.
+
+    Both see one clock: that of the machine since its start.
+
+    Args:
+        file: number of an open file of `SIZE` bytes.
+    """
+
+    # Packing clears all and then writes in this order: whoever reads a mark in the last place reads a whole pulse before it.
+    _LAYOUT = struct.Struct("=qdd32s?")
+    SIZE = mmap.PAGESIZE
+
+    def __init__(self, file: int) -> None:
+        self._memory = mmap.mmap(file, self.SIZE)
+        self._pack = self._LAYOUT.pack_into
+        self._last = (0, time.monotonic(), 0.0, b"starting", False)
+
+    def pulse(self, step: int, phase: str, allowed: float = 0.0) -> None:
+        """Note where the process is now; a phase longer than 32 bytes is cut."""
+        self._pack(self._memory, 0, step, time.monotonic(), allowed, phase.encode(), True)
+
+    def read(self, now: float) -> Place:
+        """Where the process is."""
+        found = self._LAYOUT.unpack_from(self._memory)
+        if found[-1]:  # else there is no pulse yet, or one is being written
+            self._last = found
+        step, at, allowed, phase, begun = self._last
+        words = phase.rstrip(b"\0").decode(errors="replace")
+        return Place(step, words, max(0.0, now - at), allowed, begun)
