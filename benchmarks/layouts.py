@@ -36,6 +36,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch
 from dalle_ds.tasks.base import Samples, Task
 from dalle_ds.tasks.transformer import TransformerTask
+from dalle_ds.training.checkpoint_folder import CheckpointFolder
 
 ROWS = 64
 """Pictures of the made-up training data."""
@@ -202,9 +203,7 @@ def half_of(run_dir: Path, copy: Path, step: int) -> None:
     """Copy a run as it was after `step` updates."""
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "export")
-    for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint.name != f"step-{step}":
-            shutil.rmtree(checkpoint)
+    CheckpointFolder(copy / "checkpoints").drop_after(step)
 
 
 def launch_all(options: Options, runs: list[tuple[str, Path]], folder: Path) -> None:

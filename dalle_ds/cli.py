@@ -11,7 +11,7 @@ from typing import TextIO, TypeVar
 
 import tyro
 
-from dalle_ds.errors import ConfigError, DalleError
+from dalle_ds.errors import EXIT_REQUEUE, ConfigError, DalleError, Interrupted
 
 Options = TypeVar("Options")
 
@@ -52,6 +52,10 @@ def run_launcher(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Interrupted as stopped:
+        if _rank() == "0":
+            print(stopped, flush=True)
+        sys.exit(EXIT_REQUEUE)
     except (DalleError, OSError) as error:
         words = explain(error)
         if words is None:

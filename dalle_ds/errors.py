@@ -27,6 +27,10 @@ class TrainingError(DalleError, RuntimeError):
     """A run that cannot go on, such as a loss that is not finite."""
 
 
+class Interrupted(DalleError):
+    """A run that was told to stop and did, behind a checkpoint; launchers end with `EXIT_REQUEUE`."""
+
+
 EXIT_REQUEUE = 75
 """Status of a run that was stopped before its end, or lost a process, and goes on when the same command is given again
 (EX_TEMPFAIL of sysexits.h). 0 is a run that is done, 1 one that failed and needs a person, 2 a wrong command line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         beside.replace(path)
+        sync_directory(path.parent)
     except OSError:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -55,21 +57,38 @@ def built_beside(folder: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force every file below `folder` to the disk, so that a rename never makes a half-written one look complete."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as handle:
+    """Force all that is below `folder` to the disk, so that a rename never makes a half-written one look complete."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as handle:
                 os.fsync(handle.fileno())
+        elif path.is_dir():
+            sync_directory(path)
+    sync_directory(folder)
+
+
+def sync_directory(folder: Path) -> None:
+    """Force the names of what is in `folder` to the disk; without that, a renamed file may have its old name after a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that cannot, and need not
+            raise
+    finally:
+        os.close(handle)
 
 
 def _replace(partial: Path, folder: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
+        sync_directory(folder.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
     folder.rename(old / folder.name)
     try:
         partial.rename(folder)
+        sync_directory(folder.parent)
     except OSError:
         (old / folder.name).rename(folder)
         raise

@@ -33,6 +33,8 @@ class Run:
     """Seed of the initial weights, the order of the data and every random choice."""
     save_every: int = 1_000
     """Updates between checkpoints; one is always written at the end."""
+    save_minutes: float | None = None
+    """Minutes after which a checkpoint is written in any case; None goes by `save_every` alone."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How updates are made."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -50,7 +52,7 @@ class Run:
 
     def __post_init__(self) -> None:
         sound(self)
-        positive("run", self, "steps", "save_every")
+        positive("run", self, "steps", "save_every", "save_minutes")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2^63), found {self.seed}")
         if self.powersgd.enabled and self.parallel.replicas == 1:

@@ -244,6 +244,10 @@ class ReportConfig:
     """Updates between histograms of gradient exponents per residual block in RUN_DIR/numerics.jsonl; 0 makes none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept in RUN_DIR/checkpoints."""
+    keep_every: int | None = None
+    """Checkpoints of multiples of so many updates are never removed; None keeps none besides the newest."""
+    background_saves: bool = True
+    """Whether updates go on while a checkpoint is being written, for which each process copies its part to main memory."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device at the run's precision; given, the progress line shows the model FLOPs utilization."""
     plan_check: Literal["refuse", "warn", "off"] = "refuse"
@@ -255,7 +259,7 @@ class ReportConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        positive("report", self, "log_every", "validation_rows", "keep_checkpoints", "peak_tflops")
+        positive("report", self, "log_every", "validation_rows", "keep_checkpoints", "keep_every", "peak_tflops")
         for name in ("validate_every", "preview_every", "numerics_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"report.{name} must not be negative, found {getattr(self, name)}")

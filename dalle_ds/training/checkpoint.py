@@ -1,17 +1,14 @@
-"""Checkpoints that are complete or absent: written beside, renamed last (design decision 10).
+"""What a checkpoint consists of, and how an engine goes on from one.
 
 A checkpoint belongs to the model, not to the processes that wrote it: `tensors/` has every parameter's fp32 weights, Adam's
 moments, average and error sum under the parameter's name in the plain model, and any number of processes, cut in any way,
-can go on from it. `state.json` has everything else, and is written last.
+can go on from it. `state.json` has everything else, and `manifest.json` says what all files are.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,21 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.files import sync_folder
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training import storage
 from dalle_ds.training.fragments import matrix_size
+from dalle_ds.training.manifest import FORMAT
 from dalle_ds.training.storage import Index, Pieces
 from dalle_ds.training.weights import MasterWeights
 
-FORMAT = 2
-"""Of `state.json` and `tensors/`. Checkpoints of format 1 had no such number, and were of use to one layout only."""
 STATE_NAME = "state.json"
 TENSORS_NAME = "tensors"
 WEIGHT, AVERAGE, ERROR = "weight", "average", "error"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_STEP = re.compile(r"step-(\d+)")
 
 
 class ErrorSums(Protocol):
@@ -49,85 +42,13 @@ class ErrorSums(Protocol):
         ...
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the latest update in `folder`, or None. Unfinished ones have other names."""
-    return max(_complete(folder), key=_step_of, default=None)
-
-
-def newest_good_checkpoint(folder: Path) -> Path | None:
-    """The newest one that was not written in the midst of updates that went wrong, as the last of a run may be."""
-    for checkpoint in sorted(_complete(folder), key=_step_of, reverse=True):
-        guard = load_state(checkpoint).get("guard")
-        if guard is None or guard["bad_in_a_row"] == 0:
-            return checkpoint
-    return None
-
-
-def drop_checkpoints_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from."""
-    for checkpoint in _complete(folder):
-        if _step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    weights: MasterWeights,
-    optimizer: AdamW,
-    mesh: Mesh,
-    *,
-    keep: int,
-    average: WeightAverage | None = None,
-    errors: ErrorSums | None = None,
-) -> Path:
-    """Write `folder/step-N` and delete all but the `keep` newest. Collective.
-
-    The processes of the first replica write, each what it has; what several of them have is written once.
-
-    Args:
-        step: updates done.
-        state: JSON-able; comes back from `load_state`.
-
-    Raises:
-        CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
-    """
-    final = folder / f"step-{step}"
-    partial = folder / f"partial-step-{step}"
-
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / TENSORS_NAME).mkdir(parents=True)
-
-    def end() -> None:
-        (partial / STATE_NAME).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n")
-        sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(_complete(folder), key=_step_of)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def write_tensors() -> None:
-        if mesh.index("replica") == 0:
-            pieces = _pieces(weights, optimizer, average, sums)
-            storage.write(partial / TENSORS_NAME, pieces, _merged(_parameters(weights, optimizer), group), group)
-
-    sums = errors.errors() if errors is not None else {}
-    group = _writers(mesh.world_size // mesh.size("replica"), mesh)
-    try:
-        mesh.decide(lambda: _on_disk(begin, final))
-        _on_all(mesh, lambda: _on_disk(write_tensors, final))
-        mesh.decide(lambda: _on_disk(end, final))
-    except CheckpointError:
-        if mesh.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+def state_text(state: Mapping[str, Any]) -> str:
+    """`state`, which is JSON-able, as `load_state` reads it."""
+    return json.dumps({"format": FORMAT, **state}, indent=2) + "\n"
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`.
+    """What the run said of itself when it wrote a checkpoint, but for tensors.
 
     Raises:
         CheckpointError: it cannot be read, or is of another format.
@@ -173,7 +94,7 @@ def load_checkpoint(
             index = Index.open(checkpoint / TENSORS_NAME)
             _begin_states(index, weights, optimizer)
             known = {name: value for name, value in sums.items() if f"{ERROR}/{name}" in index.tensors}
-            pieces = _pieces(weights, optimizer, average, known)
+            pieces = pieces_of(weights, optimizer, average, known)
             for name, stored in index.parameters.items():
                 if stored["step"] == 0:  # never updated, though others are that share its shard here
                     for kind in MOMENTS:
@@ -192,7 +113,7 @@ def load_checkpoint(
         torch.cuda.empty_cache()
 
 
-def _pieces(
+def pieces_of(
     weights: MasterWeights, optimizer: AdamW, average: WeightAverage | None, sums: Mapping[str, Tensor]
 ) -> dict[str, Pieces]:
     """What this process has of every tensor of a checkpoint."""
@@ -216,7 +137,7 @@ def _pieces(
     return found
 
 
-def _parameters(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[str, Any]]:
+def parameters_of(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[str, Any]]:
     """What a checkpoint keeps of every parameter besides tensors: its shape, and of Adam's state all but the moments."""
     known: dict[int, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
@@ -261,37 +182,13 @@ def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> Non
         optimizer.begin(shard, group["moments"], step=step, index=place, ceiling=ceiling)
 
 
-def _merged(table: dict[str, dict[str, Any]], group: Any) -> dict[str, dict[str, Any]]:
+def merged(table: dict[str, dict[str, Any]], group: Any) -> dict[str, dict[str, Any]]:
     """On the group's first process, the parameters of all its processes. Collective within the group."""
     if not dist.is_initialized():
         return table
     tables: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
     dist.gather_object(table, tables, dst=0, group=group)
     return {name: row for each in tables or [] for name, row in each.items()}
-
-
-def _writers(count: int, mesh: Mesh) -> Any:
-    """The group of the first `count` processes, for plans of who writes what; None stands for all. Collective."""
-    if count == mesh.world_size and mesh.device.type == "cpu":
-        return None
-    return _cpu_group(count)
-
-
-@cache
-def _cpu_group(count: int) -> Any:
-    return dist.new_group(list(range(count)), backend="gloo")
-
-
-def _on_disk(write: Callable[[], None], final: Path) -> None:
-    try:
-        write()
-    except OSError as error:
-        # The space is told too, since a full disk is the likeliest reason.
-        free = shutil.disk_usage(final.parent).free / 2**20
-        raise CheckpointError(
-            f"could not save the checkpoint of step {_step_of(final)} to {final} ({free:,.0f} MiB free there; {error}): free "
-            "some space and start the run again, it goes on from the last complete checkpoint"
-        ) from error
 
 
 def _on_all(mesh: Mesh, do: Callable[[], None]) -> None:
@@ -305,16 +202,4 @@ def _on_all(mesh: Mesh, do: Callable[[], None]) -> None:
     if failure is not None:
         raise failure
     if failed:
-        raise CheckpointError(f"{failed} of the other processes could not read or write a checkpoint; they say why")
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / STATE_NAME).is_file()]
-
-
-def _step_of(path: Path) -> int:
-    match = _STEP.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+        raise CheckpointError(f"{failed} of the other processes could not read the checkpoint; they say why")

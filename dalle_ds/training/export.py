@@ -19,7 +19,8 @@ from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.training.checkpoint import AVERAGE, TENSORS_NAME, WEIGHT, load_state, newest_checkpoint
+from dalle_ds.training.checkpoint import AVERAGE, TENSORS_NAME, WEIGHT, load_state
+from dalle_ds.training.checkpoint_folder import require_whole
 from dalle_ds.training.run_directory import RunDirectory, read_config
 from dalle_ds.training.storage import Index, write_safetensors
 
@@ -71,11 +72,13 @@ def export_checkpoint(
     stage, run = read_run(path)
     task = _STAGES[stage][1](run)
     directory = RunDirectory(path, stage, run)
-    checkpoint = newest_checkpoint(directory.checkpoints) if step is None else directory.checkpoints / f"step-{step}"
+    checkpoints = directory.checkpoints
+    checkpoint = checkpoints.newest() if step is None else checkpoints.path / f"step-{step}"
     if checkpoint is None or not checkpoint.is_dir():
-        kept = sorted(folder.name for folder in directory.checkpoints.glob("step-*"))
+        kept = [folder.name for folder in checkpoints.all()]
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise CheckpointError(f"the run in {path} has {what}: it has {', '.join(kept) or 'none yet'}")
+    require_whole(checkpoint)
     state = load_state(checkpoint)
     _check_parts(task, state["identity"])
     has_average = run.train.average_decay is not None and state["step"] >= run.train.average_every

@@ -22,8 +22,8 @@ from dalle_ds.training.checkpoint import (
     TENSORS_NAME,
     WEIGHT,
     load_state,
-    newest_checkpoint,
 )
+from dalle_ds.training.checkpoint_folder import CheckpointFolder, faults_of
 from dalle_ds.training.export import read_run
 from dalle_ds.training.fragments import matrix_size
 from dalle_ds.training.storage import Index
@@ -75,9 +75,7 @@ class Inspection:
             ("moments", f"16-bit in {in_16_bits} tensors, fp32 in {len(rows) - in_16_bits}" if in_16_bits else "fp32"),
             (
                 "state",
-                "; ".join(self.faults)
-                if self.faults
-                else "complete: every file is there, and as long as when it was written",
+                "; ".join(self.faults) if self.faults else "complete: every file is as it was written",
             ),
         ):
             table.add_row(name, value, style="bold red" if name == "state" and self.faults else None)
@@ -113,21 +111,19 @@ def inspect(path: str | Path) -> Inspection:
     path = Path(path)
     folder: Path | None = path
     if (path / "checkpoints").is_dir():
-        folder = newest_checkpoint(path / "checkpoints")
+        folder = CheckpointFolder(path / "checkpoints").newest()
         if folder is None:
             raise CheckpointError(f"the run in {path} has no complete checkpoint yet")
     assert folder is not None
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: name a run directory or a checkpoint in its checkpoints/")
     if not (folder / STATE_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} has no {STATE_NAME}, which is written last: it is no checkpoint, or one that was not finished"
-        )
+        raise CheckpointError(f"{folder} has no {STATE_NAME}, without which it is no checkpoint")
     run_dir = folder.absolute().parent.parent
     run = read_run(run_dir)[1] if (run_dir / "config.yaml").is_file() else None
     state = load_state(folder)
     index = Index.open(folder / TENSORS_NAME)
-    return Inspection(folder, state, index, run, [*index.faults(), *_holes(index)])
+    return Inspection(folder, state, index, run, [*faults_of(folder), *_holes(index)])
 
 
 def layouts(run: Run) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,31 +14,31 @@ import torch
 from torch import nn
 
 from dalle_ds.config import Run
-from dalle_ds.errors import DalleError, TrainingError
+from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import (
-    drop_checkpoints_after,
-    load_checkpoint,
-    load_state,
-    newest_good_checkpoint,
-    save_checkpoint,
-)
+from dalle_ds.training.checkpoint import load_checkpoint, load_state
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
+from dalle_ds.training.lines import LineFile
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.passes import passes_of
+from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
+from dalle_ds.training.saver import Kept, Saved, Saver
+from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.update import COUNTED, Updater
 from dalle_ds.training.weights import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
+SECONDS_BETWEEN_TRIES = 60.0
+"""Until a checkpoint that could not be written is tried again."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Setup:
     config: EngineConfig
     directory: RunDirectory
     batches: Batches
+    signals: StopSignals
+    """Says whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,17 @@ class Loop:
         self, setup: Setup, trained: Trained, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
     ) -> None:
         self.run, self.mesh, self.task, self.config = setup.run, setup.mesh, setup.task, setup.config
-        self.directory, self.batches = setup.directory, setup.batches
+        self.directory, self.batches, self.signals = setup.directory, setup.batches, setup.signals
         self.trained, self.tracker, self.rollbacks = trained, tracker, rollbacks
         self.engine, self.weights, self.average = trained.engine, trained.weights, trained.average
         self._begin_at(state)
         self._alarmed = -STEPS_BETWEEN_ALARMS
         self._place: int | None = None
         self._skipped_in_a_row = 0
-        every = self.run.report.numerics_every
+        self._stopping = False
         self._passes = passes_of(self.task, self.engine, self.mesh)
+        every = self.run.report.numerics_every
+        self._numerics_lines = LineFile(self.directory.numerics_file) if every and self.mesh.is_main else None
         self._updater = Updater(
             self.task,
             self.engine,
@@ -113,41 +118,79 @@ class Loop:
             scales=trained.scales,
             scaling=self.task.scaling,
             average=self.average,
-            numerics=NumericsReport(self.directory.numerics_file, every, self.mesh, trained.scales) if every else None,
+            numerics=NumericsReport(self._numerics_lines, every, self.mesh, trained.scales) if every else None,
             replicas=trained.replicas,
         )
+        report = self.run.report
+        self._saver = Saver(
+            self.directory.checkpoints,
+            self.weights,
+            self.engine.client_optimizer,
+            self.mesh,
+            Kept(report.keep_checkpoints, report.keep_every),
+            average=self.average,
+            errors=trained.replicas,
+            background=report.background_saves,
+            before_completing=self._sync_lines,
+        )
+        self._saved_at = time.monotonic()
+        self._try_again_at = math.inf
 
     def _begin_at(self, state: dict[str, Any]) -> None:
         self.state = state
         self.step: int = state["step"]
         self.counts: dict[str, int] = dict(state["counts"])
         self._save_is_due = False
+        self._saved_step = self.step
 
     def run_to_end(self) -> None:
-        """All remaining updates, with their checkpoints and reports, and the export."""
+        """All remaining updates, with their checkpoints and reports, and the export.
+
+        Raises:
+            Interrupted: the run was told to stop, and has written a checkpoint.
+        """
         run, report = self.run, self.run.report
         self.engine.train()
+        if self.state["validation_is_due"]:
+            self._validate()
         seconds: list[float] = []  # of the updates since the last report, waiting for data included
+        waited: list[float] = []
         while self.step < run.steps:
             began = time.perf_counter()
-            metrics, lost = self._update()
+            batches = self._next_batches()
+            waited.append(time.perf_counter() - began)
+            metrics, lost = self._update(batches)
             seconds.append(time.perf_counter() - began)
             self.step += 1
             if lost:
                 self._roll_back(metrics)
                 seconds.clear()
+                waited.clear()
+                self._stop_if_told()
                 continue
             last = self.step == run.steps
             if self.step % report.log_every == 0 or last:
+                metrics["data_seconds"] = sum(waited) / len(waited)
                 self.tracker.log(self.step, metrics, sum(seconds) / len(seconds))
                 seconds.clear()
+                waited.clear()
             self._raise_alarm(metrics)
-            if last or (report.validate_every and self.step % report.validate_every == 0):
+            validates = last or bool(report.validate_every and self.step % report.validate_every == 0)
+            if validates and not self._stopping:
                 self._validate()
-            self._save_if_due(last)
+            self._save_if_due(last, validation_is_due=validates and self._stopping)
+            self._stop_if_told()
             if not last and report.preview_every and self.step % report.preview_every == 0:
                 self._preview(self._plain_model())
         self._finish()
+
+    def _stop_if_told(self) -> None:
+        if self._stopping:
+            told = self.signals.requested
+            raise Interrupted(
+                f"{self.directory.path}: stopped after update {self.step}"
+                f"{f' by {told}' if told else ', as another process was told to'}; the same command goes on from there"
+            )
 
     def _finish(self) -> None:
         """Export the averaged model and draw the last preview from it."""
@@ -161,10 +204,15 @@ class Loop:
             self.tracker.say(f"exported to {directory.export}")
         self.mesh.barrier()
 
-    def _update(self) -> tuple[dict[str, float], bool]:
+    def _update(self, micro_batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """Make an update; returns its figures and whether the run should go back from here."""
         step, learning_rate = self.step, self.trained.learning_rate
-        outcome = self._updater.update(self._next_batches(), step, learning_rate.at(step))
+        seed_update(self.run.seed, step, self.mesh.index("data"))
+        outcome = self._updater.update(micro_batches, step, learning_rate.at(step), self._flags())
+        stop, due, *written = map(round, outcome.flags)
+        self._stopping |= stop > 0
+        self._save_is_due |= due > 0
+        self._take_note(self._saver.advance(*written))
         loss = outcome.figures["loss"]
         if self.average is not None:
             self.average.update(step)
@@ -218,7 +266,8 @@ class Loop:
             "look at the data of these updates; resume with a lower rate (--optim.halve_at and the checkpoint's step), or "
             "begin a new run with a lower optim.lr or a longer optim.warmup_steps"
         )
-        checkpoint = self.mesh.decide(lambda: newest_good_checkpoint(self.directory.checkpoints))
+        self._take_note(self._saver.finish())
+        checkpoint = self.mesh.decide(self.directory.checkpoints.newest_good)
         if checkpoint is None:
             raise TrainingError(f"{what}, and there is no checkpoint yet to go back to: {advice}")
         state = load_state(checkpoint)
@@ -229,15 +278,27 @@ class Loop:
                 f"checkpoint is {checkpoint}"
             )
         self.rollbacks = self.rollbacks.after(went_wrong, state["step"])
-        self.mesh.decide(lambda: drop_checkpoints_after(self.directory.checkpoints, state["step"]))
+        self.mesh.decide(lambda: self.directory.checkpoints.drop_after(state["step"]))
         self.mesh.decide(lambda: self.rollbacks.write(self.directory.rollbacks_file))
         self.trained.load(checkpoint, state, self.mesh)
         self._begin_at({**self.state, **state, "layout": self.state["layout"], "wandb_id": self.tracker.run_id})
-        self.mesh.decide(lambda: self.tracker.rewind(lambda: self.directory.drop_metrics_after(self.step)))
+        self.mesh.decide(self._rewind_lines)
         self.tracker.say(
             f"WENT BACK to step {self.step}: {what}; the data of the {went_wrong - self.step} updates since are left out",
             style="bold red",
         )
+
+    def _rewind_lines(self) -> None:
+        self.directory.drop_metrics_after(self.step)
+        self.tracker.reopen()
+        if self._numerics_lines is not None:
+            self._numerics_lines.reopen()
+
+    def _sync_lines(self) -> None:
+        """What was recorded up to a checkpoint is there when it is."""
+        self.tracker.sync()
+        if self._numerics_lines is not None:
+            self._numerics_lines.sync()
 
     def _raise_alarm(self, metrics: dict[str, float]) -> None:
         step = self.step
@@ -273,29 +334,64 @@ class Loop:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.tracker.say(f"validation at step {self.step}: {shown}")
 
-    def _save_if_due(self, last: bool) -> None:
+    # --- checkpoints
+
+    def _flags(self) -> list[float]:
+        """What the processes tell each other with every update: of those that were told to stop, that find a checkpoint due
+        by the clock (one does), and that have written theirs or failed to (`Saver.advance`), the number."""
+        now, minutes = time.monotonic(), self.run.save_minutes
+        is_due = now >= self._try_again_at or (minutes is not None and now - self._saved_at >= 60 * minutes)
+        due = self.mesh.is_main and is_due and not self._saver.busy
+        return [self.signals.requested is not None, due, *self._saver.progress()]
+
+    def _save_if_due(self, last: bool, validation_is_due: bool) -> None:
         """Save when it is time, but not in the midst of updates that go wrong: there may be a need to go back."""
-        self._save_is_due |= self.step % self.run.save_every == 0 or last
-        if not self._save_is_due or (self.trained.guard.bad_in_a_row and not last):
+        ends = last or self._stopping
+        self._save_is_due |= self.step % self.run.save_every == 0 or ends
+        if not self._save_is_due or (self.trained.guard.bad_in_a_row and not ends):
             return
+        compresses = self.trained.replicas is not None and self.trained.replicas.compresses
+        if self._saver.busy and not ends and not compresses:
+            return  # the disk is slower than checkpoints are asked for; this one is written once the last is there
+        # With PowerSGD, a checkpoint changes the rounding of what follows: it must not depend on the disk when it is written.
+        self._take_note(self._saver.finish())
         self._save_is_due = False
+        if self._saved_step != self.step:
+            self._save(validation_is_due)
+        if ends:
+            self._take_note(self._saver.finish(), ends=True)
+
+    def _save(self, validation_is_due: bool) -> None:
+        """Begin to write a checkpoint."""
         state = {
             **self.state,
             **self.trained.state_dict(),
             "step": self.step,
             "counts": self.counts,
             "wandb_id": self.tracker.run_id,
+            "validation_is_due": validation_is_due,
         }
-        save_checkpoint(
-            self.directory.checkpoints,
-            self.step,
-            state,
-            self.weights,
-            self.engine.client_optimizer,
-            self.mesh,
-            keep=self.run.report.keep_checkpoints,
-            average=self.average,
-            errors=self.trained.replicas,
+        self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, self.step
+        try:
+            self._saver.begin(self.step, state)
+        except CheckpointError as error:
+            self._take_note(Saved(self.step, str(error)), ends=self._stopping or self.step == self.run.steps)
+
+    def _take_note(self, saved: Saved | None, *, ends: bool = False) -> None:
+        """Of a checkpoint that was written or could not be: then the run goes on, unless it `ends` with it."""
+        if saved is None or saved.failure is None:
+            return
+        if ends:
+            raise CheckpointError(
+                f"{saved.failure}; see to the disk and start the run again: it goes on from the last complete checkpoint"
+            )
+        self._saved_step = -1
+        self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES
+        self.counts["failed_saves"] = self.counts.get("failed_saves", 0) + 1
+        self.tracker.say(
+            f"ALARM at step {self.step}: {saved.failure}; the run goes on, earlier checkpoints stay as they are, and the next "
+            f"try is in {SECONDS_BETWEEN_TRIES:.0f} s or with the next checkpoint",
+            style="bold red",
         )
 
     def _plain_model(self) -> nn.Module | None:

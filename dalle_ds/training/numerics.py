@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.precision.exponents import exponent_counts, exponent_report
 from dalle_ds.training.gradients import GroupLayout, MasterGradients
+from dalle_ds.training.lines import LineFile
 
 
 class NumericsReport:
-    """Writes a line for every `every`-th update to `file`.
+    """Appends a line on every `every`-th update.
 
     A line is {"step": updates done with this one, "blocks": {block or "others": {"exponents": {exponent: elements}, "zero":
     elements, "nonfinite": elements, "log2_scale": of the block, where gradients are scaled}}}. The gradients are those of
@@ -22,14 +18,14 @@ class NumericsReport:
     one process) higher.
 
     Args:
-        file: gets one JSON object per line; only the main process writes.
+        lines: gets them, on the main process; None elsewhere.
         every: updates between lines.
         mesh: the processes that share the gradients.
         scales: of the residual blocks, if there are any.
     """
 
-    def __init__(self, file: Path, every: int, mesh: Mesh, scales: GradientScales | None) -> None:
-        self._file = file
+    def __init__(self, lines: LineFile | None, every: int, mesh: Mesh, scales: GradientScales | None) -> None:
+        self._lines = lines
         self._every = every
         self._mesh = mesh
         self._scales = scales
@@ -49,11 +45,5 @@ class NumericsReport:
             if self._scales is not None and block is not None:
                 entry["log2_scale"] = float(self._scales.factors[block].log2())
             report["others" if block is None else str(block)] = entry
-        self._mesh.decide(lambda: self._write({"step": step + 1, "blocks": report}))
-
-    def _write(self, line: dict[str, Any]) -> None:
-        try:
-            with self._file.open("a") as lines:
-                lines.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"could not write {self._file}: {error}; free some space and start again") from error
+        if self._lines is not None:
+            self._lines.append({"step": step + 1, "blocks": report})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ from dalle_ds.config import Run, differences, from_dict, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
+from dalle_ds.training.checkpoint_folder import CheckpointFolder
 
 # Fields that may differ when a run is resumed: they change no weight but for rounding (paths are held against fingerprints
 # instead), or are there to be changed by hand.
@@ -24,14 +25,18 @@ _FREE = (
     "run_dir",
     "steps",
     "save_every",
+    "save_minutes",
     "train.micro_batch",
     "train.zero_stage",
     "train.average_device",
     "loader.workers",
+    "loader.max_unreadable",
     "optim.halve_at",
 )
-_FREE_SECTIONS = ("report.", "guard.", "parallel.", "powersgd.")
+_FREE_SECTIONS = ("report.", "guard.", "watch.", "parallel.", "powersgd.")
 _CONFIG_NAME = "config.yaml"
+_IDENTITY_NAME = "identity.json"
+_WANDB_NAME = "wandb_id.json"
 _STEP_NAME = "step.json"
 
 
@@ -93,9 +98,9 @@ class RunDirectory:
         return self.path / "rollbacks.json"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> CheckpointFolder:
         """Holds `step-N/` folders."""
-        return self.path / "checkpoints"
+        return CheckpointFolder(self.path / "checkpoints")
 
     @property
     def samples(self) -> Path:
@@ -151,8 +156,12 @@ class RunDirectory:
         except OSError as error:
             raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
 
-    def write_config(self) -> None:
-        """Write the configuration, make the folders and remove what killed runs left unfinished. Main process only.
+    def write_config(self, identity: Mapping[str, str]) -> None:
+        """Write the configuration and what the run learns from, make the folders and remove what killed runs left unfinished.
+        Main process only.
+
+        Args:
+            identity: fingerprints, which later starts must find again.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -161,12 +170,50 @@ class RunDirectory:
             # First: a folder with anything else in it and no configuration is not taken for a run's.
             content = {"stage": self.stage, "run": to_dict(self.run)}
             write_text(self.config_file, yaml.safe_dump(content, sort_keys=False))
+            write_json(self.path / _IDENTITY_NAME, dict(identity))
             self.samples.mkdir(exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            self.checkpoints.path.mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
-        for unfinished in self.checkpoints.glob("partial-step-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        self.checkpoints.clear()
+
+    def identity(self) -> dict[str, str] | None:
+        """What `write_config` was given at the run's start; None in a new run.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        found: dict[str, str] | None = self._read_json(_IDENTITY_NAME, dict)
+        return found
+
+    def wandb_id(self) -> str | None:
+        """The run's name at Weights & Biases, from its first start on."""
+        found: str | None = self._read_json(_WANDB_NAME, str)
+        return found
+
+    def keep_wandb_id(self, run_id: str | None) -> None:
+        """Keep it for the next start, which may come before the first checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if run_id is not None and run_id != self.wandb_id():
+            try:
+                write_json(self.path / _WANDB_NAME, run_id)
+            except OSError as error:
+                raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
+
+    def _read_json(self, name: str, kind: type) -> Any:
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            content = json.loads(file.read_text())
+            if not isinstance(content, kind):
+                raise ValueError(f"it is no {kind.__name__}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}): restore it, or name a new --run_dir") from error
+        return content
 
     def exported_step(self) -> int | None:
         """How many updates the exported model has had; None where there is none."""

@@ -6,7 +6,7 @@ pickles its index and every tensor, and reads a stored rectangle whole to get at
 
     rank-N.safetensors  what process N wrote; any reader of safetensors opens it
     index.json          the model's parameters with what is not a tensor; each tensor's type, size and rectangles, with file
-                        and place of the first byte; the files and their sizes
+                        and place of the first byte
 
 All tensors are matrices (`matrix_size`), called KIND/PARAMETER.
 """
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,17 +34,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.futures import Future
 
 from dalle_ds.errors import CheckpointError
 from dalle_ds.training.fragments import Rectangle
+from dalle_ds.training.manifest import FileRecord
 
 INDEX_NAME = "index.json"
 _DTYPES = {
@@ -100,7 +99,6 @@ class Index:
         folder: where the files are.
         parameters: the model's parameters and what is known of each.
         tensors: by name.
-        files: names and bytes.
     """
 
     def __init__(
@@ -108,12 +106,10 @@ class Index:
         folder: Path,
         parameters: Mapping[str, dict[str, Any]],
         tensors: Mapping[str, Stored],
-        files: Mapping[str, int],
     ) -> None:
         self.folder = folder
         self.parameters = parameters
         self.tensors = tensors
-        self.files = files
 
     @classmethod
     def open(cls, folder: Path) -> Index:
@@ -134,20 +130,9 @@ class Index:
                 )
                 for name, entry in content["tensors"].items()
             }
-            return cls(folder, dict(content["parameters"]), tensors, dict(content["files"]))
+            return cls(folder, dict(content["parameters"]), tensors)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{folder / INDEX_NAME} cannot be read: {error!r}") from error
-
-    def faults(self) -> list[str]:
-        """A sentence for every file that is missing or not as long as it was when it was written."""
-        found = []
-        for name, size in self.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                found.append(f"{path} is missing")
-            elif path.stat().st_size != size:
-                found.append(f"{path} has {path.stat().st_size:,} bytes, and had {size:,} when it was written")
-        return found
 
     def read(self, pieces: Mapping[str, Pieces]) -> None:
         """Fill parts of tensors with what is stored, wherever they are and however they were cut when it was written.
@@ -193,45 +178,146 @@ class Index:
         return whole
 
 
-def write(
-    folder: Path,
-    pieces: Mapping[str, Pieces],
-    parameters: Mapping[str, dict[str, Any]],
-    group: Any = None,
-) -> None:
-    """Write tensors and index into `folder`, which exists. Collective within the group.
+class Plan:
+    """Who writes which rectangle of which tensor, so that each is written once, and where in which file it goes.
 
-    What several processes have is written once. The tensors of this process go to the disk one by one.
+    Made by `plan`; holds for as long as the processes have the same pieces.
+    """
+
+    def __init__(self, rank: int, plans: Sequence[SavePlan] | None, own: SavePlan, metadata: Metadata | None) -> None:
+        self.file_name = _file_name(rank)
+        """Of this process's file."""
+        self._own = _FileLayout(_rectangles(own))
+        self._plans, self._metadata = plans, metadata
+
+    @property
+    def size(self) -> int:
+        """Bytes of this process's file; 0 where it has none to write."""
+        return self._own.size
+
+    @property
+    def total_size(self) -> int:
+        """On the group's first process, bytes of all files."""
+        return sum(_FileLayout(_rectangles(each)).size for each in self._plans or ())
+
+    def snapshot(self, pieces: Mapping[str, Pieces], buffer: Tensor | None) -> Tensor:
+        """A copy, in the host's memory, of what this process writes, which may then change.
+
+        Args:
+            buffer: an earlier copy, whose memory is used again where it fits.
+
+        Returns:
+            (bytes,) uint8, what `write` takes.
+        """
+        on_gpu = torch.cuda.is_available()
+        if buffer is None or buffer.numel() != self._own.body_size:
+            buffer = torch.empty(self._own.body_size, dtype=torch.uint8, pin_memory=on_gpu)
+        for rectangle, offset in self._own.places:
+            size = rectangle.size * rectangle.dtype.itemsize
+            place = buffer[offset : offset + size].view(rectangle.dtype).view(rectangle.rows, rectangle.columns)
+            place.copy_(rectangle.find(pieces), non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return buffer
+
+    def write(self, folder: Path, source: Tensor | Mapping[str, Pieces]) -> FileRecord | None:
+        """Write this process's file into `folder` and force it to the disk. Communicates with nobody.
+
+        Args:
+            source: from `snapshot`, or the pieces themselves, of which one tensor at a time is copied to the host.
+
+        Returns:
+            What a manifest says of the file; None where this process has none to write.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if not self._own.places:
+            return None
+        contents: Iterable[Tensor]
+        if isinstance(source, Tensor):
+            contents = source.split(_BUFFER_BYTES)
+        else:
+            contents = (rectangle.find(source).detach().cpu() for rectangle, _ in self._own.places)
+        return _write_file(folder / self.file_name, self._own.header, contents)
+
+    def write_index(self, folder: Path, parameters: Mapping[str, dict[str, Any]]) -> None:
+        """Write `INDEX_NAME`, on the group's first process.
+
+        Args:
+            parameters: what is known of the model's parameters besides tensors.
+        """
+        assert self._plans is not None and self._metadata is not None
+        places: dict[tuple[str, int, int], tuple[int, int]] = {}
+        files: list[str] = []
+        for rank, each in enumerate(self._plans):
+            layout = _FileLayout(_rectangles(each))
+            for rectangle, offset in layout.in_file:
+                places[rectangle.name, rectangle.row, rectangle.column] = len(files), offset
+            if layout.places:
+                files.append(_file_name(rank))
+        tensors = {}
+        for name, stored in self._metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            chunks = [
+                [*chunk.offsets, *chunk.sizes, *places[name, chunk.offsets[0], chunk.offsets[1]]]
+                for chunk in stored.chunks
+            ]
+            tensors[name] = {"dtype": _DTYPES[stored.properties.dtype], "size": list(stored.size), "chunks": chunks}
+        content = {"parameters": parameters, "files": files, "tensors": tensors}
+        (folder / INDEX_NAME).write_text(json.dumps(content) + "\n")
+
+
+class Planner:
+    """Makes plans, and keeps the last for as long as it holds.
 
     Args:
-        pieces: what this process has.
-        parameters: goes into the index, on the group's first process.
         group: the processes that write; None stands for all.
-
-    Raises:
-        OSError: on every process of the group, where writing failed on one.
     """
-    alone = not dist.is_initialized() or dist.get_world_size(group) == 1
-    rank = 0 if alone else dist.get_rank(group)
-    try:
-        dcp.save(
-            dict(pieces),
-            storage_writer=_Writer(folder, f"rank-{rank}.safetensors", parameters),
-            planner=_Planner(),
-            process_group=group,
-        )
-    except dcp.CheckpointException as error:
-        failure, _ = next(iter(error.failures.values()))
-        if not isinstance(failure, OSError):
-            raise
-        raise OSError(f"{failure}") from error
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self._alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        self._rank = 0 if self._alone else dist.get_rank(group)
+        self._offered: list[Any] = []
+        self._plan: Plan | None = None
+
+    def plan(self, pieces: Mapping[str, Pieces]) -> Plan:
+        """The plan for what this process, and the others, have. Collective within the group."""
+        offered = [
+            (name, each.size, [(place, part.dtype) for place, part in each.parts]) for name, each in pieces.items()
+        ]
+        changed = torch.tensor(int(self._plan is None or offered != self._offered))
+        if not self._alone:
+            dist.all_reduce(changed, group=self._group)
+        if changed or self._plan is None:
+            self._plan, self._offered = self._make(pieces), offered
+        return self._plan
+
+    def _make(self, pieces: Mapping[str, Pieces]) -> Plan:
+        planner = _OfferingPlanner()
+        planner.set_up_planner(dict(pieces), is_coordinator=self._rank == 0)
+        offers: list[Any] = [planner.create_local_plan()]
+        if not self._alone:
+            is_first, count = self._rank == 0, dist.get_world_size(self._group)
+            gathered: list[Any] | None = [None] * count if is_first else None
+            dist.gather_object(offers[0], gathered, group=self._group, group_dst=0)
+            offers = gathered or []
+        if self._rank > 0:
+            received: list[Any] = [None]
+            dist.scatter_object_list(received, None, group=self._group, group_src=0)
+            return Plan(self._rank, None, received[0], None)
+        plans, metadata = planner.create_global_plan(offers)
+        if not self._alone:
+            dist.scatter_object_list([None], plans, group=self._group, group_src=0)
+        return Plan(0, plans, plans[0], metadata)
 
 
 def write_safetensors(
     path: Path,
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Callable[[], Tensor]]],
     metadata: Mapping[str, str] | None = None,
-) -> dict[str, int]:
+) -> None:
     """Write a safetensors file with one tensor in memory at a time, and force it to the disk.
 
     Byte for byte what `safetensors.torch.save_file` writes of tensors of one type.
@@ -239,31 +325,113 @@ def write_safetensors(
     Args:
         tensors: names, types, shapes, and what returns the tensors when their turn comes.
         metadata: goes into the file's header.
-
-    Returns:
-        The place of each tensor's first byte in the file.
     """
+    given = {name: (dtype, shape, tensor) for name, dtype, shape, tensor in tensors}
+    header, offsets, _ = _header([(name, dtype, shape) for name, (dtype, shape, _) in given.items()], metadata)
+
+    def contents() -> Iterable[Tensor]:
+        for name in offsets:
+            dtype, shape, tensor = given[name]
+            value = tensor().detach().to("cpu", dtype)
+            assert value.shape == torch.Size(shape)
+            yield value
+
+    _write_file(path, header, contents())
+
+
+def _header(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
+    """What a safetensors file begins with; where, behind it, each tensor begins, in their order; bytes of all tensors."""
     # Wider types first, so that every element lies at a multiple of its size.
     ordered = sorted(tensors, key=lambda tensor: (-tensor[1].itemsize, tensor[0]))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    end = 0
-    for name, dtype, shape, _ in ordered:
+    offsets, end = {}, 0
+    for name, dtype, shape in ordered:
         begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        offsets[name] = begin
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets, end
+
+
+def _write_file(path: Path, header: bytes, contents: Iterable[Tensor]) -> FileRecord:
+    digest, size = xxhash.xxh3_128(header), len(header)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, dtype, shape, tensor in ordered:
-            value = tensor().detach().to("cpu", dtype)
-            assert value.shape == torch.Size(shape)
-            file.write(_bytes(value.contiguous()))
+        file.write(header)
+        for tensor in contents:
+            content = _bytes(tensor.contiguous())
+            file.write(content)
+            digest.update(content)
+            size += len(content)
         file.flush()
         os.fsync(file.fileno())
-    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name, *_ in ordered}
+    return FileRecord(size, digest.hexdigest())
 
 
-class _Planner(dcp.DefaultSavePlanner):
+@dataclass(frozen=True)
+class _Rectangle:
+    """A rectangle that a process writes."""
+
+    name: str
+    """Of its tensor."""
+    row: int
+    column: int
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def key(self) -> str:
+        """Its name in its file."""
+        return f"{self.name}[{self.row}:{self.row + self.rows}, {self.column}:{self.column + self.columns}]"
+
+    def find(self, pieces: Mapping[str, Pieces]) -> Tensor:
+        """It, among what the process has."""
+        return next(part for at, part in pieces[self.name].parts if (at.row, at.column) == (self.row, self.column))
+
+
+class _FileLayout:
+    """Where rectangles lie in a file that has them."""
+
+    def __init__(self, rectangles: Sequence[_Rectangle]) -> None:
+        by_key = {rectangle.key: rectangle for rectangle in rectangles}
+        shapes = [(key, each.dtype, (each.rows, each.columns)) for key, each in by_key.items()]
+        self.header, offsets, self.body_size = _header(shapes)
+        self.places = [(by_key[key], offset) for key, offset in offsets.items()]
+        """Rectangles in their order, and where they begin behind the header."""
+
+    @property
+    def in_file(self) -> list[tuple[_Rectangle, int]]:
+        """Rectangles, and where they begin in the file."""
+        return [(rectangle, len(self.header) + offset) for rectangle, offset in self.places]
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return len(self.header) + self.body_size if self.places else 0
+
+
+def _rectangles(plan: SavePlan) -> list[_Rectangle]:
+    found = []
+    for item in plan.items:
+        data = item.tensor_data
+        assert data is not None
+        (row, column), (rows, columns) = data.chunk.offsets, data.chunk.sizes
+        found.append(_Rectangle(item.index.fqn, row, column, rows, columns, data.properties.dtype))
+    return found
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+class _OfferingPlanner(dcp.DefaultSavePlanner):
     """Offers what a process has; who writes what several have is decided by the default planner."""
 
     def __init__(self) -> None:
@@ -272,10 +440,6 @@ class _Planner(dcp.DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([item for name, pieces in self.state_dict.items() for item in _write_items(name, pieces)])
         return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        place = tuple(index.offset or ())
-        return next(part for at, part in self.state_dict[index.fqn].parts if (at.row, at.column) == place)
 
 
 def _write_items(name: str, pieces: Pieces) -> list[WriteItem]:
@@ -288,75 +452,6 @@ def _write_items(name: str, pieces: Pieces) -> list[WriteItem]:
         )
         for at, _ in pieces.parts
     ]
-
-
-class _Writer(StorageWriter):
-    """Writes what the planner gives to this process into one file, and on the first process the index."""
-
-    def __init__(self, folder: Path, file: str, parameters: Mapping[str, dict[str, Any]]) -> None:
-        self._folder, self._file, self._parameters = folder, file, parameters
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one checkpoint to the next."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The folder is there."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        entries: list[tuple[str, torch.dtype, Sequence[int], Callable[[], Tensor]]] = []
-        for item in plan.items:
-            data = item.tensor_data
-            assert data is not None
-            resolve = _later(planner, item)
-            entries.append((_key(item), data.properties.dtype, data.chunk.sizes, resolve))
-        offsets = write_safetensors(self._folder / self._file, entries) if entries else {}
-        size = (self._folder / self._file).stat().st_size if entries else 0
-        written: Future[list[WriteResult]] = Future()
-        written.set_result(
-            [WriteResult(item.index, size, (self._file, offsets[_key(item)], size)) for item in plan.items]
-        )
-        return written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places = {result.index: result.storage_data for written in results for result in written}
-        files = {file: size for file, _, size in sorted(places.values())}
-        numbers = {file: number for number, file in enumerate(files)}
-        tensors = {}
-        for name, stored in metadata.state_dict_metadata.items():
-            assert isinstance(stored, TensorStorageMetadata)
-            chunks = []
-            for chunk in stored.chunks:
-                file, offset, _ = places[MetadataIndex(name, chunk.offsets)]
-                chunks.append([*chunk.offsets, *chunk.sizes, numbers[file], offset])
-            tensors[name] = {"dtype": _DTYPES[stored.properties.dtype], "size": list(stored.size), "chunks": chunks}
-        content = {"parameters": self._parameters, "files": files, "tensors": tensors}
-        (self._folder / INDEX_NAME).write_text(json.dumps(content) + "\n")
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return Path(checkpoint_id).is_dir()
-
-
-def _later(planner: SavePlanner, item: WriteItem) -> Callable[[], Tensor]:
-    def resolve() -> Tensor:
-        data = planner.resolve_data(item)
-        assert isinstance(data, Tensor)
-        return data
-
-    return resolve
-
-
-def _key(item: WriteItem) -> str:
-    """A rectangle's name in its file."""
-    assert item.tensor_data is not None
-    (row, column), (rows, columns) = item.tensor_data.chunk.offsets, item.tensor_data.chunk.sizes
-    return f"{item.index.fqn}[{row}:{row + rows}, {column}:{column + columns}]"
 
 
 def _chunk(entries: Sequence[int], files: Sequence[str]) -> Chunk:

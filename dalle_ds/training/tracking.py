@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dalle_ds.config import ReportConfig, Run, to_dict
-from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.errors import ConfigError
+from dalle_ds.training.lines import LineFile
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a run whose output is no terminal prints a progress line."""
@@ -66,12 +64,12 @@ class Tracker:
         self._started = self._printed = time.monotonic()
         self._start_step = start_step
         self._wandb: Any = None
+        self._writable = True
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         if not enabled:
             return
-        self._metrics_file = metrics_file
-        self._file = metrics_file.open("a")
+        self._lines = LineFile(metrics_file)
         if self._report.wandb != "disabled":
             self._start_wandb(metrics_file.parent, stage)
         if self._console.is_terminal:
@@ -117,25 +115,28 @@ class Tracker:
         if seconds is not None:
             record |= self._throughput(seconds)
             self._show(step, record)
-        # JSON has no NaN; a figure that could not be computed is null.
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        try:
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise CheckpointError(
-                f"could not write {self._file.name}: {error}; free some space and start the run again"
-            ) from error
+        failure = self._lines.append(record)
+        if failure is not None and self._writable:
+            self.say(
+                f"{self._lines.path} cannot be written: {failure}; its lines are kept until it can", style="bold red"
+            )
+        self._writable = failure is None
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
-    def rewind(self, rewrite: Callable[[], None]) -> None:
-        """Let `rewrite` replace the metrics file, and go on behind what it left."""
-        if not self.enabled:
-            return
-        self._file.close()
-        rewrite()
-        self._file = self._metrics_file.open("a")
+    def sync(self) -> None:
+        """Force all that was recorded to the disk; may be called from any thread.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.enabled:
+            self._lines.sync()
+
+    def reopen(self) -> None:
+        """Go on behind what took the place of the metrics file."""
+        if self.enabled:
+            self._lines.reopen()
 
     def _throughput(self, seconds: float) -> dict[str, float]:
         samples = self._run.train.batch_size / seconds
@@ -174,9 +175,9 @@ class Tracker:
             self._progress.stop()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
-        # What a full disk kept from being written was told when it happened.
-        with suppress(OSError):
-            self._file.close()
+        lost = self._lines.close()
+        if lost:
+            self.say(f"{self._lines.path} lacks the last {lost} lines, which could not be written", style="bold red")
 
     def __enter__(self) -> Tracker:
         return self

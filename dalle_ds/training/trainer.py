@@ -17,7 +17,8 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.planning.check import check_plan
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import load_state, newest_checkpoint
+from dalle_ds.training.checkpoint import load_state
+from dalle_ds.training.checkpoint_folder import choose_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
 from dalle_ds.training.engine import build_engine, scale_gradients
 from dalle_ds.training.gradients import MasterGradients
@@ -25,6 +26,7 @@ from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.loop import Loop, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory
+from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
 
@@ -40,15 +42,22 @@ class Trainer:
         run: what to train.
         json_config: the DeepSpeed JSON's content.
         mesh: the processes that take part.
+        signals: says when to stop; None never does.
 
     Raises:
         ConfigError, CheckpointError, DataError: what the user asked for cannot be done; raised before anything is written.
     """
 
     def __init__(
-        self, make_task: Callable[[Any], Task[Any]], run: Run, json_config: dict[str, Any], mesh: Mesh
+        self,
+        make_task: Callable[[Any], Task[Any]],
+        run: Run,
+        json_config: dict[str, Any],
+        mesh: Mesh,
+        signals: StopSignals | None = None,
     ) -> None:
         self.run = run
+        self.signals = signals or StopSignals()
         self.mesh = mesh = mesh.divide(run.parallel)
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
@@ -67,15 +76,14 @@ class Trainer:
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
         check_plan(run, self.config, mesh)
         mesh.decide(self.directory.claim)
-        # One process looks, since disks may show several ones different things at one time.
-        self.checkpoint: Path | None = mesh.decide(lambda: newest_checkpoint(self.directory.checkpoints))
+        self.checkpoint: Path | None = choose_checkpoint(self.directory.checkpoints, mesh)
         self.state = self._load_state()
         self.step: int = self.state["step"]
         if self.step > run.steps:
             raise ConfigError(
                 f"--steps {run.steps} is less than the {self.step} updates that {run.run_dir} has done already"
             )
-        mesh.decide(self.directory.write_config)
+        mesh.decide(lambda: self.directory.write_config(self.state["identity"]))
 
     def _load_state(self) -> dict[str, Any]:
         identity = self.task.identity()
@@ -94,24 +102,26 @@ class Trainer:
             "accumulation": self.config.accumulation,
             "powersgd": self.run.powersgd.enabled,
         }
-        fresh = {
+        fresh: dict[str, Any] = {
             "step": 0,
             "identity": identity,
             "layout": layout,
             "counts": {},
-            "wandb_id": None,
+            "wandb_id": self.mesh.decide(self.directory.wandb_id),
+            "validation_is_due": False,
             "version": dalle_ds.__version__,
         }
+        began_with = self.mesh.decide(self.directory.identity)
+        state = fresh if self.checkpoint is None else load_state(self.checkpoint)
+        for known in (began_with or identity, state["identity"]):
+            for name, found in identity.items():
+                if known.get(name) != found:
+                    raise CheckpointError(
+                        f"the run in {self.directory.path} began with another {name} ({str(known.get(name))[:12]}, now "
+                        f"{found[:12]}): resume it with the one it began with, or name a new --run_dir"
+                    )
         if self.checkpoint is None:
             return fresh
-        state = load_state(self.checkpoint)
-        for name, found in identity.items():
-            began_with = state["identity"].get(name)
-            if began_with != found:
-                raise CheckpointError(
-                    f"the run in {self.directory.path} began with another {name} ({str(began_with)[:12]}, now {found[:12]}): "
-                    "resume it with the one it began with, or name a new --run_dir"
-                )
         wrote = state["layout"]
         if wrote["precision"] != layout["precision"]:
             raise CheckpointError(
@@ -130,6 +140,7 @@ class Trainer:
         """Train to `run.steps` updates, then validate, draw a preview and export; all of it is skipped where it is done.
 
         Raises:
+            Interrupted: a signal told the run to stop, which it did behind a checkpoint.
             TrainingError: updates go wrong, and going back to a checkpoint does not help.
             CheckpointError: a checkpoint cannot be read or written.
         """
@@ -145,9 +156,10 @@ class Trainer:
         self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step))
         rollbacks = self.mesh.decide(lambda: Rollbacks.read(self.directory.rollbacks_file))
         with self._tracker() as tracker:
+            self.mesh.decide(lambda: self.directory.keep_wandb_id(tracker.run_id))
             for line in trained.replicas.describe() if trained.replicas is not None else ():
                 tracker.say(line)
-            setup = Setup(self.run, self.mesh, self.task, self.config, self.directory, self.batches)
+            setup = Setup(self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals)
             Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
         if self.mesh.is_main:
             self.directory.release()

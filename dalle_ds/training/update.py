@@ -34,6 +34,8 @@ class Outcome:
     """Whether weights were changed, at least those of most blocks."""
     finite: bool
     """Whether loss and gradients were finite, or not so only in residual blocks whose scales can still be lowered."""
+    flags: tuple[float, ...]
+    """Sums over all processes of the numbers that they gave to `update`."""
 
 
 class Updater:
@@ -76,8 +78,12 @@ class Updater:
         self._replicas = replicas
         self._layout = GroupLayout(self._optimizer.param_groups, self._gradients.sharded, mesh)
 
-    def update(self, micro_batches: Sequence[Batch], step: int, rate: float) -> Outcome:
-        """Make update `step`, counted from 0, at learning rate `rate`. Collective."""
+    def update(self, micro_batches: Sequence[Batch], step: int, rate: float, flags: Sequence[float] = ()) -> Outcome:
+        """Make update `step`, counted from 0, at learning rate `rate`. Collective.
+
+        Args:
+            flags: numbers to add up over all processes on the way, as many on each; they change nothing here.
+        """
         self._set_shares(micro_batches)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -85,13 +91,13 @@ class Updater:
         for batch, metrics in zip(micro_batches, reported, strict=True):
             metrics |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
         squares_here = self._gradients.squared_norms() if self._replicas is None else self._replicas.reduce()
-        figures, squares = self._agree(reported, squares_here)
+        figures, squares, agreed = self._agree(reported, squares_here, flags)
         figures["lr"] = rate
         if self._numerics is not None:
             self._numerics.note(step, self._gradients, self._layout)
-        return self._step(figures, squares)
+        return self._step(figures, squares, agreed)
 
-    def _step(self, figures: dict[str, float], squares: list[float]) -> Outcome:
+    def _step(self, figures: dict[str, float], squares: list[float], flags: tuple[float, ...]) -> Outcome:
         """Decide from the squared norms of all parameter groups, and clip, step or leave it."""
         broken = {index for index, square in enumerate(squares) if not math.isfinite(square)}
         block_of = self._layout.blocks
@@ -130,7 +136,7 @@ class Updater:
         if self._scales is not None:
             self._scales.update(overflowed if finite else (), applied)
             figures |= self._scales.figures()
-        return Outcome(figures, applied, finite)
+        return Outcome(figures, applied, finite, flags)
 
     def _clip(self, norm: float) -> float:
         """Clip all gradients by their global norm; returns what the norm is then."""
@@ -151,8 +157,10 @@ class Updater:
         for batch, weight in zip(micro_batches, own, strict=True):
             batch["share"] = weight * count / total
 
-    def _agree(self, reported: list[Metrics], squares_here: Tensor) -> tuple[dict[str, float], list[float]]:
-        """In one reduction: one number per figure, and the squared gradient norm of every parameter group.
+    def _agree(
+        self, reported: list[Metrics], squares_here: Tensor, flags: Sequence[float]
+    ) -> tuple[dict[str, float], list[float], tuple[float, ...]]:
+        """In one reduction: one number per figure, the squared gradient norm of every parameter group, and the flags.
 
         Scalars are averaged over micro-batches and ranks, counts summed; vectors are summed and given to the task.
         """
@@ -161,11 +169,12 @@ class Updater:
         own = [part / self._mesh.size("model") for part in own]  # all processes of a model have the same
         squares = self._layout.spread(squares_here)
         # To the host in one piece: a GPU is waited for once.
-        sizes = [part.numel() for part in [*own, squares]]
-        parts = self._mesh.sum(torch.cat([*own, squares]), "world").cpu().split(sizes)
+        flagged = squares.new_tensor(flags)
+        sizes = [part.numel() for part in [*own, squares, flagged]]
+        *parts, flagged = self._mesh.sum(torch.cat([*own, squares, flagged]), "world").cpu().split(sizes)
         sums: dict[str, Tensor] = dict(zip(reported[0], parts, strict=False))
         figures: dict[str, float] = {}
         for name, value in reported[0].items():
             if value.ndim == 0:
                 figures[name] = float(sums.pop(name)) / (1 if name in COUNTED else size)
-        return figures | self._task.digest(sums), parts[-1].tolist()
+        return figures | self._task.digest(sums), parts[-1].tolist(), tuple(flagged.tolist())

@@ -18,6 +18,7 @@ from dalle_ds.parallel import Split
 from dalle_ds.training import storage
 from dalle_ds.training.fragments import Fragment, matrix_size
 from dalle_ds.training.storage import INDEX_NAME, Index, Pieces, write_safetensors
+from tests.training.by_hand import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -118,7 +119,7 @@ def written(folder: Path, style: str, shards: int, parts: int) -> Index:
             for place, part in pieces.parts:
                 together.setdefault(name, {}).setdefault((place.row, place.column), (place, part))
     folder.mkdir(exist_ok=True)
-    storage.write(folder, {name: Pieces(sizes[name], list(parts.values())) for name, parts in together.items()}, {})
+    write_tensors(folder, {name: Pieces(sizes[name], list(parts.values())) for name, parts in together.items()}, {})
     return Index.open(folder)
 
 
@@ -163,7 +164,6 @@ def test_what_one_cut_has_written_another_reads(tmp_path: Path, there: tuple, he
 @pytest.mark.parametrize(("style", "shards", "parts"), CUTS)
 def test_whole_tensors_are_read_one_by_one(tmp_path: Path, style: str, shards: int, parts: int) -> None:
     index = written(tmp_path, style, shards, parts)
-    assert index.faults() == []
     for name, value in values().items():
         assert torch.equal(index.tensor(f"weight/{name}"), value.reshape(matrix_size(value.shape)))
 
@@ -173,12 +173,8 @@ def test_a_file_is_what_safetensors_would_write(tmp_path: Path, dtype: torch.dty
     tensors = {name: (100 * value).to(dtype) for name, value in values().items()}
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     entries = [(name, dtype, value.shape, lambda value=value: value) for name, value in tensors.items()]
-    offsets = write_safetensors(tmp_path / "ours", entries, {"format": "pt"})
-    content = (tmp_path / "ours").read_bytes()
-    assert content == (tmp_path / "theirs").read_bytes()
-    for name, value in tensors.items():
-        size = value.numel() * value.element_size()
-        assert torch.equal(torch.frombuffer(bytearray(content[offsets[name] :][:size]), dtype=dtype), value.flatten())
+    write_safetensors(tmp_path / "ours", entries, {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +182,12 @@ def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path, monkeypa
     forced: list[int] = []
     monkeypatch.setattr(storage.os, "fsync", forced.append)
     entries = [(name, v.dtype, v.shape, lambda v=v: v) for name, v in tensors.items()]
-    offsets = write_safetensors(tmp_path / "file", entries)
+    write_safetensors(tmp_path / "file", entries)
     assert len(forced) == 1
-    assert all(offset % tensors[name].element_size() == 0 for name, offset in offsets.items())
+    content = (tmp_path / "file").read_bytes()
+    behind = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:behind])
+    assert all((behind + header[name]["data_offsets"][0]) % v.element_size() == 0 for name, v in tensors.items())
     loaded = load_file(tmp_path / "file")
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
@@ -198,7 +197,7 @@ def test_strided_parts_are_written_and_read_by_their_elements(tmp_path: Path) ->
     left = Fragment("a", (5, 4), 0, 20, 0, 0, Split(1), 0, 2).rectangles()[0]
     right = Fragment("a", (5, 4), 0, 20, 0, 0, Split(1), 1, 2).rectangles()[0]
     halves = [(left, codes[:, :4]), (right, codes[:, 4:])]  # not contiguous
-    storage.write(tmp_path, {"codes/a": Pieces((5, 8), halves)}, {"a": {"shape": [5, 8]}})
+    write_tensors(tmp_path, {"codes/a": Pieces((5, 8), halves)}, {"a": {"shape": [5, 8]}})
     index = Index.open(tmp_path)
     assert torch.equal(index.tensor("codes/a"), codes) and index.tensors["codes/a"].dtype == torch.int16
     assert index.parameters == {"a": {"shape": [5, 8]}}
@@ -220,7 +219,7 @@ def test_large_rectangles_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_missing_cut_off_or_of_another_shape_is_told(tmp_path: Path) -> None:
     index = written(tmp_path, "end to end", 3, 1)
-    (file,) = index.files
+    file = "rank-0.safetensors"
     (place,) = Fragment("a", (2, 2), 0, 4, 0, 0).rectangles()
     with pytest.raises(CheckpointError, match=r"weight/a of 2 × 2 is needed, and .* has none"):
         index.read({"weight/a": Pieces((2, 2), [(place, torch.zeros(2, 2))])})
@@ -231,13 +230,10 @@ def test_what_is_missing_cut_off_or_of_another_shape_is_told(tmp_path: Path) -> 
         index.read({"weight/gain": Pieces((9, 1), [(place, torch.zeros(9, 1, dtype=torch.int16))])})
     content = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(content[:-200])
-    (fault,) = index.faults()
-    assert fault == f"{tmp_path / file} has {len(content) - 200:,} bytes, and had {len(content):,} when it was written"
     with pytest.raises(CheckpointError, match=f"{file} is cut off"):
         for name in index.tensors:
             index.tensor(name)
     (tmp_path / file).unlink()
-    assert index.faults() == [f"{tmp_path / file} is missing"]
     with pytest.raises(CheckpointError, match="No such file"):
         index.tensor("weight/gain")
 

@@ -1,0 +1,260 @@
+"""The checkpoints of a run on the disk: which there are, which of them is resumed, which are kept.
+
+A checkpoint is complete or absent (design decision 10): it is written as `partial-step-N`, forced to the disk, and renamed
+to `step-N`. What is removed is renamed first, so that no half of it is ever taken for a whole. A complete checkpoint that
+has been damaged since is called `damaged-step-N`, and left for whoever wants to look at it until the next one is written.
+`latest` has the name of the newest; it is for people and scripts, and no decision here trusts it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dalle_ds.errors import CheckpointError
+from dalle_ds.files import sync_directory, sync_folder, write_text
+from dalle_ds.parallel import Mesh
+from dalle_ds.training.checkpoint import STATE_NAME, load_state
+from dalle_ds.training.manifest import FORMAT, MANIFEST_NAME, Manifest
+
+LATEST_NAME = "latest"
+_STEP = re.compile(r"step-(0|[1-9]\d*)")
+_PARTIAL, _REMOVED, _DAMAGED = "partial-", "removed-", "damaged-"
+
+
+class CheckpointFolder:
+    """`RUN_DIR/checkpoints`. Only the main process changes it.
+
+    Args:
+        path: the folder, which may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # --- which there are
+
+    def all(self) -> list[Path]:
+        """Checkpoints, oldest first, whether they are as they were written or not."""
+        if not self.path.is_dir():
+            return []
+        found = [path for path in self.path.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=step_of)
+
+    def newest(self) -> Path | None:
+        """The latest one whose manifest, and the lengths of whose files, are as they were written."""
+        return next((path for path in reversed(self.all()) if not faults_of(path, contents=False)), None)
+
+    def newest_good(self) -> Path | None:
+        """The latest one that is as it was written, and not from the midst of updates that went wrong, as the last of a run
+        may be."""
+        return next((path for path in reversed(self.all()) if _is_good(path) and not faults_of(path)), None)
+
+    def damaged(self) -> list[Path]:
+        """Those that were set aside."""
+        return sorted(self.path.glob(f"{_DAMAGED}*"))
+
+    # --- how they come
+
+    def begin(self, step: int) -> Path:
+        """An empty folder in which a checkpoint can be written; OSError where it cannot be made."""
+        partial = self.path / f"{_PARTIAL}step-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def complete(self, partial: Path, manifest: Manifest) -> Path:
+        """Make what `begin` returned, with all its files, a checkpoint; OSError where it cannot be done."""
+        manifest.write(partial)
+        sync_folder(partial)
+        final = self.path / partial.name.removeprefix(_PARTIAL)
+        if final.exists():
+            self._remove(final)
+        partial.rename(final)
+        sync_directory(self.path)
+        self._name_latest(final)
+        return final
+
+    # --- how they go
+
+    def prune(self, keep: int, keep_every: int | None = None) -> None:
+        """Remove all but the newest `keep` good ones, those newer than these, and those of multiples of `keep_every` updates;
+        and those that were set aside. What cannot be removed stays."""
+        good = 0
+        for checkpoint in reversed(self.all()):
+            if good >= keep and not (keep_every and step_of(checkpoint) % keep_every == 0):
+                self._remove(checkpoint)
+            good += _is_good(checkpoint)
+        for checkpoint in self.damaged():
+            self._remove(checkpoint)
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from."""
+        for checkpoint in self.all():
+            if step_of(checkpoint) > step:
+                self._remove(checkpoint)
+        for newest in self.all()[-1:]:
+            self._name_latest(newest)
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Give a damaged checkpoint a name that it is not resumed under.
+
+        Raises:
+            CheckpointError: it cannot be renamed.
+        """
+        aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+        try:
+            if aside.exists():
+                self._remove(aside)
+            return checkpoint.rename(aside)
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint} is damaged and cannot be renamed: {error}") from error
+
+    def clear(self) -> None:
+        """Remove what killed runs left unfinished, or had not removed to the end."""
+        for prefix in (_PARTIAL, _REMOVED):
+            for unfinished in self.path.glob(f"{prefix}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _name_latest(self, checkpoint: Path) -> None:
+        with suppress(OSError):  # a checkpoint is there without it
+            write_text(self.path / LATEST_NAME, f"{checkpoint.name}\n")
+
+    def _remove(self, checkpoint: Path) -> None:
+        doomed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The updates that a checkpoint has seen, by its name."""
+    match = _STEP.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
+    """A sentence for everything about a checkpoint that is not as it was written.
+
+    Args:
+        contents: whether to read all files, or to be content with their lengths.
+    """
+    try:
+        return _manifest_of(checkpoint).faults(checkpoint, contents=contents)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Read all of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not as it was written, or is of another version.
+    """
+    _check_version(checkpoint)
+    faults = faults_of(checkpoint)
+    if faults:
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {faults[0]}; delete it to take an older one")
+
+
+def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
+    """The checkpoint that a run goes on from: the latest that is as it was written to the last bit, or None in a new run.
+
+    Later ones that are not are set aside, with a line on each. The processes share the reading. Collective.
+
+    Raises:
+        CheckpointError: none of those that there are is as it was written; or they are of another version.
+    """
+    mesh.decide(lambda: _tell_lost(folder))
+    while (checkpoint := mesh.decide(lambda: next(reversed(folder.all()), None))) is not None:
+        faults = _faults_by_all(checkpoint, mesh)
+        if not faults:
+            return checkpoint
+
+        def set_aside(checkpoint: Path = checkpoint, faults: list[str] = faults) -> None:
+            aside = folder.set_aside(checkpoint)
+            others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            print(f"{checkpoint.name} is damaged and was renamed to {aside.name}: {faults[0]}{others}", flush=True)
+
+        mesh.decide(set_aside)
+    damaged = mesh.decide(folder.damaged)
+    if damaged:
+        raise CheckpointError(
+            f"all checkpoints in {folder.path} are damaged ({', '.join(path.name for path in damaged)}): put a good copy of "
+            "one back under its name, step-N; or delete these to begin again from the first update"
+        )
+    return None
+
+
+def _faults_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
+    """`faults_of`, each process reading some of the files. Collective."""
+
+    def look() -> tuple[Manifest | None, list[str]]:
+        _check_version(checkpoint)
+        try:
+            manifest = _manifest_of(checkpoint)
+        except CheckpointError as error:
+            return None, [str(error)]
+        return manifest, manifest.faults(checkpoint, contents=False)
+
+    manifest, faults = mesh.decide(look)
+    if faults or manifest is None:
+        return faults
+    by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
+    own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size])
+    everyone: list[Any] = [own]
+    if mesh.world_size > 1:
+        everyone = [None] * mesh.world_size
+        dist.all_gather_object(everyone, own)
+    return [fault for each in everyone for fault in each]
+
+
+def _manifest_of(checkpoint: Path) -> Manifest:
+    manifest = Manifest.read(checkpoint)
+    name = _STEP.fullmatch(checkpoint.name)  # a copy may be called anything
+    if name is not None and manifest.step != int(name[1]):
+        raise CheckpointError(f"{checkpoint} has been renamed: its manifest is of step {manifest.step}")
+    if STATE_NAME not in manifest.files:
+        raise CheckpointError(f"{checkpoint / MANIFEST_NAME} names no {STATE_NAME}")
+    return manifest
+
+
+def _check_version(checkpoint: Path) -> None:
+    """Refuse a checkpoint of an earlier version, which is not damaged, and must not be taken for it."""
+    if (checkpoint / MANIFEST_NAME).exists():
+        return
+    try:
+        found = json.loads((checkpoint / STATE_NAME).read_text())
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(found, dict) and "step" in found and found.get("format") != FORMAT:
+        load_state(checkpoint)  # tells
+
+
+def _is_good(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be read and is not from the midst of updates that went wrong."""
+    try:
+        guard = load_state(checkpoint).get("guard")
+        return guard is None or guard["bad_in_a_row"] == 0
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _tell_lost(folder: CheckpointFolder) -> None:
+    """A line where the newest checkpoint, by `latest`, is not there any more."""
+    try:
+        name = (folder.path / LATEST_NAME).read_text().strip()
+    except (OSError, ValueError):
+        return
+    newest = next(reversed(folder.all()), None)
+    if _STEP.fullmatch(name) and (newest is None or step_of(newest) < step_of(folder.path / name)):
+        found = "there is none" if newest is None else f"the newest there is {newest.name}"
+        print(f"{folder.path} had a checkpoint {name}, which is gone: {found}", flush=True)

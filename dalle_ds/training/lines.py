@@ -1,0 +1,95 @@
+"""Files of JSON lines that survive what disks do: no line is ever half there, and none is lost while the disk is full."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class LineFile:
+    """Appends to a file, one JSON object per line; may be used by several threads.
+
+    Args:
+        path: the file; made where it does not exist.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._waiting: list[bytes] = []
+        self._open()
+
+    def append(self, record: Mapping[str, Any]) -> OSError | None:
+        """Write a line, or keep it in memory until it can be written; returns why it cannot. Never raises an OSError.
+
+        JSON has no NaN: a number that is not finite becomes null.
+        """
+        finite = {name: _number(value) for name, value in record.items()}
+        with self._lock:
+            self._waiting.append(json.dumps(finite).encode() + b"\n")
+            return self._write()
+
+    def sync(self) -> None:
+        """Force all lines to the disk.
+
+        Raises:
+            OSError: some are not there.
+        """
+        with self._lock:
+            failure = self._write()
+        if failure is not None:
+            raise failure
+        os.fsync(self._file)
+
+    def reopen(self) -> None:
+        """Go on behind the end of a file that took the place of this one; lines that wait are forgotten.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with self._lock:
+            self._waiting.clear()
+            os.close(self._file)
+            self._open()
+
+    def close(self) -> int:
+        """Close the file; returns how many lines could not be written."""
+        with self._lock:
+            self._write()
+            os.close(self._file)
+            return len(self._waiting)
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._size = os.fstat(self._file).st_size
+
+    def _write(self) -> OSError | None:
+        content = b"".join(self._waiting)
+        try:
+            written = os.write(self._file, content) if content else 0
+            if written < len(content):  # there is room for some of it
+                written += os.write(self._file, content[written:])
+            if written < len(content):
+                raise OSError(f"{self.path} takes only {written} of {len(content)} bytes")
+        except OSError as error:
+            # Whatever is there of a line goes again, so that the next one does not follow it on its line.
+            try:
+                os.ftruncate(self._file, self._size)
+            except OSError:
+                return error
+            return error
+        self._size += len(content)
+        self._waiting.clear()
+        return None
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

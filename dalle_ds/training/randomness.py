@@ -1,0 +1,26 @@
+"""Random numbers that a resumed run draws again: every update begins with seeds of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def seed_update(seed: int, step: int, index: int) -> None:
+    """Seed all global generators (Python, NumPy, PyTorch on every device) for an update of one process.
+
+    What is drawn in an update then depends on nothing that came before it, and there are no generators to be saved.
+
+    Args:
+        seed: of the run.
+        step: update, counted from 0.
+        index: the process's place among those that see different data; parts of one model draw alike.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") >> 1
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 (the generator that libraries draw from)
+    torch.manual_seed(number)

@@ -1,0 +1,341 @@
+"""Checkpoints written beside training: an update waits for the copy to the host's memory, not for the disk.
+
+`begin` plans and copies; from there on a thread of each process writes its file, and talks to nobody. Between updates the
+processes add up who is done (`progress`), in a reduction that they make anyway, and go from one phase to the next together
+(`advance`):
+
+    writing      every process writes its own tensors
+    completing   the main process writes index, state and manifest, renames the checkpoint and removes old ones
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dalle_ds.errors import CheckpointError
+from dalle_ds.optim import AdamW, WeightAverage
+from dalle_ds.parallel import Mesh
+from dalle_ds.training.checkpoint import (
+    STATE_NAME,
+    TENSORS_NAME,
+    ErrorSums,
+    merged,
+    parameters_of,
+    pieces_of,
+    state_text,
+)
+from dalle_ds.training.checkpoint_folder import CheckpointFolder
+from dalle_ds.training.manifest import FileRecord, Manifest, record_of
+from dalle_ds.training.storage import INDEX_NAME, Plan, Planner
+from dalle_ds.training.weights import MasterWeights
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints are kept."""
+
+    last: int
+    """Newest ones."""
+    every: int | None = None
+    """Those of multiples of so many updates are never removed."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How the writing of a checkpoint ended."""
+
+    step: int
+    """Updates that it has seen."""
+    failure: str | None
+    """Why it could not be written; None if it was."""
+
+    def require(self) -> None:
+        """Raise a `CheckpointError` where it could not be written."""
+        if self.failure is not None:
+            raise CheckpointError(self.failure)
+
+
+@dataclass
+class _Save:
+    """A checkpoint that is being written."""
+
+    step: int
+    partial: Path
+    job: _Job[Any]
+    state: str
+    plan: Plan | None = None
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    completing: bool = False
+
+
+class Saver:
+    """Writes a run's checkpoints. Every process has one, and calls the same methods in the same order.
+
+    The processes of the first replica write, each what it has; what several of them have is written once.
+
+    Args:
+        folder: where they go.
+        kept: which of them stay.
+        average, errors: what is written besides weights and moments.
+        background: whether `begin` returns once all is copied, or once all is written, for which nothing is copied.
+        before_completing: called on the main process, perhaps in another thread, before a checkpoint is made complete;
+            an OSError says that it must not be.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        weights: MasterWeights,
+        optimizer: AdamW,
+        mesh: Mesh,
+        kept: Kept,
+        *,
+        average: WeightAverage | None = None,
+        errors: ErrorSums | None = None,
+        background: bool = True,
+        before_completing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder, self._weights, self._optimizer, self._mesh, self._kept = folder, weights, optimizer, mesh, kept
+        self._average, self._errors, self._background = average, errors, background
+        self._before_completing = before_completing
+        self._writes = mesh.index("replica") == 0
+        self._group = _writers(mesh)
+        self._planner = Planner(self._group)
+        self._buffer: Tensor | None = None
+        self._save: _Save | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._save is not None
+
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of update `step`; there must be no other. Collective.
+
+        Args:
+            state: JSON-able; comes back from `load_state`.
+
+        Raises:
+            CheckpointError: there is no room for it.
+        """
+        assert self._save is None
+        sums = {}
+        if self._errors is not None:
+            sums = self._errors.errors()
+            # What is resumed from the sums shares them out anew, and so does this run, to go on exactly alike.
+            self._errors.load_errors(sums)
+        pieces = pieces_of(self._weights, self._optimizer, self._average, sums)
+        plan, parameters = None, {}
+        if self._writes:
+            plan = self._planner.plan(pieces)
+            parameters = merged(parameters_of(self._weights, self._optimizer), self._group)
+        partial = self._mesh.decide(lambda: self._make_room(step, plan))
+        if plan is None:
+            job: _Job[FileRecord | None] = _Job(lambda: None, background=False)
+        elif self._background:
+            self._buffer = copied = plan.snapshot(pieces, self._buffer)
+            job = _Job(lambda: plan.write(partial / TENSORS_NAME, copied), background=True)
+        else:
+            job = _Job(lambda: plan.write(partial / TENSORS_NAME, pieces), background=False)
+        self._save = _Save(step, partial, job, state_text({**state, "step": step}), plan, parameters)
+
+    def progress(self) -> tuple[int, int]:
+        """This process's part of what `advance` takes: 1 where its work of this phase is done, 1 where it failed."""
+        save = self._save
+        if save is None or not save.job.done or (save.completing and not self._mesh.is_main):
+            return 0, 0
+        return int(save.job.failure is None), int(save.job.failure is not None)
+
+    def advance(self, done: int, failed: int) -> Saved | None:
+        """Go on to the next phase if all have ended this one. Collective if they have.
+
+        Args:
+            done, failed: sums of `progress` over all processes.
+
+        Returns:
+            How the checkpoint ended, if it did.
+        """
+        save = self._save
+        if save is None or done + failed < (1 if save.completing else self._mesh.world_size):
+            return None
+        if not save.completing:
+            written = self._gather(save)
+            if not failed:
+                save.job = _Job(lambda: self._complete(save, written), self._background and self._mesh.is_main)
+                save.completing = True
+                return None
+        self._save = None
+        if not failed:
+            return Saved(save.step, None)
+        reason = save.job.failure
+        if self._mesh.is_main:
+            failures = [each for each in (written if not save.completing else [reason]) if isinstance(each, OSError)]
+            reason = failures[0] if failures else reason
+            failure = _why(save.step, self._folder.path, reason)
+            shutil.rmtree(save.partial, ignore_errors=True)
+        else:
+            failure = (
+                f"the checkpoint of step {save.step} could not be written ({reason or 'another process says why'})"
+            )
+        return Saved(save.step, failure)
+
+    def finish(self) -> Saved | None:
+        """Wait until nothing is being written any more; how the last checkpoint ended, if one was. Collective."""
+        ended = None
+        while self._save is not None:
+            self._save.job.wait()
+            done, failed = self._mesh.sum(torch.tensor(self.progress()), "world").tolist()
+            ended = self.advance(done, failed)
+        return ended
+
+    def _make_room(self, step: int, plan: Plan | None) -> Path:
+        """The folder to write in."""
+        assert plan is not None  # the main process writes
+        try:
+            partial = self._folder.begin(step)
+            (partial / TENSORS_NAME).mkdir()
+            if plan.total_size > shutil.disk_usage(partial).free:
+                # Known beforehand, and better not found out by filling the disk to the last byte.
+                shutil.rmtree(partial, ignore_errors=True)
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {plan.total_size / 2**20:,.0f} MiB needed")
+            return partial
+        except OSError as error:
+            raise CheckpointError(_why(step, self._folder.path, error)) from error
+
+    def _gather(self, save: _Save) -> list[FileRecord | OSError | None]:
+        """On the main process, what the writers came to, in their order. Collective among them."""
+        if not self._writes:
+            return []
+        own = save.job.failure or save.job.result
+        if not dist.is_initialized() or dist.get_world_size(self._group) == 1:
+            return [own]
+        gathered: list[Any] | None = None
+        if self._mesh.is_main:
+            gathered = [None] * dist.get_world_size(self._group)
+        dist.gather_object(own, gathered, dst=0, group=self._group)
+        return gathered or []
+
+    def _complete(self, save: _Save, written: list[Any]) -> None:
+        """Write all but tensors, and give the checkpoint its name. On the main process only."""
+        if not self._mesh.is_main:
+            return
+        assert save.plan is not None
+        self._before_completing()
+        tensors = {
+            f"rank-{rank}.safetensors": record for rank, record in enumerate(written) if isinstance(record, FileRecord)
+        }
+        save.plan.write_index(save.partial / TENSORS_NAME, save.parameters)
+        (save.partial / STATE_NAME).write_text(save.state)
+        files = {f"{TENSORS_NAME}/{name}": record for name, record in tensors.items()}
+        for name in (f"{TENSORS_NAME}/{INDEX_NAME}", STATE_NAME):
+            files[name] = record_of(save.partial / name)
+        self._folder.complete(save.partial, Manifest(save.step, files))
+        self._folder.prune(self._kept.last, self._kept.every)
+
+
+class _Job(Generic[Result]):
+    """Work that a thread does, or that is done at once. An OSError is kept, anything else raised where it is waited for."""
+
+    def __init__(self, work: Callable[[], Result], background: bool) -> None:
+        self.failure: OSError | None = None
+        self._unexpected: BaseException | None = None
+        self._result: Result | None = None
+        self._thread: threading.Thread | None = None
+        if background:
+            # A run that ends with an error does not wait for it.
+            self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._run(work)
+
+    def _run(self, work: Callable[[], Result]) -> None:
+        try:
+            self._result = work()
+        except OSError as error:
+            self.failure = error
+        except BaseException as error:
+            self._unexpected = error
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        if self._unexpected is not None:
+            raise self._unexpected
+        return True
+
+    @property
+    def result(self) -> Result | None:
+        """What it came to, once it is done."""
+        return self._result
+
+    def wait(self) -> None:
+        """Until it is done."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    weights: MasterWeights,
+    optimizer: AdamW,
+    mesh: Mesh,
+    *,
+    keep: int,
+    average: WeightAverage | None = None,
+    errors: ErrorSums | None = None,
+) -> Path:
+    """Write `folder/step-N` and wait for it; delete all but the `keep` newest. Collective.
+
+    Args:
+        step: updates done.
+        state: JSON-able; comes back from `load_state`.
+
+    Raises:
+        CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
+    """
+    checkpoints = CheckpointFolder(folder)
+    saver = Saver(checkpoints, weights, optimizer, mesh, Kept(keep), average=average, errors=errors, background=False)
+    saver.begin(step, state)
+    saved = saver.finish()
+    assert saved is not None
+    saved.require()
+    return folder / f"step-{step}"
+
+
+def _why(step: int, folder: Path, error: OSError | None) -> str:
+    try:
+        room = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
+    except OSError:
+        room = "which cannot be looked at"
+    return f"the checkpoint of step {step} could not be written to {folder}, {room}: {error}"
+
+
+def _writers(mesh: Mesh) -> Any:
+    """The first replica's processes, for plans of who writes what; None stands for all. Collective."""
+    count = mesh.world_size // mesh.size("replica")
+    if count == mesh.world_size and mesh.device.type == "cpu":
+        return None
+    return _cpu_group(count)
+
+
+@cache
+def _cpu_group(count: int) -> Any:
+    return dist.new_group(list(range(count)), backend="gloo")

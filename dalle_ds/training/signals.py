@@ -1,0 +1,89 @@
+"""Being told to stop: by a user (Ctrl-C), a scheduler that needs the machine (SIGUSR1, SIGTERM), a launcher (SIGTERM).
+
+The first signal is a request: the update is finished, a checkpoint written, and the process ends with `EXIT_REQUEUE`. The
+second is an order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_SECONDS = 1.0
+"""Within so many seconds the same signal again is the same request, which came by two ways."""
+
+
+class StopSignals:
+    """While entered, `requested` says whether this process has been told to stop. To be entered in the main thread.
+
+    A second signal ends the process at once, with status 128 + its number, even in the midst of a collective that never ends.
+    One that only follows from the first is no second signal: launchers answer Ctrl-C with SIGTERM to all their processes, and
+    schedulers follow up SIGUSR1 with SIGTERM, which leaves some seconds for a checkpoint that is being written.
+
+    Args:
+        quiet: say nothing, on processes whose output a user would see many times.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._first: signal.Signals | None = None
+        self._at = 0.0
+
+    @property
+    def requested(self) -> str | None:
+        """The name of the signal that came first, such as "SIGTERM"; None as long as there was none."""
+        return None if self._first is None else self._first.name
+
+    def __enter__(self) -> StopSignals:
+        # Python runs its handlers between two instructions of the main thread, which a collective may keep from ever coming;
+        # but the number of every signal goes into this pipe at once, and a thread can wait for it.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._pid = os.getpid()
+        self._old = {number: signal.signal(number, _handled_by_thread) for number in SIGNALS}
+        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # A forked process (a worker that loads data) would write its own signals into the same pipe.
+        os.register_at_fork(after_in_child=self._forget_pipe)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        os.close(self._write)
+
+    def _listen(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] in SIGNALS:
+                self._note(signal.Signals(number[0]))
+        os.close(self._read)
+
+    def _note(self, number: signal.Signals) -> None:
+        first, now = self._first, time.monotonic()
+        if first is None:
+            self._first, self._at = number, now
+            if not self._quiet:
+                print(
+                    f"{number.name}: stopping after this update, with a checkpoint; again to stop at once", flush=True
+                )
+            return
+        follows = number == signal.SIGTERM and first != signal.SIGTERM
+        if not follows and now - self._at > ECHO_SECONDS:
+            print(f"{number.name}: stopped at once", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+    def _forget_pipe(self) -> None:
+        if os.getpid() != self._pid:
+            signal.set_wakeup_fd(-1)
+
+
+def _handled_by_thread(number: int, frame: FrameType | None) -> None:
+    """Nothing: it is there so that Python takes note of the signal."""
