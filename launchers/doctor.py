@@ -1,10 +1,10 @@
-"""Look at what a run has left behind, and say whether it is sound."""
+"""Look at what a run has left behind, or at what runs would be on, and say whether it is sound."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -13,24 +13,33 @@ from dalle_ds.cli import parse_options, run_launcher
 
 
 @dataclass(frozen=True)
-class Options:
+class Checkpoint:
     """Tell what a checkpoint holds, whether it is whole, and where it can be resumed; status 1 where it is broken."""
 
-    what: tyro.conf.Positional[Literal["checkpoint"]]
-    """What to look at."""
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A checkpoint, or a run directory, whose newest one is taken."""
 
 
 def main() -> None:
     """Parse, look, tell."""
-    options = parse_options(Options)
-    # Imported once the options are read, so that --help and mistakes in them are quick.
-    from dalle_ds.training.inspection import inspect
+    from dalle_ds.cluster.command import ClusterOptions, check_cluster
 
-    inspection = inspect(options.path)
-    Console().print(inspection.report())
-    if inspection.faults:
+    checkpoint = Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
+    cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
+    # The deepspeed launcher adds it; the environment says the rank.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    options = parse_options(checkpoint | cluster, arguments, description=__doc__)
+    if isinstance(options, ClusterOptions):
+        report, faults = check_cluster(options)
+    else:
+        # Imported once the options are read, so that --help and mistakes in them are quick.
+        from dalle_ds.training.inspection import inspect
+
+        inspection = inspect(options.path)
+        report, faults = inspection.report(), inspection.faults
+    if report is not None:
+        Console(width=None if sys.stdout.isatty() else 127).print(report)
+    if faults:
         sys.exit(1)
 
 
