@@ -1,22 +1,26 @@
 """Image codes computed once: a transformer that reads them needs neither pictures nor a dVAE while it trains.
 
 `DATA/codes/<first 16 digits of the dVAE's fingerprint>/` holds for each split `SPLIT.npy`, (rows, views, h·w) unsigned,
-`SPLIT.readable.npy`, (rows,) bool, and `codes.json`, written last. The training split has several views of each
-picture, augmented as DALL·E Listing 2 does; other splits have the central one.
+`SPLIT.checks.npy`, (rows, views) uint32, and `codes.json`, written last. The training split has several views of each
+picture, augmented as DALL·E Listing 2 does; other splits have the central one. A check is the XXH32 of a view's codes,
+with 1 in place of 0; it is 0 where the picture could not be read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,13 +28,18 @@ from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.data.augment import augment_for_transformer, useful_short_side
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.disk import disk_full_is_a_data_error
+from dalle_ds.data.faults import DAMAGED_CODES, NO_CODES, READ_ERROR, Fault, RowError
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import read_info
-from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.data.shards import check_size, digest_of
+from dalle_ds.data.stamps import Stamps
+from dalle_ds.errors import ConfigError, DataChangedError, DataError
 from dalle_ds.files import built_beside, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_CHECK = np.dtype("<u4")
+_AGAIN = "cache the codes again with --overwrite True"
 
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, R, R) uint8 on the CPU → (B, h, w) integer codes on any device."""
@@ -110,7 +119,17 @@ def write_codes(
             batches = DataLoader(pictures, batch_size=rows_per_batch, num_workers=workers, collate_fn=_collate)
             grids[split], unreadable[split] = _write_split(encode, batches, partial / split, len(pictures), vocab_size)
         filled = [grid for grid in grids.values() if grid]
-        manifest = {**identity, "grid": filled[0], "rows": info["splits"], "unreadable": unreadable}
+        manifest = {
+            **identity,
+            "grid": filled[0],
+            "vocab_size": vocab_size,
+            "rows": info["splits"],
+            "unreadable": unreadable,
+            "files": {
+                path.name: {"bytes": path.stat().st_size, "xxh3_128": digest_of(path)}
+                for path in sorted(partial.glob("*.npy"))
+            },
+        }
         write_json(partial / "codes.json", manifest)
     return CodesReport(str(folder), info["splits"], unreadable)
 
@@ -164,27 +183,39 @@ def cache_codes(
 
 
 class CodesCache:
-    """Cached codes of one split. Each process maps the files for itself, so that instances can be sent to workers."""
+    """Cached codes of one split. Each process opens the files for itself, so that instances can be sent to workers."""
 
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         """Use `CodesCache.open` or `find`."""
         self._folder = folder
         self._split = split
-        self._arrays: tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]] | None = None
+        self._manifest = manifest
+        self._files: tuple[BinaryIO, BinaryIO] | None = None
         self.views: int = manifest["views"] if split == "train" else 1
         """Views of each picture."""
         self.grid: tuple[int, int] = tuple(manifest["grid"])
         """(h, w) of the codes."""
         self._rows: int = manifest["rows"][split]
+        self._kind = _kind_of(manifest["vocab_size"])
+        # The headers of the files are not believed; the data is what lies at their ends.
+        self._offsets = [
+            manifest["files"][name]["bytes"] - size
+            for name, size in zip(self._names(), self._data_bytes(), strict=True)
+        ]
+        self._stamps = Stamps({folder / name: manifest["files"][name]["xxh3_128"] for name in self._names()})
+        unreadable = manifest["unreadable"][split]
+        self.faults: tuple[Fault, ...] = (Fault(NO_CODES, f"{folder} {split}", unreadable),) if unreadable else ()
+        """Rows whose pictures could not be read when the cache was made."""
         self.fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        """Names the cache: its data, dVAE, views and seed."""
+        """Names the cache: its data, dVAE, views, seed and contents."""
 
     @classmethod
     def find(cls, data_dir: str | Path, dvae_fingerprint: str, split: str) -> CodesCache | None:
         """The cache of this dVAE's codes, or None where there is none.
 
         Raises:
-            DataError: there is one, but made from other data, of another format, or without this split.
+            DataError: there is one, but made from other data, of another format, without this split, or a file of it is
+                missing or cut off.
         """
         data = Path(data_dir)
         folder = _cache_folder(data, dvae_fingerprint)
@@ -198,12 +229,19 @@ class CodesCache:
         ):
             if manifest.get(field) != wanted:
                 raise DataError(
-                    f"{folder / 'codes.json'} has {field} {manifest.get(field)!r}, not {wanted!r}: "
-                    "cache the codes again with --overwrite True"
+                    f"{folder / 'codes.json'} has {field} {manifest.get(field)!r}, not {wanted!r}: {_AGAIN}"
                 )
-        if split not in manifest["rows"]:
-            raise DataError(f"{folder} has no split {split!r}: it has {', '.join(manifest['rows'])}")
-        return cls(folder, split, manifest)
+        try:
+            if split not in manifest["rows"]:
+                raise DataError(f"{folder} has no split {split!r}: it has {', '.join(manifest['rows'])}")
+            cache = cls(folder, split, manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{folder / 'codes.json'} is damaged: {_AGAIN}") from error
+        for name in cache._names():
+            fault = check_size(folder / name, manifest["files"][name]["bytes"])
+            if fault is not None:
+                raise DataError(f"{fault[1]}: {_AGAIN}")
+        return cache
 
     @classmethod
     def open(cls, data_dir: str | Path, dvae_fingerprint: str, split: str) -> CodesCache:
@@ -227,25 +265,64 @@ class CodesCache:
         """(h·w,) codes of one view of a row's picture.
 
         Raises:
-            DataError: the picture could not be read when the cache was made.
+            RowError: the picture could not be read when the cache was made, or the codes are not what was written.
         """
-        if self._arrays is None:
-            self._arrays = self._map(f"{self._split}.npy"), self._map(f"{self._split}.readable.npy")
-        codes, readable = self._arrays
-        if not readable[row]:
-            raise DataError(f"{self._folder} {self._split} row {row} has no codes: its picture could not be read")
-        return codes[row, view].astype(np.int64)
+        if not (0 <= row < self._rows and 0 <= view < self.views):
+            raise IndexError(f"row {row} of {self._rows}, view {view} of {self.views}")
+        number = row * self.views + view
+        where = f"{self._folder / self._split}.npy"
+        check = int(np.frombuffer(self._read(1, number, _CHECK.itemsize), _CHECK)[0])
+        if check == 0:
+            raise RowError(
+                f"{self._folder} {self._split} row {row} has no codes: its picture could not be read",
+                NO_CODES,
+                f"{self._folder} {self._split} row {row}",
+            )
+        stored = self._read(0, number, math.prod(self.grid) * self._kind.itemsize)
+        if check != _check(stored):
+            raise RowError(f"{where} row {row} is damaged: {_AGAIN}", DAMAGED_CODES, where)
+        return np.frombuffer(stored, self._kind).astype(np.int64)
 
-    def _map(self, name: str) -> npt.NDArray:
+    def check_unchanged(self) -> None:
+        """See that the files are those that were opened; quick, as `PairDataset.check_unchanged`.
+
+        Raises:
+            DataChangedError: the codes were cached again, or a file has other contents.
+        """
         try:
-            return np.load(self._folder / name, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._folder / name} is missing or cut off: cache the codes again with --overwrite True"
-            ) from error
+            same = _read_manifest(self._folder) == self._manifest
+        except DataError as error:
+            raise DataChangedError(f"{self._folder} has changed since it was opened: {error}") from error
+        if not same:
+            raise DataChangedError(
+                f"the codes in {self._folder} were cached again since they were opened: begin a new run in another --run_dir"
+            )
+        self._stamps.check()
+
+    def _names(self) -> tuple[str, str]:
+        return f"{self._split}.npy", f"{self._split}.checks.npy"
+
+    def _data_bytes(self) -> tuple[int, int]:
+        views = self._rows * self.views
+        return views * math.prod(self.grid) * self._kind.itemsize, views * _CHECK.itemsize
+
+    def _read(self, which: int, number: int, size: int) -> bytes:
+        """Item `number` of codes (0) or checks (1). Not through a map: what a disk cannot deliver is an error here."""
+        name = self._names()[which]
+        try:
+            if self._files is None:
+                codes, checks = ((self._folder / name).open("rb", buffering=0) for name in self._names())
+                self._files = codes, checks
+            data = os.pread(self._files[which].fileno(), size, self._offsets[which] + number * size)
+        except OSError as error:
+            path = str(self._folder / name)
+            raise RowError(f"{path} cannot be read: {error.strerror}", READ_ERROR, path) from error
+        if len(data) != size:
+            raise RowError(f"{self._folder / name} was cut off: {_AGAIN}", DAMAGED_CODES, str(self._folder / name))
+        return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}
+        return {**self.__dict__, "_files": None}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -292,23 +369,25 @@ def _write_split(
     vocab_size: int,
 ) -> tuple[list[int], int]:
     """Write one split in order; returns its grid (empty for a split without rows) and the number of unreadable rows."""
-    readable_rows: list[npt.NDArray[np.bool_]] = []
+    checks: list[npt.NDArray[np.uint32]] = []
+    views = 1
     grid: list[int] = []
-    kind = np.uint16 if vocab_size <= 2**16 else np.uint32
+    kind = _kind_of(vocab_size)
     # Appended to a plain file: a full disk is an OSError here, and the end of the process in a memory map.
     with stem.with_name(f"{stem.name}.npy").open("wb") as file:
         for codes, readable in _encoded(encode, batches):
             if not grid:
-                grid = list(codes.shape[2:])
-                _write_header(file, kind, (rows, codes.shape[1], grid[0] * grid[1]))
+                views, grid = codes.shape[1], list(codes.shape[2:])
+                _write_header(file, kind, (rows, views, grid[0] * grid[1]))
             assert codes.min() >= 0 and codes.max() < vocab_size, "codes outside the dVAE's vocabulary"
-            file.write(codes.astype(kind).tobytes())
-            readable_rows.append(readable)
+            for row, is_readable in zip(codes.astype(kind), readable, strict=True):
+                file.write(row.tobytes())
+                checks.append(np.array([_check(view.tobytes()) if is_readable else 0 for view in row], dtype=_CHECK))
         if not grid:
             _write_header(file, kind, (0, 1, 0))
-    readable = np.concatenate(readable_rows) if readable_rows else np.zeros(0, dtype=bool)
-    np.save(stem.with_name(f"{stem.name}.readable.npy"), readable)
-    return grid, int((~readable).sum())
+    table = np.stack(checks) if checks else np.zeros((0, views), dtype=_CHECK)
+    np.save(stem.with_name(f"{stem.name}.checks.npy"), table)
+    return grid, int((table[:, 0] == 0).sum())
 
 
 def _encoded(encode: Encode, batches: DataLoader) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
@@ -318,8 +397,16 @@ def _encoded(encode: Encode, batches: DataLoader) -> Iterator[tuple[npt.NDArray[
         yield codes.reshape(views.shape[0], views.shape[1], *codes.shape[1:]), readable
 
 
-def _write_header(file: Any, kind: type[np.unsignedinteger], shape: tuple[int, ...]) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": shape}
+def _check(view: bytes) -> int:
+    return xxhash.xxh32_intdigest(view) or 1
+
+
+def _kind_of(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _write_header(file: BinaryIO, kind: np.dtype, shape: tuple[int, ...]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
@@ -337,9 +424,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "codes.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{folder / 'codes.json'} cannot be read: cache the codes again with --overwrite True"
-        ) from error
+        raise DataError(f"{folder / 'codes.json'} cannot be read: {_AGAIN}") from error
 
 
 def _cache_folder(data: Path, dvae_fingerprint: str) -> Path:

@@ -7,9 +7,10 @@ Position p of the endless sequence of shuffled epochs (`order.rows_of`) is sampl
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.order import hash_integers, rows_of
+from dalle_ds.data.workers import start_worker, without_surprises, worker_error
 from dalle_ds.errors import ConfigError, DataError
 
-MAX_TRIES = 16
-"""Rows tried for one sample before the data is held to be unreadable as a whole."""
+MAX_TRIES = 256
+"""Rows tried for one sample before the data is held to be unreadable as a whole: with nine of ten rows unreadable, which a
+run may allow (`loader.max_unreadable`), this many fail in turn once in 10^12 samples."""
 
 _KEY_STREAM = 1
 _EVALUATION_SEED = 2**63  # no run has it
@@ -40,6 +44,13 @@ class Samples(Protocol):
     def sample(self, row: int, rng: np.random.Generator) -> Arrays:
         """The arrays of one row; all randomness is from `rng`. Raises `DataError` for a row that cannot be read."""
 
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """What was known to be unreadable when the data was opened."""
+
+    def check_unchanged(self) -> None:
+        """Quick, for every checkpoint. Raises `DataChangedError` where the data is not what was opened."""
+
 
 class BatchLoader:
     """An endless iterable of micro-batches; each iteration begins at `start_step`.
@@ -51,8 +62,8 @@ class BatchLoader:
         micro_batch: samples of one micro-batch of one rank.
         rank, world_size: which of how many processes this is.
         start_step: the first step, at no cost.
-        workers: processes that read and augment; 0 does it here. They ignore signals, so that a job's warning of its
-            end lets the trainer finish its step and save.
+        workers: processes that read and augment; 0 does it here. They live through a job's warning of its end
+            (`workers.start_worker`), so that the trainer can finish its step and save.
 
     Yields:
         Each array of the samples stacked to (micro_batch, …), and
@@ -62,7 +73,7 @@ class BatchLoader:
 
     Raises:
         ConfigError: the batch cannot be divided so.
-        DataError: no rows; or, while iterating, 16 rows in turn that cannot be read.
+        DataError: no rows; or, while iterating, 256 rows in turn that cannot be read, or a worker that was killed.
     """
 
     def __init__(
@@ -90,22 +101,38 @@ class BatchLoader:
         self._positions = _Positions(start_step * batch_size, micro_batch, rank, world_size)
         self._dataset = _TrainingBatches(samples, seed)
         self._workers = workers
+        self.faults = FaultLog()
+        """What could not be read of the batches so far, on this rank."""
+        self.waited = 0.0
+        """Seconds that the last batch was waited for: what loading holds up training, workers being ahead otherwise."""
 
     def __iter__(self) -> Iterator[Batch]:
+        batches: Iterator[_Loaded] | None = self._started()
+        while batches is not None:
+            began = time.perf_counter()
+            loaded = _next(batches)
+            self.waited = time.perf_counter() - began
+            for fault in loaded.faults:
+                self.faults.add(fault)
+            if loaded.failure is not None:
+                batches = None  # the other workers end here, not when the last reference to the error is gone
+                raise loaded.failure
+            yield loaded.batch
+
+    def _started(self) -> Iterator[_Loaded]:
         # Forking a training process is what torch does by default on Linux: it starts at once and shares memory. It is
         # safe because workers touch neither CUDA nor any process group. Elsewhere only spawn is dependable.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        return iter(
-            DataLoader(
-                self._dataset,
-                batch_sampler=self._positions,
-                num_workers=self._workers,
-                collate_fn=_as_it_is,
-                worker_init_fn=_start_worker if self._workers else None,
-                multiprocessing_context=context if self._workers else None,
-                generator=torch.Generator(),  # torch draws a seed for workers, by default from the global generator
-            )
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=self._positions,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=start_worker if self._workers else None,
+            multiprocessing_context=context if self._workers else None,
+            generator=torch.Generator(),  # torch draws a seed for workers, by default from the global generator
         )
+        return without_surprises(lambda: iter(loader))
 
 
 def evaluation_batches(
@@ -123,7 +150,7 @@ def evaluation_batches(
         `valid`: (micro_batch,) float32, 1, or 0 where a row only fills up the last batch and must not be counted.
 
     Raises:
-        DataError: no rows, or 16 rows in turn that cannot be read.
+        DataError: no rows, or 256 rows in turn that cannot be read.
     """
     if len(samples) == 0:
         raise DataError("the evaluation split has no rows: prepare more data, or raise the share of validation")
@@ -163,44 +190,69 @@ class _Positions(Sampler[list[int]]):
 # --- from positions to tensors --------------------------------------------------------------------------------------
 
 
-class _TrainingBatches(Dataset[Batch]):
+@dataclass
+class _Loaded:
+    """A micro-batch, and what could not be read on the way."""
+
+    batch: Batch = field(default_factory=dict)
+    faults: list[DataError] = field(default_factory=list)
+    failure: DataError | None = None
+    """Why there is no batch. Returned, since torch would put a traceback into the message of an error that is raised."""
+
+
+def _next(batches: Iterator[_Loaded]) -> _Loaded:
+    """The next of a DataLoader's iterator; a worker that is gone is a failure like others."""
+    try:
+        return next(batches)
+    except (RuntimeError, OSError, EOFError):
+        failure = worker_error(getattr(batches, "_workers", ()))
+        if failure is None:
+            raise
+    return _Loaded(failure=failure)
+
+
+class _TrainingBatches(Dataset[_Loaded]):
     """The micro-batch at a list of positions."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self._samples = samples
         self._seed = seed
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitems__(self, positions: list[int]) -> _Loaded:
+        loaded = _Loaded()
         rows = rows_of(np.array(positions, dtype=np.int64), self._seed, len(self._samples))
-        return _stack(
-            [
-                _readable_sample(
-                    self._samples, int(row), lambda *parts, p=position: hash_integers(self._seed, p, *parts)
-                )
-                for row, position in zip(rows, positions, strict=True)
-            ]
-        )
+        samples = []
+        for row, position in zip(rows, positions, strict=True):
+            seed = (self._seed, position)
+            try:
+                samples.append(_readable_sample(self._samples, int(row), seed, loaded.faults))
+            except DataError as error:
+                loaded.failure = error
+                return loaded
+        loaded.batch = _stack(samples)
+        return loaded
 
 
 def _evaluation_sample(samples: Samples, row: int) -> Arrays:
-    return _readable_sample(samples, row, lambda *parts: hash_integers(_EVALUATION_SEED, row, *parts))
+    return _readable_sample(samples, row, (_EVALUATION_SEED, row), [])
 
 
-def _readable_sample(samples: Samples, row: int, hashed: Callable[..., int]) -> Arrays:
+def _readable_sample(samples: Samples, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:
     """The sample of a row, or of the first row of a pseudorandom sequence that can be read.
 
     Args:
-        hashed: a hash of (which sample this is, further integers).
+        seed: of all randomness, further integers being appended.
+        faults: gets the errors of rows that could not be read.
     """
     for attempt in range(MAX_TRIES):
-        candidate = row if attempt == 0 else hashed(0, attempt) % len(samples)
+        candidate = row if attempt == 0 else hash_integers(*seed, 0, attempt) % len(samples)
         try:
-            arrays = samples.sample(candidate, np.random.default_rng(hashed(0, attempt)))
+            arrays = samples.sample(candidate, np.random.default_rng(hash_integers(*seed, 0, attempt)))
         except DataError as error:
-            last = error
+            faults.append(error.with_traceback(None))
             continue
-        return {**arrays, "key": hashed(_KEY_STREAM) >> 1, "skipped": attempt}
-    raise DataError(f"of the last {MAX_TRIES} rows tried none could be read; the last one: {last}") from last
+        return {**arrays, "key": hash_integers(*seed, _KEY_STREAM) >> 1, "skipped": attempt}
+    raise DataError(f"of the last {MAX_TRIES} rows tried none could be read; the last one: {faults[-1]}")
 
 
 def _stack(samples: list[Arrays]) -> Batch:
@@ -209,8 +261,3 @@ def _stack(samples: list[Arrays]) -> Batch:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _start_worker(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -11,6 +11,7 @@ from dalle_ds.config import PADDING
 from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
+from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import Pixels, center_crop_resize
 
 
@@ -44,6 +45,15 @@ class DvaeSamples:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """See `loader.Samples`."""
+        return self._dataset.faults
+
+    def check_unchanged(self) -> None:
+        """See `loader.Samples`."""
+        self._dataset.check_unchanged()
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
@@ -95,6 +105,19 @@ class TextImageSamples:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """See `loader.Samples`."""
+        shards, codes = self._dataset.faults, () if self._codes is None else self._codes.faults
+        # Most pictures without codes are those of shards that were missing then, too; none is to be counted twice.
+        return max(shards, codes, key=lambda faults: sum(fault.rows for fault in faults))
+
+    def check_unchanged(self) -> None:
+        """See `loader.Samples`."""
+        self._dataset.check_unchanged()
+        if self._codes is not None:
+            self._codes.check_unchanged()
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,8 +141,10 @@ def test_bad_rows_are_replaced_by_various_others_and_counted() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sixteen_bad_rows_in_turn_end_the_run(workers: int) -> None:
-    with pytest.raises(DataError, match="of the last 16 rows tried none could be read; the last one: row"):
+def test_nothing_but_bad_rows_ends_the_run(workers: int) -> None:
+    with pytest.raises(
+        DataError, match=r"^of the last 256 rows tried none could be read; the last one: row [0-9] is bad$"
+    ):
         next(iter(loader(Rows(10, bad=frozenset(range(10))), workers=workers)))
 
 
@@ -178,6 +181,126 @@ def test_a_process_that_fails_with_its_loader_in_use_ends(workers: int) -> None:
         "raise SystemExit(3)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 3
+
+
+@pytest.mark.parametrize("senders", [1, 2])
+def test_workers_live_through_one_sigterm_but_not_two(senders: int) -> None:
+    batches = iter(loader(Rows(100), workers=2))
+    pids = {int(pid) for _ in range(6) for pid in next(batches)["pid"]}
+    for _ in range(senders):
+        for pid in pids:
+            subprocess.run(["kill", "-TERM", str(pid)], check=True)
+        time.sleep(0.3)
+    if senders == 1:
+        assert {int(pid) for _ in range(20) for pid in next(batches)["pid"]} == pids
+        del batches
+        assert not any(map(alive, pids))
+    else:
+        with pytest.raises(DataError, match=r"^loader process \d+ \(and 1 more\) was told to end \(SIGTERM\)$"):
+            list(itertools.islice(batches, 100))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def seconds_until_gone(pids: set[int], at_most: float) -> float:
+    start = time.monotonic()
+    while any(map(alive, pids)) and time.monotonic() - start < at_most:
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_workers_end_with_the_trainer(warned: bool) -> None:
+    script = (
+        "import itertools, time\n"
+        "from tests.data.test_loader import Rows, loader\n"
+        "batches = iter(loader(Rows(100), workers=2))\n"
+        "print(*{int(pid) for _ in range(6) for pid in next(batches)['pid']}, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    pids = {int(pid) for pid in trainer.stdout.readline().split()}
+    assert len(pids) == 2 and all(map(alive, pids))
+    if warned:
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+    trainer.kill()
+    trainer.wait()
+    assert seconds_until_gone(pids, 15) < 10
+
+
+def test_a_worker_stuck_on_its_disk_ends_when_the_trainer_does() -> None:
+    """The trainer's own end must neither wait for it for ever nor leave it behind."""
+    script = (
+        "import time\n"
+        "from tests.data.test_loader import Rows, loader\n"
+        "class Stuck(Rows):\n"
+        "    def sample(self, row, rng):\n"
+        "        if row == 0: time.sleep(600)\n"
+        "        return super().sample(row, rng)\n"
+        "batches = iter(loader(Stuck(1000), workers=1, batch_size=1, micro_batch=1))\n"
+        "print(int(next(batches)['pid']), flush=True)\n"
+        "for batch in batches: time.sleep(0.01)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    worker = int(trainer.stdout.readline())
+    time.sleep(1)
+    trainer.send_signal(signal.SIGINT)
+    assert trainer.wait(timeout=30) != 0
+    assert seconds_until_gone({worker}, 5) < 3
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "was killed .SIGKILL., most likely for lack of memory"),
+        (signal.SIGBUS, "was ended by SIGBUS"),
+    ],
+)
+def test_a_killed_worker_is_an_error_that_names_it(number: signal.Signals, words: str) -> None:
+    batches = iter(loader(Rows(10_000), workers=2))
+    pids = sorted({int(pid) for _ in range(6) for pid in next(batches)["pid"]})
+    os.kill(pids[0], number)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=rf"^loader process {pids[0]} ({words})"):
+        list(itertools.islice(batches, 1000))
+    assert time.monotonic() - start < 15
+    del batches
+    assert seconds_until_gone(set(pids), 10) < 8
+
+
+def test_a_worker_that_dies_does_not_interrupt_what_the_trainer_does() -> None:
+    batches = iter(loader(Rows(100), workers=1))
+    worker = int(next(batches)["pid"][0])
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(0.5)  # torch's handler of SIGCHLD would raise a RuntimeError here
+    with pytest.raises(DataError, match=f"loader process {worker} was killed"):
+        list(itertools.islice(batches, 100))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_wait_for_each_batch_is_measured(workers: int) -> None:
+    class Slow(Rows):
+        def sample(self, row: int, rng: np.random.Generator) -> dict[str, np.ndarray | int]:
+            time.sleep(0.02)
+            return super().sample(row, rng)
+
+    slow = loader(Slow(100), workers=workers, batch_size=10, micro_batch=10)
+    batches = iter(slow)
+    next(batches)
+    assert slow.waited >= 0.2
+    next(batches)
+    time.sleep(1.5)  # a worker is ahead by now
+    next(batches)
+    assert slow.waited < 0.2 if workers else slow.waited >= 0.2
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dalle_ds.data.augment import augment_for_transformer
 from dalle_ds.data.codes import cache_codes, write_codes
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import ConfigError, DataChangedError, DataError
 
 FINGERPRINT = "0123456789abcdef" * 4
 SIZE = 16
@@ -268,3 +268,80 @@ def test_a_full_disk_leaves_no_cache(data: Path, monkeypatch: pytest.MonkeyPatch
         cache_codes(CornerCodes(), data, views=2)
     assert CodesCache.find(data, FINGERPRINT, "train") is None
     assert list((data / "codes").iterdir()) == []
+
+
+# --- damaged codes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(data: Path) -> Path:
+    """The folder of the codes of `data`."""
+    cache_codes(CornerCodes(), data, views=3)
+    return data / "codes" / FINGERPRINT[:16]
+
+
+def all_codes(data: Path) -> list[list[int] | None]:
+    """The codes of each view of each training row, None where they cannot be read."""
+    cache = CodesCache.open(data, FINGERPRINT, "train")
+    found: list[list[int] | None] = []
+    for row, view in itertools.product(range(len(cache)), range(3)):
+        try:
+            found.append(cache.codes(row, view).tolist())
+        except DataError:
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("name", ["train.npy", "train.checks.npy"])
+def test_damaged_codes_cost_their_view_and_are_never_taken_for_codes(data: Path, cached: Path, name: str) -> None:
+    right = all_codes(data)
+    content = (cached / name).read_bytes()
+    lost = positions = 0
+    for position in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x40
+        (cached / name).write_bytes(damaged)
+        found = all_codes(data)
+        assert all(value in (None, expected) for value, expected in zip(found, right, strict=True))
+        assert found.count(None) <= 1
+        lost += found.count(None)
+        positions += 1
+    assert lost == sum(position >= 128 for position in range(0, len(content), 3)), "the header is not read"
+    assert positions > 100
+    (cached / name).write_bytes(content)
+    assert all_codes(data) == right
+
+
+@pytest.mark.parametrize("name", ["train.npy", "train.checks.npy"])
+def test_codes_that_are_cut_off_are_refused_at_once_and_noticed_later(data: Path, cached: Path, name: str) -> None:
+    opened = CodesCache.open(data, FINGERPRINT, "train")
+    opened.codes(0, 0)
+    with (cached / name).open("r+b") as file:
+        file.truncate(130)
+    with pytest.raises(DataError, match=f"{name} was cut off: cache the codes again with --overwrite True"):
+        opened.codes(len(opened) - 1, 0)
+    with pytest.raises(DataError, match=f"{name} has 130 bytes instead of [0-9,]+: cache the codes again"):
+        CodesCache.find(data, FINGERPRINT, "train")
+    (cached / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is missing: cache the codes again"):
+        CodesCache.find(data, FINGERPRINT, "train")
+
+
+def test_pictures_without_codes_are_known_from_the_start(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = PairDataset.open(data, "train")
+    broken_row(train, 5, monkeypatch)
+    cache_codes(CornerCodes(), data, views=2)
+    samples = text_samples(train, codes=CodesCache.open(data, FINGERPRINT, "train"))
+    assert [fault.rows for fault in samples.faults] == [1]
+    assert text_samples(train).faults == ()
+
+
+def test_codes_cached_again_under_a_run_are_noticed(data: Path, cached: Path) -> None:
+    samples = text_samples(PairDataset.open(data, "train"), codes=CodesCache.open(data, FINGERPRINT, "train"))
+    samples.check_unchanged()
+    cache_codes(CornerCodes(), data, views=3, seed=1, overwrite=True)
+    with pytest.raises(DataChangedError, match="were cached again since they were opened"):
+        samples.check_unchanged()
+    shutil.rmtree(cached)
+    with pytest.raises(DataChangedError, match=r"codes\.json cannot be read"):
+        samples.check_unchanged()

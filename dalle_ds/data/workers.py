@@ -1,0 +1,86 @@
+"""Loader processes: which signals they live through, and what is said when one of them is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from dalle_ds.errors import DataError
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_DIE = 0.2
+
+
+def start_worker(_worker: int) -> None:
+    """Make this worker live through the warnings of a job's end, so that the trainer can finish its step with it.
+
+    SLURM and launchers signal all processes of a job. SIGINT, SIGUSR1, SIGUSR2 and the first SIGTERM are ignored; a second
+    SIGTERM ends the worker, one from the trainer itself at once, and so does the death of the trainer.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):  # macOS: SIGTERM ends workers there
+        return
+    # Waited for by a thread, which unlike a handler is told who sent it, and is not kept waiting by a slow disk.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True, name="signals").start()
+
+
+def _wait_for_the_end(parent: int) -> None:
+    warned = False
+    while os.getppid() == parent:
+        received = signal.sigtimedwait([signal.SIGTERM], _SECONDS_BETWEEN_LOOKS)
+        if received is None:
+            continue
+        if warned or received.si_pid == parent:
+            break
+        warned = True
+    os._exit(128 + signal.SIGTERM)
+
+
+def without_surprises(start: Callable[[], Any]) -> Any:
+    """Call what starts loader processes, but leave SIGCHLD as it is.
+
+    torch would handle it by raising an error wherever the trainer happens to be; without, the loader notices a dead worker
+    when a batch of it is asked for, within five seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return start()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return start()
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def worker_error(workers: Iterable[BaseProcess]) -> DataError | None:
+    """What an error of the loader means if one of its workers is gone, else None."""
+    time.sleep(_SECONDS_TO_DIE)  # what a dying worker breaks is sometimes noticed before its death
+    dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode is not None]
+    if not dead:
+        return None
+    pid, status = dead[0]
+    if status == -signal.SIGKILL:
+        how = (
+            "was killed (SIGKILL), most likely for lack of memory: lower --loader.workers, or give the job more memory"
+        )
+    elif status < 0:
+        how = f"was ended by {_signal_name(-status)}"
+    elif status == 128 + signal.SIGTERM:
+        how = "was told to end (SIGTERM)"
+    else:
+        how = f"ended with status {status}"
+    others = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
+    return DataError(f"loader process {pid}{others} {how}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,315 @@
+"""Shards that are missing, cut off, damaged or exchanged: what is lost, what is said, and what ends a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from dalle_ds.config import LoaderConfig
+from dalle_ds.data import BatchLoader, DvaeSamples, PairDataset, arrow
+from dalle_ds.data import shards as shards_module
+from dalle_ds.data.faults import DAMAGED_SHARD, MISSING_SHARD, TRUNCATED_SHARD, Fault, FaultLog, RowError, Unreadable
+from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.data.shards import digest_of
+from dalle_ds.errors import ConfigError, DataChangedError, DataError
+from tests.data.conftest import picture_bytes
+from tests.data.flip_worker import rows_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pairs in six shards or so, of several record batches each."""
+    out = tmp_path_factory.mktemp("sharded") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrow, "_SHARD_BYTES", 20_000)
+        patch.setattr(arrow, "_BATCH_ROWS", 2)
+        prepare(PrepareOptions(corpus="folder", source=str(folder_corpus), validation=0.0), str(out))
+    return out
+
+
+@pytest.fixture
+def data(sharded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sharded, tmp_path / "data"))
+
+
+def shards_of(data: Path, split: str = "train") -> list[dict]:
+    return json.loads((data / "info.json").read_text())["shards"][split]
+
+
+def shard_rows(data: Path, number: int) -> set[int]:
+    """The row numbers of a shard."""
+    shards = shards_of(data)
+    first = sum(shard["rows"] for shard in shards[:number])
+    return set(range(first, first + shards[number]["rows"]))
+
+
+def test_info_tells_rows_size_and_digest_of_every_shard(sharded: Path) -> None:
+    shards = shards_of(sharded)
+    assert len(shards) >= 4 and sum(shard["rows"] for shard in shards) == 30
+    for shard in shards:
+        path = sharded / "train" / shard["file"]
+        assert (shard["bytes"], shard["xxh3_128"]) == (path.stat().st_size, digest_of(path))
+        assert shard["xxh3_128"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [("missing", MISSING_SHARD), ("truncated", TRUNCATED_SHARD), ("empty", TRUNCATED_SHARD), ("folder", None)],
+)
+def test_a_lost_shard_costs_its_rows_and_moves_no_others(data: Path, damage: str, reason: str | None) -> None:
+    whole = rows_of(data, "train")
+    path = data / "train" / shards_of(data)[1]["file"]
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-100])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "folder":
+        path.mkdir()
+    lost = shard_rows(data, 1)
+    dataset = PairDataset.open(data, "train")
+    assert len(dataset) == 30
+    assert [(fault.where, fault.rows) for fault in dataset.faults] == [(str(path), len(lost))]
+    assert reason is None or dataset.faults[0].reason == reason
+    found = rows_of(data, "train")
+    assert {row for row, value in enumerate(found) if value is None} == lost
+    assert all(value == whole[row] for row, value in enumerate(found) if row not in lost)
+    with pytest.raises(RowError, match=str(path)):
+        dataset.captions(min(lost))
+    if damage == "missing":  # as after a mishap of the network
+        path.write_bytes(content)
+        assert dataset.captions(min(lost)) == whole[min(lost)][1]
+
+
+def test_nothing_of_a_split_left_is_an_error_at_once(data: Path) -> None:
+    for shard in shards_of(data):
+        (data / "train" / shard["file"]).unlink()
+    with pytest.raises(DataError, match=r"no shard of .*train can be read: .*data-00000.arrow is a missing shard"):
+        PairDataset.open(data, "train")
+
+
+@pytest.mark.parametrize("change", [{"shards": {"train": [{"file": "x"}]}}, {"shards": {}}, {"shards": 3}])
+def test_a_damaged_manifest_is_said_to_be_one(data: Path, change: dict) -> None:
+    info = json.loads((data / "info.json").read_text())
+    (data / "info.json").write_text(json.dumps({**info, **change}))
+    with pytest.raises(DataError, match=r"info\.json is damaged"):
+        PairDataset.open(data, "train")
+
+
+def test_damage_of_one_record_batch_costs_that_batch(data: Path) -> None:
+    whole = rows_of(data, "train")
+    path = data / "train" / shards_of(data)[0]["file"]
+    content = path.read_bytes()
+    place = content.index(whole[0][0][:64])  # the pictures of the first batch; before them lie their offsets
+    path.write_bytes(content[: place - 8] + b"\xff" * 8 + content[place:])
+    found = rows_of(data, "train")
+    assert found[:2] == [None, None] and found[2:] == whole[2:]
+    with pytest.raises(RowError, match="has a damaged part of 2 rows") as caught:
+        PairDataset.open(data, "train").name(0)
+    assert caught.value.reason == DAMAGED_SHARD
+
+
+def test_no_flipped_bit_crashes_loops_or_is_taken_for_data(tmp_path: Path) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "data"
+    corpus.mkdir()
+    for number in range(6):
+        (corpus / f"{number}.png").write_bytes(picture_bytes(number, (6, 6)))
+        (corpus / f"{number}.txt").write_text(f"caption {number}\nanother of {number}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrow, "_BATCH_ROWS", 3)
+        prepare(PrepareOptions(corpus="folder", source=str(corpus), validation=0.0), str(out))
+    command = [sys.executable, "-m", "tests.data.flip_worker", str(out), "train", "data-00000.arrow", "3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, f"status {result.returncode}: {result.stderr[-2000:]}"
+    counts = json.loads(result.stdout)
+    assert counts["positions"] > 800
+    assert counts["wrong"] == 0, "a row was read that is not the one that was prepared"
+    assert counts["refused"] > counts["positions"] / 2
+    assert counts["right"] > counts["positions"], "damage costs no more than it must"
+
+
+def test_a_shard_cut_off_while_in_use_is_an_error_and_not_the_end(data: Path) -> None:
+    """In a memory map, what is no longer there would be SIGBUS."""
+    script = (
+        "import sys; from dalle_ds.data import PairDataset; from dalle_ds.data.faults import RowError\n"
+        f"data = PairDataset.open({str(data)!r}, 'train'); data.captions(0), data.encoded(0)\n"
+        f"open({str(data / 'train' / shards_of(data)[0]['file'])!r}, 'r+b').truncate(512)\n"
+        "for read in (data.captions, data.encoded, data.picture):\n"
+        "    try: read(1)\n"
+        "    except RowError as error: print(error.reason)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout.splitlines()) == (0, [TRUNCATED_SHARD] * 3), result.stderr
+
+
+def test_a_page_that_the_disk_does_not_deliver_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = PairDataset.open(data, "train")
+    dataset.encoded(0)
+
+    def broken(*_args) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(shards_module.os, "pread", broken)
+    for row in (0, len(dataset) - 1):  # one of an open shard, one of another
+        with pytest.raises(RowError, match=r"cannot be read at byte [\d,]+: Input/output error"):
+            dataset.encoded(row)
+
+
+def test_few_files_are_open_at_a_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_MOST_OPEN", 2)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    dataset = PairDataset.open(data, "train")
+    order = np.random.default_rng(0).permutation(30).tolist()
+    assert [dataset.name(row) for row in order] == [f"{row:02d}.png" for row in order]
+    assert len(os.listdir("/proc/self/fd")) - before <= 4  # noqa: PTH208
+
+
+# --- when it is too much --------------------------------------------------------------------------------------------
+
+
+def rows_until_raised(limit: float, share: float, seed: int, updates: int = 500, batch: int = 64) -> int | None:
+    """Rows tried before a run ends whose rows are unreadable with probability `share`."""
+    rng = np.random.default_rng(seed)
+    unreadable = Unreadable(limit, FaultLog(), "data")
+    for update in range(updates):
+        try:
+            unreadable.observe(batch, int(rng.binomial(batch, share)))
+        except DataError:
+            return (update + 1) * batch
+    return None
+
+
+def test_a_share_above_the_limit_ends_the_run_soon_and_one_below_it_never() -> None:
+    assert all(rows_until_raised(0.1, 0.08, seed) is None for seed in range(40))
+    assert all(rows_until_raised(0.1, 0.05, seed) is None for seed in range(40))
+    late = [rows_until_raised(0.1, 0.13, seed) for seed in range(40)]
+    assert all(rows is not None and rows <= 20_000 for rows in late)
+    assert {rows_until_raised(0.1, 0.5, seed) for seed in range(40)} == {128}  # the first update after 100 rows
+    assert rows_until_raised(1.0, 1.0, 0) is None
+    assert rows_until_raised(0.0, 0.0, 0) is None
+
+
+def test_the_window_forgets() -> None:
+    """Ten thousand good rows do not hide that all are bad now, nor does an old fault weigh for ever."""
+    unreadable = Unreadable(0.1, FaultLog(), "data")
+    for _ in range(1000):
+        unreadable.observe(100, 0)
+    assert 10_000 <= unreadable.tried < 10_100
+    with pytest.raises(DataError, match=r"^1,100 of the last 10,000 rows tried could not be read, 11\.0%, "):
+        for update in range(12):
+            assert update <= 11, "a tenth, and three standard deviations"
+            unreadable.observe(100, 100)
+    again = Unreadable(0.1, FaultLog(), "data")
+    for _ in range(100):
+        again.observe(1000, 95)
+        again.observe(1000, 0)
+    assert again.failed <= 95 * 6
+
+
+def test_no_tolerance_ends_at_the_first() -> None:
+    unreadable = Unreadable(0.0, FaultLog(), "data")
+    unreadable.observe(8, 0)
+    with pytest.raises(DataError, match=r"1 of the last 17 rows tried .* more than loader.max_unreadable=0 allows"):
+        unreadable.observe(9, 1)
+
+
+def test_the_message_names_counts_limit_commonest_reason_and_an_example() -> None:
+    log = FaultLog()
+    for row in range(30):
+        log.add(RowError(f"data/train row {row}: picture cannot be decoded", "undecodable picture", f"row {row}"))
+    for row in range(60):
+        log.add(RowError(f"data/train/data-00003.arrow is missing, row {row}", MISSING_SHARD, "data-00003.arrow"))
+    with pytest.raises(DataError) as caught:
+        Unreadable(0.1, log, "my_data").observe(400, 90)
+    assert str(caught.value) == (
+        "90 of the last 400 rows tried could not be read, 22.5%, which is more than loader.max_unreadable=0.1 allows; most "
+        "often: missing shard (60 times), such as data-00003.arrow. Look at all of the data with python "
+        "launchers/doctor.py data my_data, and put back what is missing, or raise the limit"
+    )
+    news = log.news()
+    assert len([line for line in news if "undecodable" not in line and "is missing" in line]) == 1, "a shard once"
+    assert len(news) == 1 + 20, "and of pictures the first twenty"
+    assert log.news() == []
+
+
+def test_shards_known_to_be_missing_count_before_the_first_update(data: Path) -> None:
+    shards = shards_of(data)
+    for shard in shards[: len(shards) // 2]:
+        (data / "train" / shard["file"]).unlink()
+    samples = DvaeSamples(PairDataset.open(data, "train"), 16, train=True)
+    lost = sum(shard["rows"] for shard in shards[: len(shards) // 2])
+    with pytest.raises(DataError, match=rf"^{lost} of 30 rows cannot be read, .*: missing shard .*data-00000.arrow\. "):
+        Unreadable(0.1, FaultLog(), str(data)).check_known(samples.faults, len(samples))
+    Unreadable(0.9, FaultLog(), str(data)).check_known(samples.faults, len(samples))
+    Unreadable(0.0, FaultLog(), str(data)).check_known([], 30)
+    with pytest.raises(DataError, match="max_unreadable=0 "):
+        Unreadable(0.0, FaultLog(), "data").check_known([Fault(MISSING_SHARD, "x", 1)], 30)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_goes_round_lost_shards_and_tells_which(data: Path, workers: int) -> None:
+    path = data / "train" / shards_of(data)[2]["file"]
+    path.unlink()
+    lost = shard_rows(data, 2)
+    samples = DvaeSamples(PairDataset.open(data, "train"), 16, train=True)
+    loader = BatchLoader(samples, seed=0, batch_size=30, micro_batch=10, rank=0, world_size=1, workers=workers)
+    epoch = list(islice(loader, 3))
+    assert [len(batch["image"]) for batch in epoch] == [10, 10, 10]
+    assert sum(int((batch["skipped"] > 0).sum()) for batch in epoch) == len(lost)
+    reason, times, example = loader.faults.commonest() or ("", 0, "")
+    assert (reason, example) == (MISSING_SHARD, str(path)) and times >= len(lost)
+    assert loader.faults.news() == [f"unreadable: {path} is missing"]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_the_limit_is_a_share(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"loader.max_unreadable must lie in \[0, 1\]"):
+        LoaderConfig(max_unreadable=value)
+    assert (LoaderConfig(max_unreadable=1.0).max_unreadable, LoaderConfig().max_unreadable) == (1.0, 0.1)
+
+
+# --- data that changes ----------------------------------------------------------------------------------------------
+
+
+def test_data_that_stays_is_found_unchanged(data: Path) -> None:
+    samples = DvaeSamples(PairDataset.open(data, "train"), 16, train=True)
+    samples.check_unchanged()
+    path = data / "train" / shards_of(data)[0]["file"]
+    os.utime(path, (1, 1))  # copied elsewhere and back, say
+    samples.check_unchanged()
+    path.unlink()  # lost: its rows count as unreadable, which has a limit of its own
+    samples.check_unchanged()
+
+
+def test_another_preparation_is_noticed(data: Path, folder_corpus: Path) -> None:
+    dataset = PairDataset.open(data, "train")
+    options = PrepareOptions(corpus="folder", source=str(folder_corpus), validation=0.5)
+    prepare(options, str(data), overwrite=True)
+    with pytest.raises(DataChangedError, match=r"was prepared again since it was opened \(fingerprint .* instead of"):
+        dataset.check_unchanged()
+    shutil.rmtree(data)
+    with pytest.raises(DataChangedError, match=r"has changed since it was opened: .* does not exist"):
+        dataset.check_unchanged()
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_exchanged_shards_are_noticed(data: Path, longer: int) -> None:
+    dataset = PairDataset.open(data, "train")
+    path = data / "train" / shards_of(data)[1]["file"]
+    path.write_bytes(b"x" * (path.stat().st_size + longer))
+    os.utime(path, (1, 1))
+    what = "it has [0-9,]+ bytes, and had [0-9,]+" if longer else "its contents are other ones"
+    with pytest.raises(DataChangedError, match=rf"{path} has changed since it was opened \({what}\)"):
+        dataset.check_unchanged()
