@@ -1,4 +1,4 @@
-"""Look at what a run has left behind, or at what runs would be on, and say whether it is sound."""
+"""Look at what a run has left behind, at prepared data, or at what runs would be on, and say whether it is sound."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ class Checkpoint:
 def main() -> None:
     """Parse, look, tell."""
     from dalle_ds.cluster.command import ClusterOptions, check_cluster
+    from dalle_ds.data.inspection import DataOptions, inspect_data
 
     checkpoint = Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
+    data = Annotated[DataOptions, tyro.conf.subcommand("data")]
     # The deepspeed launcher adds it; the environment says the rank.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    options = parse_options(checkpoint | cluster, arguments, description=__doc__)
+    options = parse_options(checkpoint | cluster | data, arguments, description=__doc__)
     if isinstance(options, ClusterOptions):
         report, faults = check_cluster(options)
+    elif isinstance(options, DataOptions):
+        data_inspection = inspect_data(options)
+        report, faults = data_inspection.report(), data_inspection.faults
     else:
         # Imported once the options are read, so that --help and mistakes in them are quick.
         from dalle_ds.training.inspection import inspect

@@ -197,12 +197,15 @@ class CodesCache:
         """(h, w) of the codes."""
         self._rows: int = manifest["rows"][split]
         self._kind = _kind_of(manifest["vocab_size"])
+        self.files: dict[Path, tuple[int, str]] = {
+            folder / name: (manifest["files"][name]["bytes"], manifest["files"][name]["xxh3_128"])
+            for name in self._names()
+        }
+        """Path → (bytes, XXH3-128) as written."""
         # The headers of the files are not believed; the data is what lies at their ends.
-        self._offsets = [
-            manifest["files"][name]["bytes"] - size
-            for name, size in zip(self._names(), self._data_bytes(), strict=True)
-        ]
-        self._stamps = Stamps({folder / name: manifest["files"][name]["xxh3_128"] for name in self._names()})
+        sizes = zip(self.files.values(), self._data_bytes(), strict=True)
+        self._offsets = [size - of_data for (size, _), of_data in sizes]
+        self._stamps = Stamps({path: digest for path, (_, digest) in self.files.items()})
         unreadable = manifest["unreadable"][split]
         self.faults: tuple[Fault, ...] = (Fault(NO_CODES, f"{folder} {split}", unreadable),) if unreadable else ()
         """Rows whose pictures could not be read when the cache was made."""
@@ -221,11 +224,16 @@ class CodesCache:
         folder = _cache_folder(data, dvae_fingerprint)
         if not (folder / "codes.json").is_file():
             return None
+        return cls.read(folder, split, data, dvae_fingerprint)
+
+    @classmethod
+    def read(cls, folder: Path, split: str, data: Path, dvae_fingerprint: str | None = None) -> CodesCache:
+        """The cache in `folder`, whichever dVAE made it if none is given; raises as `find`."""
         manifest = _read_manifest(folder)
         for field, wanted in (
             ("format_version", FORMAT_VERSION),
             ("data_fingerprint", read_info(data)["fingerprint"]),
-            ("dvae_fingerprint", dvae_fingerprint),
+            ("dvae_fingerprint", dvae_fingerprint or manifest.get("dvae_fingerprint")),
         ):
             if manifest.get(field) != wanted:
                 raise DataError(
@@ -237,8 +245,8 @@ class CodesCache:
             cache = cls(folder, split, manifest)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{folder / 'codes.json'} is damaged: {_AGAIN}") from error
-        for name in cache._names():
-            fault = check_size(folder / name, manifest["files"][name]["bytes"])
+        for path, (size, _) in cache.files.items():
+            fault = check_size(path, size)
             if fault is not None:
                 raise DataError(f"{fault[1]}: {_AGAIN}")
         return cache

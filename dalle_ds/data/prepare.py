@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import shutil
 import sys
@@ -31,6 +30,7 @@ from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
+from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
     from dalle_ds.data.arrow import SplitWriter, StoredPair
@@ -127,7 +127,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}")
     try:
-        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        info = parse_json((folder / "info.json").read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
     if not isinstance(info, dict):

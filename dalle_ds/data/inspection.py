@@ -1,0 +1,184 @@
+"""Whether prepared data is what preparation wrote: every byte by its digest, and pictures by decoding them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console, Group, RenderableType
+from rich.progress import track
+from rich.table import Table
+
+from dalle_ds.data.codes import CodesCache
+from dalle_ds.data.dataset import PairDataset
+from dalle_ds.data.prepare import read_info
+from dalle_ds.data.shards import Shard, check_size, digest_of
+from dalle_ds.errors import ConfigError, DataError
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Read all of a prepared data folder and its cached codes, verify digests, decode pictures; status 1 where something is
+    damaged."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """A folder that prepare_data.py made."""
+    all: bool = False
+    """Decode every picture instead of a sample."""
+    pictures: int = 1_000
+    """Pictures of each split that are decoded, spread evenly over it."""
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0:
+            raise ConfigError(f"pictures must not be negative, found {self.pictures}")
+
+
+@dataclass
+class Counts:
+    """What was found of one split, or of the codes of one."""
+
+    name: str
+    rows: int = 0
+    unreadable: int = 0
+    """Rows that cannot be read."""
+    files: int = 0
+    bytes: int = 0
+    """Of files whose digest is right."""
+    decoded: int = 0
+    """Pictures that were decoded without an error."""
+
+
+@dataclass
+class DataInspection:
+    """A prepared folder, looked at."""
+
+    path: Path
+    fingerprint: str
+    counts: list[Counts] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """What is wrong with it, a sentence each."""
+
+    def report(self) -> RenderableType:
+        """For a terminal."""
+        table = Table(title=f"{self.path} (fingerprint {self.fingerprint[:16]}…)", title_justify="left")
+        for number, column in enumerate(("", "rows", "unreadable", "files", "GB read", "pictures decoded")):
+            table.add_column(column, justify="right" if number else "left")
+        for entry in self.counts:
+            sizes = f"{entry.bytes / 1e9:.3f}"
+            numbers = (entry.rows, entry.unreadable, entry.files, sizes, entry.decoded)
+            table.add_row(entry.name, *(value if isinstance(value, str) else f"{value:,}" for value in numbers))
+        shown = [f"DAMAGED: {fault}" for fault in self.faults[:_SHOWN]]
+        if len(self.faults) > _SHOWN:
+            shown.append(f"… and {len(self.faults) - _SHOWN:,} more")
+        return Group(table, *(shown or ["All of it is what was written."]))
+
+
+def inspect_data(options: DataOptions) -> DataInspection:
+    """Read everything.
+
+    Raises:
+        DataError: there is no prepared folder, or its manifest is damaged.
+    """
+    folder = Path(options.path)
+    info = read_info(folder)
+    inspection = DataInspection(folder, info["fingerprint"])
+    for split in info["splits"]:
+        counts = Counts(split)
+        inspection.counts.append(counts)
+        inspection.faults += _inspect_split(folder, split, info, options, counts)
+    for manifest in sorted((folder / "codes").glob("*/codes.json")):
+        inspection.faults += _inspect_codes(folder, manifest.parent, info, inspection.counts)
+    return inspection
+
+
+def _inspect_split(folder: Path, split: str, info: dict, options: DataOptions, counts: Counts) -> Iterator[str]:
+    try:
+        dataset = PairDataset.open(folder, split)
+    except DataError as error:
+        counts.rows = counts.unreadable = info["splits"][split]
+        yield str(error)
+        return
+    counts.rows = len(dataset)
+    first = 0
+    for entry in _progress(info["shards"][split], f"{split}: reading"):
+        shard = Shard(**entry)
+        rows = range(first, first + shard.rows)
+        first += shard.rows
+        what = _damage_of(folder / split / shard.file, shard.bytes, shard.xxh3_128, counts)
+        if what is not None:
+            lost = sum(not _readable(dataset, row) for row in rows)
+            counts.unreadable += lost
+            yield f"{what}; {lost:,} of its {shard.rows:,} rows cannot be read"
+    wanted = len(dataset) if options.all else min(options.pictures, len(dataset))
+    for number in _progress(range(wanted), f"{split}: decoding"):
+        row = number * len(dataset) // wanted
+        if _readable(dataset, row):  # those that are not are counted already
+            try:
+                dataset.picture(row)
+                counts.decoded += 1
+            except DataError as error:
+                counts.unreadable += 1
+                yield str(error)
+
+
+def _inspect_codes(folder: Path, codes: Path, info: dict, all_counts: list[Counts]) -> Iterator[str]:
+    for split in info["splits"]:
+        counts = Counts(f"codes/{codes.name}: {split}")
+        all_counts.append(counts)
+        try:
+            cache = CodesCache.read(codes, split, folder)
+        except DataError as error:
+            yield str(error)
+            continue
+        counts.rows = len(cache)
+        counts.unreadable = sum(fault.rows for fault in cache.faults)
+        for path, (size, digest) in cache.files.items():
+            what = _damage_of(path, size, digest, counts)
+            if what is not None:
+                yield f"{what}: cache the codes again with --overwrite True"
+        if counts.files < len(cache.files):
+            counts.unreadable = sum(not _has_codes(cache, row) for row in range(len(cache)))
+
+
+def _damage_of(path: Path, size: int, digest: str, counts: Counts) -> str | None:
+    """What is wrong with a file, or None; a sound one is counted."""
+    fault = check_size(path, size)
+    if fault is not None:
+        return fault[1]
+    try:
+        found = digest_of(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if found != digest:
+        return f"{path} is damaged (digest {found[:12]}… instead of {digest[:12]}…)"
+    counts.files += 1
+    counts.bytes += size
+    return None
+
+
+def _readable(dataset: PairDataset, row: int) -> bool:
+    try:
+        dataset.encoded(row)
+        dataset.captions(row)
+    except DataError:
+        return False
+    return True
+
+
+def _has_codes(cache: CodesCache, row: int) -> bool:
+    try:
+        for view in range(cache.views):
+            cache.codes(row, view)
+    except DataError:
+        return False
+    return True
+
+
+def _progress(items: list | range, what: str) -> Iterator:
+    console = Console(stderr=True)
+    yield from track(items, what, console=console, transient=True, disable=not console.is_terminal)

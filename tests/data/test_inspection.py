@@ -1,0 +1,99 @@
+"""`doctor.py data`: everything is read, and what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.data import arrow
+from dalle_ds.data.codes import cache_codes
+from dalle_ds.data.inspection import DataOptions, inspect_data
+from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.errors import DataError
+from tests.data.test_samples import FINGERPRINT, CornerCodes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data in several shards, with codes."""
+    out = tmp_path_factory.mktemp("whole") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrow, "_SHARD_BYTES", 20_000)
+        patch.setattr(arrow, "_BATCH_ROWS", 4)
+        prepare(PrepareOptions(corpus="folder", source=str(folder_corpus), validation=0.2), str(out))
+    cache_codes(CornerCodes(), out, views=2)
+    return out
+
+
+@pytest.fixture
+def data(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+def test_whole_data_is_found_whole(data: Path) -> None:
+    inspection = inspect_data(DataOptions(str(data), pictures=10))
+    splits = json.loads((data / "info.json").read_text())["splits"]
+    assert inspection.faults == []
+    assert [(entry.name, entry.rows, entry.unreadable) for entry in inspection.counts] == [
+        *((split, rows, 0) for split, rows in splits.items()),
+        *((f"codes/{FINGERPRINT[:16]}: {split}", rows, 0) for split, rows in splits.items()),
+    ]
+    assert [entry.decoded for entry in inspection.counts][:2] == [10, min(10, splits["validation"])]
+    files = sum(entry.files for entry in inspection.counts)
+    assert files == len(list(data.rglob("data-*.arrow"))) + len(list(data.rglob("*.npy")))
+    assert sum(entry.decoded for entry in inspect_data(DataOptions(str(data), all=True)).counts) == 30
+
+
+def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
+    shards = json.loads((data / "info.json").read_text())["shards"]["train"]
+    assert len(shards) >= 3
+    paths = [data / "train" / shard["file"] for shard in shards]
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    content = bytearray(paths[2].read_bytes())
+    content[content.index(b"IDAT") + 10] ^= 1  # one bit of one picture
+    paths[2].write_bytes(content)
+    codes = data / "codes" / FINGERPRINT[:16] / "validation.npy"
+    codes.write_bytes(codes.read_bytes()[:-1] + b"\xff")
+    inspection = inspect_data(DataOptions(str(data)))
+    assert [fault.partition(":")[0] for fault in inspection.faults] == [
+        f"{paths[0]} is missing; {shards[0]['rows']} of its {shards[0]['rows']} rows cannot be read",
+        f"{paths[1]} has {shards[1]['bytes'] - 1:,} bytes instead of {shards[1]['bytes']:,}; "
+        f"{shards[1]['rows']} of its {shards[1]['rows']} rows cannot be read",
+        inspection.faults[2],
+        inspection.faults[3].partition(":")[0],
+    ]
+    assert f"{paths[2]} is damaged (digest " in inspection.faults[2]
+    assert inspection.faults[2].endswith(f"; 1 of its {shards[2]['rows']} rows cannot be read")
+    assert inspection.faults[3].startswith(f"{codes} is damaged (digest ")
+    counts = {entry.name: entry for entry in inspection.counts}
+    assert counts["train"].unreadable == shards[0]["rows"] + shards[1]["rows"] + 1
+    assert counts["validation"].unreadable == 0
+    assert counts[f"codes/{FINGERPRINT[:16]}: validation"].unreadable == 1
+
+
+def test_the_command(data: Path) -> None:
+    def doctor() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "launchers/doctor.py", "data", str(data), "--all", "True"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    sound = doctor()
+    assert sound.returncode == 0, sound.stderr
+    assert "All of it is what was written." in sound.stdout and "train" in sound.stdout
+    lost = next((data / "train").glob("*.arrow"))
+    lost.unlink()
+    damaged = doctor()
+    assert damaged.returncode == 1
+    assert f"DAMAGED: {lost}" in damaged.stdout.replace("\n", "") and "Traceback" not in damaged.stderr
+
+
+def test_what_is_no_prepared_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a prepared data folder"):
+        inspect_data(DataOptions(str(tmp_path)))
