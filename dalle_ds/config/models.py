@@ -103,8 +103,8 @@ class DalleConfig:
                 "set model.heads to a divisor of model.width (width / 64 in the paper)"
             )
         fraction("model", self, "dropout")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"model.kernel must be odd and positive, found {self.kernel}")
+        if not 1 <= self.kernel < 1_000 or self.kernel % 2 == 0:
+            raise ConfigError(f"model.kernel must be odd, positive and less than 1,000, found {self.kernel}")
         if not 0.0 <= self.text_weight <= 1.0:
             raise ConfigError(f"model.text_weight must lie in [0, 1], found {self.text_weight}")
         if self.attention is not None:

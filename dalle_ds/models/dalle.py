@@ -38,7 +38,7 @@ from dalle_ds.models.layers import (
     Unembedding,
     VocabParallelEmbedding,
 )
-from dalle_ds.models.pretrained import load_model, load_weights, save_model
+from dalle_ds.models.pretrained import check_shapes, load_model, load_weights, save_model
 from dalle_ds.parallel import WHOLE, TensorGroup, split_of
 from dalle_ds.precision import BranchPrecision, enter_branch, join_branch
 
@@ -443,6 +443,7 @@ class Dalle(nn.Module):
             CheckpointError: no transformer there, or weights that do not fit.
         """
         config, weights = load_model(path, "transformer", DalleConfig)
+        check_shapes(lambda: cls(config), config, weights, path)
         model = cls(config, tensor=tensor)
         for name, parameter in model.named_parameters():
             split = split_of(parameter)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.errors import DataError
 from dalle_ds.models.likelihood import logit_laplace_nll, map_pixels, unmap_pixels
-from dalle_ds.models.pretrained import fingerprint, load_model, load_weights, save_model
+from dalle_ds.models.pretrained import check_shapes, fingerprint, load_model, load_weights, save_model
 
 
 class Conv2d(nn.Module):
@@ -241,6 +241,7 @@ class DiscreteVAE(nn.Module):
             CheckpointError: nothing there, another kind of model, or weights that do not fit.
         """
         config, weights = load_model(path, "dvae", DiscreteVAEConfig)
+        check_shapes(lambda: cls(config), config, weights, path)
         model = cls(config)
         load_weights(model, weights, path)
         return model.eval()

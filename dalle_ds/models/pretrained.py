@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from dalle_ds.config import from_dict, to_dict
 from dalle_ds.errors import CheckpointError
 from dalle_ds.files import built_beside, write_json
+from dalle_ds.parsing import parse_json
 
 Config = TypeVar("Config")
 CONFIG_NAME = "config.json"
@@ -71,17 +71,66 @@ def load_model(path: str | Path, kind: str, config_class: type[Config]) -> tuple
 
     Raises:
         CheckpointError: no model there, one of another kind, or a file that cannot be read.
+        ConfigError: its configuration has a field or value that the model cannot have.
     """
     folder = export_folder(path)
+    config = load_config(folder, kind, config_class)
     try:
-        description = json.loads((folder / CONFIG_NAME).read_text())
         weights = load_file(folder / WEIGHTS_NAME)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that this version of safetensors lacks
         raise CheckpointError(f"the model in {folder} cannot be read: {error}; export it again") from error
+    return config, weights
+
+
+def load_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
+    """Configuration of the model exported in `folder` itself.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_model`.
+    """
+    try:
+        description = parse_json((folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {error}; export the model again") from error
     found = description.get("kind") if isinstance(description, dict) else None
     if found != kind:
-        raise CheckpointError(f"{folder} holds a {found!r} model where a {kind!r} model is needed: name another folder")
-    return from_dict(config_class, description.get("model", {}), str(folder / CONFIG_NAME)), weights
+        what = f"a {found!r} model" if isinstance(found, str) and len(found) < 50 else "none of our models"
+        raise CheckpointError(f"{folder} holds {what} where a {kind!r} model is needed: name another folder")
+    return from_dict(config_class, description.get("model", {}), str(folder / CONFIG_NAME))
+
+
+def check_shapes(
+    make: Callable[[], torch.nn.Module], config: Any, weights: Mapping[str, Tensor], where: str | Path
+) -> None:
+    """Refuse a configuration that is not the weights', before the model takes the memory that it asks for.
+
+    Args:
+        make: builds the model of `config`, here without memory.
+        config: what `make` builds from. No whole number in it, but for the size of pictures, may be greater than all sizes and
+            the number of the weights, so that `make` does not take for ever.
+
+    Raises:
+        CheckpointError: a missing, unexpected or wrongly shaped tensor, named.
+    """
+    limit = max([len(weights), *(size for value in weights.values() for size in value.shape)])
+    for name, number in to_dict(config).items():
+        if name not in ("image_size", "kernel") and isinstance(number, int) and number > limit:
+            raise CheckpointError(
+                f"the weights in {where} are not those of a model with {name}={number}: export it again"
+            )
+    try:
+        with torch.device("meta"):
+            model = make()
+    except RuntimeError as error:
+        raise CheckpointError(f"no model can be made of the configuration in {where}: {error}") from error
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != wanted:
+        name = min(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+        raise CheckpointError(
+            f"the weights in {where} do not fit the model: {name[:100]!r} has shape {found.get(name)}, where "
+            f"{wanted.get(name)} is needed"
+        )
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:

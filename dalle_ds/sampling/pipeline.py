@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from dalle_ds.models.decoding import decoding_device
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import export_folder
 from dalle_ds.parallel import WHOLE, TensorGroup
+from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.codes import Progress, sample_codes
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
@@ -145,7 +145,7 @@ class TextToImage:
         if not (folder / PARTS_NAME).is_file():
             return
         try:
-            parts = dict(json.loads((folder / PARTS_NAME).read_text()))
+            parts = dict(parse_json((folder / PARTS_NAME).read_bytes()))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{folder / PARTS_NAME} cannot be read: export the model again") from error
         for name, found in (("tokenizer", self.tokenizer.fingerprint), ("dvae", self.dvae.fingerprint)):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from dalle_ds.config import DalleConfig, from_dict
+from dalle_ds.config import DalleConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder
+from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, load_config
 
 GPU_SHARE = 0.8
 """Of a GPU's free memory, what weights may take."""
@@ -45,7 +43,7 @@ def load_spread(
         raise ConfigError("device=auto needs accelerate: pip install 'dalle-ds[large]'") from error
     folder = export_folder(path)
     with torch.device("meta"):
-        model = Dalle(_config(folder)).to(dtype).eval()
+        model = Dalle(load_config(folder, "transformer", DalleConfig)).to(dtype).eval()
     blocks = sorted({type(block).__name__ for block in model.blocks})
     try:
         room = get_max_memory(dict(max_memory) if max_memory else None)
@@ -83,16 +81,3 @@ def _place(name: str, places: Mapping[str, int | str]) -> int | str:
     while module not in places:
         module = module.rpartition(".")[0]
     return places[module]
-
-
-def _config(folder: Path) -> DalleConfig:
-    try:
-        description: Any = json.loads((folder / CONFIG_NAME).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {error}; export the model again") from error
-    found = description.get("kind") if isinstance(description, dict) else None
-    if found != "transformer":
-        raise CheckpointError(
-            f"{folder} holds a {found!r} model where a 'transformer' model is needed: name another folder"
-        )
-    return from_dict(DalleConfig, description.get("model", {}), str(folder / CONFIG_NAME))

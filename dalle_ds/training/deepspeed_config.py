@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle_ds.config import Run
 from dalle_ds.errors import ConfigError
+from dalle_ds.parsing import parse_json
 
 _OURS = {
     "optimizer": "the optim section",
@@ -57,8 +57,8 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--deepspeed_config {path}: there is no such file; ds_configs/ has some to start from")
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--deepspeed_config {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--deepspeed_config {path} must hold a JSON object, found {type(content).__name__}")
