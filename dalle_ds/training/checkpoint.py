@@ -19,6 +19,7 @@ from torch import Tensor
 from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
+from dalle_ds.parsing import parse_json
 from dalle_ds.training.fragments import matrix_size
 from dalle_ds.training.manifest import FORMAT
 from dalle_ds.training.storage import Index, Pieces
@@ -54,8 +55,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is of another format.
     """
     try:
-        state: dict[str, Any] = json.loads((checkpoint / STATE_NAME).read_text())
-        missing = {"step", "identity", "layout", "learning_rate"} - set(state)
+        state: dict[str, Any] = parse_json((checkpoint / STATE_NAME).read_bytes())
+        missing = {"step", "identity", "layout", "learning_rate"} - set(state if isinstance(state, dict) else ())
         if missing:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:

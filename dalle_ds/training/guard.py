@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from dalle_ds.config import GuardConfig
 from dalle_ds.errors import CheckpointError
 from dalle_ds.files import write_json
+from dalle_ds.parsing import parse_json
 
 SMALLEST_SPIKE = 0.05
 """How far above the mean a spike lies at least, relative to it: losses that hardly vary have no spikes within it."""
@@ -106,7 +106,10 @@ class Rollbacks:
         if not file.exists():
             return cls()
         try:
-            return cls([Rollback(**event) for event in json.loads(file.read_text())])
+            events = [Rollback(**event) for event in parse_json(file.read_bytes())]
+            if not all(type(number) is int for event in events for number in dataclasses.astuple(event)):
+                raise ValueError("it has something else than whole numbers")
+            return cls(events)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{file} cannot be read ({error}): it says which data the run left out; restore it, or name a new --run_dir"

@@ -14,6 +14,7 @@ from dalle_ds.config import Run, differences, from_dict, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
+from dalle_ds.parsing import parse_json, parse_yaml
 from dalle_ds.training.checkpoint_folder import CheckpointFolder
 
 # Fields that may differ when a run is resumed: they change no weight but for rounding (paths are held against fingerprints
@@ -48,10 +49,10 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     """
     file = path / _CONFIG_NAME
     try:
-        saved = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        saved = parse_yaml(file.read_text())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: name another --run_dir") from error
-    if not isinstance(saved, dict) or "stage" not in saved or "run" not in saved:
+    if not (isinstance(saved, dict) and isinstance(saved.get("stage"), str) and isinstance(saved.get("run"), dict)):
         raise CheckpointError(f"{file} is not a run's configuration: name another --run_dir")
     return saved["stage"], saved["run"]
 
@@ -208,19 +209,20 @@ class RunDirectory:
         if not file.exists():
             return None
         try:
-            content = json.loads(file.read_text())
+            content = parse_json(file.read_bytes())
             if not isinstance(content, kind):
                 raise ValueError(f"it is no {kind.__name__}")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}): restore it, or name a new --run_dir") from error
         return content
 
     def exported_step(self) -> int | None:
         """How many updates the exported model has had; None where there is none."""
         try:
-            return int(json.loads((self.export / _STEP_NAME).read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError):
+            step = parse_json((self.export / _STEP_NAME).read_bytes())["step"]
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
+        return step if isinstance(step, int) else None
 
     def mark_exported(self, step: int) -> None:
         """Note that the exported model has had `step` updates."""

@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dalle_ds.errors import CheckpointError
+from dalle_ds.parsing import parse_json
 from dalle_ds.training.fragments import Rectangle
 from dalle_ds.training.manifest import FileRecord
 
@@ -119,20 +120,22 @@ class Index:
             CheckpointError: it is missing or broken.
         """
         try:
-            content = json.loads((folder / INDEX_NAME).read_text())
+            content = parse_json((folder / INDEX_NAME).read_bytes())
             names = list(content["files"])
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ValueError("a file that is not beside it")
             dtypes = {code: dtype for dtype, code in _DTYPES.items()}
             tensors = {
                 name: Stored(
                     dtypes[entry["dtype"]],
-                    (entry["size"][0], entry["size"][1]),
+                    (_count(entry["size"][0]), _count(entry["size"][1])),
                     [_chunk(entries, names) for entries in entry["chunks"]],
                 )
                 for name, entry in content["tensors"].items()
             }
             return cls(folder, dict(content["parameters"]), tensors)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{folder / INDEX_NAME} cannot be read: {error!r}") from error
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX_NAME} cannot be read: {str(error)[:200]!r}") from error
 
     def read(self, pieces: Mapping[str, Pieces]) -> None:
         """Fill parts of tensors with what is stored, wherever they are and however they were cut when it was written.
@@ -455,8 +458,14 @@ def _write_items(name: str, pieces: Pieces) -> list[WriteItem]:
 
 
 def _chunk(entries: Sequence[int], files: Sequence[str]) -> Chunk:
-    row, column, rows, columns, file, offset = entries
+    row, column, rows, columns, file, offset = map(_count, entries)
     return Chunk(row, column, rows, columns, files[file], offset)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError(f"{value!r} is no number of bytes or elements")
+    return value
 
 
 def _as_chunk(at: Rectangle | Chunk) -> ChunkStorageMetadata:
