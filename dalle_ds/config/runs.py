@@ -16,6 +16,7 @@ from dalle_ds.config.training import (
     ScalingConfig,
     TrainConfig,
 )
+from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import ConfigError
 
 
@@ -47,6 +48,8 @@ class Run:
     """Non-finite updates and spikes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Data loading."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Processes that hang or are slow."""
     report: ReportConfig = field(default_factory=ReportConfig)
     """Metrics, validation, previews, tracking."""
 

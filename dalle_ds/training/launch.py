@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 from dalle_ds.cli import explain, parse_options
 from dalle_ds.config import Run, load_preset, preset_names
-from dalle_ds.config.watch import WatchConfig
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, Interrupted
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.watch import Watch
 from dalle_ds.tasks import Task
 from dalle_ds.training.deepspeed_config import load_deepspeed_json
+from dalle_ds.training.signals import StopSignals
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 
@@ -77,10 +78,20 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
 def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig]], stage: str) -> None:
     """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)
-    mesh = Mesh.start(command.device)
-    with Watch(mesh, explain, WatchConfig(), Path(command.run.run_dir) / "logs"):
-        # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
-        from dalle_ds.training.trainer import Trainer
+    run = command.run
+    with StopSignals(quiet=os.environ.get("RANK", "0") != "0") as signals:
+        mesh = Mesh.start(command.device)
+        interrupted: Interrupted | None = None
+        with Watch(mesh, explain, run.watch, Path(run.run_dir) / "logs") as watch:
+            # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
+            from dalle_ds.training.trainer import Trainer
 
-        Trainer(make_task, command.run, command.deepspeed, mesh).fit()
-    mesh.stop()
+            try:
+                Trainer(make_task, run, command.deepspeed, mesh, signals=signals, pulse=watch.pulse).fit()
+            except Interrupted as stopped:
+                interrupted = stopped
+        # Launchers end all processes when one has ended: none does before all are done.
+        mesh.barrier()
+        mesh.stop()
+    if interrupted is not None:
+        raise interrupted

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,6 +39,16 @@ STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
 SECONDS_BETWEEN_TRIES = 60.0
 """Until a checkpoint that could not be written is tried again."""
+LONG_MINUTES = 120.0
+"""What validation, drawing and writing to slow disks may take while other processes wait, beyond what updates may."""
+
+
+class Pulse(Protocol):
+    """`Watch.pulse`."""
+
+    def __call__(self, step: int, phase: str, minutes: float = 0.0) -> None:
+        """Say what comes now, and how long it may take if it takes long."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Setup:
     batches: Batches
     signals: StopSignals
     """Says whether to stop."""
+    pulse: Pulse
+    """Is told what this process is about to do."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,7 @@ class Loop:
     ) -> None:
         self.run, self.mesh, self.task, self.config = setup.run, setup.mesh, setup.task, setup.config
         self.directory, self.batches, self.signals = setup.directory, setup.batches, setup.signals
+        self._setup = setup
         self.trained, self.tracker, self.rollbacks = trained, tracker, rollbacks
         self.engine, self.weights, self.average = trained.engine, trained.weights, trained.average
         self._begin_at(state)
@@ -155,13 +168,19 @@ class Loop:
             self._validate()
         seconds: list[float] = []  # of the updates since the last report, waiting for data included
         waited: list[float] = []
+        first = self.step
         while self.step < run.steps:
             began = time.perf_counter()
+            self._pulse("waiting for data")
             batches = self._next_batches()
             waited.append(time.perf_counter() - began)
+            self._pulse("step")
             metrics, lost = self._update(batches)
             seconds.append(time.perf_counter() - began)
             self.step += 1
+            if self.step == first + 1:
+                # Until here, processes load, compile and connect, each at its own pace.
+                self.mesh.set_timeout(run.watch.collective_minutes)
             if lost:
                 self._roll_back(metrics)
                 seconds.clear()
@@ -181,8 +200,20 @@ class Loop:
             self._save_if_due(last, validation_is_due=validates and self._stopping)
             self._stop_if_told()
             if not last and report.preview_every and self.step % report.preview_every == 0:
-                self._preview(self._plain_model())
+                with self._long("drawing"):
+                    model = self._plain_model()
+                self._preview(model)
         self._finish()
+
+    def _pulse(self, phase: str) -> None:
+        self._setup.pulse(self.step, phase)
+
+    @contextmanager
+    def _long(self, phase: str) -> Iterator[None]:
+        """Something that may take much longer than an update. Collective."""
+        self._setup.pulse(self.step, phase, LONG_MINUTES)
+        with self.mesh.patience(LONG_MINUTES):
+            yield
 
     def _stop_if_told(self) -> None:
         if self._stopping:
@@ -195,9 +226,10 @@ class Loop:
     def _finish(self) -> None:
         """Export the averaged model and draw the last preview from it."""
         directory = self.directory
-        model = self._plain_model()
-        if model is not None:
-            self.task.export(model, directory.export)
+        with self._long("exporting"):
+            model = self._plain_model()
+            if model is not None:
+                self.task.export(model, directory.export)
         self._preview(model)
         if model is not None:
             directory.mark_exported(self.step)
@@ -266,7 +298,7 @@ class Loop:
             "look at the data of these updates; resume with a lower rate (--optim.halve_at and the checkpoint's step), or "
             "begin a new run with a lower optim.lr or a longer optim.warmup_steps"
         )
-        self._take_note(self._saver.finish())
+        self._take_note(self._wait_for_disk())
         checkpoint = self.mesh.decide(self.directory.checkpoints.newest_good)
         if checkpoint is None:
             raise TrainingError(f"{what}, and there is no checkpoint yet to go back to: {advice}")
@@ -325,7 +357,7 @@ class Loop:
 
     def _validate(self) -> None:
         sums: Metrics = {}
-        with self._averaged() as model:
+        with self._long("validating"), self._averaged() as model:
             for batch in self.batches.validation():
                 for name, value in self.task.evaluate(model, batch).items():
                     sums[name] = sums[name] + value if name in sums else value
@@ -354,12 +386,18 @@ class Loop:
         if self._saver.busy and not ends and not compresses:
             return  # the disk is slower than checkpoints are asked for; this one is written once the last is there
         # With PowerSGD, a checkpoint changes the rounding of what follows: it must not depend on the disk when it is written.
-        self._take_note(self._saver.finish())
+        self._take_note(self._wait_for_disk())
         self._save_is_due = False
         if self._saved_step != self.step:
             self._save(validation_is_due)
         if ends:
-            self._take_note(self._saver.finish(), ends=True)
+            self._take_note(self._wait_for_disk(), ends=True)
+
+    def _wait_for_disk(self) -> Saved | None:
+        if not self._saver.busy:
+            return None
+        with self._long("saving"):
+            return self._saver.finish()
 
     def _save(self, validation_is_due: bool) -> None:
         """Begin to write a checkpoint."""
@@ -407,13 +445,13 @@ class Loop:
 
     def _preview(self, model: nn.Module | None) -> None:
         """Draw with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
-        if model is not None:
-            path = self.directory.samples / f"step-{self.step}.png"
-            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-            try:
-                with torch.no_grad():
-                    picture = self.task.preview(model.to(self.mesh.device, dtype), self.batches.preview())
-                picture.save(path)
-            except (OSError, torch.OutOfMemoryError, DalleError) as error:
-                self.tracker.say(f"the preview {path} could not be made: {error}", style="red")
-        self.mesh.barrier()
+        with self._long("drawing"):
+            if model is not None:
+                path = self.directory.samples / f"step-{self.step}.png"
+                dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+                try:
+                    with torch.no_grad():
+                        picture = self.task.preview(model.to(self.mesh.device, dtype), self.batches.preview())
+                    picture.save(path)
+                except (OSError, torch.OutOfMemoryError, DalleError) as error:
+                    self.tracker.say(f"the preview {path} could not be made: {error}", style="red")

@@ -23,7 +23,7 @@ from dalle_ds.training.deepspeed_config import EngineConfig, resolve
 from dalle_ds.training.engine import build_engine, scale_gradients
 from dalle_ds.training.gradients import MasterGradients
 from dalle_ds.training.guard import Guard, Rollbacks
-from dalle_ds.training.loop import Loop, Setup, Trained
+from dalle_ds.training.loop import Loop, Pulse, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.signals import StopSignals
@@ -43,6 +43,7 @@ class Trainer:
         json_config: the DeepSpeed JSON's content.
         mesh: the processes that take part.
         signals: says when to stop; None never does.
+        pulse: is told what this process is about to do (`Watch.pulse`).
 
     Raises:
         ConfigError, CheckpointError, DataError: what the user asked for cannot be done; raised before anything is written.
@@ -54,10 +55,13 @@ class Trainer:
         run: Run,
         json_config: dict[str, Any],
         mesh: Mesh,
+        *,
         signals: StopSignals | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self.run = run
         self.signals = signals or StopSignals()
+        self.pulse = pulse or (lambda step, phase, minutes=0.0: None)
         self.mesh = mesh = mesh.divide(run.parallel)
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
@@ -159,7 +163,9 @@ class Trainer:
             self.mesh.decide(lambda: self.directory.keep_wandb_id(tracker.run_id))
             for line in trained.replicas.describe() if trained.replicas is not None else ():
                 tracker.say(line)
-            setup = Setup(self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals)
+            setup = Setup(
+                self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals, self.pulse
+            )
             Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
         if self.mesh.is_main:
             self.directory.release()
