@@ -4,9 +4,9 @@
 #
 #   slurm/chain.sh PRESET DATA OUT
 #
-# DATA is what launchers/prepare_data.py made. OUT gets tokenizer.model, dvae/, transformer/, report/ and logs/. DVAE_ARGS,
-# CODES_ARGS, TRANSFORMER_ARGS and EVALUATE_ARGS are options that the launchers get besides; SBATCH_ARGS are sbatch's, for all
-# stages; AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
+# DATA is what launchers/prepare_data.py made. OUT gets tokenizer.model, dvae/, transformer/, report/ and logs/. What the
+# launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, EVALUATE_ARGS; sbatch, for all stages:
+# SBATCH_ARGS. AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
 (($# == 3)) || { sed -n '2,/^[^#]/{/^#/p}' "$0" >&2; exit 2; }
 mkdir -p "$3"
 preset=$1 data=$2 out=$(cd "$3" && pwd)
@@ -28,7 +28,7 @@ stage() {
 
 # shellcheck disable=SC2086
 {
-    stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model"
+    stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model" ${TOKENIZER_ARGS:-}
     stage dvae --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
         --data "$data" --run_dir "$out/dvae" ${DVAE_ARGS:-}
     stage codes --out "$data" --cache_codes "$out/dvae" ${CODES_ARGS:-}

@@ -10,6 +10,7 @@ source "$(dirname "$0")/common.sh"
 readonly EXIT_REQUEUE=75
 : "${SLURM_JOB_ID:?slurm/launch.sh runs inside of an allocation: submit a job by slurm/submit.sh, or call salloc first}"
 name=${SLURM_JOB_NAME:-job}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+count=${SLURM_NTASKS:-$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))}
 restarts=${SLURM_RESTART_COUNT:-0}
 logs=$DALLE_LOGS/$name
 export DALLE_STATUS=$logs/status
@@ -25,8 +26,18 @@ conclude() {
     exit "$status"
 }
 
+# SLURM's controller may be away for a moment.
+ask_controller() {
+    local _
+    for _ in {1..5}; do
+        scontrol "$@" && return
+        sleep 10
+    done
+    return 1
+}
+
 job_state() {
-    scontrol --oneliner show job "$SLURM_JOB_ID" | sed -E 's/.* JobState=([A-Z_]+).*/\1/'
+    ask_controller --oneliner show job "$SLURM_JOB_ID" | sed -E 's/.* JobState=([A-Z_]+).*/\1/'
 }
 
 # Where rank 0 is: by a name that resolves here, as it does on every node of a sane cluster, or by SLURM's address of it.
@@ -48,11 +59,11 @@ set -eu
 MASTER_ADDR=$(first_address)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems give out
 export MASTER_ADDR MASTER_PORT
-echo "$(date -u +%FT%TZ) $name: $SLURM_NTASKS processes on $SLURM_JOB_NODELIST, restart $restarts, logs in $logs: $*"
+echo "$(date -u +%FT%TZ) $name: $count processes on $SLURM_JOB_NODELIST, restart $restarts, logs in $logs: $*"
 
 # Processes end by themselves and all together when one of them dies (dalle_ds/parallel/watch.py): srun must not kill them
 # before. It is not told of --cpus-per-task by the job since SLURM 22.05.
-srun --kill-on-bad-exit=0 --wait="$LAST_EXIT_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
+srun --ntasks="$count" --kill-on-bad-exit=0 --wait="$LAST_EXIT_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
     --output="$logs/rank-%t.log" --open-mode=append \
     "$DALLE_ROOT/slurm/rank.sh" python "$@" < /dev/null &
 step=$!
@@ -68,7 +79,6 @@ done
 
 # --- decide
 
-count=$SLURM_NTASKS
 for _ in {1..10}; do # files made on other nodes may take a moment to be seen
     (($(find "$DALLE_STATUS" -name '[0-9]*' ! -name '*.partial' | wc -l) < count && srun_status)) || break
     sleep 1
@@ -100,4 +110,4 @@ elif ((restarts >= REQUEUE_LIMIT)); then
     conclude 1 "failed: ${why}restarted $restarts times already, and REQUEUE_LIMIT=$REQUEUE_LIMIT in $DALLE_SITE"
 fi
 echo "$(date -u +%FT%TZ) requeued: ${why}restart $((restarts + 1)) of at most $REQUEUE_LIMIT" | tee -a "$logs/outcome"
-scontrol requeue "$SLURM_JOB_ID" || conclude 1 "failed: ${why}and the job cannot be requeued"
+ask_controller requeue "$SLURM_JOB_ID" || conclude 1 "failed: ${why}and the job cannot be requeued"

@@ -9,10 +9,10 @@ NODES=1                            # of the stages that train
 GPUS_PER_NODE=8                    # 0 trains on CPUs
 PROCESSES_PER_NODE=$GPUS_PER_NODE  # one for each GPU
 CPUS_PER_PROCESS=8                 # the process itself and its loader.workers
-SBATCH_OPTIONS=()                  # anything else, such as (--qos=long --exclusive --constraint=h100)
+SBATCH_OPTIONS=()                  # anything else, such as (--mem=0 --exclusive --qos=long)
 
 # --- how runs stop and go on
-WARNING_SECONDS=600                # before the time limit, SIGUSR1: more than an update and a checkpoint take
+WARNING_SECONDS=600                # before the time limit, SIGUSR1: more than an update and a checkpoint take, less than the limit
 REQUEUE_LIMIT=100                  # restarts of one job, by the time limit, by preemption, by lost machines
 LAST_EXIT_SECONDS=120              # how long processes may go on when the first one has ended; then they are killed
 

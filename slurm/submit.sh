@@ -21,10 +21,11 @@ request+=(--cpus-per-task="$CPUS_PER_PROCESS")
 [[ -z $PARTITION ]] || request+=(--partition="$PARTITION")
 nodes=1 processes=1 gpus=0 stage=$(basename "$1" .sbatch)
 case $stage in
-    dvae | transformer | doctor)
+    dvae | transformer)
         nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE
         request+=(--signal="USR1@$WARNING_SECONDS")
         ;;
+    doctor) nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE ;;
     codes | evaluate) gpus=$((GPUS_PER_NODE > 0)) ;;
 esac
 request+=(--nodes="$nodes" --ntasks-per-node="$processes")

@@ -131,7 +131,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process in _processes_with(f"SLURM_CONF={self.folder}/slurm.conf"):
+        for process in self.processes():
             os.kill(process, signal.SIGKILL)
 
     def run(self, *command: str, check: bool = False, **environment: str) -> str:
@@ -154,6 +154,20 @@ class Cluster:
             time.sleep(0.3)
         return fields
 
+    def processes(self, command: str = "", **settings: str) -> list[int]:
+        """The cluster's processes with a word in their command line and settings in their environment; not this one."""
+        wanted = {f"SLURM_CONF={self.folder}/slurm.conf", *(f"{name}={value}" for name, value in settings.items())}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+                words = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if wanted <= environment and command in words and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        return found
+
     def until(self, done: Callable[[], bool], seconds: float) -> None:
         """Wait until something is so."""
         end = time.monotonic() + seconds
@@ -170,16 +184,3 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-def _processes_with(setting: str) -> list[int]:
-    """Processes, other than this one, that have a setting in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if setting.encode() in environment and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
