@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits a whole DALL·E: tokenizer → dVAE → codes → transformer → evaluation. Each stage waits for the one before; where one
-# fails, those after it leave the queue. Given again, it goes on where it was stopped: finished stages end at once.
+# fails, those after it leave the queue. Given again, it goes on where it was stopped: stages that are done end at once.
 #
 #   slurm/chain.sh PRESET DATA OUT
 #
@@ -28,7 +28,8 @@ stage() {
 
 # shellcheck disable=SC2086
 {
-    stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model" ${TOKENIZER_ARGS:-}
+    [[ -f $out/tokenizer.model ]] || stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model" \
+        ${TOKENIZER_ARGS:-}
     stage dvae --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
         --data "$data" --run_dir "$out/dvae" ${DVAE_ARGS:-}
     stage codes --out "$data" --cache_codes "$out/dvae" ${CODES_ARGS:-}

@@ -58,12 +58,13 @@ prepare_environment
 set -eu
 MASTER_ADDR=$(first_address)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems give out
-export MASTER_ADDR MASTER_PORT
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} # else each process may take all cores of its machine
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 echo "$(date -u +%FT%TZ) $name: $count processes on $SLURM_JOB_NODELIST, restart $restarts, logs in $logs: $*"
 
 # Processes end by themselves and all together when one of them dies (dalle_ds/parallel/watch.py): srun must not kill them
 # before. It is not told of --cpus-per-task by the job since SLURM 22.05.
-srun --ntasks="$count" --kill-on-bad-exit=0 --wait="$LAST_EXIT_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
+srun --ntasks="$count" --mpi=none --kill-on-bad-exit=0 --wait="$LAST_EXIT_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
     --output="$logs/rank-%t.log" --open-mode=append \
     "$DALLE_ROOT/slurm/rank.sh" python "$@" < /dev/null &
 step=$!

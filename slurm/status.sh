@@ -24,7 +24,7 @@ done
 # SLURM forgets jobs after some minutes, unless it keeps accounts.
 state() {
     local said
-    said=$(scontrol --oneliner show job "$1" 2> /dev/null | sed -E 's/.* JobState=([A-Z_]+) Reason=([^ ]+).*/\1 (\2)/; s/ \(None\)//')
+    said=$(scontrol --oneliner show job "$1" 2> /dev/null | sed -E 's/.* JobState=([A-Z_]+) Reason=([^ ]+).*/\1 (\2)/; s/ \(None\)//' || true)
     [[ -n $said ]] || said=$(sacct --noheader --allocations --format=State --jobs="$1" 2> /dev/null | sed 's/ *$//' || true)
     sort -u <<< "${said:-forgotten}" | paste -sd, | sed 's/,/, /g'
 }
@@ -48,7 +48,7 @@ while read -r job name; do
     for folder in "$DALLE_LOGS"/*-"$job" "$DALLE_LOGS"/*-"$job"_*; do
         [[ -d $folder ]] || continue
         outcome=$(tail -n 1 "$folder/outcome" 2> /dev/null || true)
-        echo "    ${outcome:-begun, and not ended yet}"
+        echo "    ${outcome:-begun: $(tail -n 1 "$folder/rank-0.log" 2> /dev/null || true)}"
         if [[ $outcome == *" failed: "* ]]; then
             failures=1
             last_words "$folder"

@@ -24,7 +24,7 @@ SMALL = ["--megabytes", "2", "--disk_megabytes", "3", "--slow", "50"]  # two pro
 
 
 def check(folders: list[Path], *options: str) -> list[tuple[int, str]]:
-    """The doctor on one process for each folder, as srun starts them: statuses and what was printed."""
+    """The doctor on one process for each folder, as launchers start them: statuses and what was printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -32,7 +32,9 @@ def check(folders: list[Path], *options: str) -> list[tuple[int, str]]:
     for rank, folder in enumerate(folders):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(folders))}
         environment = {**os.environ, **places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "launchers" / "doctor.py"), "cluster", str(folder), *SMALL, *options]
+        # As the deepspeed launcher calls it.
+        command = [sys.executable, str(ROOT / "launchers" / "doctor.py"), f"--local_rank={rank}"]
+        command += ["cluster", str(folder), *SMALL, *options]
         running.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )

@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
 
+STANDIN = Path(__file__).with_name("standin.py")
 REQUEUE_LIMIT = 2
 SITE = f"""
 ACCOUNT= PARTITION= TIME_LIMIT=10 NODES=2 GPUS_PER_NODE=0 PROCESSES_PER_NODE=1 CPUS_PER_PROCESS=1 SBATCH_OPTIONS=()
@@ -30,12 +31,12 @@ class Desk:
         self.logs = folder / "logs"
         site = folder / "site.sh"
         site.write_text(SITE)
-        self._environment = {"DALLE_SITE": str(site), "DALLE_LOGS": str(self.logs)}
+        self.environment = {"DALLE_SITE": str(site), "DALLE_LOGS": str(self.logs)}
 
     def call(self, script: str, *arguments: object, check: bool = True, **environment: str) -> str:
         """What a script of slurm/ prints, errors included."""
         command = [str(ROOT / "slurm" / script), *map(str, arguments)]
-        return self.cluster.run(*command, check=check, **{**self._environment, **environment})
+        return self.cluster.run(*command, check=check, **{**self.environment, **environment})
 
     def submit(self, *arguments: object) -> str:
         """Number of a job."""
@@ -44,9 +45,8 @@ class Desk:
     def standin(self, *fates: str, options: tuple[str, ...] = (), name: str = "dvae") -> str:
         """Submit a stand-in of a stage; see standin.py."""
         script = self.folder / f"{name}.sbatch"
-        standin = Path(__file__).with_name("standin.py")
         script.write_text(
-            f'#!/bin/bash\n#SBATCH --job-name={name}\nexec "$DALLE_ROOT/slurm/launch.sh" {standin} "$@"\n'
+            f'#!/bin/bash\n#SBATCH --job-name={name}\nexec "$DALLE_ROOT/slurm/launch.sh" {STANDIN} "$@"\n'
         )
         return self.submit(*options, script, *fates)
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from tests.slurm.conftest import REQUEUE_LIMIT, Desk
+from tests.conftest import ROOT
+from tests.slurm.conftest import REQUEUE_LIMIT, STANDIN, Desk
 
 pytestmark = pytest.mark.launch
 
@@ -129,6 +130,13 @@ def test_status_says_what_failed_and_why(jobs: Jobs, desk: Desk) -> None:
     assert re.fullmatch(rf"dvae +job {jobs['chained']} +CANCELLED \(DependencyNeverSatisfied\)", lines[-1])
     everything = desk.call("status.sh", check=False)
     assert all(f"job {job} " in everything for job in jobs.numbers.values())
+
+
+def test_an_interactive_allocation_is_not_requeued(desk: Desk) -> None:
+    command = ("salloc", "--nodes=2", "--ntasks-per-node=1", ROOT / "slurm" / "launch.sh", STANDIN, "75,75")
+    told = desk.cluster.run(*map(str, command), **desk.environment)
+    assert "stopped: it was told to stop; give the same command to go on" in told
+    assert "exited with code 75" in told or "exit code 75" in told
 
 
 def test_mistakes_are_told(desk: Desk) -> None:

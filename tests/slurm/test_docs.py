@@ -1,0 +1,132 @@
+"""The commands of docs/cluster.md, in their order, with an sbatch that only notes what it is asked for: no SLURM is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.cli import parse_options
+from dalle_ds.cluster.command import ClusterOptions
+from dalle_ds.config import DvaeRun, TransformerRun
+from dalle_ds.training.launch import parse_command
+from tests.conftest import ROOT
+
+SBATCH = """#!/bin/bash
+[[ $* != *refuse* ]] || exit 1
+printf '%s\\0' "$@" >> calls
+echo >> calls
+echo $((100 + $(wc -l < calls)))
+"""
+SCONTROL = """#!/bin/bash
+exit 1
+"""
+SCANCEL = """#!/bin/bash
+echo "cancelled $*"
+"""
+
+
+class Call:
+    """What sbatch was asked for."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        (script,) = (place for place, argument in enumerate(arguments) if argument.endswith(".sbatch"))
+        self.options = dict(option.removeprefix("--").split("=", 1) for option in arguments[:script] if "=" in option)
+        self.stage = Path(arguments[script]).stem
+        self.launcher = list(arguments[script + 1 :])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, by links, where sbatch and scontrol are ours."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("slurm", "launchers", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
+        (folder / "bin").mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    return folder
+
+
+def shell(script: str, place: Path) -> tuple[int, str]:
+    """Status of a script, and what it prints."""
+    environment = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=place, env=environment, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def noted(place: Path) -> list[Call]:
+    """What sbatch has been asked for so far."""
+    return [Call(line.strip("\0").split("\0")) for line in (place / "calls").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def calls(place: Path) -> list[Call]:
+    """Of all the page's commands but the one that installs."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    status, told = shell("".join(blocks).replace("make setup", "true"), place)
+    assert status == 0, told
+    assert "forgotten" in told  # status.sh, of jobs that SLURM does not know
+    return noted(place)
+
+
+def test_stages_wait_for_each_other(calls: list[Call]) -> None:
+    chain = ["tokenizer", "dvae", "codes", "transformer", "evaluate"]
+    assert [call.stage for call in calls] == ["doctor", "prepare_data", "prepare_data", *chain, *chain, "transformer"]
+    waits = {number: call.options.get("dependency") for number, call in enumerate(calls, 101)}
+    assert waits == {
+        **dict.fromkeys((101, 102, 104, 109, 114)),
+        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 114))},
+    }
+
+
+def test_stages_that_train_get_all_nodes_and_a_warning(calls: list[Call]) -> None:
+    for call in calls:
+        trains = call.stage in ("dvae", "transformer")
+        everywhere = trains or call.stage == "doctor"
+        assert ("signal" in call.options) == trains
+        assert call.options["ntasks-per-node"] == ("8" if everywhere else "1")
+        gpus = "8" if everywhere else "1" if call.stage in ("codes", "evaluate") else None
+        assert call.options.get("gpus-per-node") == gpus
+    assert [call.options["nodes"] for call in calls if call.stage == "transformer"] == ["1", "4", "8"]
+    assert calls[1].options["array"] == "0-15" and "%A_%a" in calls[1].options["output"]
+
+
+def test_launchers_understand_what_they_are_given(
+    calls: list[Call], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    found = []
+    for call in calls:
+        if call.stage == "dvae":
+            found.append(parse_command(DvaeRun, "dvae", call.launcher).run.run_dir)
+        elif call.stage == "transformer":
+            found.append(parse_command(TransformerRun, "transformer", call.launcher).run.train.batch_size)
+        elif call.stage == "doctor":
+            found.append(parse_options(ClusterOptions, call.launcher[1:]).path)
+    assert found[0] == "runs"
+    assert [Path(str(name)).parts[-2:] for name in (found[1], found[3])] == [("first", "dvae"), ("second", "dvae")]
+    assert found[4] == 1024
+
+
+def test_a_chain_is_queued_whole_or_not_at_all(place: Path) -> None:
+    status, told = shell("DVAE_ARGS=--refuse slurm/chain.sh small my_data runs/whole", place)
+    assert status != 0
+    assert re.search(r"tokenizer +(\d+)\ncancelled \1\n", told)
+
+
+def test_a_chain_that_is_given_again_keeps_its_tokenizer(place: Path) -> None:
+    (place / "again").mkdir()
+    (place / "again" / "tokenizer.model").touch()
+    before = len(noted(place))
+    assert shell("slurm/chain.sh small my_data again", place)[0] == 0
+    new = noted(place)[before:]
+    assert [call.stage for call in new] == ["dvae", "codes", "transformer", "evaluate"]
+    assert "dependency" not in new[0].options
