@@ -40,6 +40,11 @@ job_state() {
     ask_controller --oneliner show job "$SLURM_JOB_ID" | sed -E 's/.* JobState=([A-Z_]+).*/\1/'
 }
 
+# How often in a row the job has gone back into the queue because processes were killed.
+crashes() {
+    tac "$logs/outcome" 2> /dev/null | awk '!/ requeued: rank /{exit} {count++} END{print count + 0}'
+}
+
 # Where rank 0 is: by a name that resolves here, as it does on every node of a sane cluster, or by SLURM's address of it.
 first_address() {
     local first
@@ -99,7 +104,7 @@ done
 if [[ -z $failed$killed ]] && ((!again)); then
     conclude 0 'done'
 fi
-why=${failed:-${killed:-it was told to stop; }}
+why=${failed:-${killed:-it stopped before its end; }}
 state=$(job_state)
 if [[ $state != RUNNING ]]; then # cancelled, preempted, or out of time
     conclude "$EXIT_REQUEUE" "stopped: ${why}SLURM says $state, and decides on what follows"
@@ -109,6 +114,8 @@ elif [[ ${ENVIRONMENT:-} != BATCH ]]; then
     conclude "$EXIT_REQUEUE" "stopped: ${why}give the same command to go on"
 elif ((restarts >= REQUEUE_LIMIT)); then
     conclude 1 "failed: ${why}restarted $restarts times already, and REQUEUE_LIMIT=$REQUEUE_LIMIT in $DALLE_SITE"
+elif [[ -n $killed ]] && (($(crashes) >= CRASH_LIMIT)); then
+    conclude 1 "failed: ${why}the same happened $CRASH_LIMIT times before, which is CRASH_LIMIT in $DALLE_SITE"
 fi
 echo "$(date -u +%FT%TZ) requeued: ${why}restart $((restarts + 1)) of at most $REQUEUE_LIMIT" | tee -a "$logs/outcome"
 ask_controller requeue "$SLURM_JOB_ID" || conclude 1 "failed: ${why}and the job cannot be requeued"

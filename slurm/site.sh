@@ -14,6 +14,7 @@ SBATCH_OPTIONS=()                  # anything else, such as (--mem=0 --exclusive
 # --- how runs stop and go on
 WARNING_SECONDS=600                # before the time limit, SIGUSR1: more than an update and a checkpoint take, less than the limit
 REQUEUE_LIMIT=100                  # restarts of one job, by the time limit, by preemption, by lost machines
+CRASH_LIMIT=5                      # restarts in a row because a process was killed: it may be out of memory every time
 LAST_EXIT_SECONDS=120              # how long processes may go on when the first one has ended; then they are killed
 
 # --- what every job does first, on its first machine; processes inherit its environment

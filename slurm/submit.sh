@@ -14,7 +14,7 @@ done
 (($#)) || fail "no .sbatch file named: slurm/submit.sh [options of sbatch] slurm/STAGE.sbatch [options of the launcher]"
 
 pattern=%x-%j
-[[ " ${options[*]}" != *" --array="* ]] || pattern=%x-%A_%a
+[[ " ${options[*]}" != *" --array"* ]] || pattern=%x-%A_%a
 request=(--requeue --open-mode=append --output="$DALLE_LOGS/$pattern.log" --time="$TIME_LIMIT")
 request+=(--cpus-per-task="$CPUS_PER_PROCESS")
 [[ -z $ACCOUNT ]] || request+=(--account="$ACCOUNT")

@@ -29,6 +29,7 @@ class Jobs:
             "limit": desk.standin(*["75,75"] * (REQUEUE_LIMIT + 2)),
             "killed": desk.standin("75,137", "0,0"),
             "told early": desk.standin("138,143", "0,0"),
+            "crashing": desk.standin("75,137", "75,137", "0,0"),
             "lost": desk.standin("75,lost", "0,0"),
             "all killed": desk.standin("137,137"),
             "failed": desk.standin("75,3"),
@@ -51,6 +52,7 @@ class Jobs:
             "cancelled": "CANCELLED",
             "chained": "CANCELLED",
         }
+        ends["crashing"] = "FAILED"
         for name, job in self.numbers.items():
             desk.cluster.wait(job, ends.get(name, "COMPLETED"), 60)
 
@@ -97,7 +99,15 @@ def test_a_lost_process_puts_the_job_back_if_the_others_say_so(jobs: Jobs, desk:
 def test_restarts_have_a_limit(jobs: Jobs, desk: Desk) -> None:
     assert starts(desk, jobs["limit"]) == list(range(REQUEUE_LIMIT + 1))
     last = desk.outcomes(jobs["limit"])[-1]
-    assert last.startswith("failed: it was told to stop; restarted 2 times already, and REQUEUE_LIMIT=2 in ")
+    assert last.startswith("failed: it stopped before its end; restarted 2 times already, and REQUEUE_LIMIT=2 in ")
+
+
+def test_restarts_after_crashes_have_a_limit_of_their_own(jobs: Jobs, desk: Desk) -> None:
+    assert starts(desk, jobs["crashing"]) == [0, 1]
+    last = desk.outcomes(jobs["crashing"])[-1]
+    assert last.startswith(
+        "failed: rank 1 was killed by signal 9; the same happened 1 times before, which is CRASH_LIMIT"
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,7 @@ def test_status_says_what_failed_and_why(jobs: Jobs, desk: Desk) -> None:
 def test_an_interactive_allocation_is_not_requeued(desk: Desk) -> None:
     command = ("salloc", "--nodes=2", "--ntasks-per-node=1", ROOT / "slurm" / "launch.sh", STANDIN, "75,75")
     told = desk.cluster.run(*map(str, command), **desk.environment)
-    assert "stopped: it was told to stop; give the same command to go on" in told
+    assert "stopped: it stopped before its end; give the same command to go on" in told
     assert "exited with code 75" in told or "exit code 75" in told
 
 

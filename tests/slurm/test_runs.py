@@ -135,7 +135,7 @@ def test_a_run_that_is_told_to_stop_loses_no_update(jobs: Jobs) -> None:
     warned, killed, requeued = resumed
     assert 20 <= warned < 50 and killed in (warned, 50) and requeued >= 85
     first, second, third, last = jobs.desk.outcomes(jobs.disturbed, "transformer")
-    assert first == "requeued: it was told to stop; restart 1 of at most 2"
+    assert first == "requeued: it stopped before its end; restart 1 of at most 2"
     assert second == "requeued: rank 1 was killed by signal 9; restart 2 of at most 2"
     assert third.endswith("decides on what follows") and last == "done"
 
