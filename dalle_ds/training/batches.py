@@ -7,6 +7,7 @@ from typing import Any
 
 from dalle_ds.config import Run
 from dalle_ds.data import BatchLoader, evaluation_batches
+from dalle_ds.data.faults import FaultLog
 from dalle_ds.errors import DataError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.mesh import share_tensors
@@ -30,6 +31,8 @@ class Batches:
         self.validation_samples = task.samples("validation")
         if len(self.validation_samples) == 0:
             raise DataError(f"{run.data} has no validation rows: prepare it again with a greater --validation")
+        self.faults = FaultLog()
+        """What could not be read of training batches, on this process."""
         self._task = task
         self._run = run
         self._micro_batch = micro_batch
@@ -43,8 +46,13 @@ class Batches:
         """This rank's part of the validation rows; collective as `train`."""
         return self._shared(self._evaluated)
 
+    def check_unchanged(self) -> None:
+        """Raise a `DataChangedError` where the data is not what the run began with."""
+        for samples in (self.train_samples, self.validation_samples):
+            samples.check_unchanged()
+
     def _loaded(self, start_step: int) -> Iterable[Batch]:
-        return BatchLoader(
+        loader = BatchLoader(
             self.train_samples,
             seed=self._run.seed,
             batch_size=self._run.train.batch_size,
@@ -54,6 +62,8 @@ class Batches:
             start_step=start_step,
             workers=self._run.loader.workers,
         )
+        loader.faults = self.faults
+        return loader
 
     def _evaluated(self) -> Iterable[Batch]:
         return evaluation_batches(

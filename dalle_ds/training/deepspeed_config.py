@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle_ds.config import Run
 from dalle_ds.errors import ConfigError
-from dalle_ds.parsing import parse_json
+from dalle_ds.parsing import parse_json, shown
 
 _OURS = {
     "optimizer": "the optim section",
@@ -90,8 +91,8 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     micro_batch, accumulation = _batch(json_config, run, readers)
     precision = _agree("precision", run.train.precision, _json_precision(json_config), "fp32")
     stage = _agree("zero_stage", run.train.zero_stage, _json_stage(json_config), 1 if degrees.pipe > 1 else 0)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f'"zero_optimization.stage" must be 0, 1, 2 or 3, found {stage!r}')
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f'"zero_optimization.stage" must be 0, 1, 2 or 3, found {shown(stage)}')
     if degrees.pipe > 1 and stage != 1:
         raise ConfigError(
             f"parallel.pipe={degrees.pipe} with ZeRO-{stage}: a pipeline adds up gradients over many micro-batches, which "
@@ -185,7 +186,7 @@ def _default_micro_batch(rows: int, stages: int) -> int:
 
 def _check_clipping(json_config: dict[str, Any], run: Run) -> None:
     clip = run.optim.clip if run.optim.clip is not None else 0.0
-    stated = _stated(json_config, "gradient_clipping")
+    stated = _stated(json_config, "gradient_clipping", float)
     if stated is not None and stated != clip:
         raise ConfigError(
             f'the DeepSpeed JSON says "gradient_clipping": {stated}, but optim.clip is {run.optim.clip}: '
@@ -202,7 +203,7 @@ def _check_reduction(json_config: dict[str, Any]) -> None:
     for name, value in stated.items():
         if value not in (None, "fp32"):
             raise ConfigError(
-                f'"{name}" in the DeepSpeed JSON is {value!r}, which fp16 runs need in "fp32": leave it out'
+                f'"{name}" in the DeepSpeed JSON is {shown(value)}, which fp16 runs need in "fp32": leave it out'
             )
 
 
@@ -236,15 +237,16 @@ def _check_offload(json_config: dict[str, Any], stages: int) -> None:
         )
     if offload.get("ratio", 1.0) != 1.0:
         raise ConfigError(
-            f'"zero_optimization.offload_optimizer.ratio" is {offload["ratio"]}, which would hand a part of the weights to '
-            "another optimizer: leave it out"
+            f'"zero_optimization.offload_optimizer.ratio" is {shown(offload["ratio"])}, which would hand a part of the '
+            "weights to another optimizer: leave it out"
         )
 
 
 def _agree(name: str, wanted: Any, stated: Any, default: Any) -> Any:
     if wanted is not None and stated is not None and wanted != stated:
         raise ConfigError(
-            f"train.{name}={wanted} but the DeepSpeed JSON says {stated}: give a JSON for {wanted}, or leave train.{name} out"
+            f"train.{name}={wanted} but the DeepSpeed JSON says {shown(stated)}: give a JSON for {wanted}, or leave "
+            f"train.{name} out"
         )
     if wanted is not None:
         return wanted
@@ -273,24 +275,26 @@ def _json_stage(json_config: dict[str, Any]) -> int | None:
     return None if stage == "auto" else stage
 
 
-def _stated(json_config: dict[str, Any], name: str) -> Any:
+def _stated(json_config: dict[str, Any], name: str, kind: type[int] | type[float] = int) -> Any:
     value = json_config.get(name)
     if value is None or value == "auto":
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ConfigError(f'"{name}" in the DeepSpeed JSON must be a number or "auto", found {value!r}')
+    whole = type(value) is int and 1 <= value < 2**63
+    if not whole and not (kind is float and type(value) in (int, float) and 0 <= value < math.inf):
+        what = "a whole number of at least 1" if kind is int else "a number of at least 0"
+        raise ConfigError(f'"{name}" in the DeepSpeed JSON must be {what} or "auto", found {shown(value)}')
     return value
 
 
 def _section(json_config: dict[str, Any], name: str) -> dict[str, Any]:
     section = json_config.get(name, {})
     if not isinstance(section, dict):
-        raise ConfigError(f'"{name}" in the DeepSpeed JSON must be an object, found {section!r}')
+        raise ConfigError(f'"{name}" in the DeepSpeed JSON must be an object, found {shown(section)}')
     return section
 
 
 def _enabled(json_config: dict[str, Any], name: str) -> bool:
     enabled = _section(json_config, name).get("enabled", False)
     if not isinstance(enabled, bool):
-        raise ConfigError(f'"{name}.enabled" in the DeepSpeed JSON must be true or false, found {enabled!r}')
+        raise ConfigError(f'"{name}.enabled" in the DeepSpeed JSON must be true or false, found {shown(enabled)}')
     return enabled

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dalle_ds.config import Run
+from dalle_ds.data.faults import Unreadable
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
@@ -31,6 +32,7 @@ from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.saver import Kept, Saved, Saver
 from dalle_ds.training.signals import StopSignals
+from dalle_ds.training.stragglers import Stragglers
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.update import COUNTED, Updater
 from dalle_ds.training.weights import MasterWeights
@@ -148,6 +150,8 @@ class Loop:
         )
         self._saved_at = time.monotonic()
         self._try_again_at = math.inf
+        self._unreadable = Unreadable(self.run.loader.max_unreadable, self.batches.faults, self.run.data)
+        self._stragglers = Stragglers(self.mesh, self.run.watch, lambda line: self.tracker.say(line, style="yellow"))
 
     def _begin_at(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -161,8 +165,12 @@ class Loop:
 
         Raises:
             Interrupted: the run was told to stop, and has written a checkpoint.
+            DataError: too much of the data cannot be read, or it has changed.
         """
         run, report = self.run, self.run.report
+        for fault in self.batches.train_samples.faults:
+            self.tracker.say(str(fault), style="yellow")
+        self._unreadable.check_known(self.batches.train_samples.faults, len(self.batches.train_samples))
         self.engine.train()
         if self.state["validation_is_due"]:
             self._validate()
@@ -172,7 +180,8 @@ class Loop:
         while self.step < run.steps:
             began = time.perf_counter()
             self._pulse("waiting for data")
-            batches = self._next_batches()
+            with self._stragglers.waiting():
+                batches = self._next_batches()
             waited.append(time.perf_counter() - began)
             self._pulse("step")
             metrics, lost = self._update(batches)
@@ -188,6 +197,7 @@ class Loop:
                 self._stop_if_told()
                 continue
             last = self.step == run.steps
+            metrics |= self._stragglers.after(self.step, seconds[-1])
             if self.step % report.log_every == 0 or last:
                 metrics["data_seconds"] = sum(waited) / len(waited)
                 self.tracker.log(self.step, metrics, sum(seconds) / len(seconds))
@@ -234,7 +244,22 @@ class Loop:
         if model is not None:
             directory.mark_exported(self.step)
             self.tracker.say(f"exported to {directory.export}")
+            self.tracker.say(self._summary())
         self.mesh.barrier()
+
+    def _summary(self) -> str:
+        """What the run went through, for the user."""
+        words = {
+            "skipped": "rows that could not be read",
+            "truncated": "captions cut",
+            "skipped_updates": "updates left out",
+            "failed_saves": "checkpoints that could not be written",
+        }
+        counts = {words[name]: count for name, count in self.counts.items() if count}
+        counts["times back to a checkpoint"] = len(self.rollbacks.events)
+        counts["restarts"] = self.directory.starts() - 1
+        told = [f"{count:,} {what}" for what, count in counts.items() if count > 0]
+        return f"done: {self.step:,} updates, {', '.join(told) or 'without any disturbance'}"
 
     def _update(self, micro_batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """Make an update; returns its figures and whether the run should go back from here."""
@@ -266,7 +291,15 @@ class Loop:
                 "fall (gradient_scale in the metrics), begin with a lower scaling.initial_log2",
                 style="bold red",
             )
+        self._count_unreadable(outcome.figures)
         return self._counted(outcome.figures, outcome.applied), lost
+
+    def _count_unreadable(self, figures: dict[str, float]) -> None:
+        """Tell what could not be read, and end a run of which too much cannot be; all processes know the same count."""
+        skipped = round(figures.get("skipped", 0))
+        for line in self.batches.faults.news():
+            self.tracker.say(line, style="yellow")
+        self._unreadable.observe(self.run.train.batch_size + skipped, skipped)
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of the next update."""
@@ -409,6 +442,7 @@ class Loop:
             "wandb_id": self.tracker.run_id,
             "validation_is_due": validation_is_due,
         }
+        self.mesh.decide(self.batches.check_unchanged)
         self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, self.step
         try:
             self._saver.begin(self.step, state)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +19,7 @@ from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
 from dalle_ds.parsing import parse_json, parse_yaml
 from dalle_ds.training.checkpoint_folder import CheckpointFolder
+from dalle_ds.training.lines import LineFile
 
 # Fields that may differ when a run is resumed: they change no weight but for rounding (paths are held against fingerprints
 # instead), or are there to be changed by hand.
@@ -92,6 +96,11 @@ class RunDirectory:
     def numerics_file(self) -> Path:
         """Histograms of gradients, one JSON object per line."""
         return self.path / "numerics.jsonl"
+
+    @property
+    def starts_file(self) -> Path:
+        """When and where the run was started, one JSON object per line."""
+        return self.path / "starts.jsonl"
 
     @property
     def rollbacks_file(self) -> Path:
@@ -215,6 +224,26 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}): restore it, or name a new --run_dir") from error
         return content
+
+    def note_start(self, step: int, processes: str) -> None:
+        """Add a line to the list of the run's starts; not being able to is no reason not to start.
+
+        Args:
+            step: updates done before.
+            processes: how the work is divided, in words.
+        """
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        with suppress(OSError):
+            lines = LineFile(self.starts_file)
+            lines.append({"step": step, "time": now, "host": socket.gethostname(), "processes": processes})
+            lines.close()
+
+    def starts(self) -> int:
+        """How often the run was started."""
+        try:
+            return sum(1 for _ in read_records(self.starts_file))
+        except OSError:
+            return 0
 
     def exported_step(self) -> int | None:
         """How many updates the exported model has had; None where there is none."""

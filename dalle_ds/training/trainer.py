@@ -161,6 +161,8 @@ class Trainer:
         rollbacks = self.mesh.decide(lambda: Rollbacks.read(self.directory.rollbacks_file))
         with self._tracker() as tracker:
             self.mesh.decide(lambda: self.directory.keep_wandb_id(tracker.run_id))
+            if self.mesh.is_main:
+                self.directory.note_start(self.step, self.mesh.describe())
             for line in trained.replicas.describe() if trained.replicas is not None else ():
                 tracker.say(line)
             setup = Setup(

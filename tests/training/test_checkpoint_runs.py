@@ -48,13 +48,14 @@ class Runs:
         }
         self.transformer = {"model": to_dict(TINY_DALLE), "dvae": str(dvae), "tokenizer": str(tokenizer)}
         self.dvae = {"model": to_dict(TINY_DVAE), "objective": {"temperature_steps": 20, "kl_warmup_steps": 4}}
+        replicas: dict[str, Any] = {"parallel": {"replicas": 2}, "powersgd": SQUEEZED}
         launch([self.job("one", 0, steps=STOPPED)], 1, folder)
         from_one = {
             "zero3": self.job("one-zero3", 3),
             "tensor": self.job("one-tensor", 1, parallel={"tensor": 2, "sequence": True}),
             "pipe": self.job("one-pipe", 1, parallel={"pipe": 2}),
             "replicas": self.job("one-replicas", 2, parallel={"replicas": 2}),
-            "squeezed": self.job("one-squeezed", 3, parallel={"replicas": 2}, powersgd=SQUEEZED),
+            "squeezed": self.job("one-squeezed", 3, **replicas),
         }
         for name in from_one:
             shutil.copytree(folder / "one", folder / f"one-{name}")
@@ -62,18 +63,18 @@ class Runs:
             self.job("zero3-one", 3, steps=STOPPED),
             self.job("tensor-one", 3, steps=STOPPED, parallel={"tensor": 2}),
             self.job("pipe-one", 1, steps=STOPPED, parallel={"pipe": 2}),
-            self.job("squeezed-one", 3, steps=STOPPED, parallel={"replicas": 2}, powersgd=SQUEEZED),
+            self.job("squeezed-one", 3, steps=STOPPED, **replicas),
             self.job("scaled-one", 2, "fp16", steps=STOPPED),
             self.job("dvae-one", 3, steps=STOPPED, stage="dvae"),
             # In the same layout again, error sums and all.
-            self.job("squeezed-same", 3, steps=STOPPED, parallel={"replicas": 2}, powersgd=SQUEEZED),
+            self.job("squeezed-same", 3, steps=STOPPED, save_every=2, **replicas),
         ]
         straight = [
             self.job("straight", 1),
             self.job("dvae-straight", 1, stage="dvae"),
-            self.job("squeezed-straight", 3, parallel={"replicas": 2}, powersgd=SQUEEZED),
+            self.job("squeezed-straight", 3, save_every=2, **replicas),
         ]
-        again = self.job("squeezed-same", 3, parallel={"replicas": 2}, powersgd=SQUEEZED)
+        again = self.job("squeezed-same", 3, save_every=2, **replicas)
         launch([*straight, *to_one, *from_one.values(), again], 2, folder)
         shutil.copytree(folder / "zero3-one", folder / "unfinished")
         shutil.copytree(folder / "zero3-one", folder / "bf16")
@@ -134,8 +135,8 @@ def test_gradient_scales_follow_the_number_of_processes(runs: Runs) -> None:
 def test_error_sums_are_kept_dropped_and_begun(runs: Runs) -> None:
     straight = metrics(runs["squeezed-straight"])
     for step, figures in metrics(runs["squeezed-same"]).items():
-        # Each replica gets an equal part of the sum, so that the two differ from then on by rounding.
-        assert figures["loss"] == pytest.approx(straight[step]["loss"], abs=1e-6)
+        # Each replica goes on with an equal part of the sum, whether it has been resumed or not.
+        assert (figures["loss"], figures["grad_norm"]) == (straight[step]["loss"], straight[step]["grad_norm"]), step
     index = Index.open(runs["squeezed-same"] / "checkpoints" / "step-10" / "tensors")
     errors = [name for name in index.tensors if name.startswith("error/")]
     assert len(errors) == 8 * TINY_DALLE.depth // 2
