@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from typing import Any
 
 import yaml
 
+_Repr = reprlib.Repr()
+_Repr.maxlevel, _Repr.maxstring, _Repr.maxother, _Repr.maxlong = 2, 80, 80, 40
 _DEPTH = 100
 """How deep YAML may be nested: its parser takes time that grows with the square."""
 _OPENING = (
@@ -48,3 +51,11 @@ def parse_yaml(text: str) -> Any:
     # What its constructors stumble on, such as `!!int ''`, `!!bool x` and `!!timestamp x`.
     except (LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"a value that is not what its tag says ({error})") from error
+
+
+def shown(value: Any) -> str:
+    """A value as an error tells it, shortened: a few lines of YAML can stand for one that fills memory when written out."""
+    try:
+        return _Repr.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__}"

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import reprlib
 import types
 import typing
 from typing import Any, Literal, TypeVar
 
 from dalle_ds.errors import ConfigError
+from dalle_ds.parsing import shown
 
 Config = TypeVar("Config")
-_Repr = reprlib.Repr()
-_Repr.maxlevel, _Repr.maxstring, _Repr.maxother, _Repr.maxlong = 2, 80, 80, 40
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str) -> Config:
         ConfigError: a field that `kind` does not have, or a value of the wrong type.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where} must be a mapping of fields, found {_shown(values)}")
+        raise ConfigError(f"{where} must be a mapping of fields, found {shown(values)}")
     hints = typing.get_type_hints(kind)
     names = [entry.name for entry in dataclasses.fields(kind)]  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
@@ -48,7 +46,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str) -> Config:
         if name not in names:
             guess = difflib.get_close_matches(name[:50], names, 1) if isinstance(name, str) else []
             hint = f"; did you mean {guess[0]}?" if guess else ""
-            raise ConfigError(f"{where} has no field {_shown(name)}{hint}")
+            raise ConfigError(f"{where} has no field {shown(name)}{hint}")
         arguments[name] = _convert(hints[name], value, f"{where}.{name}")
     return kind(**arguments)
 
@@ -74,15 +72,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     wanted = f"one of {', '.join(map(repr, choices))}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{where} must be {wanted}, found {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """What was found, shortened: in YAML, a few lines can stand for a mapping that fills memory when it is written out."""
-    try:
-        return _Repr.repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__}"
+    raise ConfigError(f"{where} must be {wanted}, found {shown(value)}")
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
