@@ -88,7 +88,7 @@ def test_sums_of_bf16_gradients_are_kept_in_fp32() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, {}, 1, "ratio"),
         ({"zero_optimizations": {"stage": 3}}, {}, 1, 'did you mean "zero_optimization"'),
         ({"bf16": {"enabled": 1}}, {}, 1, "must be true or false, found 1"),
-        ({"train_micro_batch_size_per_gpu": "2"}, {}, 1, 'must be a number or "auto"'),
+        ({"train_micro_batch_size_per_gpu": "2"}, {}, 1, 'must be a whole number of at least 1 or "auto"'),
         (
             {"bf16": {"enabled": True}},
             {"micro_batch": 8},
