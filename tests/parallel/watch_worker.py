@@ -269,7 +269,7 @@ def stop_in_turn(first: int) -> Callable[[Mesh], None]:
 
 def tell_all(processes: Processes) -> None:
     """As launchers and SLURM do, who signal all processes of a run, and more than once."""
-    for what in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+    for what in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
         processes.send(what, *processes.watchmen)
     processes.send(signal.SIGTERM, *processes.ranks)
 
