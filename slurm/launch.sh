@@ -42,13 +42,19 @@ job_state() {
 
 # How often in a row the job has gone back into the queue because processes were killed.
 crashes() {
-    tac "$logs/outcome" 2> /dev/null | awk '!/ requeued: rank /{exit} {count++} END{print count + 0}'
+    tac "$logs/outcome" 2> /dev/null | awk '!/ requeued: rank /{other = 1} !other{count++} END{print count + 0}'
+}
+
+# Some of many sentences.
+listed() {
+    printf '%s; ' "${@:1:4}"
+    (($# <= 4)) || printf 'and so %s more; ' "$(($# - 4))"
 }
 
 # Where rank 0 is: by a name that resolves here, as it does on every node of a sane cluster, or by SLURM's address of it.
 first_address() {
     local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
     if getent hosts "$first" > /dev/null; then
         echo "$first"
     else
@@ -69,7 +75,8 @@ echo "$(date -u +%FT%TZ) $name: $count processes on $SLURM_JOB_NODELIST, restart
 
 # Processes end by themselves and all together when one of them dies (dalle_ds/parallel/watch.py): srun must not kill them
 # before. It is not told of --cpus-per-task by the job since SLURM 22.05.
-srun --ntasks="$count" --mpi=none --kill-on-bad-exit=0 --wait="$LAST_EXIT_SECONDS" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL \
+srun --ntasks="$count" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --export=ALL --mpi=none \
+    --kill-on-bad-exit=0 --wait="$LAST_EXIT_SECONDS" \
     --output="$logs/rank-%t.log" --open-mode=append \
     "$DALLE_ROOT/slurm/rank.sh" python "$@" < /dev/null &
 step=$!
@@ -89,32 +96,37 @@ for _ in {1..10}; do # files made on other nodes may take a moment to be seen
     (($(find "$DALLE_STATUS" -name '[0-9]*' ! -name '*.partial' | wc -l) < count && srun_status)) || break
     sleep 1
 done
-again=0 failed='' killed=''
+again=0 failed=() killed=()
 for ((rank = 0; rank < count; rank++)); do
     status=$(cat "$DALLE_STATUS/$rank" 2> /dev/null || echo lost)
     case $status in
         0) ;;
         # 128 + SIGUSR1 or SIGTERM: told to stop before it had got so far as to heed signals.
         "$EXIT_REQUEUE" | 138 | 143) again=1 ;;
-        lost) killed+="rank $rank was lost with its machine or killed by srun; " ;;
-        129 | 1[3-9]?) killed+="rank $rank was killed by signal $((status - 128)); " ;;
-        *) failed+="rank $rank ended with status $status; " ;;
+        lost) killed+=("rank $rank was lost with its machine or killed by srun") ;;
+        129 | 1[3-9]?) killed+=("rank $rank was killed by signal $((status - 128))") ;;
+        *) failed+=("rank $rank ended with status $status") ;;
     esac
 done
-if [[ -z $failed$killed ]] && ((!again)); then
+if ((${#failed[@]} == 0 && ${#killed[@]} == 0 && !again)); then
     conclude 0 'done'
+elif ((${#failed[@]})); then
+    why=$(listed "${failed[@]}")
+elif ((${#killed[@]})); then
+    why=$(listed "${killed[@]}")
+else
+    why='it stopped before its end; '
 fi
-why=${failed:-${killed:-it stopped before its end; }}
 state=$(job_state)
 if [[ $state != RUNNING ]]; then # cancelled, preempted, or out of time
     conclude "$EXIT_REQUEUE" "stopped: ${why}SLURM says $state, and decides on what follows"
-elif [[ -n $failed ]] || ((!again)); then
+elif ((${#failed[@]} || !again)); then
     conclude 1 "failed: ${why}see $logs"
 elif [[ ${ENVIRONMENT:-} != BATCH ]]; then
     conclude "$EXIT_REQUEUE" "stopped: ${why}give the same command to go on"
 elif ((restarts >= REQUEUE_LIMIT)); then
     conclude 1 "failed: ${why}restarted $restarts times already, and REQUEUE_LIMIT=$REQUEUE_LIMIT in $DALLE_SITE"
-elif [[ -n $killed ]] && (($(crashes) >= CRASH_LIMIT)); then
+elif ((${#killed[@]} && $(crashes) >= CRASH_LIMIT)); then
     conclude 1 "failed: ${why}the same happened $CRASH_LIMIT times before, which is CRASH_LIMIT in $DALLE_SITE"
 fi
 echo "$(date -u +%FT%TZ) requeued: ${why}restart $((restarts + 1)) of at most $REQUEUE_LIMIT" | tee -a "$logs/outcome"
