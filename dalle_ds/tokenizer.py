@@ -386,7 +386,8 @@ def _parse(model: bytes) -> sentencepiece.SentencePieceProcessor:
         if not model:  # which sentencepiece opens without complaint
             raise RuntimeError("the file is empty")
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+        processor.id_to_piece(list(range(processor.get_piece_size())))
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a piece that is not UTF-8
         raise CheckpointError(f"not a sentencepiece model, or a broken one: {_REMEDY}") from error
     fault = _fault(processor)
     if fault:

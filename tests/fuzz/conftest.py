@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from dalle_ds.tokenizer import Tokenizer
+from tests.conftest import COLOURS, SHAPES, TINY_DALLE
 from tests.fuzz.harness import COUNTS
 
 # The same inputs at every run, unless more than usual are asked for: FUZZ_EXAMPLES=10000 pytest tests/fuzz
@@ -23,6 +26,21 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("fuzz")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer no larger than `TINY_DALLE.text_vocab`."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    captions = (f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES)
+    Tokenizer.train(captions, path, TINY_DALLE.text_vocab)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    """A small tokenizer."""
+    return Tokenizer.load(tokenizer_file)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -47,7 +47,7 @@ def survives(target: str, call: Callable[[], Any], memory: int = 2**30) -> Any:
     return result
 
 
-def survives_in_child(target: str, call: Callable[[], Any], memory: int = 2**30) -> None:
+def survives_in_child(target: str, call: Callable[[], Any], memory: int = 2**30, *, must_take: bool = False) -> None:
     """`survives` in a process of its own: for parsers that are not written in Python, and could take the process with them."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -71,3 +71,4 @@ def survives_in_child(target: str, call: Callable[[], Any], memory: int = 2**30)
     assert not os.WIFSIGNALED(status), f"{target} was ended by signal {os.WTERMSIG(status)}"
     assert os.WEXITSTATUS(status) == 0, told
     COUNTS.setdefault(target, Counter())[told] += 1
+    assert told == "taken" or not must_take
