@@ -84,7 +84,7 @@ class Checkup:
     def _slow_links(self) -> Iterator[str]:
         for axis in dict.fromkeys(link.axis for link in self.links):
             links = [link for link in self.links if link.axis == axis]
-            usual = statistics.median(link.all_reduce for link in links)
+            usual = statistics.median_high(link.all_reduce for link in links)
             for link in links:
                 if link.all_reduce < SLOW_LINK * usual:
                     yield (
@@ -101,7 +101,7 @@ class Checkup:
             yield f"{self.folder} has {least / 1e9:.1f} GB left: free some space"
 
     def _trials(self) -> Iterator[str]:
-        usual = statistics.median(trial.compute for trial in self.trials)
+        usual = statistics.median_low(trial.compute for trial in self.trials)
         for rank, trial in enumerate(self.trials):
             if trial.compute > self.slow * usual:
                 yield f"{self._who([rank])} computes {trial.compute / usual:.1f} times as long as the median process"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun", "scancel")
 PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -101,8 +103,16 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
             self._daemons.append(
-                # A session of its own: a Ctrl-C in the tests' terminal must not end it before its jobs.
-                subprocess.Popen(command, env=self.environment, stdout=output, stderr=output, start_new_session=True)
+                # A session of its own: a Ctrl-C in the tests' terminal must not end it before its jobs. But it ends when the
+                # tests are killed and cannot stop it.
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
+                )
             )
 
     def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
@@ -174,6 +184,10 @@ class Cluster:
         while not done():
             assert time.monotonic() < end, self.run("squeue")
             time.sleep(0.1)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_ports(count: int) -> list[int]:
