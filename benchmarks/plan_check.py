@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -245,6 +245,7 @@ def _check_engine(setting: Setting, mesh: Mesh) -> list[Check]:
         json_config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         json_config["data_types"] = {"grad_accum_dtype": "bf16"}
     layout = Layout.of(run, resolve(json_config, run, mesh.world_size), mesh.world_size)
+    layout = replace(layout, saves_beside=False)  # these engines write no checkpoints
     stages = stages_of(run, layout, "cpu")
     memory = heaviest(stage_memory(stage, layout, "cpu") for stage in stages)
     transfers = max((traffic(stage, model, layout) for stage in stages), key=_sent)

@@ -55,6 +55,8 @@ class Layout:
     """Whether optimizer state and the weights that it updates are kept in main memory."""
     offload_weights: bool = False
     """Whether the shards of the 16-bit weights are, too."""
+    saves_beside: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in main memory."""
     overlap: bool = False
     """Whether shards exchange data while they compute."""
     accumulate_bytes: int = 4
@@ -120,6 +122,7 @@ class Layout:
             powersgd=run.powersgd,
             offload_optimizer=_is_offloaded(zero, "offload_optimizer"),
             offload_weights=engine.zero_stage == 3 and _is_offloaded(zero, "offload_param"),
+            saves_beside=run.report.background_saves,
             overlap=bool(zero.get("overlap_comm", engine.zero_stage == 3)) and degrees.pipe == 1,
             accumulate_bytes=accumulate,
             master_bytes=BYTES["bf16"] if bf16.get("bf16_master_weights_and_grads") else BYTES["fp32"],

@@ -102,6 +102,7 @@ def stage_memory(stage: Stage, layout: Layout, device: str) -> Memory:
         held.master(),
         held.moments(),
         held.average(),
+        held.saved(),
         held.gradients(),
         held.error_buffers(),
         held.reduction(device),
@@ -210,6 +211,19 @@ class _Held:
         if layout.average == "cpu":
             return Use.always("average", 2 * size, host=True)
         return Use.always("average", size, host=layout.offload_optimizer)
+
+    def saved(self) -> Use:
+        """A copy of what this process writes of a checkpoint, in main memory: weights, moments, average and error sums."""
+        layout = self.layout
+        if not layout.saves_beside:
+            return Use("copy for a checkpoint")
+        moments = self.moments()
+        size = moments.at("between") + moments.host
+        size += layout.master_bytes * self.owned * (1 if layout.average == "none" else 2)
+        if layout.zero_stage == 0:  # of those that have the same, each writes some
+            size //= layout.shards
+        size += 4 * sum(shard.numel for shard in self.compressed)
+        return Use.always("copy for a checkpoint", size, host=True)
 
     def error_buffers(self) -> Use:
         """PowerSGD's, and the fixed random matrices that its first factors are made with."""
