@@ -12,4 +12,4 @@ submit() { "$DALLE_ROOT/slurm/submit.sh" "$@"; }
 parts=$(submit ${SBATCH_ARGS:-} --array="0-$((shares - 1))" "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@")
 # shellcheck disable=SC2086
 submit ${SBATCH_ARGS:-} --dependency="afterok:$parts" --kill-on-invalid-dep=yes "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@" \
-    --merge True || { scancel "$parts"; exit 1; }
+    --merge True --shards "$shares" || { scancel "$parts"; exit 1; }
