@@ -12,11 +12,12 @@ from dalle_ds.errors import ConfigError
 class WatchConfig:
     """What a run does about processes that hang or are slow; one that dies ends the run in any case. Changes no weight."""
 
-    hang_minutes: float | None = 20.0
+    hang_minutes: float | None = 10.0
     """Minutes without a sign of progress from a process after which all write their stacks to RUN_DIR/logs/stacks and the run
     ends, with the status that has it started again; None waits for ever."""
     collective_minutes: float = 15.0
-    """Minutes that processes wait for each other in one operation, from the first update on, before the run ends so."""
+    """Minutes that processes wait for each other in one operation, from the first update on, before the run ends so: more than
+    `hang_minutes`, which tells more of what hangs."""
     heartbeat_seconds: float = 10.0
     """Seconds between two writings of where each process is, to RUN_DIR/logs/heartbeats."""
     straggler_every: int = 100

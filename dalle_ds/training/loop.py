@@ -183,7 +183,8 @@ class Loop:
             with self._stragglers.waiting():
                 batches = self._next_batches()
             waited.append(time.perf_counter() - began)
-            self._pulse("step")
+            # The first update compiles, and connects processes.
+            self._setup.pulse(self.step, "step", LONG_MINUTES if self.step == first else 0.0)
             metrics, lost = self._update(batches)
             seconds.append(time.perf_counter() - began)
             self.step += 1

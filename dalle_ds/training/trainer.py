@@ -23,7 +23,7 @@ from dalle_ds.training.deepspeed_config import EngineConfig, resolve
 from dalle_ds.training.engine import build_engine, scale_gradients
 from dalle_ds.training.gradients import MasterGradients
 from dalle_ds.training.guard import Guard, Rollbacks
-from dalle_ds.training.loop import Loop, Pulse, Setup, Trained
+from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.signals import StopSignals
@@ -153,6 +153,7 @@ class Trainer:
                 print(f"{self.directory.path} is done: all {self.step} updates, exported to {self.directory.export}")
                 self.directory.release()
             return
+        self.pulse(self.step, "starting", LONG_MINUTES)
         torch.manual_seed(self.run.seed)
         trained = self._build()
         if self.checkpoint is not None:
