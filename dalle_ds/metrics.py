@@ -10,11 +10,11 @@ from dalle_ds.parsing import parse_json
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Each whole line as a dict with an integer "step"; what is left of a line that was cut off is passed over."""
+    """Each whole line as a dict with the update as "step"; what is left of a line that was cut off is passed over."""
     for line in path.read_text(errors="replace").splitlines():
         try:
             record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
             yield record

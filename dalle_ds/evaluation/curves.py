@@ -18,7 +18,7 @@ NAMED = 6
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, Series]:
-    """Every figure in a run's `metrics.jsonl`: name → (update, value) pairs.
+    """Every figure in a run's `metrics.jsonl`: name → (update, value) pairs. What is no finite number is left out.
 
     Raises:
         DataError: the folder has no metrics.
@@ -29,7 +29,7 @@ def read_metrics(run_dir: str | Path) -> dict[str, Series]:
     figures: dict[str, Series] = {}
     for record in read_records(path):
         for name, value in record.items():
-            if name != "step" and value is not None:
+            if name != "step" and type(value) in (int, float) and abs(value) < 1e300:
                 figures.setdefault(name, []).append((record["step"], value))
     return figures
 
@@ -42,7 +42,7 @@ def curves_figure(panels: dict[str, dict[str, Series]], columns: int = 3) -> Fig
             instead of being named.
         columns: panels side by side.
     """
-    rows = -(-len(panels) // columns)
+    rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4 * columns, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
@@ -74,10 +74,12 @@ def curves_svg(panels: dict[str, dict[str, Series]], columns: int = 3) -> str:
 def gradient_scales(metrics: dict[str, Series]) -> dict[str, Series]:
     """log2 of every residual block's gradient scale, first block to last (DALL·E Fig. 12); empty where none are kept."""
     prefix = "gradient_scale/"
-    blocks = sorted(int(name.removeprefix(prefix)) for name in metrics if name.startswith(prefix))
-    return {
-        f"block {block}": [(step, math.log2(value)) for step, value in metrics[f"{prefix}{block}"]] for block in blocks
+    names = {name.removeprefix(prefix): name for name in metrics if name.startswith(prefix)}
+    blocks = sorted((name for name in names if name.isdecimal()), key=int)
+    series = {
+        f"block {block}": [(step, value) for step, value in metrics[names[block]] if value > 0] for block in blocks
     }
+    return {block: [(step, math.log2(value)) for step, value in each] for block, each in series.items() if each}
 
 
 def numerics_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
