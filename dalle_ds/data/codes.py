@@ -36,6 +36,7 @@ from dalle_ds.data.shards import check_size, digest_of
 from dalle_ds.data.stamps import Stamps
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
 from dalle_ds.files import built_beside, write_json
+from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 2
 _CHECK = np.dtype("<u4")
@@ -430,7 +431,7 @@ def _existing_report(folder: Path, identity: dict[str, Any]) -> CodesReport:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "codes.json").read_text(encoding="utf-8")))
+        return dict(parse_json((folder / "codes.json").read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / 'codes.json'} cannot be read: {_AGAIN}") from error
 

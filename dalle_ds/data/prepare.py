@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import multiprocessing
 import shutil
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from dalle_ds.data import corpora, twemoji
-from dalle_ds.data.corpora import Broken, RawPair
+from dalle_ds.data import corpora, parts, twemoji
+from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.disk import disk_full_is_a_data_error
-from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
-from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
+from dalle_ds.data.examine import Examined, examine
+from dalle_ds.data.filters import FilterOptions
+from dalle_ds.data.parts import PartReport
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
@@ -36,11 +31,7 @@ if TYPE_CHECKING:
     from dalle_ds.data.arrow import SplitWriter, StoredPair
 
 FORMAT_VERSION = 2
-UNDECODABLE = "undecodable picture"
 DUPLICATE = "duplicate"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -101,20 +92,68 @@ def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: b
     existing = _existing_report(options, folder, overwrite)
     if existing is not None:
         return existing
-    report = PreparationReport(out=out)
-    with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
-        sorter = _SplitSorter(partial_folder, options)
-        for pair in _checked(_captioned(_read(options), options.filters, report), options, workers, report):
-            sorter.add(pair)
-        report.kept, report.fingerprint, shards = sorter.finish()
-        report.notes = _notes(options, report)
-        if not any(report.kept.values()):
-            reasons = ", ".join(f"{reason} ({entry.count})" for reason, entry in report.dropped.items())
-            raise DataError(
-                f"corpus {options.source or options.corpus} has no pair that can be kept: dropped {reasons}"
-            )
-        info = {"format_version": FORMAT_VERSION, "options": _identity(options), **report.to_json(), "shards": shards}
-        write_json(partial_folder / "info.json", info)
+    units = enumerate(_corpus(options).units())
+    return _assemble(examine(units, options.filters, options.shrink, workers), options, folder)
+
+
+def prepare_part(
+    options: PrepareOptions, out: str, shard: int, shards: int, *, workers: int = 1, overwrite: bool = False
+) -> PreparationReport | PartReport:
+    """Do part `shard` (from 0) of `shards` of a preparation, all of which `merge_parts` puts together.
+
+    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is.
+
+    Returns:
+        What was done; the report of the whole if `out` holds it already.
+
+    Raises:
+        ConfigError: no corpus given, or no such part.
+        DataError: as `prepare`, or the part that is there belongs to another preparation.
+    """
+    parts.check_part(shard, shards)
+    if options.corpus is None:
+        raise ConfigError("corpus is missing: give twemoji, folder, webdataset or hf")
+    folder, identity = Path(out), _identity(options)
+    existing = _existing_report(options, folder, overwrite)
+    if existing is not None:
+        return existing
+    part = parts.part_folder(folder, shard, shards)
+    there = None if overwrite else parts.existing_part(part, identity)
+    if there is not None:
+        return there
+    share = parts.Share(_corpus(options).units(), shard, shards)
+    return parts.write_part(examine(share, options.filters, options.shrink, workers), share, part, identity)
+
+
+def merge_parts(
+    out: str, shards: int | None = None, *, options: PrepareOptions | None = None, overwrite: bool = False
+) -> PreparationReport:
+    """Put the parts of a preparation together: the folder is the one that `prepare` makes by itself, byte for byte. The
+    parts are removed then.
+
+    Args:
+        shards: how many parts there must be; None takes what they say.
+        options: what they must have been prepared with; None takes what they say.
+        overwrite: replace an earlier preparation in `out`.
+
+    Raises:
+        DataError: a part is missing or damaged, or parts do not belong together; or as `prepare`.
+    """
+    folder = Path(out)
+    if not parts.parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
+        # A job that was started again after it was done.
+        existing = _existing_report(options or _options_of(read_info(folder)["options"]), folder, overwrite)
+        assert existing is not None, "another preparation is an error"
+        return existing
+    found = parts.complete_parts(folder, shards)
+    stored = _options_of(found[0].manifest["options"])
+    if options is not None and _identity(options) != _identity(stored):
+        raise DataError(
+            f"the parts in {parts.parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to "
+            "it out, or prepare them again with --overwrite True"
+        )
+    report = _existing_report(stored, folder, overwrite) or _assemble(parts.merged(found), stored, folder)
+    shutil.rmtree(parts.parts_folder(folder), ignore_errors=True)
     return report
 
 
@@ -167,6 +206,11 @@ def _identity(options: PrepareOptions) -> dict[str, Any]:
     return {**identity, "filters": dataclasses.asdict(options.filters)}
 
 
+def _options_of(identity: dict[str, Any]) -> PrepareOptions:
+    """The inverse of `_identity`."""
+    return PrepareOptions(**{**identity, "filters": FilterOptions(**identity["filters"])})
+
+
 def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
     notes = [twemoji.ATTRIBUTION] if options.corpus == "twemoji" else []
     if options.validation > 0 and not report.kept["validation"]:
@@ -174,10 +218,10 @@ def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
     return notes
 
 
-# --- read and filter ------------------------------------------------------------------------------------------------
+# --- from what was found of each pair to the folder -----------------------------------------------------------------
 
 
-def _read(options: PrepareOptions) -> Iterator[RawPair | Broken]:
+def _corpus(options: PrepareOptions) -> Corpus:
     if options.corpus == "twemoji":
         return corpora.read_twemoji()
     if options.corpus == "webdataset":
@@ -186,98 +230,50 @@ def _read(options: PrepareOptions) -> Iterator[RawPair | Broken]:
     return reader(options.source, options.image_column, options.caption_column)
 
 
-def _captioned(
-    pairs: Iterator[RawPair | Broken], options: FilterOptions, report: PreparationReport
-) -> Iterator[RawPair]:
-    """The pairs that have captions left after cleaning, filtering and removal of duplicates."""
+def _assemble(items: Iterator[Examined], options: PrepareOptions, folder: Path) -> PreparationReport:
+    report = PreparationReport(out=str(folder))
+    with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
+        sorter = _SplitSorter(partial_folder, options)
+        for pair, variant in _kept(items, report):
+            sorter.add(pair, variant)
+        report.kept, report.fingerprint, shards = sorter.finish()
+        report.notes = _notes(options, report)
+        if not any(report.kept.values()):
+            reasons = ", ".join(f"{reason} ({entry.count})" for reason, entry in report.dropped.items())
+            raise DataError(
+                f"corpus {options.source or options.corpus} has no pair that can be kept: dropped {reasons}"
+            )
+        info = {"format_version": FORMAT_VERSION, "options": _identity(options), **report.to_json(), "shards": shards}
+        write_json(partial_folder / "info.json", info)
+    return report
+
+
+def _kept(items: Iterator[Examined], report: PreparationReport) -> Iterator[tuple[StoredPair, str]]:
+    """The pairs that are kept, with their variants; the others are counted."""
+    from dalle_ds.data.arrow import StoredPair  # imports datasets, which worker processes do without
+
     seen: set[bytes] = set()  # 16-byte hashes of (picture, caption)
-    for pair in pairs:
-        if isinstance(pair, Broken):
-            report.drop(pair.reason, _storable(pair.name))
-            continue
-        picture = hashlib.sha256(pair.image).digest()
+    for item in items:
         captions: list[str] = []
         reasons: list[str] = []
         cut = 0
-        for text in pair.captions:
-            cleaned = clean_caption(text)
-            caption = cut_caption(cleaned, options.max_caption_chars)
-            digest = hashlib.sha256(picture + caption.encode()).digest()[:16]
-            reason = caption_problem(caption, options) or (DUPLICATE if digest in seen else None)
+        for caption in item.captions:
+            digest = hashlib.sha256(bytes.fromhex(item.picture) + caption.text.encode()).digest()[:16]
+            reason = caption.problem or (DUPLICATE if digest in seen else None)
             if reason:
                 reasons.append(reason)
                 continue
             seen.add(digest)
-            captions.append(caption)
-            cut += caption != cleaned
-        if not captions:
-            report.drop(reasons[0], _storable(pair.name))
+            captions.append(caption.text)
+            cut += caption.cut
+        problem = item.problem if captions or not reasons else reasons[0]
+        if problem:
+            report.drop(problem, item.name)
             continue
         report.captions_cut += cut
         for reason in reasons:
             report.captions_dropped[reason] = report.captions_dropped.get(reason, 0) + 1
-        yield dataclasses.replace(pair, captions=captions, name=_storable(pair.name))
-
-
-def _storable(name: str) -> str:
-    """File names need not be valid Unicode; what is stored must be."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _checked(
-    pairs: Iterator[RawPair], options: PrepareOptions, workers: int, report: PreparationReport
-) -> Iterator[RawPair]:
-    """The pairs whose pictures can be decoded and pass the filters, shrunk if asked for."""
-    check = partial(_check_picture, filters=options.filters, shrink=options.shrink)
-    for pair, (image, problem) in _map_in_order(check, pairs, workers):
-        if problem:
-            report.drop(problem, pair.name)
-        else:
-            yield pair if image is None else dataclasses.replace(pair, image=image)
-
-
-def _check_picture(pair: RawPair, filters: FilterOptions, shrink: int | None) -> tuple[bytes | None, str | None]:
-    """(what to store in place of the picture, None to store it as it is; why it is dropped, or None)."""
-    try:
-        width, height = picture_size(pair.image)
-        problem = picture_problem(width, height, filters)
-        if problem:
-            return None, problem
-        pixels = decode_image(pair.image, max_pixels=filters.max_pixels, short_side=shrink)
-    except DataError:
-        return None, UNDECODABLE
-    if shrink is None or min(width, height) <= shrink:
-        return None, None
-    return encode_png(resize_short_side(pixels, shrink)), None
-
-
-def _map_in_order(
-    function: Callable[[Item], Result], items: Iterator[Item], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) in the order of the items, computed by `workers` processes, a few items ahead."""
-    if workers <= 1:
-        for item in items:
-            yield item, function(item)
-        return
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
-    context.set_forkserver_preload([__name__])  # imported once, not by every process
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending: deque[tuple[Item, Future[Result]]] = deque()
-        try:
-            for item in items:
-                pending.append((item, pool.submit(function, item)))
-                if len(pending) >= 8 * workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that decodes pictures was killed, most likely for lack of memory: "
-                "use fewer --workers or lower filters.max_megapixels"
-            ) from error
+        yield StoredPair(item.image, captions, item.name, item.group), item.variant
 
 
 # --- split ----------------------------------------------------------------------------------------------------------
@@ -304,20 +300,20 @@ class _SplitSorter:
         self._variants: list[str] = []  # of the waiting pairs
         self._lowest = (1.0, "")  # (hash, group)
 
-    def add(self, pair: RawPair) -> None:
+    def add(self, pair: StoredPair, variant: str) -> None:
         """Store one pair."""
         place = unit_hash(self._options.seed, pair.group)
         if place < self._options.validation:
-            self._writers["validation"].add(_stored(pair))
+            self._writers["validation"].add(pair)
             return
         no_validation = self._options.validation > 0 and not self._writers["validation"].rows
         if no_validation:
             self._lowest = min(self._lowest, (place, pair.group))
-        if pair.variant or (no_validation and pair.group == self._lowest[1]):
-            self._waiting.add(_stored(pair))
-            self._variants.append(pair.variant)
+        if variant or (no_validation and pair.group == self._lowest[1]):
+            self._waiting.add(pair)
+            self._variants.append(variant)
         else:
-            self._writers["train"].add(_stored(pair))
+            self._writers["train"].add(pair)
 
     def finish(self) -> tuple[dict[str, int], str, dict[str, list[dict[str, Any]]]]:
         """Place the waiting pairs and close the splits: (split → rows, fingerprint of all, split → shards)."""
@@ -348,9 +344,3 @@ class _SplitSorter:
         rows = {split: writer.rows for split, writer in self._writers.items()}
         shards = {split: [vars(shard) for shard in writer.shards] for split, writer in self._writers.items()}
         return rows, fingerprint, shards
-
-
-def _stored(pair: RawPair) -> StoredPair:
-    from dalle_ds.data.arrow import StoredPair
-
-    return StoredPair(pair.image, pair.captions, pair.name, pair.group)

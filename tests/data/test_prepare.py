@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dalle_ds.data import arrow, corpora
 from dalle_ds.data import prepare as prepare_module
-from dalle_ds.data.corpora import RawPair
+from dalle_ds.data.corpora import Corpus, RawPair, Unit
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, prepare
@@ -192,7 +192,7 @@ def test_variants_when_no_group_falls_into_validation(seed: int, monkeypatch, tm
         for number, (group, variant) in enumerate(itertools.product("abcde", "1234")):
             yield RawPair(picture_bytes(number), [f"{group} with {variant}"], f"{group}{variant}", group, variant)
 
-    monkeypatch.setattr(corpora, "read_twemoji", few_emoji)
+    monkeypatch.setattr(corpora, "read_twemoji", lambda: Corpus(lambda: iter([Unit("emoji", few_emoji)])))
     options = PrepareOptions(corpus="twemoji", validation=1e-9, compositional=0.5, seed=seed)
     report = prepare(options, str(tmp_path / "d"))
     splits = {split: {row["name"] for row in rows} for split, rows in contents(tmp_path / "d").items()}

@@ -1,0 +1,151 @@
+"""What can be said of a pair by itself: its captions cleaned and judged, its picture decoded once to be sure.
+
+Pairs can be examined in any order and on any machine; what depends on other pairs (duplicates, splits) comes later, from
+what is told of each here, in the order of the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+from dalle_ds.data.corpora import Broken, RawPair, Unit
+from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
+from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
+from dalle_ds.errors import DataError
+
+UNDECODABLE = "undecodable picture"
+
+_CAPTION_CHARS = 2**16  # of a caption as it was written; of more, no more is cleaned than is kept in any case
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption, cleaned."""
+
+    text: str
+    problem: str | None
+    """Why it is dropped, whatever other pairs are like."""
+    cut: bool
+    """Whether it was longer."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A pair, or what is in the place of one, and all that preparation needs to know of it."""
+
+    unit: int
+    """The number of the corpus's unit that it comes from."""
+    name: str
+    problem: str | None
+    """Why it is dropped, whatever its captions are like."""
+    captions: list[Caption] = field(default_factory=list)
+    picture: str = ""
+    """SHA-256 of the picture as it was in the corpus, in hexadecimal."""
+    group: str = ""
+    variant: str = ""
+    image: bytes = b""
+    """The picture as it is to be stored; empty where the pair is dropped."""
+
+
+def examine(
+    units: Iterable[tuple[int, Unit]], filters: FilterOptions, shrink: int | None, workers: int
+) -> Iterator[Examined]:
+    """Everything that the units hold, in order.
+
+    Args:
+        units: with their numbers.
+        shrink: see `PrepareOptions`.
+        workers: processes that decode.
+    """
+    pairs = (_with_captions(number, pair, filters) for number, unit in units for pair in unit.read())
+    for item, (image, problem) in _map_in_order(
+        partial(_check_picture, filters=filters, shrink=shrink), pairs, workers
+    ):
+        yield replace(item, image=b"" if problem else image or item.image, problem=problem or item.problem)
+
+
+def _with_captions(unit: int, pair: RawPair | Broken, filters: FilterOptions) -> Examined:
+    if isinstance(pair, Broken):
+        return Examined(unit, _storable(pair.name), pair.reason)
+    captions = [_examined_caption(text, filters) for text in pair.captions]
+    kept = any(caption.problem is None for caption in captions)
+    return Examined(
+        unit,
+        _storable(pair.name),
+        None,
+        captions,
+        hashlib.sha256(pair.image).hexdigest(),
+        pair.group,
+        pair.variant,
+        pair.image if kept else b"",
+    )
+
+
+def _examined_caption(text: str, filters: FilterOptions) -> Caption:
+    most = max(_CAPTION_CHARS, 4 * filters.max_caption_chars)
+    cleaned = clean_caption(text[:most])
+    caption = cut_caption(cleaned, filters.max_caption_chars)
+    return Caption(caption, caption_problem(caption, filters), caption != cleaned or len(text) > most)
+
+
+def _storable(name: str) -> str:
+    """File names need not be valid Unicode; what is stored must be."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _check_picture(item: Examined, filters: FilterOptions, shrink: int | None) -> tuple[bytes | None, str | None]:
+    """(what to store in place of the picture, None to store it as it is; why it is dropped, or None)."""
+    if all(caption.problem for caption in item.captions):  # dropped already
+        return None, None
+    try:
+        width, height = picture_size(item.image)
+        problem = picture_problem(width, height, filters)
+        if problem:
+            return None, problem
+        pixels = decode_image(item.image, max_pixels=filters.max_pixels, short_side=shrink)
+    except DataError:
+        return None, UNDECODABLE
+    if shrink is None or min(width, height) <= shrink:
+        return None, None
+    return encode_png(resize_short_side(pixels, shrink)), None
+
+
+def _map_in_order(
+    function: Callable[[Item], Result], items: Iterator[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) in the order of the items, computed by `workers` processes, a few items ahead."""
+    if workers <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+    method = "forkserver" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload([__name__])  # imported once, not by every process
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pending: deque[tuple[Item, Future[Result]]] = deque()
+        try:
+            for item in items:
+                pending.append((item, pool.submit(function, item)))
+                if len(pending) >= 8 * workers:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that decodes pictures was killed, most likely for lack of memory: "
+                "use fewer --workers or lower filters.max_megapixels"
+            ) from error
