@@ -27,7 +27,7 @@ from dalle_ds.training.launch import parse_command
 from dalle_ds.training.run_directory import read_config
 from tests.conftest import ROOT, TINY_DVAE
 
-ROOMS = ("dalle_ds", "launchers", "benchmarks")
+ROOMS = ("dalle_ds", "launchers")
 
 NAMES = {
     # They run what they read, or anything that a name of theirs says.
@@ -231,7 +231,7 @@ def leaks(text: bytes, secrets: Iterable[str]) -> list[str]:
 
 @pytest.mark.launch
 def test_no_secret_is_written_or_printed_by_a_run(tmp_path: Path, data: Path) -> None:
-    """With every kind of tracking, and with a key in the DeepSpeed JSON, as its monitors take one."""
+    """From the environment, from the DeepSpeed JSON, whose monitors take keys, from the git repository around it."""
     json_file, out = tmp_path / "deepspeed.json", tmp_path / "run"
     in_json = "PlantedKeyOfComet"
     json_file.write_text(json.dumps({"comet": {"enabled": False, "api_key": in_json}}))
@@ -249,6 +249,11 @@ def test_no_secret_is_written_or_printed_by_a_run(tmp_path: Path, data: Path) ->
     command += ["--model.image_size", "16", "--model.encoder_width", "8", "--model.decoder_width", "8"]
     command += ["--report.wandb", "offline", "--report.wandb_project", "a_project_to_look_for"]
     environment = {**os.environ, **PLANTED, "PYTHONPATH": str(ROOT)}
+    of_git = "PlantedTokenOfGit"
+    for folder in ("objects", "refs"):
+        (tmp_path / ".git" / folder).mkdir(parents=True)
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (tmp_path / ".git" / "config").write_text(f'[remote "origin"]\n\turl = https://{of_git}:x@example.org/a.git\n')
     done = subprocess.run(command, capture_output=True, env=environment, timeout=180, cwd=tmp_path)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -256,7 +261,7 @@ def test_no_secret_is_written_or_printed_by_a_run(tmp_path: Path, data: Path) ->
         b"a_project_to_look_for" in text for path, text in written.items() if "wandb" in path.parts
     )
     for where, text in {**written, "output": done.stdout + done.stderr}.items():
-        assert not leaks(text, [*PLANTED.values(), in_json]), where
+        assert not leaks(text, [*PLANTED.values(), in_json, of_git]), where
 
 
 def test_leaks_are_found() -> None:

@@ -95,6 +95,8 @@ class Tracker:
             resume="allow",
             job_type=stage,
             config=to_dict(self._run),
+            # It would tell the address of the folder's git remote, with a token that stands before its host.
+            settings=wandb.Settings(disable_git=True),
         )
         self.run_id = self._wandb.id
 
