@@ -4,7 +4,7 @@
 #   slurm/status.sh [FOLDER] [JOB …]
 #
 # FOLDER is what slurm/chain.sh called OUT, or a folder of logs (DALLE_LOGS); without jobs, all that were submitted there.
-# Status 1 where a job has failed.
+# Status 1 where a job has failed or was cancelled.
 source "$(dirname "$0")/common.sh"
 
 wanted=()
@@ -35,7 +35,7 @@ last_words() {
     for file in "$1"/status/*; do
         if [[ -f $file && ! $(< "$file") =~ ^(0|75)$ ]]; then
             echo "    $1/rank-$(basename "$file").log:"
-            tail -n 6 "$1/rank-$(basename "$file").log" | sed 's/^/    | /'
+            tail -n 6 "$1/rank-$(basename "$file").log" | sed 's/^/    | /' || true
             return
         fi
     done
@@ -44,11 +44,14 @@ last_words() {
 failures=0
 while read -r job name; do
     ((${#wanted[@]} == 0)) || [[ " ${wanted[*]} " == *" $job "* ]] || continue
-    printf '%-12s job %-8s %s\n' "$name" "$job" "$(state "$job")"
+    said=$(state "$job")
+    printf '%-12s job %-8s %s\n' "$name" "$job" "$said"
+    [[ ! $said =~ FAIL|TIMEOUT|MEMORY|CANCELLED ]] || failures=1
     for folder in "$DALLE_LOGS"/*-"$job" "$DALLE_LOGS"/*-"$job"_*; do
         [[ -d $folder ]] || continue
         outcome=$(tail -n 1 "$folder/outcome" 2> /dev/null || true)
-        echo "    ${outcome:-begun: $(tail -n 1 "$folder/rank-0.log" 2> /dev/null || true)}"
+        [[ -z $outcome ]] || echo "    $outcome"
+        [[ $said != *RUNNING* ]] || echo "    now: $(tail -n 1 "$folder/rank-0.log" 2> /dev/null || true)"
         if [[ $outcome == *" failed: "* ]]; then
             failures=1
             last_words "$folder"

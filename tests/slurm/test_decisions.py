@@ -44,6 +44,8 @@ class Jobs:
             desk.cluster.until(
                 lambda name=name: "begins: " in desk.log(self[name], 0) and "begins: " in desk.log(self[name], 1), 30
             )
+            if name == "told":
+                self.meanwhile = desk.call("status.sh", self[name])
             run(*command, self[name], check=True)
         ends = {
             "limit": "FAILED",
@@ -138,6 +140,7 @@ def test_status_says_what_failed_and_why(jobs: Jobs, desk: Desk) -> None:
     assert "failed: rank 1 ended with status 3; see" in lines[1]
     assert lines[2].endswith("rank-1.log:") and "    | error: this went wrong" in lines
     assert re.fullmatch(rf"dvae +job {jobs['chained']} +CANCELLED \(DependencyNeverSatisfied\)", lines[-1])
+    assert re.fullmatch(rf"dvae +job {jobs['told']} +RUNNING\n    now: begins: start 0 .*\n", jobs.meanwhile)
     everything = desk.call("status.sh", check=False)
     assert all(f"job {job} " in everything for job in jobs.numbers.values())
 
