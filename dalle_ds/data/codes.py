@@ -32,8 +32,9 @@ from dalle_ds.data.faults import DAMAGED_CODES, NO_CODES, READ_ERROR, Fault, Row
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import read_info
-from dalle_ds.data.shards import check_size, digest_of
+from dalle_ds.data.shards import check_size, digest_of, stamp_of
 from dalle_ds.data.stamps import Stamps
+from dalle_ds.data.workers import take, without_surprises
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.parsing import parse_json
@@ -94,7 +95,7 @@ def write_codes(
 
     Raises:
         ConfigError: views or batch_size is not positive.
-        DataError: no prepared folder, another cache of this dVAE is there, or the disk is full.
+        DataError: no prepared folder, another cache of this dVAE is there, the disk is full, or a worker was killed.
     """
     if views <= 0 or batch_size <= 0:
         raise ConfigError(f"views and batch_size must be greater than 0, found {views} and {batch_size}")
@@ -206,7 +207,8 @@ class CodesCache:
         # The headers of the files are not believed; the data is what lies at their ends.
         sizes = zip(self.files.values(), self._data_bytes(), strict=True)
         self._offsets = [size - of_data for (size, _), of_data in sizes]
-        self._stamps = Stamps({path: digest for path, (_, digest) in self.files.items()})
+        digests = {path: digest for path, (_, digest) in self.files.items()}
+        self._stamps = Stamps({path: stamp_of(path) for path in digests}, digests)
         unreadable = manifest["unreadable"][split]
         self.faults: tuple[Fault, ...] = (Fault(NO_CODES, f"{folder} {split}", unreadable),) if unreadable else ()
         """Rows whose pictures could not be read when the cache was made."""
@@ -401,7 +403,9 @@ def _write_split(
 
 def _encoded(encode: Encode, batches: DataLoader) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
     """((rows, views, h, w) codes, (rows,) readable) of every batch."""
-    for views, readable in batches:
+    loaded = without_surprises(lambda: iter(batches))
+    for _ in range(len(batches)):
+        views, readable = take(loaded)
         codes = encode(views.flatten(0, 1)).cpu().numpy()
         yield codes.reshape(views.shape[0], views.shape[1], *codes.shape[1:]), readable
 

@@ -28,7 +28,8 @@ class PairDataset:
         """SHA-256 of the whole prepared folder, all splits."""
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
         self._shards = Shards(data_dir / split, [Shard(**entry) for entry in info["shards"][split]])
-        self._stamps = Stamps({data_dir / split / shard.file: shard.xxh3_128 for shard in self._shards.shards})
+        digests = {data_dir / split / shard.file: shard.xxh3_128 for shard in self._shards.shards}
+        self._stamps = Stamps(self._shards.stamps, digests)
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:

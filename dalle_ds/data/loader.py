@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.order import hash_integers, rows_of
-from dalle_ds.data.workers import start_worker, without_surprises, worker_error
+from dalle_ds.data.workers import start_worker, take, without_surprises
 from dalle_ds.errors import ConfigError, DataError
 
 MAX_TRIES = 256
@@ -203,12 +203,9 @@ class _Loaded:
 def _next(batches: Iterator[_Loaded]) -> _Loaded:
     """The next of a DataLoader's iterator; a worker that is gone is a failure like others."""
     try:
-        return next(batches)
-    except (RuntimeError, OSError, EOFError):
-        failure = worker_error(getattr(batches, "_workers", ()))
-        if failure is None:
-            raise
-    return _Loaded(failure=failure)
+        return take(batches)
+    except DataError as error:
+        return _Loaded(failure=error.with_traceback(None))
 
 
 class _TrainingBatches(Dataset[_Loaded]):

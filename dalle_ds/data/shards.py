@@ -78,16 +78,32 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_size(path: Path, size: int) -> tuple[str, str] | None:
-    """(reason, sentence) for which a file that should have `size` bytes cannot be used, or None; quick."""
+Stamp = tuple[int, int]
+"""(bytes, time of the last change in nanoseconds since the epoch) of a file."""
+
+
+def stamp_of(path: Path) -> Stamp | OSError:
+    """A file's stamp, or why there is none."""
     try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        return MISSING_SHARD, f"{path} is missing"
+        found = path.stat()
     except OSError as error:
-        return READ_ERROR, f"{path} cannot be read: {error.strerror}"
-    if found != size:
-        return TRUNCATED_SHARD, f"{path} has {found:,} bytes instead of {size:,}"
+        return error
+    return found.st_size, found.st_mtime_ns
+
+
+def check_size(path: Path, size: int, stamp: Stamp | OSError | None = None) -> tuple[str, str] | None:
+    """(reason, sentence) for which a file that should have `size` bytes cannot be used, or None.
+
+    Args:
+        stamp: its stamp, if it was looked at already.
+    """
+    found = stamp_of(path) if stamp is None else stamp
+    if isinstance(found, FileNotFoundError):
+        return MISSING_SHARD, f"{path} is missing"
+    if isinstance(found, OSError):
+        return READ_ERROR, f"{path} cannot be read: {found.strerror}"
+    if found[0] != size:
+        return TRUNCATED_SHARD, f"{path} has {found[0]:,} bytes instead of {size:,}"
     return None
 
 
@@ -100,8 +116,10 @@ class Shards:
         self._ends = list(accumulate(shard.rows for shard in shards))
         self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
         self._damaged: dict[int, str] = {}
+        self.stamps = {folder / shard.file: stamp_of(folder / shard.file) for shard in shards}
+        """Of the shards when this was made."""
         self.faults: tuple[Fault, ...] = tuple(self._faults())
-        """Shards that were missing or of the wrong size when this was made."""
+        """Shards that were missing or of the wrong size then."""
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -125,7 +143,7 @@ class Shards:
     def _faults(self) -> Iterator[Fault]:
         for shard in self.shards:
             path = self.folder / shard.file
-            fault = check_size(path, shard.bytes)
+            fault = check_size(path, shard.bytes, self.stamps[path])
             if fault is not None:
                 yield Fault(fault[0], str(path), shard.rows)
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dalle_ds.data.shards import digest_of
+from dalle_ds.data.shards import Stamp, digest_of, stamp_of
 from dalle_ds.errors import DataChangedError
-
-Stamp = tuple[int, int]  # bytes, nanoseconds since the epoch
 
 
 class Stamps:
-    """Sizes and times of files at the time when this is made.
+    """Sizes and times of files at one time.
 
     Args:
-        files: path → XXH3-128 in hexadecimal. Files that are missing now are not looked at later.
+        stamps: as `stamp_of` has them. Files that could not be looked at then are not looked at later.
+        digests: XXH3-128 of the same files, in hexadecimal.
     """
 
-    def __init__(self, files: dict[Path, str]) -> None:
-        self._files = files
-        self._stamps = {path: _stamp(path) for path in files}
+    def __init__(self, stamps: dict[Path, Stamp | OSError], digests: dict[Path, str]) -> None:
+        self._stamps = {path: stamp for path, stamp in stamps.items() if not isinstance(stamp, OSError)}
+        self._digests = digests
 
     def check(self) -> None:
         """See that each file that is still there is the same.
@@ -27,14 +26,14 @@ class Stamps:
         Raises:
             DataChangedError: one has another size, or another time and other contents.
         """
-        for path, digest in self._files.items():
-            then, now = self._stamps[path], _stamp(path)
-            if now is None or then is None or now == then:
+        for path, then in self._stamps.items():
+            now = stamp_of(path)
+            if isinstance(now, OSError) or now == then:
                 continue
             if now[0] != then[0]:
                 raise DataChangedError(_sentence(path, f"it has {now[0]:,} bytes, and had {then[0]:,}"))
             try:
-                same = digest_of(path) == digest
+                same = digest_of(path) == self._digests[path]
             except OSError:
                 continue
             if not same:
@@ -44,11 +43,3 @@ class Stamps:
 
 def _sentence(path: Path, what: str) -> str:
     return f"{path} has changed since it was opened ({what}): put back what was there, or begin a new run in another --run_dir"
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns

@@ -6,14 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 from dalle_ds.errors import DataError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_DIE = 0.2
+
+Item = TypeVar("Item")
 
 
 def start_worker(_worker: int) -> None:
@@ -58,8 +60,23 @@ def without_surprises(start: Callable[[], Any]) -> Any:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def worker_error(workers: Iterable[BaseProcess]) -> DataError | None:
-    """What an error of the loader means if one of its workers is gone, else None."""
+def take(batches: Iterator[Item]) -> Item:
+    """The next of a DataLoader's iterator.
+
+    Raises:
+        DataError: one of its workers is gone.
+    """
+    try:
+        return next(batches)
+    except (RuntimeError, OSError, EOFError):
+        failure = _what_happened(getattr(batches, "_workers", ()))
+        if failure is None:
+            raise
+    raise failure  # out here, so that it does not keep torch's error and with it the other workers
+
+
+def _what_happened(workers: Iterable[BaseProcess]) -> DataError | None:
+    """What an error of a DataLoader means if one of its workers is gone, else None."""
     time.sleep(_SECONDS_TO_DIE)  # what a dying worker breaks is sometimes noticed before its death
     dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode is not None]
     if not dead:

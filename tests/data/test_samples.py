@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +347,19 @@ def test_codes_cached_again_under_a_run_are_noticed(data: Path, cached: Path) ->
     shutil.rmtree(cached)
     with pytest.raises(DataChangedError, match=r"codes\.json cannot be read"):
         samples.check_unchanged()
+
+
+def test_a_killed_process_that_decodes_for_the_cache_is_an_error_that_names_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me, picture = os.getpid(), PairDataset.picture
+
+    def deadly(self: PairDataset, row: int, short_side: int | None = None) -> np.ndarray:
+        if row == 7 and os.getpid() != me:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return picture(self, row, short_side)
+
+    monkeypatch.setattr(PairDataset, "picture", deadly)
+    with pytest.raises(DataError, match=r"^loader process \d+ was killed \(SIGKILL\), most likely for lack of memory"):
+        cache_codes(CornerCodes(), data, views=2, batch_size=4, workers=2)
+    assert CodesCache.find(data, FINGERPRINT, "train") is None
