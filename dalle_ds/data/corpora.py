@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import lzma
 import os
 import tarfile
@@ -22,7 +23,7 @@ from typing import Any, TextIO
 
 from dalle_ds.data import twemoji
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import parse_json
+from dalle_ds.parsing import parse_json, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HF_SUFFIXES = (".parquet", ".arrow")
@@ -335,10 +336,13 @@ def _hf_units(path: Path, image_column: str | None, caption_column: str | None) 
 
     read = partial(_read_hf_row, path, image_column, caption_column)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = datasets.load_from_disk(str(path))
-        splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {path.name: loaded}
-        for split, rows in splits.items():
-            undecoded = _undecoded(rows)
+        try:
+            loaded = datasets.load_from_disk(str(path))
+            splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {path.name: loaded}
+            splits = {split: _undecoded(rows) for split, rows in splits.items()}
+        except Exception as error:  # whatever datasets and Arrow stumble on in a damaged one, from OSError to KeyError
+            raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
+        for split, undecoded in splits.items():
             for number in range(len(undecoded)):
                 name = f"{split} row {number}"
                 yield Unit(name, partial(_read_saved_row, read, name, undecoded, number))
@@ -363,7 +367,7 @@ def _read_saved_row(
         # Arrow follows offsets without looking; in a damaged file they lead anywhere.
         rows.data.fast_slice(number, 1).validate(full=True)
         row = rows[number]
-    except (OSError, ValueError):
+    except Exception:  # see _hf_units
         yield Broken(name, UNREADABLE)
         return
     yield from read(name, row)
@@ -374,8 +378,18 @@ def _read_streamed_file(
 ) -> Iterator[RawPair | Broken]:
     import datasets
 
-    rows = datasets.load_dataset(file.suffix[1:], data_files=[str(file)], split="train", streaming=True)
-    for number, row in enumerate(_undecoded(rows)):
+    rows: Iterator[dict[str, Any]] = iter(())
+    for number in itertools.count():
+        try:
+            if number == 0:
+                streamed = datasets.load_dataset(file.suffix[1:], data_files=[str(file)], split="train", streaming=True)
+                rows = iter(_undecoded(streamed))
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception:  # see _hf_units
+            yield Broken(f"{name} row {number}", UNREADABLE)
+            return
         yield from read(f"{name} row {number}", row)
 
 
@@ -419,7 +433,7 @@ def _column(option: str, wanted: str | None, usual: tuple[str, ...], columns: It
         if name in found:
             return name
     raise DataError(
-        f"{where} has no column {' or '.join(map(repr, candidates))}: it has {', '.join(map(str, found)) or 'none'}; "
+        f"{where} has no column {' or '.join(map(repr, candidates))}: it has {', '.join(map(str, found))[:300] or 'none'}; "
         f"name the right one with --{option}"
     )
 

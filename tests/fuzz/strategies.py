@@ -69,7 +69,8 @@ def damaged_tree(draw: st.DrawFn, tree: Any, most: int = 2) -> Any:
 def damaged_bytes(draw: st.DrawFn, data: bytes, most: int = 6) -> bytes:
     """Bytes of which some are changed, missing, repeated, moved or more."""
     for _ in range(draw(st.integers(1, most))):
-        at = draw(st.integers(0, max(0, len(data) - 1)))
+        # Anywhere, and at the beginning more often than elsewhere; plain integers would be small ones mostly.
+        at = draw(st.integers(0, 63) | st.integers(1, 2**30).map(lambda n: n * 2_654_435_761 >> 7)) % max(1, len(data))
         length = draw(st.sampled_from([1, 1, 2, 4, 8, 64, 4096]))
         what = draw(st.integers(0, 6))
         if what == 0:
