@@ -66,10 +66,12 @@ class Part:
                 )
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
                 for batch in batches:
-                    for row in batch.to_pylist():
-                        fields = json.loads(row["entry"])
+                    for image, entry in zip(
+                        *batch.columns, strict=True
+                    ):  # one row in memory: all parts are read at a time
+                        fields = json.loads(entry.as_py())
                         captions = [Caption(*caption) for caption in fields.pop("captions")]
-                        yield Examined(**fields, captions=captions, image=row["image"])
+                        yield Examined(**fields, captions=captions, image=image.as_py())
 
 
 class Share:
