@@ -66,9 +66,8 @@ class Part:
                 )
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
                 for batch in batches:
-                    for image, entry in zip(
-                        *batch.columns, strict=True
-                    ):  # one row in memory: all parts are read at a time
+                    # One row in memory, since all parts are read at a time.
+                    for image, entry in zip(*batch.columns, strict=True):
                         fields = json.loads(entry.as_py())
                         captions = [Caption(*caption) for caption in fields.pop("captions")]
                         yield Examined(**fields, captions=captions, image=image.as_py())
