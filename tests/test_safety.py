@@ -21,6 +21,7 @@ from PIL import Image
 from dalle_ds.config import TransformerRun, from_dict
 from dalle_ds.data.codes import CodesCache, cache_codes
 from dalle_ds.data.corpora import RawPair, read_webdataset
+from dalle_ds.data.prepare import PrepareOptions
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import DiscreteVAE
 from dalle_ds.training.launch import parse_command
@@ -346,3 +347,9 @@ def test_members_of_archives_are_read_and_never_written(tmp_path: Path) -> None:
     found = list(read_webdataset(str(tmp_path / "a.tar")))
     assert [pair.captions for pair in found if isinstance(pair, RawPair)] == [["a caption"]] * 3
     assert sorted(tmp_path.rglob("*")) == before and not (tmp_path.parent.parent / "up.png").exists()
+
+
+def test_prepared_folders_keep_no_passwords() -> None:
+    with pytest.raises(ConfigError, match="source is a URL with a user name or password") as error:
+        PrepareOptions(corpus="folder", source=URLS[0])
+    assert "Planted" not in str(error.value)

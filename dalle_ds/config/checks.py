@@ -27,8 +27,8 @@ def fraction(owner: str, config: Any, *names: str) -> None:
 
 
 def sound(config: Any, where: str = "") -> None:
-    """What must hold of every field of a run, whatever it means: numbers are finite, and no URL has a password in it, which
-    `config.yaml`, trackers and logs would show to whoever may read them."""
+    """What must hold of every field, whatever it means: numbers are finite, and no URL has a password in it, which files of
+    the run or of prepared data, trackers and logs would show to whoever may read them."""
     for entry in dataclasses.fields(config):
         value, name = getattr(config, entry.name), f"{where}{entry.name}"
         if dataclasses.is_dataclass(value):
@@ -37,6 +37,6 @@ def sound(config: Any, where: str = "") -> None:
             raise ConfigError(f"{name} must be a finite number, found {value}")
         elif isinstance(value, str) and _CREDENTIALS.search(value):
             raise ConfigError(
-                f"{name} is a URL with a user name or password before its host, which files and logs of the run would show: "
-                "leave these out of it"
+                f"{name} is a URL with a user name or password before its host, which files and logs would show: leave these "
+                "out of it"
             )

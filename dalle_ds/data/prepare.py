@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dalle_ds.config.checks import sound
 from dalle_ds.data import corpora, parts, twemoji
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.disk import disk_full_is_a_data_error
@@ -59,6 +60,7 @@ class PrepareOptions:
     """What is left out."""
 
     def __post_init__(self) -> None:
+        sound(self)
         for name in ("validation", "compositional"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1), found {getattr(self, name)}")

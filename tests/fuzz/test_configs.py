@@ -62,7 +62,7 @@ def test_run_files(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = _folder(tmp_path_factory, "run")
     (folder / "config.yaml").write_bytes(content)
     survives("config.yaml", lambda: RunDirectory(folder, "transformer", RUN))
-    survives("config.yaml", lambda: from_dict(DvaeRun, read_config(folder)[1], "run"))
+    survives("config.yaml", lambda: from_dict(TransformerRun, read_config(folder)[1], "run"))
 
 
 def deepspeed_sections() -> st.SearchStrategy[bytes]:
