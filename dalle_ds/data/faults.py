@@ -5,6 +5,8 @@ A row that cannot be read raises a `RowError`; the loader puts another row in it
 much is unreadable:
 
     unreadable = Unreadable(run.loader.max_unreadable, loader.faults, run.data)
+    for fault in samples.faults:
+        tracker.say(str(fault))
     unreadable.check_known(samples.faults, len(samples))            # before the first update
     …
     skipped = total of batch["skipped"] over all processes and micro-batches of an update
@@ -85,6 +87,10 @@ class FaultLog:
             places.add(where or str(error))
             self._news.append(f"unreadable: {error}")
 
+    def told(self, fault: Fault) -> None:
+        """Someone was told of this place: it is no news."""
+        self._places.setdefault(fault.reason, set()).add(fault.where)
+
     def news(self) -> list[str]:
         """A sentence for each place that was not reported before, up to 20 of a kind; from now on they are reported."""
         news, self._news = self._news, []
@@ -124,7 +130,7 @@ class Unreadable:
         """Those of them that could not be read."""
 
     def check_known(self, faults: Iterable[Fault], rows: int) -> None:
-        """Count what is known to be unreadable before anything was read.
+        """Count what is known to be unreadable, and was told, before anything was read.
 
         Args:
             faults: of the training split, as `Samples.faults` has them.
@@ -134,6 +140,8 @@ class Unreadable:
             DataError: it is more than the limit allows.
         """
         known = list(faults)
+        for fault in known:
+            self._log.told(fault)
         lost = sum(fault.rows for fault in known)
         if lost > self._limit * rows:
             reasons: Counter[str] = Counter()

@@ -271,6 +271,10 @@ def test_the_loader_goes_round_lost_shards_and_tells_which(data: Path, workers: 
     reason, times, example = loader.faults.commonest() or ("", 0, "")
     assert (reason, example) == (MISSING_SHARD, str(path)) and times >= len(lost)
     assert loader.faults.news() == [f"unreadable: {path} is missing"]
+    again = BatchLoader(samples, seed=0, batch_size=30, micro_batch=10, rank=0, world_size=1, workers=workers)
+    Unreadable(0.9, again.faults, str(data)).check_known(samples.faults, len(samples))
+    list(islice(again, 3))
+    assert again.faults.news() == [], "what was told at the start is told once"
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
