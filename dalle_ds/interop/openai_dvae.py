@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dalle_ds.config import DiscreteVAEConfig
@@ -17,13 +16,13 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.pickles import read_pickled_tensors
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.models.pretrained import load_weights
+from dalle_ds.models.pretrained import check_shapes, load_weights
 
 SOURCE_NAME = "source.json"
 """Which files an imported model was made from, in its folder."""
 _GROUPS = 4  # dall_e has no other number
-_MOST_BLOCKS, _MOST_CHANNELS = 64, 2**16
-"""Of a dVAE that is worth building from what a file claims; the released one has 2 and 8,192."""
+_MOST_BLOCKS = 64
+"""In a group, of a dVAE that is built from what a file claims; the released one has 2."""
 _ENDS: dict[str, dict[str, tuple[int | None, ...]]] = {
     "encoder": {"blocks.input.w": (None, 3, 7, 7), "blocks.output.conv.w": (None, None, 1, 1)},
     "decoder": {"blocks.input.w": (None, None, 1, 1), "blocks.output.conv.w": (6, None, 1, 1)},
@@ -51,21 +50,11 @@ def load_openai_dvae(encoder: str | Path, decoder: str | Path, image_size: int =
     """
     found = {"encoder": _read(encoder, "encoder"), "decoder": _read(decoder, "decoder")}
     config = _config(found, encoder, decoder, image_size)
-    # No memory is taken before the files have shown that they have as many bytes.
-    with torch.device("meta"):
-        model = DiscreteVAE(config)
-    for part, path in (("encoder", encoder), ("decoder", decoder)):
-        wanted = {name: tuple(value.shape) for name, value in getattr(model, part).state_dict().items()}
-        shapes = {name: tuple(value.shape) for name, value in found[part].items()}
-        if shapes != wanted:
-            name = min(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
-            raise CheckpointError(
-                f"{path} is not OpenAI's {part}: its {name[:100]!r} has shape {shapes.get(name)}, where "
-                f"{wanted.get(name)} is needed"
-            )
-    model.to_empty(device="cpu")
-    load_weights(model.encoder, found["encoder"], encoder)
-    load_weights(model.decoder, found["decoder"], decoder)
+    where = f"{encoder} and {decoder}"
+    weights = {f"{part}.{name}": value for part, tensors in found.items() for name, value in tensors.items()}
+    check_shapes(lambda: DiscreteVAE(config), config, weights, where)
+    model = DiscreteVAE(config)
+    load_weights(model, weights, where)
     return model.eval()
 
 
@@ -128,8 +117,8 @@ def _config(
         "vocab_size": vocab_size,
     }
     try:
-        if fields["blocks_per_group"] > _MOST_BLOCKS or max(fields.values()) > _MOST_CHANNELS:
-            raise ConfigError(f"nobody has made one of such a shape: {fields}")
+        if fields["blocks_per_group"] > _MOST_BLOCKS:
+            raise ConfigError(f"it would have {fields['blocks_per_group']} blocks in a group, more than {_MOST_BLOCKS}")
         DiscreteVAEConfig(**fields)
     except ConfigError as error:
         raise CheckpointError(f"{encoder} and {decoder} are not OpenAI's dVAE: {error}") from error

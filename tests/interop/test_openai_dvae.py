@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import dall_e
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import nn
 
+from dalle_ds.config import TransformerRun
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.interop import import_openai_dvae, load_openai_dvae
 from dalle_ds.models import DiscreteVAE
-from tests.conftest import ROOT
+from dalle_ds.tasks.transformer import TransformerTask
+from tests.conftest import ROOT, TINY_DALLE
 
 WIDTH, CODES = 16, 96
 
@@ -100,7 +103,11 @@ def call(launcher: str, *arguments: str | Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_launcher_makes_what_the_next_stage_takes(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data: Path,
+    tokenizer_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     encoder, decoder = parts = release()
     files, out = save(tmp_path, parts), tmp_path / "dvae"
@@ -118,6 +125,9 @@ def test_the_launcher_makes_what_the_next_stage_takes(
     shutil.copytree(data, copied)
     assert call("prepare_data.py", "--out", copied, "--cache_codes", out, monkeypatch=monkeypatch) == 0
     assert list((copied / "codes").glob(f"{model.fingerprint[:16]}*"))
+    shape = replace(TINY_DALLE, grid=3, image_vocab=CODES)
+    task = TransformerTask(TransformerRun(data=str(copied), dvae=str(out), tokenizer=str(tokenizer_file), model=shape))
+    assert task.dvae.fingerprint == model.fingerprint
 
     # Once more: what was imported is replaced, and only that.
     assert call("import_dvae.py", *options, monkeypatch=monkeypatch) == 0
@@ -168,13 +178,13 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
     state = encoder.state_dict()
     refused({name: value for name, value in state.items() if name != "blocks.input.w"}, "blocks.input.w has shape None")
     refused({name: value for name, value in state.items() if "conv_3.b" not in name}, "conv_3.b' has shape None")
-    refused({**state, "more": torch.ones(1)}, "'more' has shape")
+    refused({**state, "more": torch.ones(1)}, "'encoder.more' has shape")
     refused({**state, "blocks.input.w": state["blocks.input.w"].long()}, "is of torch.int64")
     refused({**state, "blocks.input.w": torch.empty(0, 3, 7, 7)}, r"blocks.input.w has shape \(0, 3")
-    refused({**state, "blocks.input.w": torch.ones(2**17, 3, 7, 7, dtype=torch.float16)}, "nobody has made one")
+    refused({**state, "blocks.input.w": torch.ones(2**17, 3, 7, 7, dtype=torch.float16)}, "do not fit the model")
     refused({**state, "blocks.output.conv.w": torch.ones(1, 128, 1, 1)}, "are of two dVAEs")
     many = {f"blocks.group_1.block_{block}.id_path.b": torch.ones(1) for block in range(65)}
-    refused({**state, **many}, "nobody has made one")
+    refused({**state, **many}, "65 blocks in a group")
     refused(release(codes=64)[1].state_dict(), f"has {CODES} codes and .* has 64", part=1)
     refused(release(width=32)[0].blocks, "blocks.input.w has shape None")
     refused(nn.Linear(2, 2), "torch.nn.modules.linear.Linear")
