@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ SCHEMA = pa.schema(
 )
 """Columns of a split; `image` is the first. The last two are `checksum(image)` and `checksum(*captions, name, group)`."""
 
-_MOST_OPEN = 128
+_FILES_OF_A_SHARD = 2  # the file, and the map's own handle of it
+_SHARE_OF_FILES = 4  # of those that the process may have open
+_MOST_BATCHES = 4
 _HEADER_BYTES = 4096
 _CHUNK = 2**20
 
@@ -116,6 +120,8 @@ class Shards:
         self._ends = list(accumulate(shard.rows for shard in shards))
         self._opened: OrderedDict[int, _OpenShard] = OrderedDict()
         self._damaged: dict[int, str] = {}
+        # Kept of shards that are closed, so that opening one again is no search through it.
+        self._positions: dict[int, _Positions] = {}
         self.stamps = {folder / shard.file: stamp_of(folder / shard.file) for shard in shards}
         """Of the shards when this was made."""
         self.faults: tuple[Fault, ...] = tuple(self._faults())
@@ -156,51 +162,62 @@ class Shards:
         if number in self._damaged:
             raise RowError(self._damaged[number], DAMAGED_SHARD, str(path))
         try:
-            opened = _OpenShard(path, self.shards[number])
+            opened = _OpenShard(path, self.shards[number], self._positions.get(number))
         except RowError as error:
             if error.reason == DAMAGED_SHARD:
                 self._damaged[number] = str(error)
             raise
         self._opened[number] = opened
-        while len(self._opened) > _MOST_OPEN:
+        self._positions[number] = opened.positions
+        while len(self._opened) > _most_open():
             self._opened.popitem(last=False)
         return opened
 
 
-class _OpenShard:
-    """One shard, mapped, with the positions of its record batches."""
+@cache
+def _most_open() -> int:
+    """Shards kept open by a process; with a greater `ulimit -n`, more of a corpus of thousands."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(4, files // (_FILES_OF_A_SHARD * _SHARE_OF_FILES)) if files > 0 else 1024
 
-    def __init__(self, path: Path, shard: Shard) -> None:
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where a shard's record batches begin, in bytes, and by which row they end."""
+
+    offsets: list[int]
+    ends: list[int]
+
+
+class _OpenShard:
+    """One shard, mapped.
+
+    Args:
+        positions: what an earlier one has found, or None.
+    """
+
+    def __init__(self, path: Path, shard: Shard, positions: _Positions | None) -> None:
         self._path = path
         self._size = shard.bytes
-        fault = check_size(path, shard.bytes)
-        if fault is not None:
-            raise RowError(fault[1], fault[0], str(path))
         try:
             self._file = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise RowError(f"{path} is missing", MISSING_SHARD, str(path)) from error
         except OSError as error:
             raise RowError(f"{path} cannot be read: {error.strerror}", READ_ERROR, str(path)) from error
         self._check_size()
         # Of the same open file as is read from: one that replaces it under its name is none of this one's business.
         self._map = pa.py_buffer(mmap.mmap(self._file.fileno(), shard.bytes, access=mmap.ACCESS_READ))
-        try:
-            self._batches = list(self._messages())
-        except RowError:
-            raise
-        except Exception as error:  # pyarrow raises errors of many kinds on damage, some of them Python's own
-            raise self._damage(f"cannot be opened ({_short(error)})") from error
-        self._ends = list(accumulate(len(batch) for batch in self._batches))
-        if (self._ends[-1] if self._ends else 0) != shard.rows:
-            raise self._damage(f"does not have {shard.rows:,} rows")
-        self._sound: set[int] = set()
+        self.positions = positions or self._search(shard.rows)
+        self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()  # sound ones, the last used at the end
         self._unsound: dict[int, str] = {}
 
     def value(self, row: int, column: str) -> Any:
         """See `Shards.value`; `row` counts from the first of this shard."""
         self._check_size()
-        number = bisect_right(self._ends, row)
-        batch = self._validated(number)
-        place = row - (self._ends[number] - len(batch))
+        number = bisect_right(self.positions.ends, row)
+        batch = self._batch(number)
+        place = row - (self.positions.ends[number] - len(batch))
         if column == "image":
             image = self._image(batch.column(0), place)
             self._check(batch, "image_check", place, image)
@@ -213,35 +230,55 @@ class _OpenShard:
         if batch.column(column)[place].as_py() != checksum(*parts):
             raise self._damage(f"has a row whose {column.removesuffix('_check')} is not what was written")
 
-    def _messages(self) -> Iterator[pa.RecordBatch]:
+    def _search(self, rows: int) -> _Positions:
+        """Look through the whole stream, of which no pictures are read."""
         source = pa.BufferReader(self._map)
-        self._read(0, _HEADER_BYTES)
-        messages = pa.ipc.MessageReader.open_stream(source)
-        messages.read_next_message()  # the schema, which is known
-        while True:
-            self._read(source.tell(), _HEADER_BYTES)
-            try:
-                message = messages.read_next_message()
-            except StopIteration:
-                return
-            yield pa.ipc.read_record_batch(message, SCHEMA)
+        offsets, lengths = [], []
+        try:
+            self._read(0, _HEADER_BYTES)
+            messages = pa.ipc.MessageReader.open_stream(source)
+            messages.read_next_message()  # the schema, which is known
+            while True:
+                offset = source.tell()
+                self._read(offset, _HEADER_BYTES)
+                lengths.append(len(pa.ipc.read_record_batch(messages.read_next_message(), SCHEMA)))
+                offsets.append(offset)
+        except StopIteration:
+            pass
+        except RowError:
+            raise
+        except Exception as error:  # pyarrow raises errors of many kinds on damage, some of them Python's own
+            raise self._damage(f"cannot be opened ({_short(error)})") from error
+        if sum(lengths) != rows:
+            raise self._damage(f"does not have {rows:,} rows")
+        return _Positions(offsets, list(accumulate(lengths)))
 
-    def _validated(self, number: int) -> pa.RecordBatch:
-        batch = self._batches[number]
-        if number in self._sound:
-            return batch
-        if number not in self._unsound:
-            try:
-                self._validate(batch)
-                self._sound.add(number)
-                return batch
-            except RowError:
-                raise
-            except Exception as error:  # see above
-                self._unsound[number] = f"has a damaged part of {len(batch):,} rows ({_short(error)})"
-        raise self._damage(self._unsound[number])
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """A record batch that is sound; few are kept, since each holds its arrays."""
+        if number in self._batches:
+            self._batches.move_to_end(number)
+            return self._batches[number]
+        if number in self._unsound:
+            raise self._damage(self._unsound[number])
+        ends, offset = self.positions.ends, self.positions.offsets[number]
+        rows = ends[number] - (ends[number - 1] if number else 0)
+        try:
+            self._read(offset, _HEADER_BYTES)
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(self._map.slice(offset)), SCHEMA)
+            self._validate(batch, rows)
+        except RowError:
+            raise
+        except Exception as error:  # see above
+            self._unsound[number] = f"has a damaged part of {rows:,} rows ({_short(error)})"
+            raise self._damage(self._unsound[number]) from error
+        self._batches[number] = batch
+        while len(self._batches) > _MOST_BATCHES:
+            self._batches.popitem(last=False)
+        return batch
 
-    def _validate(self, batch: pa.RecordBatch) -> None:
+    def _validate(self, batch: pa.RecordBatch, rows: int) -> None:
+        if len(batch) != rows:
+            raise ValueError(f"{len(batch)} rows instead of {rows}")
         image_data = batch.column(0).buffers()[2]
         for column in batch.columns:
             for buffer in column.buffers():

@@ -168,11 +168,12 @@ def test_a_page_that_the_disk_does_not_deliver_is_an_error(data: Path, monkeypat
 
 
 def test_few_files_are_open_at_a_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_MOST_OPEN", 2)
+    monkeypatch.setattr(shards_module, "_most_open", lambda: 2)
+    monkeypatch.setattr(shards_module, "_MOST_BATCHES", 1)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     dataset = PairDataset.open(data, "train")
     order = np.random.default_rng(0).permutation(30).tolist()
-    assert [dataset.name(row) for row in order] == [f"{row:02d}.png" for row in order]
+    assert [dataset.name(row) for row in order * 2] == [f"{row:02d}.png" for row in order * 2]
     assert len(os.listdir("/proc/self/fd")) - before <= 4  # noqa: PTH208
 
 
