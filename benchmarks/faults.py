@@ -280,20 +280,29 @@ def _moment(run_dir: Path, aim: str) -> str:
 # --- damaged checkpoints
 
 
-def damage(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
-    """Damage each file of the newest checkpoint in each way; the one before must be taken, and the run end as ever."""
+def damage(
+    runs: Runs,
+    options: Options,
+    say: Callable[[str], None],
+    files: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+) -> list[Row]:
+    """Damage files of the newest checkpoint, all in every way by default; the one before must be taken, and the run end as
+    ever."""
     straight, begun = runs.fresh("damage-straight"), runs.fresh("damage-begun")
     runs.finish(straight, "--steps", "16", "--save_every", "4")
     runs.finish(begun, "--steps", "12", "--save_every", "4")
-    files = sorted(path.relative_to(begun) for path in (begun / "checkpoints" / "step-12").rglob("*") if path.is_file())
+    newest = Path("checkpoints") / "step-12"
+    if files is None:
+        files = sorted(str(path.relative_to(begun / newest)) for path in (begun / newest).rglob("*") if path.is_file())
     rng = random.Random(options.seed)
     rows = []
-    for name, harm in FAULTS.items():
+    for name in kinds or FAULTS:
         passed = 0
         for file in files:
             copy = runs.fresh("damaged")
             shutil.copytree(begun, copy)
-            harm(copy / file, rng)
+            FAULTS[name](copy / newest / file, rng)
             ranks = runs.finish(copy, "--steps", "16", "--save_every", "4")
             told = [line for line in ranks.output.splitlines() if line.startswith("step-12 is damaged")]
             problems = same(copy, straight)
