@@ -16,7 +16,7 @@ def test_shares_prepared_by_an_array_are_the_corpus_prepared_at_once(desk: Desk,
     out = desk.folder / "prepared"
     source = ("--corpus", "folder", "--source", corpus, "--out", out, "--validation", "0.25")
     merge = desk.call("prepare.sh", 3, *source).strip()
-    desk.cluster.wait(merge, "COMPLETED", 100)
+    desk.cluster.wait(merge, "COMPLETED", 240)
     shares, found = (json.loads((folder / "info.json").read_text()) for folder in (out, data))
     assert shares["fingerprint"] == found["fingerprint"]
     assert shares["splits"] == found["splits"]

@@ -57,7 +57,7 @@ class Jobs:
         self.doctor = desk.submit("slurm/doctor.sbatch", "cluster", desk.folder / "runs", *small)
         self.disturbed = self.disturb()
         for job in self.chain.values():
-            desk.cluster.wait(job, "COMPLETED", 120)
+            desk.cluster.wait(job, "COMPLETED", 240)
         desk.cluster.wait(self.failed["evaluate"], "CANCELLED", 60)
         desk.cluster.wait(self.doctor, "COMPLETED", 60)
 
@@ -75,7 +75,7 @@ class Jobs:
             f"--dependency=afterok:{self.chain['codes']}", "slurm/transformer.sbatch", *command, *TRANSFORMER.split()
         )
         for restarts, (step, how) in enumerate(STOPS.items(), 1):
-            desk.cluster.until(lambda step=step: max(steps(run_dir), default=0) >= step, 120)
+            desk.cluster.until(lambda step=step: max(steps(run_dir), default=0) >= step, 240)
             if how == KILL:
                 (rank,) = desk.cluster.processes("train_transformer.py", SLURM_JOB_ID=job, RANK="1")
                 os.kill(rank, signal.SIGKILL)
@@ -83,7 +83,7 @@ class Jobs:
                 command = ("scancel", "--signal=USR1") if how == WARN else ("scontrol", "requeue")
                 desk.cluster.run(*command, job, check=True)
             desk.cluster.until(lambda n=restarts: desk.cluster.show(job)["Restarts"] == str(n), 60)
-        desk.cluster.wait(job, "COMPLETED", 120)
+        desk.cluster.wait(job, "COMPLETED", 240)
         return job
 
 
