@@ -1,8 +1,10 @@
 """From corpora of captioned pictures to batches.
 
-Preparing, once: `corpora` reads pairs, `filters` drops and cleans them, `splits` divides them, `prepare` writes the
-folder that every later stage takes as `--data`. Training: `dataset` reads that folder, `augment` makes views, `samples`
-turns a row into arrays, `order` and `loader` decide which rows make up which batch. `codes` keeps image codes.
+Preparing, once: `corpora` reads pairs, `examine` judges each by itself (`filters`), `prepare` drops duplicates, divides
+(`splits`) and writes the folder that every later stage takes as `--data`; `parts` shares the work among jobs. Training:
+`dataset` reads that folder and `shards` its files, `augment` makes views, `samples` turns a row into arrays, `order` and
+`loader` decide which rows make up which batch, `workers` are the loader's processes. `codes` keeps image codes. `faults`
+counts what cannot be read, `stamps` notices what changes, `inspection` reads everything.
 """
 
 from dalle_ds.data.codes import CodesCache

@@ -22,18 +22,16 @@ import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dalle_ds.config import DiscreteVAEConfig
-from dalle_ds.data.augment import augment_for_transformer, useful_short_side
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.faults import DAMAGED_CODES, NO_CODES, READ_ERROR, Fault, RowError
-from dalle_ds.data.images import center_crop_resize
-from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import read_info
 from dalle_ds.data.shards import check_size, digest_of, stamp_of
 from dalle_ds.data.stamps import Stamps
+from dalle_ds.data.views import Views, collate
 from dalle_ds.data.workers import take, without_surprises
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
 from dalle_ds.files import built_beside, write_json
@@ -116,9 +114,9 @@ def write_codes(
     unreadable: dict[str, int] = {}
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
         for split in info["splits"]:
-            pictures = _Views(PairDataset.open(data, split), image_size, views if split == "train" else None, seed)
+            pictures = Views(PairDataset.open(data, split), image_size, views if split == "train" else None, seed)
             rows_per_batch = max(1, batch_size // pictures.views)
-            batches = DataLoader(pictures, batch_size=rows_per_batch, num_workers=workers, collate_fn=_collate)
+            batches = DataLoader(pictures, batch_size=rows_per_batch, num_workers=workers, collate_fn=collate)
             grids[split], unreadable[split] = _write_split(encode, batches, partial / split, len(pictures), vocab_size)
         filled = [grid for grid in grids.values() if grid]
         manifest = {
@@ -337,39 +335,6 @@ class CodesCache:
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
-
-
-class _Views(Dataset[tuple[Tensor, bool]]):
-    """All views of a row: ((views, 3, R, R) uint8, whether the picture could be read)."""
-
-    def __init__(self, dataset: PairDataset, image_size: int, random_views: int | None, seed: int) -> None:
-        self._dataset = dataset
-        self._image_size = image_size
-        self._random_views = random_views
-        self._seed = seed
-        self.views = random_views or 1
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, bool]:
-        size = self._image_size
-        try:
-            pixels = self._dataset.picture(row, useful_short_side(size))
-        except DataError:
-            return torch.zeros(self.views, 3, size, size, dtype=torch.uint8), False
-        if self._random_views is None:
-            views = [center_crop_resize(pixels, size)]
-        else:
-            views = [augment_for_transformer(pixels, size, self._rng(row, view)) for view in range(self.views)]
-        return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), True
-
-    def _rng(self, row: int, view: int) -> np.random.Generator:
-        return np.random.default_rng(hash_integers(self._seed, row, view))
-
-
-def _collate(rows: list[tuple[Tensor, bool]]) -> tuple[Tensor, npt.NDArray[np.bool_]]:
-    return torch.stack([views for views, _ in rows]), np.array([readable for _, readable in rows])
 
 
 def _write_split(
