@@ -2,7 +2,8 @@
 
 The prepared folder DIR has one folder per split (`train`, `validation`, and for corpora with variants `compositional`),
 each of which `datasets.load_from_disk` opens, with columns `image` (encoded bytes), `captions`, `name`, `group` and two
-checksums (`shards.SCHEMA`); and `info.json`, written last. Memory grows with the corpus only by hashes that find duplicates, about 100 bytes a caption.
+checksums (`shards.SCHEMA`); and `info.json`, written last. Memory grows with the corpus only by hashes that find
+duplicates, about 100 bytes a caption.
 """
 
 from __future__ import annotations
