@@ -277,7 +277,8 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
                 if suffix not in members:
                     members[suffix] = _tar_member(tar, member) if member.size <= limit else None
             yield from _tar_sample(path, key, members, caption_column)
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError):
+    # TypeError: tarfile takes the letter's code of what is missing in a gzip header that is cut off.
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, TypeError, zlib.error, lzma.LZMAError):
         yield Broken(path.name, TRUNCATED)
 
 
