@@ -21,8 +21,8 @@ Item = TypeVar("Item")
 def start_worker(_worker: int) -> None:
     """Make this worker live through the warnings of a job's end, so that the trainer can finish its step with it.
 
-    SLURM and launchers signal all processes of a job. SIGINT, SIGUSR1, SIGUSR2 and the first SIGTERM are ignored; a second
-    SIGTERM ends the worker, one from the trainer itself at once, and so does the death of the trainer.
+    SLURM and launchers signal all processes of a job, some of them more than once. SIGINT, SIGUSR1, SIGUSR2 and SIGTERM are
+    ignored; only a SIGTERM from the trainer itself ends the worker, and so does the death of the trainer.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -34,14 +34,10 @@ def start_worker(_worker: int) -> None:
 
 
 def _wait_for_the_end(parent: int) -> None:
-    warned = False
     while os.getppid() == parent:
         received = signal.sigtimedwait([signal.SIGTERM], _SECONDS_BETWEEN_LOOKS)
-        if received is None:
-            continue
-        if warned or received.si_pid == parent:
+        if received is not None and received.si_pid == parent:
             break
-        warned = True
     os._exit(128 + signal.SIGTERM)
 
 
