@@ -175,7 +175,13 @@ class Index:
             CheckpointError: as `read`.
         """
         stored = self.tensors[name]
-        whole = torch.empty(stored.size, dtype=stored.dtype)
+        try:
+            whole = torch.empty(stored.size, dtype=stored.dtype)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{name} of {stored.size[0]} × {stored.size[1]} does not fit into memory: {self.folder} is damaged, or of a "
+                "larger machine"
+            ) from error
         everything = Rectangle(0, 0, *stored.size, 0, stored.size[1])
         self.read({name: Pieces(stored.size, [(everything, whole)])})
         return whole
