@@ -167,4 +167,3 @@ def test_other_contents_under_a_manifest_that_agrees(
         return state, [index.tensor(tensor) for tensor in index.tensors]
 
     survives("checkpoints, forged", read)
-    survives("checkpoints, forged", CheckpointFolder(folder).newest_good)
