@@ -500,8 +500,9 @@ def data(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
     for name, share, harm, status in (
         ("5 % broken pictures", 0.05, _break_pictures, 0),
         ("50 % broken pictures", 0.5, _break_pictures, 1),
-        ("a shard with its second half zeroed", 0.0, _zero_half, None),
-        ("a shard that is gone", 0.0, _drop_shard, None),
+        ("a shard of which 4 % are zeroed", 0.04, _zero_part, 0),
+        ("a shard of which half is zeroed", 0.5, _zero_part, 1),
+        ("a shard that is gone", 0.0, _drop_shard, 1),
     ):
         copy = runs.fresh("broken-data")
         shutil.copytree(runs.data, copy)
@@ -521,7 +522,9 @@ def data(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             skipped = max((int(line.get("skipped_total", 0)) for line in lines), default=0)
         told = [line for line in ranks.output.splitlines() if line.startswith("error") or "skipped" in line]
-        good = "Traceback" not in ranks.output and (status is None or statuses == [status] * PROCESSES)
+        ranks.kill()
+        good = "Traceback" not in ranks.output and statuses == [status] * PROCESSES
+        good &= skipped > 0 if status == 0 else bool(told)
         if not good:
             say(f"{name}: {statuses} {ranks.output[-3000:]}")
         happened = f"{expected}; status {statuses[0]}, {skipped} rows skipped and counted"
@@ -551,10 +554,12 @@ def _break_pictures(data: Path, share: float, rng: random.Random) -> str:
     return f"{broken} of {total} pictures"
 
 
-def _zero_half(data: Path, share: float, rng: random.Random) -> str:
+def _zero_part(data: Path, share: float, rng: random.Random) -> str:
     shard = _shards(data)[0]
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    size = round(share * len(content))
+    begin = len(content) // 3
+    content[begin : begin + size] = bytes(size)
     shard.write_bytes(content)
     return f"{shard.name}, one of {len(_shards(data))}"
 

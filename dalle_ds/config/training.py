@@ -245,7 +245,7 @@ class ReportConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept in RUN_DIR/checkpoints."""
     keep_every: int | None = None
-    """Checkpoints of multiples of so many updates are never removed; None keeps none besides the newest."""
+    """The first checkpoint at or after each multiple of so many updates is never removed; None keeps the newest only."""
     background_saves: bool = True
     """Whether updates go on while a checkpoint is being written, for which each process copies its part to main memory."""
     peak_tflops: float | None = None

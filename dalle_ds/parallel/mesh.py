@@ -230,6 +230,14 @@ class Mesh:
             raise outcome[1]
         return outcome[0]
 
+    def gather_objects(self, value: Value) -> list[Value]:
+        """What every process gives, by rank, on all of them."""
+        everyone: list[Any] = [value]
+        if self.world_size > 1:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, value)
+        return everyone
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:

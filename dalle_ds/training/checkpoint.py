@@ -64,11 +64,16 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"the checkpoint {checkpoint} cannot be read: {error}; delete it to resume from an older one"
         ) from error
     if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} was written by {'an earlier' if 'format' not in state else 'another'} version of "
-            "dalle_ds, whose checkpoints this one cannot read: end the run with that version, or name a new --run_dir"
-        )
+        raise other_version(checkpoint, state.get("format"))
     return state
+
+
+def other_version(checkpoint: Path, found: Any) -> CheckpointError:
+    """What to say of a checkpoint of format `found`, which is not this version's."""
+    return CheckpointError(
+        f"the checkpoint {checkpoint} was written by {'an earlier' if found is None else 'another'} version of dalle_ds, "
+        "whose checkpoints this one cannot read: end the run with that version, or name a new --run_dir"
+    )
 
 
 def load_checkpoint(

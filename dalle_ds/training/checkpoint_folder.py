@@ -11,21 +11,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dalle_ds.errors import CheckpointError
 from dalle_ds.files import sync_directory, sync_folder, write_text
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoint import STATE_NAME, load_state
+from dalle_ds.training.checkpoint import STATE_NAME, load_state, other_version
 from dalle_ds.training.manifest import FORMAT, MANIFEST_NAME, Manifest
 
 LATEST_NAME = "latest"
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
-_PARTIAL, _REMOVED, _DAMAGED = "partial-", "removed-", "damaged-"
+_PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "damaged-"
 
 
 class CheckpointFolder:
@@ -51,10 +50,17 @@ class CheckpointFolder:
         """The latest one whose manifest, and the lengths of whose files, are as they were written."""
         return next((path for path in reversed(self.all()) if not faults_of(path, contents=False)), None)
 
-    def newest_good(self) -> Path | None:
+    def newest_good(self, mesh: Mesh) -> Path | None:
         """The latest one that is as it was written, and not from the midst of updates that went wrong, as the last of a run
-        may be."""
-        return next((path for path in reversed(self.all()) if _is_good(path) and not faults_of(path)), None)
+        may be. Collective.
+
+        Raises:
+            CheckpointError: one cannot be read by all processes.
+        """
+        for checkpoint in mesh.decide(lambda: [path for path in reversed(self.all()) if _is_good(path)]):
+            if not faults_found_by_all(checkpoint, mesh):
+                return checkpoint
+        return None
 
     def damaged(self) -> list[Path]:
         """Those that were set aside."""
@@ -74,33 +80,48 @@ class CheckpointFolder:
         manifest.write(partial)
         sync_folder(partial)
         final = self.path / partial.name.removeprefix(_PARTIAL)
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
-            self._remove(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         sync_directory(self.path)
-        self._name_latest(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._name_latest()
         return final
 
     # --- how they go
 
     def prune(self, keep: int, keep_every: int | None = None) -> None:
-        """Remove all but the newest `keep` good ones, those newer than these, and those of multiples of `keep_every` updates;
-        and those that were set aside. What cannot be removed stays."""
+        """Remove all but the newest `keep` good ones, those newer than these, and the first at or after each multiple of
+        `keep_every` updates; and those that were set aside. What cannot be removed stays."""
+        checkpoints = self.all()
+        milestones: dict[int, Path] = {}
+        if keep_every is not None:
+            for checkpoint in checkpoints:
+                milestones.setdefault(step_of(checkpoint) // keep_every, checkpoint)
+            milestones.pop(0, None)
         good = 0
-        for checkpoint in reversed(self.all()):
-            if good >= keep and not (keep_every and step_of(checkpoint) % keep_every == 0):
+        for checkpoint in reversed(checkpoints):
+            if good >= keep and checkpoint not in milestones.values():
                 self._remove(checkpoint)
-            good += _is_good(checkpoint)
+            else:
+                good += _is_good(checkpoint) and not faults_of(checkpoint, contents=False)
         for checkpoint in self.damaged():
             self._remove(checkpoint)
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from."""
+        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from.
+
+        Raises:
+            CheckpointError: one cannot be removed.
+        """
         for checkpoint in self.all():
             if step_of(checkpoint) > step:
                 self._remove(checkpoint)
-        for newest in self.all()[-1:]:
-            self._name_latest(newest)
+                if checkpoint.exists():
+                    raise CheckpointError(f"{checkpoint} cannot be removed: remove it, and start the run again")
+        self._name_latest()
 
     def set_aside(self, checkpoint: Path) -> Path:
         """Give a damaged checkpoint a name that it is not resumed under.
@@ -112,19 +133,30 @@ class CheckpointFolder:
         try:
             if aside.exists():
                 self._remove(aside)
-            return checkpoint.rename(aside)
+            checkpoint.rename(aside)
         except OSError as error:
             raise CheckpointError(f"{checkpoint} is damaged and cannot be renamed: {error}") from error
+        self._name_latest()
+        return aside
 
     def clear(self) -> None:
         """Remove what killed runs left unfinished, or had not removed to the end."""
-        for prefix in (_PARTIAL, _REMOVED):
+        for replaced in self.path.glob(f"{_REPLACED}*"):
+            final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+            if not final.exists():  # killed between two renames
+                with suppress(OSError):
+                    replaced.rename(final)
+        for prefix in (_PARTIAL, _REMOVED, _REPLACED, "."):
             for unfinished in self.path.glob(f"{prefix}*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+                if unfinished.is_dir():
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                else:
+                    unfinished.unlink(missing_ok=True)
 
-    def _name_latest(self, checkpoint: Path) -> None:
+    def _name_latest(self) -> None:
         with suppress(OSError):  # a checkpoint is there without it
-            write_text(self.path / LATEST_NAME, f"{checkpoint.name}\n")
+            newest = self.all()[-1:]
+            write_text(self.path / LATEST_NAME, "".join(f"{checkpoint.name}\n" for checkpoint in newest))
 
     def _remove(self, checkpoint: Path) -> None:
         doomed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
@@ -142,13 +174,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
-    """A sentence for everything about a checkpoint that is not as it was written.
+    """A sentence for everything about a checkpoint that is not as it was written, or cannot be read.
 
     Args:
         contents: whether to read all files, or to be content with their lengths.
     """
     try:
         return _manifest_of(checkpoint).faults(checkpoint, contents=contents)
+    except OSError as error:
+        return [str(_unreadable(checkpoint, error))]
     except CheckpointError as error:
         return [str(error)]
 
@@ -162,7 +196,7 @@ def require_whole(checkpoint: Path) -> None:
     _check_version(checkpoint)
     faults = faults_of(checkpoint)
     if faults:
-        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {faults[0]}; delete it to take an older one")
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {faults[0]}; remove it to take an older one")
 
 
 def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
@@ -171,11 +205,12 @@ def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
     Later ones that are not are set aside, with a line on each. The processes share the reading. Collective.
 
     Raises:
-        CheckpointError: none of those that there are is as it was written; or they are of another version.
+        CheckpointError: none of those that there are is as it was written; they are of another version; or one cannot be read
+            by all processes, which says nothing of the checkpoint.
     """
     mesh.decide(lambda: _tell_lost(folder))
     while (checkpoint := mesh.decide(lambda: next(reversed(folder.all()), None))) is not None:
-        faults = _faults_by_all(checkpoint, mesh)
+        faults = faults_found_by_all(checkpoint, mesh)
         if not faults:
             return checkpoint
 
@@ -194,27 +229,46 @@ def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
     return None
 
 
-def _faults_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
-    """`faults_of`, each process reading some of the files. Collective."""
+def faults_found_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
+    """`faults_of`, each process reading some of the files. Collective.
+
+    Raises:
+        CheckpointError: of another version, or not to be read by some process.
+    """
 
     def look() -> tuple[Manifest | None, list[str]]:
         _check_version(checkpoint)
         try:
             manifest = _manifest_of(checkpoint)
+            return manifest, manifest.faults(checkpoint, contents=False)
+        except OSError as error:
+            raise _unreadable(checkpoint, error) from error
         except CheckpointError as error:
             return None, [str(error)]
-        return manifest, manifest.faults(checkpoint, contents=False)
 
     manifest, faults = mesh.decide(look)
     if faults or manifest is None:
-        return faults
+        return list(faults)
     by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
-    own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size])
-    everyone: list[Any] = [own]
-    if mesh.world_size > 1:
-        everyone = [None] * mesh.world_size
-        dist.all_gather_object(everyone, own)
-    return [fault for each in everyone for fault in each]
+    own: tuple[list[str], CheckpointError | None]
+    try:
+        for name in manifest.files if not mesh.is_main else ():
+            (checkpoint / name).stat()  # the main process has seen it
+        own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size]), None
+    except OSError as error:
+        own = [], _unreadable(checkpoint, error)
+    everyone = mesh.gather_objects(own)
+    failure = next((error for _, error in everyone if error is not None), None)
+    if failure is not None:
+        raise failure
+    return [fault for found, _ in everyone for fault in found]
+
+
+def _unreadable(checkpoint: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {checkpoint} cannot be read on {socket.gethostname()} ({error}): it must lie where all processes can "
+        "read it; move it away to go on from the one before"
+    )
 
 
 def _manifest_of(checkpoint: Path) -> Manifest:
@@ -228,15 +282,16 @@ def _manifest_of(checkpoint: Path) -> Manifest:
 
 
 def _check_version(checkpoint: Path) -> None:
-    """Refuse a checkpoint of an earlier version, which is not damaged, and must not be taken for it."""
-    if (checkpoint / MANIFEST_NAME).exists():
-        return
-    try:
-        found = json.loads((checkpoint / STATE_NAME).read_text())
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(found, dict) and "step" in found and found.get("format") != FORMAT:
-        load_state(checkpoint)  # tells
+    """Refuse a checkpoint of another version, which is not damaged, and must not be taken for it."""
+    found: Any = FORMAT
+    with suppress(OSError, ValueError, RecursionError, CheckpointError):
+        if (checkpoint / MANIFEST_NAME).exists():
+            found = Manifest.read(checkpoint).format
+        else:
+            state = json.loads((checkpoint / STATE_NAME).read_text())
+            found = state.get("format") if isinstance(state, dict) and "step" in state else FORMAT
+    if found != FORMAT:
+        raise other_version(checkpoint, found)
 
 
 def _is_good(checkpoint: Path) -> bool:

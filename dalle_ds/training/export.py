@@ -73,7 +73,8 @@ def export_checkpoint(
     task = _STAGES[stage][1](run)
     directory = RunDirectory(path, stage, run)
     checkpoints = directory.checkpoints
-    checkpoint = checkpoints.newest() if step is None else checkpoints.path / f"step-{step}"
+    newest = next(reversed(checkpoints.all()), None)
+    checkpoint = newest if step is None else checkpoints.path / f"step-{step}"
     if checkpoint is None or not checkpoint.is_dir():
         kept = [folder.name for folder in checkpoints.all()]
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"

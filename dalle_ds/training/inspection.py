@@ -111,7 +111,7 @@ def inspect(path: str | Path) -> Inspection:
     path = Path(path)
     folder: Path | None = path
     if (path / "checkpoints").is_dir():
-        folder = CheckpointFolder(path / "checkpoints").newest()
+        folder = next(reversed(CheckpointFolder(path / "checkpoints").all()), None)
         if folder is None:
             raise CheckpointError(f"the run in {path} has no complete checkpoint yet")
     assert folder is not None

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class LineFile:
         self.path = path
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
+        self._file: int | None = None
         self._open()
 
     def append(self, record: Mapping[str, Any]) -> OSError | None:
@@ -44,10 +46,12 @@ class LineFile:
             OSError: some are not there.
         """
         with self._lock:
+            if self._file is None:
+                return
             failure = self._write()
-        if failure is not None:
-            raise failure
-        os.fsync(self._file)
+            if failure is not None:
+                raise failure
+            os.fsync(self._file)
 
     def reopen(self) -> None:
         """Go on behind the end of a file that took the place of this one; lines that wait are forgotten.
@@ -57,35 +61,44 @@ class LineFile:
         """
         with self._lock:
             self._waiting.clear()
-            os.close(self._file)
+            if self._file is not None:
+                os.close(self._file)
             self._open()
 
     def close(self) -> int:
         """Close the file; returns how many lines could not be written."""
         with self._lock:
-            self._write()
-            os.close(self._file)
+            if self._file is not None:
+                self._write()
+                os.close(self._file)
+                self._file = None
             return len(self._waiting)
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._size = os.fstat(self._file).st_size
+        self._torn = False
 
     def _write(self) -> OSError | None:
         content = b"".join(self._waiting)
+        if self._file is None or not content:
+            return None
         try:
-            written = os.write(self._file, content) if content else 0
+            if self._torn:
+                os.ftruncate(self._file, self._size)
+            self._torn = True
+            written = os.write(self._file, content)
             if written < len(content):  # there is room for some of it
                 written += os.write(self._file, content[written:])
             if written < len(content):
                 raise OSError(f"{self.path} takes only {written} of {len(content)} bytes")
         except OSError as error:
             # Whatever is there of a line goes again, so that the next one does not follow it on its line.
-            try:
+            with suppress(OSError):
                 os.ftruncate(self._file, self._size)
-            except OSError:
-                return error
+                self._torn = False
             return error
+        self._torn = False
         self._size += len(content)
         self._waiting.clear()
         return None

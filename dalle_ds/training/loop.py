@@ -41,6 +41,8 @@ STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
 SECONDS_BETWEEN_TRIES = 60.0
 """Until a checkpoint that could not be written is tried again."""
+MOST_LINES = 20
+"""On data that could not be read, at a time."""
 LONG_MINUTES = 120.0
 """What validation, drawing and writing to slow disks may take while other processes wait, beyond what updates may."""
 
@@ -121,6 +123,7 @@ class Loop:
         self._place: int | None = None
         self._skipped_in_a_row = 0
         self._stopping = False
+        self._untold = 0
         self._passes = passes_of(self.task, self.engine, self.mesh)
         every = self.run.report.numerics_every
         self._numerics_lines = LineFile(self.directory.numerics_file) if every and self.mesh.is_main else None
@@ -176,6 +179,7 @@ class Loop:
             self._validate()
         seconds: list[float] = []  # of the updates since the last report, waiting for data included
         waited: list[float] = []
+        slowest: dict[str, float] = {}
         first = self.step
         while self.step < run.steps:
             began = time.perf_counter()
@@ -198,9 +202,11 @@ class Loop:
                 self._stop_if_told()
                 continue
             last = self.step == run.steps
-            metrics |= self._stragglers.after(self.step, seconds[-1])
+            slowest |= self._stragglers.after(self.step, seconds[-1])
             if self.step % report.log_every == 0 or last:
-                metrics["data_seconds"] = sum(waited) / len(waited)
+                self._tell_unreadable()
+                metrics |= slowest | {"data_seconds": sum(waited) / len(waited)}
+                slowest.clear()
                 self.tracker.log(self.step, metrics, sum(seconds) / len(seconds))
                 seconds.clear()
                 waited.clear()
@@ -296,11 +302,20 @@ class Loop:
         return self._counted(outcome.figures, outcome.applied), lost
 
     def _count_unreadable(self, figures: dict[str, float]) -> None:
-        """Tell what could not be read, and end a run of which too much cannot be; all processes know the same count."""
+        """End a run of which too much cannot be read; all processes know the same count."""
         skipped = round(figures.get("skipped", 0))
-        for line in self.batches.faults.news():
-            self.tracker.say(line, style="yellow")
+        self._untold += skipped
         self._unreadable.observe(self.run.train.batch_size + skipped, skipped)
+
+    def _tell_unreadable(self) -> None:
+        """A line for each place that could not be read, whichever process found it. Collective if there is any."""
+        if self._untold:
+            self._untold = 0
+            told = dict.fromkeys(
+                line for lines in self.mesh.gather_objects(self.batches.faults.news()) for line in lines
+            )
+            for line in list(told)[:MOST_LINES]:
+                self.tracker.say(line, style="yellow")
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of the next update."""
@@ -333,7 +348,8 @@ class Loop:
             "begin a new run with a lower optim.lr or a longer optim.warmup_steps"
         )
         self._take_note(self._wait_for_disk())
-        checkpoint = self.mesh.decide(self.directory.checkpoints.newest_good)
+        with self._long("going back"):
+            checkpoint = self.directory.checkpoints.newest_good(self.mesh)
         if checkpoint is None:
             raise TrainingError(f"{what}, and there is no checkpoint yet to go back to: {advice}")
         state = load_state(checkpoint)
@@ -346,8 +362,10 @@ class Loop:
         self.rollbacks = self.rollbacks.after(went_wrong, state["step"])
         self.mesh.decide(lambda: self.directory.checkpoints.drop_after(state["step"]))
         self.mesh.decide(lambda: self.rollbacks.write(self.directory.rollbacks_file))
-        self.trained.load(checkpoint, state, self.mesh)
-        self._begin_at({**self.state, **state, "layout": self.state["layout"], "wandb_id": self.tracker.run_id})
+        with self._long("going back"):
+            self.trained.load(checkpoint, state, self.mesh)
+        failed = {name: count for name, count in self.counts.items() if name == "failed_saves"}
+        self._begin_at({**self.state, **state, "layout": self.state["layout"], "counts": state["counts"] | failed})
         self.mesh.decide(self._rewind_lines)
         self.tracker.say(
             f"WENT BACK to step {self.step}: {what}; the data of the {went_wrong - self.step} updates since are left out",
@@ -440,13 +458,13 @@ class Loop:
             **self.trained.state_dict(),
             "step": self.step,
             "counts": self.counts,
-            "wandb_id": self.tracker.run_id,
             "validation_is_due": validation_is_due,
         }
-        self.mesh.decide(self.batches.check_unchanged)
         self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, self.step
         try:
-            self._saver.begin(self.step, state)
+            with self._long("saving"):
+                self.mesh.decide(self.batches.check_unchanged)
+                self._saver.begin(self.step, state)
         except CheckpointError as error:
             self._take_note(Saved(self.step, str(error)), ends=self._stopping or self.step == self.run.steps)
 

@@ -40,6 +40,8 @@ class Manifest:
     """Updates that it has seen."""
     files: Mapping[str, FileRecord]
     """By path within the checkpoint, with "/" between folders."""
+    format: int = FORMAT
+    """`FORMAT` of the version that wrote it."""
 
     def write(self, folder: Path) -> None:
         """Put it into `folder`, not yet forced to the disk."""
@@ -51,16 +53,17 @@ class Manifest:
 
         Raises:
             CheckpointError: it is missing or is not.
+            OSError: it may be, but cannot be read here and now.
         """
         path = folder / MANIFEST_NAME
         try:
-            text = path.read_text()
+            text = path.read_bytes().decode()
             content = json.loads(text)
             files = {name: FileRecord(*record) for name, record in content["files"].items()}
-            manifest = cls(content["step"], files)
+            manifest = cls(content["step"], files, content["format"])
             whole = text == manifest._text() and not any(map(_leaves, files))
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
         if not whole:
@@ -73,25 +76,27 @@ class Manifest:
         Args:
             names: files to look at; None takes all.
             contents: whether to read them; their lengths are always looked at.
+
+        Raises:
+            OSError: one may be, but cannot be read here and now.
         """
         found = []
         for name in self.files if names is None else names:
             path, record = folder / name, self.files[name]
             try:
                 size = path.stat().st_size
-                if size != record.size:
-                    found.append(f"{path} has {size:,} bytes, and had {record.size:,} when it was written")
-                elif contents and digest_of(path) != record.digest:
-                    found.append(f"{path} has other contents than when it was written")
             except FileNotFoundError:
                 found.append(f"{path} is missing")
-            except OSError as error:
-                found.append(f"{path} cannot be read: {error.strerror}")
+                continue
+            if size != record.size:
+                found.append(f"{path} has {size:,} bytes, and had {record.size:,} when it was written")
+            elif contents and digest_of(path) != record.digest:
+                found.append(f"{path} has other contents than when it was written")
         return found
 
     def _text(self) -> str:
         content: dict[str, Any] = {
-            "format": FORMAT,
+            "format": self.format,
             "step": self.step,
             "files": {name: [record.size, record.digest] for name, record in self.files.items()},
         }

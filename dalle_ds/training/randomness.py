@@ -10,7 +10,7 @@ import torch
 
 
 def seed_update(seed: int, step: int, index: int) -> None:
-    """Seed all global generators (Python, NumPy, PyTorch on every device) for an update of one process.
+    """Seed all global generators (Python, NumPy, PyTorch on the CPU and this process's GPU) for an update of one process.
 
     What is drawn in an update then depends on nothing that came before it, and there are no generators to be saved.
 
@@ -23,4 +23,6 @@ def seed_update(seed: int, step: int, index: int) -> None:
     number = int.from_bytes(digest, "little") >> 1
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002 (the generator that libraries draw from)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)

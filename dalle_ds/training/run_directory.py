@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import json
+import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -126,7 +128,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"--run_dir {self.path} is a file: name a folder")
         if not self.config_file.exists():
-            if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+            # A name that begins with a dot is a lock, or a file that was being written when a start was killed.
+            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise CheckpointError(
                     f"--run_dir {self.path} is not empty and not a run (it has no config.yaml): name a new folder"
                 )
@@ -158,13 +161,17 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
+            # A worker that outlives the process for a moment must not hold the lock.
+            os.register_at_fork(after_in_child=self.release)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(
                 f"another run is training in {self.path}: wait for it, or name another --run_dir"
             ) from error
         except OSError as error:
-            raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
+            print(f"{self.path} is on a file system without locks: see to it that no other run is training there")
 
     def write_config(self, identity: Mapping[str, str]) -> None:
         """Write the configuration and what the run learns from, make the folders and remove what killed runs left unfinished.
@@ -186,6 +193,9 @@ class RunDirectory:
         except OSError as error:
             raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
         self.checkpoints.clear()
+        for unfinished in self.path.glob(".*.partial-*"):
+            if unfinished.is_file():
+                unfinished.unlink(missing_ok=True)
 
     def identity(self) -> dict[str, str] | None:
         """What `write_config` was given at the run's start; None in a new run.
@@ -263,12 +273,25 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget the metrics of updates beyond `step`, which the run will do again."""
+    def drop_metrics_after(self, step: int, *, unvalidated: bool = False) -> None:
+        """Forget the metrics of updates beyond `step`, which the run will do again.
+
+        Args:
+            unvalidated: forget what is there of the validation at `step`, too.
+
+        Raises:
+            CheckpointError: a file cannot be written.
+        """
+
+        def stays(record: dict[str, Any]) -> bool:
+            again = unvalidated and record["step"] == step and any(name.startswith("validation/") for name in record)
+            return record["step"] <= step and not again
+
         for file in (self.metrics_file, self.numerics_file):
             try:
                 if file.exists():
-                    kept = [record for record in read_records(file) if record["step"] <= step]
-                    write_text(file, "".join(json.dumps(record) + "\n" for record in kept))
+                    kept = "".join(json.dumps(record) + "\n" for record in read_records(file) if stays(record))
+                    if kept != file.read_text(errors="replace"):
+                        write_text(file, kept)
             except OSError as error:
                 raise CheckpointError(f"{file} cannot be written: {error}; free some space and start again") from error

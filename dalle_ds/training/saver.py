@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -51,7 +52,7 @@ class Kept:
     last: int
     """Newest ones."""
     every: int | None = None
-    """Those of multiples of so many updates are never removed."""
+    """The first at or after each multiple of so many updates is never removed."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ class Saver:
         for name in (f"{TENSORS_NAME}/{INDEX_NAME}", STATE_NAME):
             files[name] = record_of(save.partial / name)
         self._folder.complete(save.partial, Manifest(save.step, files))
-        self._folder.prune(self._kept.last, self._kept.every)
+        with suppress(OSError):  # the checkpoint is there
+            self._folder.prune(self._kept.last, self._kept.every)
 
 
 class _Job(Generic[Result]):
@@ -290,36 +292,6 @@ class _Job(Generic[Result]):
             self._thread.join()
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    weights: MasterWeights,
-    optimizer: AdamW,
-    mesh: Mesh,
-    *,
-    keep: int,
-    average: WeightAverage | None = None,
-    errors: ErrorSums | None = None,
-) -> Path:
-    """Write `folder/step-N` and wait for it; delete all but the `keep` newest. Collective.
-
-    Args:
-        step: updates done.
-        state: JSON-able; comes back from `load_state`.
-
-    Raises:
-        CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
-    """
-    checkpoints = CheckpointFolder(folder)
-    saver = Saver(checkpoints, weights, optimizer, mesh, Kept(keep), average=average, errors=errors, background=False)
-    saver.begin(step, state)
-    saved = saver.finish()
-    assert saved is not None
-    saved.require()
-    return folder / f"step-{step}"
-
-
 def _why(step: int, folder: Path, error: OSError | None) -> str:
     try:
         room = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
@@ -333,9 +305,9 @@ def _writers(mesh: Mesh) -> Any:
     count = mesh.world_size // mesh.size("replica")
     if count == mesh.world_size and mesh.device.type == "cpu":
         return None
-    return _cpu_group(count)
+    return _cpu_group(count, dist.group.WORLD)
 
 
 @cache
-def _cpu_group(count: int) -> Any:
+def _cpu_group(count: int, world: Any) -> Any:
     return dist.new_group(list(range(count)), backend="gloo")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -42,14 +42,14 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python runs its handlers between two instructions of the main thread, which a collective may keep from ever coming;
         # but the number of every signal goes into this pipe at once, and a thread can wait for it.
-        self._read, self._write = os.pipe()
+        reader, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._pid = os.getpid()
+        self._pid, self._first = os.getpid(), None
         self._old = {number: signal.signal(number, _handled_by_thread) for number in SIGNALS}
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # A forked process (a worker that loads data) would write its own signals into the same pipe.
         os.register_at_fork(after_in_child=self._forget_pipe)
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
         return self
 
     def __exit__(
@@ -57,32 +57,35 @@ class StopSignals:
     ) -> None:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(self._write)
 
-    def _listen(self) -> None:
-        while number := os.read(self._read, 1):
+    def _listen(self, reader: int) -> None:
+        while number := os.read(reader, 1):
             if number[0] in SIGNALS:
                 self._note(signal.Signals(number[0]))
-        os.close(self._read)
+        os.close(reader)
 
     def _note(self, number: signal.Signals) -> None:
         first, now = self._first, time.monotonic()
         if first is None:
             self._first, self._at = number, now
             if not self._quiet:
-                print(
-                    f"{number.name}: stopping after this update, with a checkpoint; again to stop at once", flush=True
-                )
+                _say(f"{number.name}: stopping after this update, with a checkpoint; again to stop at once")
             return
         follows = number == signal.SIGTERM and first != signal.SIGTERM
         if not follows and now - self._at > ECHO_SECONDS:
-            print(f"{number.name}: stopped at once", file=sys.stderr, flush=True)
+            _say(f"{number.name}: stopped at once")
             os._exit(128 + number)
 
     def _forget_pipe(self) -> None:
         if os.getpid() != self._pid:
             signal.set_wakeup_fd(-1)
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):  # whoever read it may be gone
+        print(line, flush=True)
 
 
 def _handled_by_thread(number: int, frame: FrameType | None) -> None:

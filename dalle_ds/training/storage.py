@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -199,15 +200,15 @@ class Plan:
         self._own = _FileLayout(_rectangles(own))
         self._plans, self._metadata = plans, metadata
 
-    @property
-    def size(self) -> int:
-        """Bytes of this process's file; 0 where it has none to write."""
-        return self._own.size
+    @cached_property
+    def _files(self) -> list[_FileLayout]:
+        """Of all processes, on the group's first."""
+        return [_FileLayout(_rectangles(each)) for each in self._plans or ()]
 
-    @property
+    @cached_property
     def total_size(self) -> int:
         """On the group's first process, bytes of all files."""
-        return sum(_FileLayout(_rectangles(each)).size for each in self._plans or ())
+        return sum(file.size for file in self._files)
 
     def snapshot(self, pieces: Mapping[str, Pieces], buffer: Tensor | None) -> Tensor:
         """A copy, in the host's memory, of what this process writes, which may then change.
@@ -218,13 +219,16 @@ class Plan:
         Returns:
             (bytes,) uint8, what `write` takes.
         """
-        on_gpu = torch.cuda.is_available()
+        found = [(rectangle, offset, rectangle.find(pieces)) for rectangle, offset in self._own.places]
+        on_gpu = any(part.is_cuda for _, _, part in found)
         if buffer is None or buffer.numel() != self._own.body_size:
-            buffer = torch.empty(self._own.body_size, dtype=torch.uint8, pin_memory=on_gpu)
-        for rectangle, offset in self._own.places:
+            buffer = torch.empty(self._own.body_size, dtype=torch.uint8)
+            if on_gpu:
+                _pin(buffer)
+        for rectangle, offset, part in found:
             size = rectangle.size * rectangle.dtype.itemsize
             place = buffer[offset : offset + size].view(rectangle.dtype).view(rectangle.rows, rectangle.columns)
-            place.copy_(rectangle.find(pieces), non_blocking=True)
+            place.copy_(part, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
         return buffer
@@ -256,15 +260,20 @@ class Plan:
         Args:
             parameters: what is known of the model's parameters besides tensors.
         """
-        assert self._plans is not None and self._metadata is not None
+        text = json.dumps({"parameters": parameters})
+        (folder / INDEX_NAME).write_text(f"{text[:-1]}, {self._chunks_text[1:]}\n")
+
+    @cached_property
+    def _chunks_text(self) -> str:
+        """All of an index but parameters, which is the same as long as the plan is."""
+        assert self._metadata is not None
         places: dict[tuple[str, int, int], tuple[int, int]] = {}
-        files: list[str] = []
-        for rank, each in enumerate(self._plans):
-            layout = _FileLayout(_rectangles(each))
-            for rectangle, offset in layout.in_file:
-                places[rectangle.name, rectangle.row, rectangle.column] = len(files), offset
-            if layout.places:
-                files.append(_file_name(rank))
+        names: list[str] = []
+        for rank, file in enumerate(self._files):
+            for rectangle, offset in file.in_file:
+                places[rectangle.name, rectangle.row, rectangle.column] = len(names), offset
+            if file.places:
+                names.append(_file_name(rank))
         tensors = {}
         for name, stored in self._metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
@@ -273,8 +282,7 @@ class Plan:
                 for chunk in stored.chunks
             ]
             tensors[name] = {"dtype": _DTYPES[stored.properties.dtype], "size": list(stored.size), "chunks": chunks}
-        content = {"parameters": parameters, "files": files, "tensors": tensors}
-        (folder / INDEX_NAME).write_text(json.dumps(content) + "\n")
+        return json.dumps({"files": names, "tensors": tensors})
 
 
 class Planner:
@@ -434,6 +442,14 @@ def _rectangles(plan: SavePlan) -> list[_Rectangle]:
         (row, column), (rows, columns) = data.chunk.offsets, data.chunk.sizes
         found.append(_Rectangle(item.index.fqn, row, column, rows, columns, data.properties.dtype))
     return found
+
+
+def _pin(buffer: Tensor) -> None:
+    """Lock memory in place, so that GPUs copy to it at full speed.
+
+    Not by PyTorch's allocator, which takes the next power of two. Where it is refused, copies are slower.
+    """
+    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
 
 
 def _file_name(rank: int) -> str:

@@ -76,7 +76,8 @@ class Trainer:
                 f"fp16 scales the gradients of residual blocks, which a {self.task.name} does not offer: give a "
                 "DeepSpeed JSON for bf16 or fp32"
             )
-        self.directory = RunDirectory(run.run_dir, self.task.name, run)
+        # One process looks, since disks may show several ones different things at one time.
+        self.directory: RunDirectory = mesh.decide(lambda: RunDirectory(run.run_dir, self.task.name, run))
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
         check_plan(run, self.config, mesh)
         mesh.decide(self.directory.claim)
@@ -111,7 +112,6 @@ class Trainer:
             "identity": identity,
             "layout": layout,
             "counts": {},
-            "wandb_id": self.mesh.decide(self.directory.wandb_id),
             "validation_is_due": False,
             "version": dalle_ds.__version__,
         }
@@ -158,7 +158,8 @@ class Trainer:
         trained = self._build()
         if self.checkpoint is not None:
             trained.load(self.checkpoint, self.state, self.mesh)
-        self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step))
+        unvalidated = self.state["validation_is_due"]
+        self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step, unvalidated=unvalidated))
         rollbacks = self.mesh.decide(lambda: Rollbacks.read(self.directory.rollbacks_file))
         with self._tracker() as tracker:
             self.mesh.decide(lambda: self.directory.keep_wandb_id(tracker.run_id))
@@ -215,7 +216,7 @@ class Trainer:
             world_size=self.mesh.world_size,
             items=self.task.items_per_sample(),
             flops_per_sample=self.task.flops_per_sample() if self.run.report.peak_tflops else 0.0,
-            run_id=self.state["wandb_id"],
+            run_id=self.directory.wandb_id() if self.mesh.is_main else None,
         )
         begun = f"resumed from {self.checkpoint}" if self.checkpoint is not None else "new run"
         tracker.say(

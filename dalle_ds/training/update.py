@@ -169,7 +169,8 @@ class Updater:
         own = [part / self._mesh.size("model") for part in own]  # all processes of a model have the same
         squares = self._layout.spread(squares_here)
         # To the host in one piece: a GPU is waited for once.
-        flagged = squares.new_tensor(flags)
+        # Filled in on the device: a copy to it would wait for the backward pass.
+        flagged = torch.stack([squares.new_full((), flag) for flag in flags]) if flags else squares.new_empty(0)
         sizes = [part.numel() for part in [*own, squares, flagged]]
         *parts, flagged = self._mesh.sum(torch.cat([*own, squares, flagged]), "world").cpu().split(sizes)
         sums: dict[str, Tensor] = dict(zip(reported[0], parts, strict=False))

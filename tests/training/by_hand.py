@@ -1,4 +1,4 @@
-"""Checkpoints made by one process, without an engine."""
+"""Checkpoints that tests write: by one process without an engine, and at once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.optim import AdamW, WeightAverage
+from dalle_ds.parallel import Mesh
+from dalle_ds.training.checkpoint import ErrorSums
 from dalle_ds.training.checkpoint_folder import CheckpointFolder
 from dalle_ds.training.manifest import Manifest, record_of
+from dalle_ds.training.saver import Kept, Saver
 from dalle_ds.training.storage import Pieces, Planner
+from dalle_ds.training.weights import MasterWeights
 
 
 def write_tensors(folder: Path, pieces: Mapping[str, Pieces], parameters: dict[str, dict[str, Any]]) -> None:
@@ -30,3 +35,33 @@ def write_checkpoint(
     (partial / "state.json").write_text(json.dumps({"format": 3, **state}))
     names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
     return checkpoints.complete(partial, Manifest(state["step"], {name: record_of(partial / name) for name in names}))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    weights: MasterWeights,
+    optimizer: AdamW,
+    mesh: Mesh,
+    *,
+    keep: int,
+    average: WeightAverage | None = None,
+    errors: ErrorSums | None = None,
+) -> Path:
+    """Write `folder/step-N` and wait for it; delete all but the `keep` newest. Collective.
+
+    Args:
+        step: updates done.
+        state: JSON-able; comes back from `load_state`.
+
+    Raises:
+        CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
+    """
+    checkpoints = CheckpointFolder(folder)
+    saver = Saver(checkpoints, weights, optimizer, mesh, Kept(keep), average=average, errors=errors, background=False)
+    saver.begin(step, state)
+    saved = saver.finish()
+    assert saved is not None
+    saved.require()
+    return folder / f"step-{step}"

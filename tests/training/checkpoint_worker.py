@@ -138,7 +138,7 @@ def _digest(weights: dict[str, torch.Tensor] | None) -> str:
 
 
 def write(folder: Path, mesh: Mesh) -> dict[str, Any]:
-    from dalle_ds.training.saver import save_checkpoint
+    from tests.training.by_hand import save_checkpoint
 
     found = {}
     for name, layout in LAYOUTS.items():

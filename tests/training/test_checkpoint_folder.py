@@ -15,11 +15,18 @@ from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training import storage
 from dalle_ds.training.checkpoint import load_checkpoint, load_state
-from dalle_ds.training.checkpoint_folder import CheckpointFolder, choose_checkpoint, faults_of, require_whole
+from dalle_ds.training.checkpoint_folder import (
+    CheckpointFolder,
+    choose_checkpoint,
+    faults_found_by_all,
+    faults_of,
+    require_whole,
+)
 from dalle_ds.training.fragments import Fragment
 from dalle_ds.training.manifest import Manifest
-from dalle_ds.training.saver import Kept, Saver, save_checkpoint
+from dalle_ds.training.saver import Kept, Saver
 from dalle_ds.training.weights import MasterWeights
+from tests.training.by_hand import save_checkpoint
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))
 FILES = ("manifest.json", "state.json", "tensors/index.json", "tensors/rank-0.safetensors")
@@ -58,7 +65,7 @@ def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -
     for step in (2, 10, 9):
         save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-10", "step-9"]
-    assert (tmp_path / "latest").read_text() == "step-9\n"
+    assert (tmp_path / "latest").read_text() == "step-10\n"
     newest = CheckpointFolder(tmp_path).newest()
     assert newest is not None and newest.name == "step-10"
     weights = Weights(0.0)
@@ -78,21 +85,24 @@ def test_a_checkpoint_written_amid_bad_updates_is_gone_past_and_removed(tmp_path
         save(tmp_path, step, keep=3, guard={"bad_in_a_row": bad, "losses": []})
     assert CheckpointFolder(tmp_path).newest() == tmp_path / "step-3"
     folder = CheckpointFolder(tmp_path)
-    assert folder.newest_good() == tmp_path / "step-2"
+    assert folder.newest_good(ALONE) == tmp_path / "step-2"
     folder.drop_after(2)
     assert folder.newest() == tmp_path / "step-2" and (tmp_path / "step-1").is_dir()
     assert (tmp_path / "latest").read_text() == "step-2\n"
-    assert CheckpointFolder(tmp_path / "nothing").newest_good() is None
+    assert CheckpointFolder(tmp_path / "nothing").newest_good(ALONE) is None
 
 
-def test_the_newest_good_checkpoints_and_multiples_are_kept(tmp_path: Path) -> None:
-    for step, bad in ((3, 0), (4, 0), (6, 0), (7, 0), (8, 1), (9, 2)):
-        save(tmp_path, step, keep=6, guard={"bad_in_a_row": bad, "losses": []})
+def test_the_newest_good_checkpoints_and_the_first_beyond_each_multiple_are_kept(tmp_path: Path) -> None:
+    for step, bad in ((2, 0), (4, 0), (5, 0), (6, 0), (7, 0), (8, 1), (9, 2)):
+        save(tmp_path, step, keep=9, guard={"bad_in_a_row": bad, "losses": []})
     folder = CheckpointFolder(tmp_path)
+    folder.prune(1, 3)  # 4 is the first from 3 on
+    assert [path.name for path in folder.all()] == ["step-4", "step-6", "step-7", "step-8", "step-9"]
     folder.prune(1, 3)
-    assert [path.name for path in folder.all()] == ["step-3", "step-6", "step-7", "step-8", "step-9"]
-    folder.prune(1)
-    assert [path.name for path in folder.all()] == ["step-7", "step-8", "step-9"]
+    assert [path.name for path in folder.all()] == ["step-4", "step-6", "step-7", "step-8", "step-9"]
+    (tmp_path / "step-7" / "tensors" / "rank-0.safetensors").write_bytes(b"")
+    folder.prune(1)  # a damaged one is no reason to remove a good one
+    assert [path.name for path in folder.all()] == ["step-6", "step-7", "step-8", "step-9"]
 
 
 @pytest.mark.parametrize(
@@ -221,13 +231,14 @@ def test_a_damaged_file_is_found_and_the_checkpoint_before_is_taken(
     file = tmp_path / "step-2" / name
     FAULTS[fault](file, file.stat().st_size // 2)
     folder = CheckpointFolder(tmp_path)
-    assert folder.newest_good() == tmp_path / "step-1"
+    assert folder.newest_good(ALONE) == tmp_path / "step-1"
     with pytest.raises(CheckpointError, match=rf"step-2 is damaged: .*{file.name}"):
         require_whole(tmp_path / "step-2")
     assert choose_checkpoint(folder, ALONE) == tmp_path / "step-1"
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 1 and told[0].startswith("step-2 is damaged and was renamed to damaged-step-2: ")
     assert str(file) in told[0]
+    assert (tmp_path / "latest").read_text() == "step-1\n"
     # Nobody resumes it any more, and the next good one ends it.
     assert [path.name for path in folder.all()] == ["step-1"]
     assert choose_checkpoint(folder, ALONE) == tmp_path / "step-1"
@@ -286,6 +297,90 @@ def test_a_checkpoint_of_an_earlier_version_is_not_taken_for_a_damaged_one(tmp_p
     with pytest.raises(CheckpointError, match="was written by another version of dalle_ds"):
         choose_checkpoint(CheckpointFolder(tmp_path), ALONE)
     assert checkpoint.is_dir()
+
+
+def test_a_disk_that_cannot_be_read_now_says_nothing_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def fails(_: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    folder = CheckpointFolder(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr("dalle_ds.training.manifest.digest_of", fails)
+        for look in (lambda: choose_checkpoint(folder, ALONE), lambda: folder.newest_good(ALONE)):
+            with pytest.raises(
+                CheckpointError, match=r"step-2 cannot be read on .*Input/output error.*: it must lie where"
+            ):
+                look()
+    assert choose_checkpoint(folder, ALONE) == tmp_path / "step-2"
+
+
+def test_a_process_that_does_not_see_what_the_main_one_sees_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 2)
+    told = Manifest.read(tmp_path / "step-2"), []
+
+    class Elsewhere(Mesh):
+        """Rank 1, on a machine without the folder."""
+
+        def decide(self, choose: Callable[[], object]) -> object:
+            return told
+
+        def gather_objects(self, value: object) -> list[object]:
+            return [([], None), value]
+
+    elsewhere = Elsewhere(rank=1, world_size=2, device=torch.device("cpu"))
+    assert faults_found_by_all(tmp_path / "step-2", elsewhere) == []
+    (tmp_path / "step-2").rename(tmp_path / "unmounted")
+    with pytest.raises(
+        CheckpointError, match=r"step-2 cannot be read on .*No such file.*: it must lie where all processes"
+    ):
+        faults_found_by_all(tmp_path / "step-2", elsewhere)
+
+
+def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, 1)
+    manifest = Manifest.read(checkpoint)
+    Manifest(1, manifest.files, format=4).write(checkpoint)
+    with pytest.raises(CheckpointError, match="was written by another version of dalle_ds"):
+        choose_checkpoint(CheckpointFolder(tmp_path), ALONE)
+    assert checkpoint.is_dir()
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.startswith("partial-"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Path, "rename", killed)
+        save(tmp_path, 3)
+    folder = CheckpointFolder(tmp_path)
+    assert folder.newest() is None
+    folder.clear()
+    assert choose_checkpoint(folder, ALONE) == tmp_path / "step-3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-3"]
+
+
+def test_what_must_go_and_does_not_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def read_only(self: Path, target: Path) -> Path:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    with pytest.raises(CheckpointError, match=r"step-2 cannot be removed: remove it, and start the run again"):
+        CheckpointFolder(tmp_path).drop_after(1)
 
 
 # --- writing beside training

@@ -182,3 +182,24 @@ def test_a_forked_process_has_signals_of_its_own() -> None:
         os.waitpid(child, 0)
         time.sleep(0.1)
         assert signals.requested is None
+
+
+def test_signals_can_be_waited_for_again_and_again() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1) * 20:
+        with StopSignals(quiet=True) as signals:
+            os.kill(os.getpid(), number)
+            for _ in range(500):
+                if signals.requested:
+                    break
+                time.sleep(0.002)
+            assert signals.requested == number.name
+
+
+def test_a_second_signal_counts_though_nobody_reads_what_is_printed() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "all"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(3) == 143

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from dalle_ds.config import DvaeRun, OptimConfig, ParallelConfig, ReportConfig, 
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.run_directory import RunDirectory
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -114,3 +119,63 @@ def test_the_export_says_of_which_update_it_is(tmp_path: Path) -> None:
     directory.mark_exported(7)
     assert directory.exported_step() == 7
     directory.release()
+
+
+def test_a_first_start_that_was_killed_while_it_wrote_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ".config.yaml.partial-123"
+    left.write_text("stage: dv")
+    claimed(tmp_path / "run").release()
+    assert not left.exists()
+
+
+def test_validation_that_is_due_again_is_forgotten(tmp_path: Path) -> None:
+    directory = claimed(tmp_path / "run")
+    records = [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.0}, {"step": 3, "validation/loss": 2.0}]
+    directory.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    before = directory.metrics_file.stat().st_ino
+    directory.drop_metrics_after(3)
+    assert directory.metrics_file.stat().st_ino == before, "nothing is written where nothing goes"
+    directory.drop_metrics_after(3, unvalidated=True)
+    assert [json.loads(line) for line in directory.metrics_file.read_text().splitlines()] == records[:2]
+    directory.release()
+
+
+def test_what_a_run_learns_from_and_its_name_elsewhere_are_kept(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", "dvae", RUN)
+    assert directory.identity() is None and directory.wandb_id() is None
+    directory.claim()
+    directory.write_config({"data": "abc"})
+    directory.keep_wandb_id(None)
+    assert directory.wandb_id() is None
+    directory.keep_wandb_id("x1")
+    directory.keep_wandb_id(None)
+    assert directory.identity() == {"data": "abc"} and directory.wandb_id() == "x1"
+    (tmp_path / "run" / "identity.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"identity.json cannot be read .*: restore it"):
+        directory.identity()
+    for step in (0, 7):
+        directory.note_start(step, "1 × cpu")
+    assert directory.starts() == 2
+    directory.release()
+
+
+def test_the_lock_goes_with_the_process_though_its_workers_live_on(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, time
+from tests.training.test_run_directory import RUN, RunDirectory
+directory = RunDirectory({str(tmp_path / "run")!r}, "dvae", RUN)
+directory.claim()
+if os.fork() == 0:
+    time.sleep(20)
+print("claimed", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    try:
+        process.wait(30)
+        directory = RunDirectory(tmp_path / "run", "dvae", RUN)
+        directory.claim()
+        directory.release()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
