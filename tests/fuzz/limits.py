@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PAGES = Path("/proc/self/statm")
+
 
 @contextmanager
 def limited_memory(extra_bytes: int = 2**29) -> Iterator[None]:
-    """No more than `extra_bytes` of addresses beyond what the process has already."""
+    """No more than `extra_bytes` of addresses beyond what the process has already. On Linux; elsewhere there is no limit."""
+    if not _PAGES.exists():
+        yield
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(_PAGES.read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra_bytes, hard))
     try:
         yield
