@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, load_config
+from dalle_ds.models.pretrained import WEIGHTS_NAME, check_shapes, export_folder, load_config
 
 GPU_SHARE = 0.8
 """Of a GPU's free memory, what weights may take."""
@@ -42,8 +42,10 @@ def load_spread(
     except ImportError as error:
         raise ConfigError("device=auto needs accelerate: pip install 'dalle-ds[large]'") from error
     folder = export_folder(path)
+    config = load_config(folder, "transformer", DalleConfig)
+    check_shapes(lambda: Dalle(config), config, _shapes(folder), folder)
     with torch.device("meta"):
-        model = Dalle(load_config(folder, "transformer", DalleConfig)).to(dtype).eval()
+        model = Dalle(config).to(dtype).eval()
     blocks = sorted({type(block).__name__ for block in model.blocks})
     try:
         room = get_max_memory(dict(max_memory) if max_memory else None)
@@ -73,6 +75,16 @@ def load_spread(
     model.requires_grad_(False)
     main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
     return dispatch_model(model, places, main_device=main, offload_index=in_file or None, force_hooks=len(places) > 1)
+
+
+def _shapes(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported model, without their contents."""
+    try:
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            names = file.keys()
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the model in {folder} cannot be read: {error}; export it again") from error
 
 
 def _place(name: str, places: Mapping[str, int | str]) -> int | str:
