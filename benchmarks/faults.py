@@ -31,8 +31,8 @@ from rich.table import Table
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.errors import EXIT_REQUEUE, ConfigError
-from dalle_ds.training.checkpoint_folder import CheckpointFolder, step_of
-from dalle_ds.training.manifest import Manifest
+from dalle_ds.training.checkpoints.folder import CheckpointFolder, step_of
+from dalle_ds.training.checkpoints.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
 Part = Literal["storm", "damage", "disk", "process", "data", "numbers"]
@@ -367,7 +367,7 @@ def disk(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
             good = CheckpointFolder(run_dir / "checkpoints").newest()
             block(run_dir)
             seconds = ranks.wait_for("ALARM", PATIENCE)
-            step = _alarmed_at(ranks.output)
+            step = last_step(run_dir)
             whole = good is not None and not Manifest.read(good).faults(good)
             time.sleep(1)
             kept_on = ranks.running
@@ -379,8 +379,8 @@ def disk(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
             for problem in problems:
                 say(f"{name}: {problem}")
             happened = (
-                f"told at update {step}; the run went on, its earlier checkpoint stayed whole, and once the disk was well it "
-                "ended with the undisturbed run's weights and metrics"
+                f"told after update {step}; the run went on, its earlier checkpoint stayed whole, and once the disk was well "
+                "it ended with the undisturbed run's weights and metrics"
             )
             rows.append(Row(f"{name} for a while", happened, 1, int(not problems), seconds))
             if name != "a full disk":
@@ -440,10 +440,6 @@ def _can_be_fixed(folder: Path) -> bool:
     done = [subprocess.run(["chattr", change, str(probe)], check=False, capture_output=True) for change in ("+i", "-i")]
     probe.unlink()
     return all(each.returncode == 0 for each in done)
-
-
-def _alarmed_at(output: str) -> int:
-    return int(output.partition("ALARM at step ")[2].split(":")[0])
 
 
 def _size(folder: Path) -> int:

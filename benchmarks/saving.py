@@ -29,8 +29,8 @@ from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import OptimConfig, TrainConfig, TransformerRun
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoint_folder import CheckpointFolder
-from dalle_ds.training.saver import Kept, Saver
+from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.saver import Kept, Saver
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def main() -> None:
         report, faults = data_inspection.report(), data_inspection.faults
     else:
         # Imported once the options are read, so that --help and mistakes in them are quick.
-        from dalle_ds.training.inspection import inspect
+        from dalle_ds.training.checkpoints.inspection import inspect
 
         inspection = inspect(options.path)
         report, faults = inspection.report(), inspection.faults

@@ -19,10 +19,11 @@ from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.training.checkpoint import AVERAGE, TENSORS_NAME, WEIGHT, load_state
-from dalle_ds.training.checkpoint_folder import require_whole
+from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT, load_state
+from dalle_ds.training.checkpoints.folder import require_whole
+from dalle_ds.training.checkpoints.storage import Index
+from dalle_ds.training.checkpoints.writing import write_safetensors
 from dalle_ds.training.run_directory import RunDirectory, read_config
-from dalle_ds.training.storage import Index, write_safetensors
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["average", "raw"]

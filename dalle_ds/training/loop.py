@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import load_checkpoint, load_state
+from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
+from dalle_ds.training.checkpoints.saver import Kept, Saver
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.lines import LineFile
@@ -30,7 +30,7 @@ from dalle_ds.training.passes import passes_of
 from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
-from dalle_ds.training.saver import Kept, Saved, Saver
+from dalle_ds.training.saving import Saving
 from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.stragglers import Stragglers
 from dalle_ds.training.tracking import Tracker
@@ -39,8 +39,6 @@ from dalle_ds.training.weights import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
-SECONDS_BETWEEN_TRIES = 60.0
-"""Until a checkpoint that could not be written is tried again."""
 MOST_LINES = 20
 """On data that could not be read, at a time."""
 LONG_MINUTES = 120.0
@@ -139,20 +137,28 @@ class Loop:
             numerics=NumericsReport(self._numerics_lines, every, self.mesh, trained.scales) if every else None,
             replicas=trained.replicas,
         )
-        report = self.run.report
-        self._saver = Saver(
+        report, replicas = self.run.report, trained.replicas
+        saver = Saver(
             self.directory.checkpoints,
             self.weights,
             self.engine.client_optimizer,
             self.mesh,
             Kept(report.keep_checkpoints, report.keep_every),
             average=self.average,
-            errors=trained.replicas,
+            errors=replicas,
             background=report.background_saves,
             before_completing=self._sync_lines,
         )
-        self._saved_at = time.monotonic()
-        self._try_again_at = math.inf
+        self._saving = Saving(
+            saver,
+            self.run,
+            self.mesh,
+            exactly=replicas is not None and replicas.compresses,
+            say=self.tracker.say,
+            long=lambda: self._long("saving"),
+        )
+        self._saving.begin_at(self.step)
+        self._saving.failures = self.counts.get("failed_saves", 0)
         self._unreadable = Unreadable(self.run.loader.max_unreadable, self.batches.faults, self.run.data)
         self._stragglers = Stragglers(self.mesh, self.run.watch, lambda line: self.tracker.say(line, style="yellow"))
 
@@ -160,8 +166,6 @@ class Loop:
         self.state = state
         self.step: int = state["step"]
         self.counts: dict[str, int] = dict(state["counts"])
-        self._save_is_due = False
-        self._saved_step = self.step
 
     def run_to_end(self) -> None:
         """All remaining updates, with their checkpoints and reports, and the export.
@@ -272,11 +276,12 @@ class Loop:
         """Make an update; returns its figures and whether the run should go back from here."""
         step, learning_rate = self.step, self.trained.learning_rate
         seed_update(self.run.seed, step, self.mesh.index("data"))
-        outcome = self._updater.update(micro_batches, step, learning_rate.at(step), self._flags())
-        stop, due, *written = map(round, outcome.flags)
+        # What the processes tell each other with every update: whether one was told to stop, and how far saving is.
+        flags = [int(self.signals.requested is not None), *self._saving.flags()]
+        outcome = self._updater.update(micro_batches, step, learning_rate.at(step), flags)
+        stop, *saving = map(round, outcome.flags)
         self._stopping |= stop > 0
-        self._save_is_due |= due > 0
-        self._take_note(self._saver.advance(*written))
+        self._saving.note(saving)
         loss = outcome.figures["loss"]
         if self.average is not None:
             self.average.update(step)
@@ -347,7 +352,7 @@ class Loop:
             "look at the data of these updates; resume with a lower rate (--optim.halve_at and the checkpoint's step), or "
             "begin a new run with a lower optim.lr or a longer optim.warmup_steps"
         )
-        self._take_note(self._wait_for_disk())
+        self._saving.wait()
         with self._long("going back"):
             checkpoint = self.directory.checkpoints.newest_good(self.mesh)
         if checkpoint is None:
@@ -364,8 +369,8 @@ class Loop:
         self.mesh.decide(lambda: self.rollbacks.write(self.directory.rollbacks_file))
         with self._long("going back"):
             self.trained.load(checkpoint, state, self.mesh)
-        failed = {name: count for name, count in self.counts.items() if name == "failed_saves"}
-        self._begin_at({**self.state, **state, "layout": self.state["layout"], "counts": state["counts"] | failed})
+        self._begin_at({**self.state, **state, "layout": self.state["layout"]})
+        self._saving.begin_at(self.step)
         self.mesh.decide(self._rewind_lines)
         self.tracker.say(
             f"WENT BACK to step {self.step}: {what}; the data of the {went_wrong - self.step} updates since are left out",
@@ -418,72 +423,29 @@ class Loop:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.tracker.say(f"validation at step {self.step}: {shown}")
 
-    # --- checkpoints
-
-    def _flags(self) -> list[float]:
-        """What the processes tell each other with every update: of those that were told to stop, that find a checkpoint due
-        by the clock (one does), and that have written theirs or failed to (`Saver.advance`), the number."""
-        now, minutes = time.monotonic(), self.run.save_minutes
-        is_due = now >= self._try_again_at or (minutes is not None and now - self._saved_at >= 60 * minutes)
-        due = self.mesh.is_main and is_due and not self._saver.busy
-        return [self.signals.requested is not None, due, *self._saver.progress()]
-
     def _save_if_due(self, last: bool, validation_is_due: bool) -> None:
         """Save when it is time, but not in the midst of updates that go wrong: there may be a need to go back."""
-        ends = last or self._stopping
-        self._save_is_due |= self.step % self.run.save_every == 0 or ends
-        if not self._save_is_due or (self.trained.guard.bad_in_a_row and not ends):
-            return
-        compresses = self.trained.replicas is not None and self.trained.replicas.compresses
-        if self._saver.busy and not ends and not compresses:
-            return  # the disk is slower than checkpoints are asked for; this one is written once the last is there
-        # With PowerSGD, a checkpoint changes the rounding of what follows: it must not depend on the disk when it is written.
-        self._take_note(self._wait_for_disk())
-        self._save_is_due = False
-        if self._saved_step != self.step:
-            self._save(validation_is_due)
-        if ends:
-            self._take_note(self._wait_for_disk(), ends=True)
 
-    def _wait_for_disk(self) -> Saved | None:
-        if not self._saver.busy:
-            return None
-        with self._long("saving"):
-            return self._saver.finish()
+        def state() -> dict[str, Any]:
+            self.mesh.decide(self.batches.check_unchanged)
+            return {
+                **self.state,
+                **self.trained.state_dict(),
+                "step": self.step,
+                "counts": self.counts,
+                "validation_is_due": validation_is_due,
+            }
 
-    def _save(self, validation_is_due: bool) -> None:
-        """Begin to write a checkpoint."""
-        state = {
-            **self.state,
-            **self.trained.state_dict(),
-            "step": self.step,
-            "counts": self.counts,
-            "validation_is_due": validation_is_due,
-        }
-        self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, self.step
-        try:
-            with self._long("saving"):
-                self.mesh.decide(self.batches.check_unchanged)
-                self._saver.begin(self.step, state)
-        except CheckpointError as error:
-            self._take_note(Saved(self.step, str(error)), ends=self._stopping or self.step == self.run.steps)
-
-    def _take_note(self, saved: Saved | None, *, ends: bool = False) -> None:
-        """Of a checkpoint that was written or could not be: then the run goes on, unless it `ends` with it."""
+        ends, bad = last or self._stopping, self.trained.guard.bad_in_a_row > 0
+        saved = self._saving.save_if_due(self.step, state, ends=ends, hold=bad)
+        self.counts["failed_saves"] = self._saving.failures
         if saved is None or saved.failure is None:
             return
-        if ends:
+        if not self._stopping:
             raise CheckpointError(
                 f"{saved.failure}; see to the disk and start the run again: it goes on from the last complete checkpoint"
             )
-        self._saved_step = -1
-        self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES
-        self.counts["failed_saves"] = self.counts.get("failed_saves", 0) + 1
-        self.tracker.say(
-            f"ALARM at step {self.step}: {saved.failure}; the run goes on, earlier checkpoints stay as they are, and the next "
-            f"try is in {SECONDS_BETWEEN_TRIES:.0f} s or with the next checkpoint",
-            style="bold red",
-        )
+        self.tracker.say(f"ALARM: {saved.failure}; the run goes on from the last complete checkpoint", style="bold red")
 
     def _plain_model(self) -> nn.Module | None:
         """The model with averaged weights, fp32 on the CPU and outside DeepSpeed, on the main rank; None elsewhere.

@@ -20,7 +20,7 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
 from dalle_ds.parsing import parse_json, parse_yaml
-from dalle_ds.training.checkpoint_folder import CheckpointFolder
+from dalle_ds.training.checkpoints.folder import CheckpointFolder
 from dalle_ds.training.lines import LineFile
 
 # Fields that may differ when a run is resumed: they change no weight but for rounding (paths are held against fingerprints

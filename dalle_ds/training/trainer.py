@@ -17,8 +17,8 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.planning.check import check_plan
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoint import load_state
-from dalle_ds.training.checkpoint_folder import choose_checkpoint
+from dalle_ds.training.checkpoints.content import load_state
+from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, resolve
 from dalle_ds.training.engine import build_engine, scale_gradients
 from dalle_ds.training.gradients import MasterGradients

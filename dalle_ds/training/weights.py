@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_ds.training.fragments import Fragment, Rectangle, fragments_of, matrix_size
+from dalle_ds.training.checkpoints.fragments import Fragment, Rectangle, fragments_of, matrix_size
 
 
 class MasterWeights:

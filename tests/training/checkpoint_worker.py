@@ -106,7 +106,7 @@ class Training:
         """Fragments tile the model, and have the values that DeepSpeed tells."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        from dalle_ds.training.fragments import matrix_size
+        from dalle_ds.training.checkpoints.fragments import matrix_size
 
         plain = dict(Dalle(TINY_DALLE).named_parameters())
         everyone: list[Any] = [None] * self.mesh.world_size
@@ -157,7 +157,7 @@ def write(folder: Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def load(checkpoint: Path, training: Training) -> None:
-    from dalle_ds.training.checkpoint import load_checkpoint
+    from dalle_ds.training.checkpoints.content import load_checkpoint
 
     optimizer = training.engine.client_optimizer
     load_checkpoint(checkpoint, training.weights, optimizer, training.mesh, average=training.average)

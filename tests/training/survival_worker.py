@@ -26,10 +26,10 @@ from dalle_ds.errors import DalleError
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.training import loop
-from dalle_ds.training.checkpoint_folder import CheckpointFolder
+from dalle_ds.training import saving
+from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.signals import StopSignals
-from dalle_ds.training.storage import Plan
 from dalle_ds.training.trainer import Trainer
 
 
@@ -88,8 +88,8 @@ def break_(stack: ExitStack, kind: str, update: int, run: TransformerRun) -> Non
         patch(CheckpointFolder, "complete", failing(CheckpointFolder.complete, update, 2))
     elif kind == "folder":
         patch(CheckpointFolder, "begin", failing(CheckpointFolder.begin, update, 2))
-    elif kind == "for ever":
-        patch(Plan, "write", failing(Plan.write, update, 10**9, rank=1))
+    elif kind in ("for ever", "told and in vain"):
+        patch(Plan, "write", failing(Plan.write, update - 1, 10**9, rank=1))
     elif kind == "metrics":
         patch(os, "write", failing(os.write, update, 3))
     elif kind == "rows":
@@ -116,7 +116,7 @@ def break_(stack: ExitStack, kind: str, update: int, run: TransformerRun) -> Non
 
 
 def main() -> None:
-    loop.SECONDS_BETWEEN_TRIES = 0.0
+    saving.SECONDS_BETWEEN_TRIES = 0.0
     mesh = Mesh.start("cpu")
     for job in json.loads(Path(sys.argv[-1]).read_text()):
         run = from_dict(TransformerRun, job["run"], job["name"])
@@ -125,7 +125,7 @@ def main() -> None:
         with ExitStack() as stack:
             break_(stack, kind, update, run)
             try:
-                signals = Signals(update, *more) if kind == "told" else None
+                signals = Signals(update, *more) if kind.startswith("told") else None
                 trainer = Trainer(NoisyTask, run, job["deepspeed"], mesh, signals=signals)
                 trainer.fit()
             except DalleError as error:

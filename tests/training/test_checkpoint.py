@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Split
-from dalle_ds.training import storage
-from dalle_ds.training.fragments import Fragment, matrix_size
-from dalle_ds.training.storage import INDEX_NAME, Index, Pieces, write_safetensors
+from dalle_ds.training.checkpoints import storage, writing
+from dalle_ds.training.checkpoints.fragments import Fragment, matrix_size
+from dalle_ds.training.checkpoints.storage import INDEX_NAME, Index, Pieces
+from dalle_ds.training.checkpoints.writing import write_safetensors
 from tests.training.by_hand import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -180,7 +181,7 @@ def test_a_file_is_what_safetensors_would_write(tmp_path: Path, dtype: torch.dty
 def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.arange(3, dtype=torch.int16), "b": torch.randn(2, 3), "c": torch.randn(5).bfloat16()}
     forced: list[int] = []
-    monkeypatch.setattr(storage.os, "fsync", forced.append)
+    monkeypatch.setattr(writing.os, "fsync", forced.append)
     entries = [(name, v.dtype, v.shape, lambda v=v: v) for name, v in tensors.items()]
     write_safetensors(tmp_path / "file", entries)
     assert len(forced) == 1
@@ -208,7 +209,7 @@ def test_strided_parts_are_written_and_read_by_their_elements(tmp_path: Path) ->
 
 
 def test_large_rectangles_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_BUFFER_BYTES", 64)
+    monkeypatch.setattr(storage, "BUFFER_BYTES", 64)
     index = written(tmp_path, "whole", 1, 1)
     for (expected, fragments), (found, _) in zip(cut(values(), "each", 2, 4), cut(values(), "each", 2, 4), strict=True):
         for tensor in found:

@@ -13,18 +13,18 @@ import torch
 from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training import storage
-from dalle_ds.training.checkpoint import load_checkpoint, load_state
-from dalle_ds.training.checkpoint_folder import (
+from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
+from dalle_ds.training.checkpoints.folder import (
     CheckpointFolder,
     choose_checkpoint,
     faults_found_by_all,
     faults_of,
     require_whole,
 )
-from dalle_ds.training.fragments import Fragment
-from dalle_ds.training.manifest import Manifest
-from dalle_ds.training.saver import Kept, Saver
+from dalle_ds.training.checkpoints.fragments import Fragment
+from dalle_ds.training.checkpoints.manifest import Manifest
+from dalle_ds.training.checkpoints.saver import Kept, Saver
+from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.weights import MasterWeights
 from tests.training.by_hand import save_checkpoint
 
@@ -106,7 +106,7 @@ def test_the_newest_good_checkpoints_and_the_first_beyond_each_multiple_are_kept
 
 
 @pytest.mark.parametrize(
-    "place", ["dalle_ds.training.storage.os.fsync", "dalle_ds.training.checkpoint_folder.sync_folder"]
+    "place", ["dalle_ds.training.checkpoints.writing.os.fsync", "dalle_ds.training.checkpoints.folder.sync_folder"]
 )
 def test_a_full_disk_leaves_nothing_half_written_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -310,7 +310,7 @@ def test_a_disk_that_cannot_be_read_now_says_nothing_of_a_checkpoint(
 
     folder = CheckpointFolder(tmp_path)
     with monkeypatch.context() as broken:
-        broken.setattr("dalle_ds.training.manifest.digest_of", fails)
+        broken.setattr("dalle_ds.training.checkpoints.manifest.digest_of", fails)
         for look in (lambda: choose_checkpoint(folder, ALONE), lambda: folder.newest_good(ALONE)):
             with pytest.raises(
                 CheckpointError, match=r"step-2 cannot be read on .*Input/output error.*: it must lie where"
@@ -392,7 +392,7 @@ class Slow:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         self.may_go_on = threading.Event()
         self.fails = False
-        owner, name = (storage.Plan, "write") if where == "tensors" else (CheckpointFolder, "complete")
+        owner, name = (Plan, "write") if where == "tensors" else (CheckpointFolder, "complete")
         original = getattr(owner, name)
 
         def write(*arguments: object) -> object:
@@ -455,7 +455,7 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was_there_before(
 def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     usage = type("Usage", (), {"free": 11})
-    monkeypatch.setattr("dalle_ds.training.saver.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("dalle_ds.training.checkpoints.saver.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .* MiB needed"):
         save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1"]

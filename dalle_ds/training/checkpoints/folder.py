@@ -19,8 +19,8 @@ from typing import Any
 from dalle_ds.errors import CheckpointError
 from dalle_ds.files import sync_directory, sync_folder, write_text
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoint import STATE_NAME, load_state, other_version
-from dalle_ds.training.manifest import FORMAT, MANIFEST_NAME, Manifest
+from dalle_ds.training.checkpoints.content import STATE_NAME, load_state, other_version
+from dalle_ds.training.checkpoints.manifest import FORMAT, MANIFEST_NAME, Manifest
 
 LATEST_NAME = "latest"
 _STEP = re.compile(r"step-(0|[1-9]\d*)")

@@ -28,7 +28,7 @@ from torch import Tensor
 from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoint import (
+from dalle_ds.training.checkpoints.content import (
     STATE_NAME,
     TENSORS_NAME,
     ErrorSums,
@@ -37,9 +37,10 @@ from dalle_ds.training.checkpoint import (
     pieces_of,
     state_text,
 )
-from dalle_ds.training.checkpoint_folder import CheckpointFolder
-from dalle_ds.training.manifest import FileRecord, Manifest, record_of
-from dalle_ds.training.storage import INDEX_NAME, Plan, Planner
+from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.manifest import FileRecord, Manifest, record_of
+from dalle_ds.training.checkpoints.storage import INDEX_NAME
+from dalle_ds.training.checkpoints.writing import Plan, Planner
 from dalle_ds.training.weights import MasterWeights
 
 Result = TypeVar("Result")

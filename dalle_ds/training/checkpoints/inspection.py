@@ -14,7 +14,7 @@ from rich.table import Table
 from dalle_ds.config import ParallelConfig, Run, TransformerRun
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoint import (
+from dalle_ds.training.checkpoints.content import (
     AVERAGE,
     ERROR,
     MOMENTS,
@@ -23,10 +23,10 @@ from dalle_ds.training.checkpoint import (
     WEIGHT,
     load_state,
 )
-from dalle_ds.training.checkpoint_folder import CheckpointFolder, faults_of
+from dalle_ds.training.checkpoints.folder import CheckpointFolder, faults_of
+from dalle_ds.training.checkpoints.fragments import matrix_size
+from dalle_ds.training.checkpoints.storage import Index
 from dalle_ds.training.export import read_run
-from dalle_ds.training.fragments import matrix_size
-from dalle_ds.training.storage import Index
 
 _KINDS = {
     WEIGHT: "weights",

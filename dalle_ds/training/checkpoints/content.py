@@ -20,9 +20,9 @@ from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json
-from dalle_ds.training.fragments import matrix_size
-from dalle_ds.training.manifest import FORMAT
-from dalle_ds.training.storage import Index, Pieces
+from dalle_ds.training.checkpoints.fragments import matrix_size
+from dalle_ds.training.checkpoints.manifest import FORMAT
+from dalle_ds.training.checkpoints.storage import Index, Pieces
 from dalle_ds.training.weights import MasterWeights
 
 STATE_NAME = "state.json"
