@@ -10,13 +10,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dalle_ds.errors import EXIT_REQUEUE
 from dalle_ds.training.signals import StopSignals
-from tests.conftest import ROOT, TINY_DALLE
+from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
 
 sys.path.append(str(ROOT / "benchmarks"))
 from processes import Ranks
@@ -203,3 +204,35 @@ def test_a_second_signal_counts_though_nobody_reads_what_is_printed() -> None:
     time.sleep(1.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(3) == 143
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_launcher_processes_and_workers_leaves_a_checkpoint(
+    tmp_path: Path, data: Path, dvae_export: Path, tokenizer_file: Path, number: signal.Signals
+) -> None:
+    """The deepspeed launcher answers with SIGTERM to all its processes, one tree after the other, and ends with a status of
+    its own."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [*deepspeed_command(2), *arguments(run_dir, data, dvae_export, tokenizer_file)]
+    with log.open("w") as output:
+        launcher = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists() or (run_dir / "metrics.jsonl").read_text().count("\n") < 4:
+            assert launcher.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        os.killpg(launcher.pid, number)
+        assert launcher.wait(60) != 0
+        while "; the same command goes on from there" not in log.read_text():  # its processes outlive it
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert "run: stopped after update" in log.read_text() and "dalle_ds/" not in log.read_text(), log.read_text()
+    step = int((run_dir / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert step >= 4 and records(run_dir)[-1]["step"] == step
