@@ -205,6 +205,9 @@ class CodesCache:
         # The headers of the files are not believed; the data is what lies at their ends.
         sizes = zip(self.files.values(), self._data_bytes(), strict=True)
         self._offsets = [size - of_data for (size, _), of_data in sizes]
+        counts = (*self.grid, self.views)
+        if self._rows < 0 or any(type(count) is not int or count < 1 for count in counts) or min(self._offsets) < 0:
+            raise DataError(f"{folder / 'codes.json'} is damaged: no codes of its shape are in its files; {_AGAIN}")
         digests = {path: digest for path, (_, digest) in self.files.items()}
         self._stamps = Stamps({path: stamp_of(path) for path in digests}, digests)
         unreadable = manifest["unreadable"][split]
