@@ -18,7 +18,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 set_hypothesis_home_dir(".pytest_cache/hypothesis")
 settings.register_profile(
     "fuzz",
-    max_examples=EXAMPLES or 60,
+    max_examples=EXAMPLES or 50,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,  # `harness.survives` has one for what is tested alone
