@@ -53,6 +53,10 @@ class RowError(DataError):
         self.where = where
 
 
+class WorkerError(DataError):
+    """A process that loads data is gone. Its data are not, and others can be started."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """Rows that cannot be read."""

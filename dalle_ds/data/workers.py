@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from dalle_ds.errors import DataError
+from dalle_ds.data.faults import WorkerError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_DIE = 0.2
@@ -60,7 +60,7 @@ def take(batches: Iterator[Item]) -> Item:
     """The next of a DataLoader's iterator.
 
     Raises:
-        DataError: one of its workers is gone.
+        WorkerError: one of its workers is gone.
     """
     try:
         return next(batches)
@@ -71,7 +71,7 @@ def take(batches: Iterator[Item]) -> Item:
     raise failure  # out here, so that it does not keep torch's error and with it the other workers
 
 
-def _what_happened(workers: Iterable[BaseProcess]) -> DataError | None:
+def _what_happened(workers: Iterable[BaseProcess]) -> WorkerError | None:
     """What an error of a DataLoader means if one of its workers is gone, else None."""
     time.sleep(_SECONDS_TO_DIE)  # what a dying worker breaks is sometimes noticed before its death
     dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode is not None]
@@ -89,7 +89,7 @@ def _what_happened(workers: Iterable[BaseProcess]) -> DataError | None:
     else:
         how = f"ended with status {status}"
     others = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
-    return DataError(f"loader process {pid}{others} {how}")
+    return WorkerError(f"loader process {pid}{others} {how}")
 
 
 def _signal_name(number: int) -> str:

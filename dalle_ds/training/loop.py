@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from dalle_ds.config import Run
-from dalle_ds.data.faults import Unreadable
+from dalle_ds.data.faults import Unreadable, WorkerError
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
@@ -39,6 +40,8 @@ from dalle_ds.training.weights import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
+LOADER_TRIES = 3
+"""Starts of loader processes for one update, before it is given up."""
 MOST_LINES = 20
 """On data that could not be read, at a time."""
 LONG_MINUTES = 120.0
@@ -328,7 +331,16 @@ class Loop:
         if place != self._place:
             self._stream = self.batches.train(place)
         self._place = place + 1
-        return [next(self._stream) for _ in range(self.config.accumulation)]
+        for tries in itertools.count(1):
+            try:
+                return [next(self._stream) for _ in range(self.config.accumulation)]
+            except WorkerError as error:
+                # Processes that share a model's batches may have had some of these already.
+                if tries == LOADER_TRIES or self.mesh.size("model") > 1:
+                    raise
+                print(f"rank {self.mesh.rank}: {error}; others take their place", flush=True)
+                self._stream = self.batches.train(place)
+        raise AssertionError
 
     def _counted(self, figures: dict[str, float], applied: bool) -> dict[str, float]:
         """`figures` with counts replaced by the run's totals, where there is anything to tell."""

@@ -6,9 +6,12 @@ Arguments: a JSON file with a list of {"name", "run": fields, "deepspeed": JSON,
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -103,6 +106,16 @@ def break_(stack: ExitStack, kind: str, update: int, run: TransformerRun) -> Non
             return sample(self, row, rng)
 
         patch(TextImageSamples, "sample", broken)
+    elif kind == "workers":
+        inner = NoisyTask.loss
+
+        def kill(self: Any, model: Any, batch: Any, step: int) -> Any:
+            if step + 1 in (update, update + 3) and os.environ["RANK"] == "1":
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid or 0, signal.SIGKILL)
+            return inner(self, model, batch, step)
+
+        patch(NoisyTask, "loss", kill)
     elif kind == "changed":
         before = TransformerTask.digest
 
@@ -132,6 +145,8 @@ def main() -> None:
                 print(f"{job['name']} rank {mesh.rank} {type(error).__name__}: {error}", flush=True)
         if trainer is not None:
             trainer.directory.release()
+        trainer = None
+        gc.collect()  # a process with the buffers of many engines cannot be forked
         NoisyTask.begun = 0
         mesh.barrier()
     mesh.stop()

@@ -41,7 +41,7 @@ class Runs:
             "train": {"batch_size": 8, "average_decay": 0.9},
             "loader": {"workers": 0},
         }
-        jobs = [self.job("straight")]
+        jobs = [self.job("straight"), self.job("workers", ["workers", 4], loader={"workers": 1})]
         jobs += [self.job(f"disk-{kind}", [kind, 5]) for kind in DISKS]
         jobs += [self.job("disk-waits", ["tensors", 5], report={"background_saves": False})]
         jobs += [self.job("disk-at-the-end", ["for ever", 9]), self.job("disk-at-the-end")]
@@ -55,7 +55,6 @@ class Runs:
         jobs += [self.job("unread", ["rows", 1], train={"batch_size": 40})]
         tolerant = {"workers": 0, "max_unreadable": 0.7}
         jobs += [self.job("unread-allowed", ["rows", 1], train={"batch_size": 40}, loader=tolerant)]
-        jobs += [self.job("begun", steps=1, save_every=1)]
         changing = shutil.copytree(data, folder / "changing-data")
         jobs += [self.job("changed", ["changed", 5], data=str(changing), report={"background_saves": False})]
         description = folder / "jobs.json"
@@ -171,6 +170,15 @@ def test_too_much_that_cannot_be_read_ends_a_run(runs: Runs) -> None:
     counted = runs.records("unread-allowed")[-2]["skipped_total"]
     assert 0.4 < counted / (40 * STEPS + counted) < 0.75
     assert f"{counted:,.0f} rows that could not be read" in runs.output
+
+
+def test_loader_processes_that_are_killed_are_replaced(runs: Runs) -> None:
+    assert runs.weights("workers") == runs.weights("straight")
+    assert runs.records("workers") == runs.records("straight")
+    assert (
+        len(re.findall(r"rank 1: loader process \d+ was killed \(SIGKILL\).*?; others take their place", runs.output))
+        == 2
+    )
 
 
 def test_data_that_changes_ends_a_run_at_the_next_checkpoint(runs: Runs) -> None:
