@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dalle_ds.config import ReportConfig, Run, to_dict
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, Interrupted
 from dalle_ds.training.lines import LineFile
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -187,4 +187,4 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(failed=error is not None)
+        self.close(failed=error is not None and not isinstance(error, Interrupted))
