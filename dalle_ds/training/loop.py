@@ -178,9 +178,9 @@ class Loop:
             DataError: too much of the data cannot be read, or it has changed.
         """
         run, report = self.run, self.run.report
-        for fault in self.batches.train_samples.faults:
-            self.tracker.say(str(fault), style="yellow")
-        self._unreadable.check_known(self.batches.train_samples.faults, len(self.batches.train_samples))
+        for samples in (self.batches.train_samples, self.batches.validation_samples):
+            self._unreadable.check_known(samples.faults, len(samples))
+            self._tell([str(fault) for fault in samples.faults])
         self.engine.train()
         if self.state["validation_is_due"]:
             self._validate()
@@ -319,11 +319,14 @@ class Loop:
         """A line for each place that could not be read, whichever process found it. Collective if there is any."""
         if self._untold:
             self._untold = 0
-            told = dict.fromkeys(
-                line for lines in self.mesh.gather_objects(self.batches.faults.news()) for line in lines
-            )
-            for line in list(told)[:MOST_LINES]:
-                self.tracker.say(line, style="yellow")
+            everyone = self.mesh.gather_objects(self.batches.faults.news())
+            self._tell(list(dict.fromkeys(line for lines in everyone for line in lines)))
+
+    def _tell(self, lines: list[str]) -> None:
+        for line in lines[:MOST_LINES]:
+            self.tracker.say(line, style="yellow")
+        if len(lines) > MOST_LINES:
+            self.tracker.say(f"and {len(lines) - MOST_LINES:,} more", style="yellow")
 
     def _next_batches(self) -> list[Batch]:
         """The micro-batches of the next update."""
@@ -426,20 +429,25 @@ class Loop:
 
     def _validate(self) -> None:
         sums: Metrics = {}
+        skipped = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
         with self._long("validating"), self._averaged() as model:
             for batch in self.batches.validation():
+                skipped = skipped + batch["skipped"].sum()
                 for name, value in self.task.evaluate(model, batch).items():
                     sums[name] = sums[name] + value if name in sums else value
         figures = self.task.summarize({name: self.mesh.sum(value) for name, value in sums.items()})
         self.tracker.log(self.step, {f"validation/{name}": value for name, value in figures.items()})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.tracker.say(f"validation at step {self.step}: {shown}")
+        lost = int(self.mesh.sum(skipped))
+        unread = f"; for {lost:,} rows that could not be read, others stood in" if lost else ""
+        self.tracker.say(f"validation at step {self.step}: {shown}{unread}")
 
     def _save_if_due(self, last: bool, validation_is_due: bool) -> None:
         """Save when it is time, but not in the midst of updates that go wrong: there may be a need to go back."""
 
         def state() -> dict[str, Any]:
-            self.mesh.decide(self.batches.check_unchanged)
+            with self._long("looking at the data"):
+                self.mesh.decide(self.batches.check_unchanged)
             return {
                 **self.state,
                 **self.trained.state_dict(),
