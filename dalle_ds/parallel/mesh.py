@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.config import DalleConfig, ParallelConfig
-from dalle_ds.errors import ConfigError, DalleError
+from dalle_ds.errors import ConfigError, DalleError, Interrupted
 from dalle_ds.parallel import timeouts
 from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
@@ -135,7 +136,9 @@ class Mesh:
             device: "auto" (CUDA where there is one), "cpu" or "cuda".
 
         Raises:
-            ConfigError: CUDA asked for where there is none, or fewer GPUs than processes on this machine.
+            ConfigError: CUDA asked for where there is none, fewer GPUs than processes on this machine, or a port that another
+                run uses.
+            Interrupted: another process did not come.
         """
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
@@ -159,12 +162,15 @@ class Mesh:
                     timeout=datetime.timedelta(minutes=timeout_minutes),
                     verbose=False,
                 )
-            except dist.DistNetworkError as error:
-                port = os.environ.get("MASTER_PORT", "unknown")
-                raise ConfigError(
-                    f"the processes cannot meet at port {port} ({error}); where another run uses it, give the deepspeed "
-                    "launcher another one: --master_port N"
-                ) from error
+            except dist.DistError as error:
+                place = f"{os.environ.get('MASTER_ADDR', 'unknown')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
+                if re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE):
+                    raise ConfigError(
+                        f"the processes cannot meet at {place} ({error}); where another run uses it, give the deepspeed "
+                        "launcher another one: --master_port N"
+                    ) from error
+                # Most likely one of the others has died at its start.
+                raise Interrupted(f"the processes did not meet at {place} ({error}): start them again") from error
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
 
     @classmethod

@@ -84,13 +84,17 @@ def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig
         interrupted: Interrupted | None = None
         with Watch(mesh, explain, run.watch, Path(run.run_dir) / "logs") as watch:
             # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
+            from dalle_ds.training.loop import LONG_MINUTES
             from dalle_ds.training.trainer import Trainer
 
             try:
                 Trainer(make_task, run, command.deepspeed, mesh, signals=signals, pulse=watch.pulse).fit()
             except Interrupted as stopped:
                 interrupted = stopped
-        # Launchers end all processes when one has ended: none does before all are done.
+            watch.pulse(run.steps, "leaving", LONG_MINUTES)
+            with mesh.patience(LONG_MINUTES):  # its end is a barrier: all are done before anyone leaves the watch
+                pass
+        # Launchers end all processes when one has ended: none does before all have left.
         mesh.barrier()
         mesh.stop()
     if interrupted is not None:

@@ -190,15 +190,17 @@ class Loop:
         first = self.step
         while self.step < run.steps:
             began = time.perf_counter()
-            self._pulse("waiting for data")
+            # The first update starts loaders, compiles, and connects processes.
+            minutes = LONG_MINUTES if self.step == first else 0.0
+            self._setup.pulse(self.step, "waiting for data", minutes)
             with self._stragglers.waiting():
                 batches = self._next_batches()
             waited.append(time.perf_counter() - began)
-            # The first update compiles, and connects processes.
-            self._setup.pulse(self.step, "step", LONG_MINUTES if self.step == first else 0.0)
+            self._setup.pulse(self.step, "step", minutes)
             metrics, lost = self._update(batches)
             seconds.append(time.perf_counter() - began)
             self.step += 1
+            slowest |= self._stragglers.after(self.step, seconds[-1])
             if self.step == first + 1:
                 # Until here, processes load, compile and connect, each at its own pace.
                 self.mesh.set_timeout(run.watch.collective_minutes)
@@ -209,7 +211,6 @@ class Loop:
                 self._stop_if_told()
                 continue
             last = self.step == run.steps
-            slowest |= self._stragglers.after(self.step, seconds[-1])
             if self.step % report.log_every == 0 or last:
                 self._tell_unreadable()
                 metrics |= slowest | {"data_seconds": sum(waited) / len(waited)}
@@ -228,9 +229,6 @@ class Loop:
                     model = self._plain_model()
                 self._preview(model)
         self._finish()
-
-    def _pulse(self, phase: str) -> None:
-        self._setup.pulse(self.step, phase)
 
     @contextmanager
     def _long(self, phase: str) -> Iterator[None]:

@@ -21,9 +21,9 @@ ECHO_SECONDS = 1.0
 class StopSignals:
     """While entered, `requested` says whether this process has been told to stop. To be entered in the main thread.
 
-    A second signal ends the process at once, with status 128 + its number, even in the midst of a collective that never ends.
-    One that only follows from the first is no second signal: launchers answer Ctrl-C with SIGTERM to all their processes, and
-    schedulers follow up SIGUSR1 with SIGTERM, which leaves some seconds for a checkpoint that is being written.
+    The same signal once more, or Ctrl-C, ends the process at once, with status 128 + its number, even in the midst of a
+    collective that never ends. Another one only follows from the first: launchers answer Ctrl-C with SIGTERM to all their
+    processes, and schedulers follow up SIGUSR1 with SIGTERM, which leaves some seconds for a checkpoint that is being written.
 
     Args:
         quiet: say nothing, on processes whose output a user would see many times.
@@ -73,8 +73,8 @@ class StopSignals:
             if not self._quiet:
                 _say(f"{number.name}: stopping after this update, with a checkpoint; again to stop at once")
             return
-        follows = number == signal.SIGTERM and first != signal.SIGTERM
-        if not follows and now - self._at > ECHO_SECONDS:
+        is_order = number in (first, signal.SIGINT)
+        if is_order and now - self._at > ECHO_SECONDS:
             _say(f"{number.name}: stopped at once")
             os._exit(128 + number)
 

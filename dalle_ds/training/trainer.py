@@ -154,6 +154,8 @@ class Trainer:
                 self.directory.release()
             return
         self.pulse(self.step, "starting", LONG_MINUTES)
+        # More than the watch has, which tells more of what hangs.
+        self.mesh.set_timeout(LONG_MINUTES + self.run.watch.collective_minutes)
         torch.manual_seed(self.run.seed)
         trained = self._build()
         if self.checkpoint is not None:

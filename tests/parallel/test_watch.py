@@ -44,9 +44,9 @@ AT_MOST = 20
 RESUME = r"; the run ends, and the same command goes on from the last complete checkpoint"
 KILLED = r"has died: killed or crashed \(dmesg on its host tells whether memory ran out\)" + RESUME
 LOST = r"has died, or its host cannot be reached: the connection to it broke" + RESUME
-SILENCE = r"has died, or its host cannot be reached: no sign of life for \d s" + RESUME
+SILENCE = r"has died, or its host cannot be reached: no sign of life for \d+ s" + RESUME
 BEHIND = (
-    r"is behind, at step 7 \(step\) for \d s, in watch_worker.py:\d+ \(PLACE\), while the others are at step 7 \(step\), in "
+    r"is behind, at step 7 \(step\) for \d+ s, in watch_worker.py:\d+ \(PLACE\), while the others are at step 7 \(step\), in "
     r"barrier, called at mesh.py:\d+ \(barrier\)"
 )
 STOPPED = rf"has been stopped by a signal \(SIGSTOP\) for {PATIENCE:.0f} s" + RESUME
@@ -63,7 +63,7 @@ STOPPED = rf"has been stopped by a signal \(SIGSTOP\) for {PATIENCE:.0f} s" + RE
         ("killed-with-chief", [-9, 75], 1, f"rank 0 WHO {LOST}"),
         ("killed-with-child", [75, -9], 0, f"rank 1 WHO {KILLED}"),
         ("killed-while-stuck", [-9, -9], 0, f"rank 1 WHO {KILLED}"),
-        ("gone-before", [75, 3], 0, rf"rank 1 has died at the start, or cannot connect: no sign of life for \d s{RESUME}"),
+        ("gone-before", [75, 3], 0, rf"rank 1 has died at the start, or cannot connect: no sign of life for \d+ s{RESUME}"),
         ("stopped", [75, -9], 0, f"rank 1 WHO {STOPPED}"),
         ("silent", [75, -9], 0, f"rank 1 WHO {SILENCE}"),
         ("silent-chief", [-9, 75], 1, f"rank 0 WHO {SILENCE}"),
@@ -115,7 +115,7 @@ def test_a_hang_ends_all_and_names_who_and_where(
     last = len(statuses) - 1
     behind = rf"rank {last} \(host \S+, pid \d+\) {BEHIND.replace('PLACE', place)}"
     stacks = re.escape(f"{found['logs']}/stacks")
-    line = rf"error: no progress for \d s: {behind}; all stacks are in {stacks}{RESUME}\n"
+    line = rf"error: no progress for \d+ s: {behind}; all stacks are in {stacks}{RESUME}\n"
     assert re.fullmatch(line, found["outputs"][0]), found["outputs"][0]
     assert found["outputs"][1:] == [""] * last
     assert found["statuses"] == statuses
@@ -123,7 +123,7 @@ def test_a_hang_ends_all_and_names_who_and_where(
     assert found["seconds"] < AT_MOST and found["watchmen_seconds"] < AT_MOST
     head, first, *_ = stack_file(found, last).splitlines()
     assert re.fullmatch(
-        rf"=== \S+: rank {last} \(host \S+, pid \d+\), at step 7 \(step\), \d s after its last pulse", head
+        rf"=== \S+: rank {last} \(host \S+, pid \d+\), at step 7 \(step\), \d+ s after its last pulse", head
     )
     assert first.startswith("Thread 0x") and f" in {place}\n" in stack_file(found, last)
     for rank in range(last):
@@ -135,7 +135,7 @@ def test_who_has_done_fewer_steps_is_behind_even_where_all_wait(results: dict[st
     found = results["hangs-ahead"]
     assert found["statuses"] == [75, 75] and found["outputs"][1] == ""
     assert re.match(
-        r"error: no progress for \d s: rank 0 \(.*\) is behind, at step 7 \(step\) for \d s, in barrier, called at "
+        r"error: no progress for \d+ s: rank 0 \(.*\) is behind, at step 7 \(step\) for \d+ s, in barrier, called at "
         r"mesh.py:\d+ \(barrier\), while the others are at step 8 \(step\), in all_reduce, called at watch_worker.py",
         found["outputs"][0],
     )
@@ -149,7 +149,7 @@ def test_who_has_done_fewer_steps_is_behind_even_where_all_wait(results: dict[st
             "times-out",
             [75, 75],
             r"rank 0 \(.*\) waited in vain: all_reduce \(mesh.py:\d+, sum\) did not end within 0.0333 min; rank 1 \(.*\) is "
-            r"behind, at step 7 \(waiting for data\) for \d s, in watch_worker.py:\d+ \(time_out\), while the others are ",
+            r"behind, at step 7 \(waiting for data\) for \d+ s, in watch_worker.py:\d+ \(time_out\), while the others are ",
         ),
         (
             "dies-of-waiting",
@@ -173,7 +173,7 @@ def test_a_process_alone_hangs(results: dict[str, Any]) -> None:
     found = results["alone-loops"]
     assert found["statuses"] == [75] and found["seconds"] < AT_MOST and silence_of(found) >= HANG
     assert re.fullmatch(
-        r"error: no progress for \d s: the training process \(.*\) is at step 7 \(step\), in watch_worker.py:\d+ "
+        r"error: no progress for \d+ s: the training process \(.*\) is at step 7 \(step\), in watch_worker.py:\d+ "
         rf"\(loop_for_ever\); all stacks are in {re.escape(str(found['logs']))}/stacks{RESUME}\n",
         found["outputs"][0],
     )

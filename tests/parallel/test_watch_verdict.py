@@ -515,6 +515,27 @@ def test_half_a_pulse_is_not_read() -> None:
         assert (now.step, now.phase, now.begun) == (5, "step", True) and now.since < before.since + 1
 
 
+def test_a_pulse_that_is_being_written_is_not_taken_for_an_old_one() -> None:
+    with tempfile.TemporaryFile() as shared:
+        shared.truncate(Progress.SIZE)
+        ours, theirs = Progress(shared.fileno()), Progress(shared.fileno())
+        ours.pulse(0, "step")
+        writer = os.fork()
+        if writer == 0:
+            until = time.monotonic() + 1.5
+            while time.monotonic() < until:
+                for step in range(1000):
+                    ours.pulse(step, "step" if step % 2 else "waiting for data")
+            os._exit(0)
+        reads = 0
+        while os.waitpid(writer, os.WNOHANG) == (0, 0):
+            now = time.monotonic()
+            place = theirs.read(now)
+            reads += 1
+            assert place.since < 1 and place.phase in ("step", "waiting for data"), place
+        assert reads > 1000
+
+
 def stacks_of(*frames: tuple[str, str]) -> str:
     lines = "".join(f'  File "{file}", line 9 in {function}\n' for file, function in frames)
     other = 'Thread 0x00007f (most recent call first):\n  File "/x/other.py", line 1 in run\n\n'

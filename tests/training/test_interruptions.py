@@ -165,6 +165,7 @@ def test_one_signal_is_a_request_and_handlers_are_given_back() -> None:
         (((0, signal.SIGTERM), (1.3, signal.SIGTERM)), 143),
         (((0, signal.SIGINT), (1.3, signal.SIGTERM)), 0),  # what the deepspeed launcher makes of Ctrl-C
         (((0, signal.SIGUSR1), (1.3, signal.SIGTERM)), 0),  # what SLURM does at the time limit
+        (((0, signal.SIGTERM), (1.3, signal.SIGUSR1)), 0),  # and at a preemption shortly before
         (((0, signal.SIGUSR1), (1.3, signal.SIGTERM), (0.1, signal.SIGINT)), 130),
         (((0, signal.SIGINT), (1.3, signal.SIGINT)), 130),
     ],

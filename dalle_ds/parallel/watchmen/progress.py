@@ -40,7 +40,6 @@ class Progress:
         file: number of an open file of `SIZE` bytes.
     """
 
-    # Packing clears all and then writes in this order: whoever reads a mark in the last place reads a whole pulse before it.
     _LAYOUT = struct.Struct("=qdd32s?")
     SIZE = mmap.PAGESIZE
 
@@ -56,7 +55,8 @@ class Progress:
     def read(self, now: float) -> Place:
         """Where the process is."""
         found = self._LAYOUT.unpack_from(self._memory)
-        if found[-1]:  # else there is no pulse yet, or one is being written
+        # Packing clears all and then writes. What is read while a pulse is being written is read otherwise the next time.
+        if found[-1] and found == self._LAYOUT.unpack_from(self._memory):
             self._last = found
         step, at, allowed, phase, begun = self._last
         words = phase.rstrip(b"\0").decode(errors="replace")
