@@ -22,10 +22,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from dalle_ds.data import twemoji
+from dalle_ds.data.disk import unreadable_is_a_data_error
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TEXT_SUFFIXES = (".txt", ".json")
 HF_SUFFIXES = (".parquet", ".arrow")
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
@@ -178,10 +180,10 @@ def content_group(image: bytes) -> str:
 
 def _read_with_text(path: Path, name: str) -> Iterator[RawPair | Broken]:
     text = path.with_suffix(".txt")
-    if not text.exists():
-        yield Broken(name, NO_CAPTION)
-        return
     try:
+        if not text.exists():
+            yield Broken(name, NO_CAPTION)
+            return
         yield _pair(_read_file(path, MAX_PICTURE_BYTES), _lines(_read_file(text, MAX_TEXT_BYTES)), name)
     except _Unusable as error:
         yield Broken(name, error.reason)
@@ -191,9 +193,10 @@ def _read_with_text(path: Path, name: str) -> Iterator[RawPair | Broken]:
 
 def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
     rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table)
-    for number, row in enumerate(rows, start=1):
-        name = f"{table.name} row {number}"
-        yield Unit(name, partial(_read_table_row, table, row, name, image_column, caption_column))
+    with unreadable_is_a_data_error(table):
+        for number, row in enumerate(rows, start=1):
+            name = f"{table.name} row {number}"
+            yield Unit(name, partial(_read_table_row, table, row, name, image_column, caption_column))
 
 
 def _read_table_row(
@@ -261,18 +264,26 @@ class _Header(tarfile.TarInfo):
         return header
 
 
+_OTHERS = "others"  # no suffix: stands for all members of a sample that are neither pictures nor captions
+
+
 def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
     key = ""
     members: dict[str, bytes | None] = {}
     try:
         with tarfile.open(path, "r|*", tarinfo=_Header) as tar:
             for member in tar:
+                # tarfile would keep the headers of all, which nobody asks for again.
+                tar.members = []  # type: ignore[attr-defined]
                 member_key, suffix = _key_and_suffix(member.name)
                 if not member.isfile():
                     continue
                 if member_key != key:
                     yield from _tar_sample(path, key, members, caption_column)
                     key, members = member_key, {}
+                if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
+                    members[_OTHERS] = None
+                    continue
                 limit = MAX_PICTURE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
                 if suffix not in members:
                     members[suffix] = _tar_member(tar, member) if member.size <= limit else None

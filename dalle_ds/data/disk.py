@@ -1,4 +1,4 @@
-"""A folder that cannot be written is the user's to mend."""
+"""What cannot be written or read is the user's to mend."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def disk_full_is_a_data_error(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"no space left on the disk of {folder}: free some, or write to another disk") from error
         raise DataError(f"{folder} cannot be written ({error.strerror or error}): name another folder") from error
+
+
+@contextmanager
+def unreadable_is_a_data_error(path: Path) -> Iterator[None]:
+    """Turns a failure to read into a `DataError` that names `path`, whatever is being written meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error

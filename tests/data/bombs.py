@@ -6,6 +6,8 @@ Prints JSON: what became of each, and by how many MiB the process grew.
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import resource
 import struct
@@ -25,6 +27,7 @@ from tests.data.conftest import picture_bytes
 GIGABYTES = 2
 PACKER = zlib.compressobj(wbits=-zlib.MAX_WBITS)
 PART = PACKER.compress(bytes(2**24)) + PACKER.flush(zlib.Z_FULL_FLUSH)
+MEMBERS = 100_000
 TAR_PARTS = 6  # 96 MiB: tarfile takes a minute to skip a gigabyte that was compressed so well
 
 
@@ -106,6 +109,16 @@ def archives(folder: Path) -> Iterator[tuple[str, Path]]:
     ):
         path = folder / f"{name}.tar"
         path.write_bytes(zeros(TAR_PARTS, before, wrapper=16 + zlib.MAX_WBITS))  # gzip
+        yield name, path
+    unused = (header(f"a.{number}", 2**20) + bytes(2**20) for number in range(TAR_PARTS * 16))
+    folders = itertools.repeat(header("folder", 0, tarfile.DIRTYPE), MEMBERS)
+    for name, members in (
+        ("many members of a sample that are not used", unused),
+        ("a hundred thousand members", folders),
+    ):
+        path = folder / f"{name}.tar"
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.writelines(members)
         yield name, path
 
 

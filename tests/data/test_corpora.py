@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -15,6 +17,7 @@ import webdataset
 
 from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Broken, RawPair, read_folder, read_hf, read_twemoji, read_webdataset
+from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
 
@@ -137,6 +140,39 @@ def test_folder_with_jsonl(tmp_path: Path) -> None:
         ("t.jsonl row 4", corpora.UNREADABLE),
         ("t.jsonl row 5", corpora.UNREADABLE),
     ]
+
+
+@pytest.mark.parametrize("table", ["a.csv", "a.jsonl"])
+def test_a_table_that_the_disk_does_not_deliver_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """And not the folder that is written meanwhile."""
+    (tmp_path / table).write_text("file_name,caption\na.png,b\n")
+    opened = Path.open
+
+    def unreadable(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == table:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", unreadable)
+    with pytest.raises(DataError, match=rf"^{tmp_path / table} cannot be read: Input/output error$"):
+        prepare(PrepareOptions(corpus="folder", source=str(tmp_path)), str(tmp_path / "out"))
+
+
+def test_a_caption_that_cannot_be_looked_at_costs_its_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(RED)
+        (tmp_path / f"{name}.txt").write_text("caption")
+    exists = Path.exists
+
+    def unreadable(path: Path) -> bool:
+        if path.name == "a.txt":
+            raise OSError(errno.EIO, "Input/output error")
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", unreadable)
+    assert summary(read_folder(str(tmp_path))) == [("a.png", corpora.UNREADABLE), ("b.png", ["caption"])]
 
 
 def test_folder_mistakes_name_what_was_found(tmp_path: Path) -> None:
