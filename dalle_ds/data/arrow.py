@@ -130,14 +130,15 @@ class SplitWriter:
 
     def add(self, pair: StoredPair) -> None:
         """Append a pair."""
-        for part in (pair.image, *(text.encode() for text in (*pair.captions, pair.name, pair.group))):
+        stored = [pair.image, *(text.encode() for text in (*pair.captions, pair.name, pair.group))]
+        for part in stored:
             self._digest.update(len(part).to_bytes(8, "big"))
             self._digest.update(part)
         checks = {
             "image_check": checksum(pair.image),
             "text_check": checksum(*pair.captions, pair.name, pair.group),
         }
-        self._writer.add(vars(pair) | checks, len(pair.image))
+        self._writer.add(vars(pair) | checks, sum(map(len, stored)))
         self.rows += 1
 
     def close(self) -> str:

@@ -10,7 +10,9 @@ import dataclasses
 import heapq
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pyarrow as pa
 import xxhash
 
 from dalle_ds.data.corpora import Unit
-from dalle_ds.data.disk import disk_full_is_a_data_error
+from dalle_ds.data.disk import disk_full_is_a_data_error, unreadable_is_a_data_error
 from dalle_ds.data.examine import Caption, Examined
 from dalle_ds.data.shards import Shard, check_size, digest_of
 from dalle_ds.errors import ConfigError, DataError
@@ -56,21 +58,22 @@ class Part:
         """What was found, in the order of the corpus.
 
         Raises:
-            DataError: a file is missing or damaged.
+            DataError: a file is missing, damaged or cannot be read.
         """
         for shard in (Shard(**entry) for entry in self.manifest["files"]):
             path = self.folder / shard.file
-            if check_size(path, shard.bytes) is not None or digest_of(path) != shard.xxh3_128:
-                raise DataError(
-                    f"{path} is missing or damaged: prepare part {self.manifest['shard']} again with --overwrite True"
-                )
-            with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
-                for batch in batches:
-                    # One row in memory, since all parts are read at a time.
-                    for image, entry in zip(*batch.columns, strict=True):
-                        fields = json.loads(entry.as_py())
-                        captions = [Caption(*caption) for caption in fields.pop("captions")]
-                        yield Examined(**fields, captions=captions, image=image.as_py())
+            with unreadable_is_a_data_error(path):
+                if check_size(path, shard.bytes) is not None or digest_of(path) != shard.xxh3_128:
+                    raise DataError(
+                        f"{path} is missing or damaged: prepare part {self.manifest['shard']} again with --overwrite True"
+                    )
+                with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
+                    for batch in batches:
+                        # One row in memory, since all parts are read at a time.
+                        for image, entry in zip(*batch.columns, strict=True):
+                            fields = json.loads(entry.as_py())
+                            captions = [Caption(*caption) for caption in fields.pop("captions")]
+                            yield Examined(**fields, captions=captions, image=image.as_py())
 
 
 class Share:
@@ -113,6 +116,26 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
+def remove_parts(out: Path) -> None:
+    """Remove the parts of a prepared folder that are merged.
+
+    They take another name first: of parts half of which were removed, nobody could tell that they had been merged.
+    """
+    clear_merged(out)
+    with suppress(OSError):  # the folder itself is complete, and the next merge tries again
+        parts_folder(out).rename(_merged_folder(out))
+        clear_merged(out)
+
+
+def clear_merged(out: Path) -> None:
+    """Remove what a merge left that was ended while it removed the parts."""
+    shutil.rmtree(_merged_folder(out), ignore_errors=True)
+
+
+def _merged_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.parts.merged")
+
+
 def existing_part(folder: Path, identity: dict[str, Any]) -> PartReport | None:
     """The report of a complete part of the same preparation, or None where there is no part.
 
@@ -138,14 +161,15 @@ def write_part(entries: Iterable[Examined], share: Share, folder: Path, identity
     """
     from dalle_ds.data.arrow import ShardWriter
 
-    shard, shards = (int(number) for number in folder.name.split("-of-"))
+    shard, shards = _numbers(folder)
     pairs = 0
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
         writer = ShardWriter(partial / "files", _SCHEMA)
         for item in entries:
             fields = {name: value for name, value in vars(item).items() if name != "image"}
             fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
-            writer.add({"image": item.image, "entry": json.dumps(fields)}, len(item.image))
+            entry = json.dumps(fields)  # ASCII
+            writer.add({"image": item.image, "entry": entry}, len(item.image) + len(entry))
             pairs += 1
         files = [dataclasses.replace(file, file=f"files/{file.file}") for file in writer.close()]
         manifest = {
@@ -218,7 +242,19 @@ def _read_part(folder: Path) -> Part:
         raise DataError(
             f"{folder} has part format {version}, not {FORMAT_VERSION}: prepare it again with --overwrite True"
         )
+    found = manifest.get("shard"), manifest.get("shards")
+    if found != _numbers(folder):
+        raise DataError(
+            f"{folder} has the files of part {found[0]} of {found[1]}: give it its own name, or prepare it again with "
+            "--overwrite True"
+        )
     return Part(folder, manifest)
+
+
+def _numbers(folder: Path) -> tuple[int, int]:
+    """(shard, shards) of a part's folder."""
+    shard, shards = folder.name.split("-of-")
+    return int(shard), int(shards)
 
 
 def _differing(part: Part, identity: dict[str, Any]) -> str:

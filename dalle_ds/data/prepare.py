@@ -143,6 +143,7 @@ def merge_parts(
         DataError: a part is missing or damaged, or parts do not belong together; or as `prepare`.
     """
     folder = Path(out)
+    parts.clear_merged(folder)
     if not parts.parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
         # A job that was started again after it was done.
         existing = _existing_report(options or _options_of(read_info(folder)["options"]), folder, overwrite)
@@ -156,7 +157,7 @@ def merge_parts(
             "it out, or prepare them again with --overwrite True"
         )
     report = _existing_report(stored, folder, overwrite) or _assemble(parts.merged(found), stored, folder)
-    shutil.rmtree(parts.parts_folder(folder), ignore_errors=True)
+    parts.remove_parts(folder)
     return report
 
 
@@ -166,10 +167,14 @@ def read_info(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the folder is missing, was not made by `prepare`, or has another format.
     """
-    if not folder.is_dir():
-        raise DataError(f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}")
     try:
+        if not folder.is_dir():
+            raise DataError(
+                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
+            )
         info = parse_json((folder / "info.json").read_bytes())
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
     if not isinstance(info, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 
-from dalle_ds.data import arrow, twemoji
+from dalle_ds.data import arrow, parts, twemoji
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import PartReport
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
@@ -140,6 +142,57 @@ def test_damaged_parts_are_not_merged(two_parts: Path, damage: str) -> None:
     with pytest.raises(DataError, match=r"part 1 again with --overwrite|no readable part\.json"):
         merge_parts(str(two_parts))
     assert not two_parts.exists() and part.exists()
+
+
+def test_a_part_under_the_name_of_another_is_not_merged(two_parts: Path) -> None:
+    folder = two_parts.with_name("out.parts")
+    shutil.rmtree(folder / "00001-of-00002")
+    shutil.copytree(folder / "00000-of-00002", folder / "00001-of-00002")
+    with pytest.raises(DataError, match=r"00001-of-00002 has the files of part 0 of 2: give it its own name"):
+        merge_parts(str(two_parts))
+    assert not two_parts.exists()
+
+
+def test_parts_that_the_disk_does_not_deliver_are_named(two_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(parts, "digest_of", unreadable)
+    with pytest.raises(DataError, match=r"out\.parts/0000[01]-of-00002/files/.*\.arrow cannot be read: Input/output"):
+        merge_parts(str(two_parts))
+
+
+def test_a_merge_that_is_ended_while_it_removes_the_parts_is_done(
+    two_parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def ended(folder: Path, **options: bool) -> None:
+        if "parts" in folder.name and folder.exists():
+            remove(folder / "00000-of-00002")
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", ended)
+        merge_parts(str(two_parts))
+    again = merge_parts(str(two_parts))
+    assert again.already_there and [path.name for path in two_parts.parent.iterdir()] == ["out"]
+
+
+def test_long_captions_fill_record_batches_as_pictures_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(6):
+        (corpus / f"{number}.png").write_bytes(picture_bytes(number))
+        (corpus / f"{number}.txt").write_text(f"{number} " + "\n".join(f"{n} " + "word " * 150 for n in range(20)))
+    monkeypatch.setattr(arrow, "_BATCH_BYTES", 12_000)
+    options = PrepareOptions(corpus="folder", source=str(corpus), validation=0.0)
+    prepare_part(options, str(tmp_path / "out"), 0, 1)
+    prepare(options, str(tmp_path / "whole"))
+    for folder in (tmp_path / "out.parts/00000-of-00001/files", tmp_path / "whole/train"):
+        with pa.ipc.open_stream(folder / "data-00000.arrow") as batches:
+            assert max(len(batch) for batch in batches) == 1
 
 
 def test_parts_that_do_not_belong_together(sources: dict[str, Path], two_parts: Path) -> None:
