@@ -9,7 +9,7 @@ from dalle_ds.data.faults import BAD_PICTURE, Fault, RowError
 from dalle_ds.data.images import Pixels, decode_image
 from dalle_ds.data.prepare import read_info
 from dalle_ds.data.shards import Shard, Shards
-from dalle_ds.data.stamps import Stamps
+from dalle_ds.data.stamps import Stamps, may_pass
 from dalle_ds.errors import DataChangedError, DataError
 
 
@@ -28,8 +28,8 @@ class PairDataset:
         """SHA-256 of the whole prepared folder, all splits."""
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
         self._shards = Shards(data_dir / split, [Shard(**entry) for entry in info["shards"][split]])
-        digests = {data_dir / split / shard.file: shard.xxh3_128 for shard in self._shards.shards}
-        self._stamps = Stamps(self._shards.stamps, digests)
+        written = {data_dir / split / shard.file: (shard.bytes, shard.xxh3_128) for shard in self._shards.shards}
+        self._stamps = Stamps(self._shards.stamps, written)
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
@@ -70,7 +70,8 @@ class PairDataset:
     def check_unchanged(self) -> None:
         """See that the files are those that were opened. Quick: contents are read only where a file has another time.
 
-        A shard that cannot be read any more is no change; its rows count as unreadable.
+        A shard that cannot be read any more is no change, nor is a disk that does not answer now; rows that cannot be read
+        are counted where they are read.
 
         Raises:
             DataChangedError: the folder was prepared again, or a shard has other contents.
@@ -78,6 +79,8 @@ class PairDataset:
         try:
             fingerprint = read_info(self.data_dir)["fingerprint"]
         except DataError as error:
+            if may_pass(error):
+                return
             raise DataChangedError(f"{self.data_dir} has changed since it was opened: {error}") from error
         if fingerprint != self.fingerprint:
             raise DataChangedError(

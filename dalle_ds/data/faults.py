@@ -34,7 +34,8 @@ OTHER = "unreadable row"
 
 _WINDOW = 10_000
 _AT_LEAST = 100
-_DEVIATIONS = 3.0
+# The share is tested at every update, over months: with three, chance alone would end many a run that is at its limit.
+_DEVIATIONS = 5.0
 _TOLD = 20
 
 
@@ -163,7 +164,7 @@ class Unreadable:
             failed: rows that could not be read.
 
         Raises:
-            DataError: more of the window cannot be read than the limit allows and chance explains (three standard
+            DataError: more of the window cannot be read than the limit allows and chance explains (five standard
                 deviations), on every process that was told the same counts.
         """
         self._updates.append((tried, failed))

@@ -9,6 +9,7 @@ and the end of the process in a map.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import resource
@@ -41,6 +42,8 @@ SCHEMA = pa.schema(
 
 _FILES_OF_A_SHARD = 2  # the file, and the map's own handle of it
 _SHARE_OF_FILES = 4  # of those that the process may have open
+_MOST_OPEN = 8192  # Linux gives a process 65,530 maps, to libraries and threads, too
+_USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOST_BATCHES = 4
 _HEADER_BYTES = 4096
 _CHUNK = 2**20
@@ -162,7 +165,7 @@ class Shards:
         if number in self._damaged:
             raise RowError(self._damaged[number], DAMAGED_SHARD, str(path))
         try:
-            opened = _OpenShard(path, self.shards[number], self._positions.get(number))
+            opened = self._newly_opened(path, number)
         except RowError as error:
             if error.reason == DAMAGED_SHARD:
                 self._damaged[number] = str(error)
@@ -173,12 +176,25 @@ class Shards:
             self._opened.popitem(last=False)
         return opened
 
+    def _newly_opened(self, path: Path, number: int) -> _OpenShard:
+        shard, positions = self.shards[number], self._positions.get(number)
+        try:
+            return _OpenShard(path, shard, positions)
+        except RowError as error:
+            if not self._opened or getattr(error.__cause__, "errno", None) not in _USED_UP:
+                raise
+        # Others of this process, or of the machine, use files and maps as well; those of this split can be spared.
+        self._opened.clear()
+        return _OpenShard(path, shard, positions)
+
 
 @cache
 def _most_open() -> int:
     """Shards kept open by a process; with a greater `ulimit -n`, more of a corpus of thousands."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(4, files // (_FILES_OF_A_SHARD * _SHARE_OF_FILES)) if files > 0 else 1024
+    if files == resource.RLIM_INFINITY:
+        return _MOST_OPEN
+    return min(_MOST_OPEN, max(4, files // (_FILES_OF_A_SHARD * _SHARE_OF_FILES)))
 
 
 @dataclass(frozen=True)
@@ -201,13 +217,13 @@ class _OpenShard:
         self._size = shard.bytes
         try:
             self._file = path.open("rb", buffering=0)
+            self._check_size()
+            # Of the same open file as is read from: one that replaces it under its name is none of this one's business.
+            self._map = pa.py_buffer(mmap.mmap(self._file.fileno(), shard.bytes, access=mmap.ACCESS_READ))
         except FileNotFoundError as error:
             raise RowError(f"{path} is missing", MISSING_SHARD, str(path)) from error
         except OSError as error:
             raise RowError(f"{path} cannot be read: {error.strerror}", READ_ERROR, str(path)) from error
-        self._check_size()
-        # Of the same open file as is read from: one that replaces it under its name is none of this one's business.
-        self._map = pa.py_buffer(mmap.mmap(self._file.fileno(), shard.bytes, access=mmap.ACCESS_READ))
         self.positions = positions or self._search(shard.rows)
         self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()  # sound ones, the last used at the end
         self._unsound: dict[int, str] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -177,6 +179,35 @@ def test_few_files_are_open_at_a_time(data: Path, monkeypatch: pytest.MonkeyPatc
     assert len(os.listdir("/proc/self/fd")) - before <= 4  # noqa: PTH208
 
 
+@pytest.mark.parametrize(("of", "wanted"), [(1024, 128), (2**20, 8192), (resource.RLIM_INFINITY, 8192), (8, 4)])
+def test_neither_files_nor_maps_of_a_process_run_out(monkeypatch: pytest.MonkeyPatch, of: int, wanted: int) -> None:
+    monkeypatch.setattr(shards_module.resource, "getrlimit", lambda which: (of, of))
+    assert shards_module._most_open.__wrapped__() == wanted
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_shards_are_closed_for_others_where_files_or_maps_run_out(
+    data: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    dataset = PairDataset.open(data, "train")
+    mapped = shards_module.mmap.mmap
+
+    def scarce(*arguments, **options):
+        if len(dataset._shards._opened) >= 2:
+            raise OSError(code, os.strerror(code))
+        return mapped(*arguments, **options)
+
+    monkeypatch.setattr(shards_module.mmap, "mmap", scarce)
+    assert [dataset.name(row) for row in range(30)] == [f"{row:02d}.png" for row in range(30)]
+
+    def none_left(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(shards_module.mmap, "mmap", none_left)
+    with pytest.raises(RowError, match="cannot be read: "):
+        dataset.name(0)
+
+
 # --- when it is too much --------------------------------------------------------------------------------------------
 
 
@@ -197,6 +228,7 @@ def test_a_share_above_the_limit_ends_the_run_soon_and_one_below_it_never() -> N
     assert all(rows_until_raised(0.1, 0.05, seed) is None for seed in range(40))
     late = [rows_until_raised(0.1, 0.13, seed) for seed in range(40)]
     assert all(rows is not None and rows <= 20_000 for rows in late)
+    assert all(rows_until_raised(0.1, 0.1, seed, updates=2000) is None for seed in range(20)), "at the limit is allowed"
     assert {rows_until_raised(0.1, 0.5, seed) for seed in range(40)} == {128}  # the first update after 100 rows
     assert rows_until_raised(1.0, 1.0, 0) is None
     assert rows_until_raised(0.0, 0.0, 0) is None
@@ -208,9 +240,9 @@ def test_the_window_forgets() -> None:
     for _ in range(1000):
         unreadable.observe(100, 0)
     assert 10_000 <= unreadable.tried < 10_100
-    with pytest.raises(DataError, match=r"^1,100 of the last 10,000 rows tried could not be read, 11\.0%, "):
+    with pytest.raises(DataError, match=r"^1,200 of the last 10,000 rows tried could not be read, 12\.0%, "):
         for update in range(12):
-            assert update <= 11, "a tenth, and three standard deviations"
+            assert update <= 11, "a tenth, and five standard deviations"
             unreadable.observe(100, 100)
     again = Unreadable(0.1, FaultLog(), "data")
     for _ in range(100):
@@ -296,6 +328,30 @@ def test_data_that_stays_is_found_unchanged(data: Path) -> None:
     samples.check_unchanged()
     path.unlink()  # lost: its rows count as unreadable, which has a limit of its own
     samples.check_unchanged()
+
+
+def test_a_shard_cut_off_during_the_run_is_lost_and_not_changed(data: Path) -> None:
+    dataset = PairDataset.open(data, "train")
+    path = data / "train" / shards_of(data)[1]["file"]
+    with path.open("r+b") as file:
+        file.truncate(100)
+    dataset.check_unchanged()
+    with pytest.raises(RowError, match="100 bytes instead of"):
+        dataset.name(min(shard_rows(data, 1)))
+
+
+def test_a_shard_that_is_put_back_is_no_change(data: Path) -> None:
+    path = data / "train" / shards_of(data)[1]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    dataset = PairDataset.open(data, "train")
+    path.write_bytes(whole[:200])  # half-way
+    dataset.check_unchanged()
+    path.write_bytes(whole)
+    dataset.check_unchanged()
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(DataChangedError, match="its contents are other ones"):
+        dataset.check_unchanged()
 
 
 def test_another_preparation_is_noticed(data: Path, folder_corpus: Path) -> None:

@@ -314,6 +314,15 @@ def test_damaged_codes_cost_their_view_and_are_never_taken_for_codes(data: Path,
     assert all_codes(data) == right
 
 
+def test_codes_of_another_number_of_rows_are_refused(data: Path, cached: Path) -> None:
+    """Their checks move with them, so that each row would have the codes of another and nothing would tell."""
+    manifest = json.loads((cached / "codes.json").read_text())
+    manifest["rows"]["train"] -= 1
+    (cached / "codes.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"codes\.json has rows .*: cache the codes again with --overwrite True"):
+        CodesCache.open(data, FINGERPRINT, "train")
+
+
 @pytest.mark.parametrize("name", ["train.npy", "train.checks.npy"])
 def test_codes_that_are_cut_off_are_refused_at_once_and_noticed_later(data: Path, cached: Path, name: str) -> None:
     opened = CodesCache.open(data, FINGERPRINT, "train")
@@ -347,6 +356,40 @@ def test_codes_cached_again_under_a_run_are_noticed(data: Path, cached: Path) ->
     shutil.rmtree(cached)
     with pytest.raises(DataChangedError, match=r"codes\.json cannot be read"):
         samples.check_unchanged()
+
+
+@pytest.mark.parametrize("manifest", ["info.json", "codes.json"])
+def test_a_disk_that_does_not_answer_for_a_while_is_no_change(
+    data: Path, cached: Path, monkeypatch: pytest.MonkeyPatch, manifest: str
+) -> None:
+    samples = text_samples(PairDataset.open(data, "train"), codes=CodesCache.open(data, FINGERPRINT, "train"))
+    read = Path.read_bytes
+
+    def unreadable(path: Path) -> bytes:
+        if path.name == manifest:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", unreadable)
+        samples.check_unchanged()
+    samples.check_unchanged()
+    next(path for path in (data / manifest, cached / manifest) if path.exists()).unlink()
+    with pytest.raises(DataChangedError, match="has changed since it was opened"):
+        samples.check_unchanged()
+
+
+def test_a_folder_that_cannot_be_looked_at_is_an_error_that_names_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    train = PairDataset.open(data, "train")
+    monkeypatch.setattr(Path, "is_dir", unreadable)
+    with pytest.raises(DataError, match=r"no readable info\.json \(.*Permission denied"):
+        PairDataset.open(data, "train")
+    train.check_unchanged()
 
 
 def test_a_killed_process_that_decodes_for_the_cache_is_an_error_that_names_it(
