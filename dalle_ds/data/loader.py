@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -73,7 +72,9 @@ class BatchLoader:
 
     Raises:
         ConfigError: the batch cannot be divided so.
-        DataError: no rows; or, while iterating, 256 rows in turn that cannot be read, or a worker that was killed.
+        DataError: no rows; or, while iterating, 256 rows in turn that cannot be read.
+        WorkerError: a worker was killed. The trainer iterates anew then, up to 3 starts for one update; where processes
+            share a model, the run ends.
     """
 
     def __init__(
@@ -103,15 +104,11 @@ class BatchLoader:
         self._workers = workers
         self.faults = FaultLog()
         """What could not be read of the batches so far, on this rank."""
-        self.waited = 0.0
-        """Seconds that the last batch was waited for: what loading holds up training, workers being ahead otherwise."""
 
     def __iter__(self) -> Iterator[Batch]:
         batches: Iterator[_Loaded] | None = self._started()
         while batches is not None:
-            began = time.perf_counter()
             loaded = _next(batches)
-            self.waited = time.perf_counter() - began
             for fault in loaded.faults:
                 self.faults.add(fault)
             if loaded.failure is not None:

@@ -88,8 +88,3 @@ def rows_of(positions: npt.NDArray[np.int64], seed: int, length: int) -> npt.NDA
         here = epochs == epoch
         rows[here] = KeyedPermutation(length, hash_integers(seed, int(epoch)))(offsets[here])
     return rows
-
-
-def row_of(position: int, seed: int, length: int) -> int:
-    """The row at one position; see `rows_of`."""
-    return int(rows_of(np.array([position], dtype=np.int64), seed, length)[0])

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from dalle_ds.data.faults import WorkerError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_TO_DIE = 0.2
+_SECONDS_TO_DIE = 5.0
+_SECONDS_BETWEEN_POLLS = 0.1
 
 Item = TypeVar("Item")
 
@@ -73,8 +74,7 @@ def take(batches: Iterator[Item]) -> Item:
 
 def _what_happened(workers: Iterable[BaseProcess]) -> WorkerError | None:
     """What an error of a DataLoader means if one of its workers is gone, else None."""
-    time.sleep(_SECONDS_TO_DIE)  # what a dying worker breaks is sometimes noticed before its death
-    dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode is not None]
+    dead = _dead(list(workers))
     if not dead:
         return None
     pid, status = dead[0]
@@ -90,6 +90,16 @@ def _what_happened(workers: Iterable[BaseProcess]) -> WorkerError | None:
         how = f"ended with status {status}"
     others = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
     return WorkerError(f"loader process {pid}{others} {how}")
+
+
+def _dead(workers: list[BaseProcess]) -> list[tuple[int | None, int]]:
+    """(process, exit status) of workers that are gone: what a dying one breaks may be noticed seconds before its death."""
+    for _ in range(round(_SECONDS_TO_DIE / _SECONDS_BETWEEN_POLLS) if workers else 0):
+        time.sleep(_SECONDS_BETWEEN_POLLS)
+        dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode is not None]
+        if dead:
+            return dead
+    return []
 
 
 def _signal_name(number: int) -> str:
