@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun
 from dalle_ds.data import DvaeSamples, PairDataset
+from dalle_ds.data.prepare import read_info
 from dalle_ds.models.dvae import DiscreteVAE, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
@@ -38,7 +39,7 @@ class DvaeTask(Task[DvaeRun]):
         return DvaeSamples(PairDataset.open(self.run.data, split), self.run.model.image_size, train=split == "train")
 
     def identity(self) -> dict[str, str]:
-        return {"data": PairDataset.open(self.run.data, "train").fingerprint}
+        return {"data": read_info(Path(self.run.data))["fingerprint"]}
 
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "image": batch["image"].float() / 255}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, ScalingConfig, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
+from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import Dalle, ResidualBlock
 from dalle_ds.models.dvae import DiscreteVAE
@@ -134,7 +135,7 @@ class TransformerTask(Task[TransformerRun]):
 
     def identity(self) -> dict[str, str]:
         return {
-            "data": PairDataset.open(self.run.data, "train").fingerprint,
+            "data": read_info(Path(self.run.data))["fingerprint"],
             "dvae": self.dvae.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "codes": self._cache.fingerprint if self._cache is not None else "live",

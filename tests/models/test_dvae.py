@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import dall_e
@@ -15,7 +16,7 @@ from dalle_ds.models import DiscreteVAE
 from dalle_ds.models.dvae import ResidualBlock
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import logit_laplace_nll, map_pixels, unmap_pixels
-from dalle_ds.models.pretrained import load_weights
+from dalle_ds.models.pretrained import check_shapes, load_weights
 from tests.conftest import TINY_DVAE
 
 NARROW = DiscreteVAEConfig(
@@ -238,6 +239,14 @@ def test_mistakes_are_told(tmp_path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         DiscreteVAE.from_pretrained(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("empty", [{"w": torch.empty(10**6, 0)}, {f"w{n}": torch.empty(0) for n in range(5000)}])
+def test_tensors_without_elements_do_not_allow_a_model_of_any_size(empty: dict[str, Tensor]) -> None:
+    """They cost next to nothing in a file, whatever sizes they tell and however many they are."""
+    config = dataclasses.replace(TINY_DVAE, blocks_per_group=5000)
+    with pytest.raises(CheckpointError, match="not those of a model with blocks_per_group=5000"):
+        check_shapes(torch.nn.Module, config, {"real": torch.zeros(32), **empty}, "here")
 
 
 def test_in_bf16_the_residual_survives_a_small_gain_and_the_ends_are_fp32() -> None:

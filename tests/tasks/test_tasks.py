@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle_ds.config import DalleConfig, DvaeObjective, DvaeRun, LoaderConfig, TransformerRun
-from dalle_ds.data import evaluation_batches
+from dalle_ds.data import PairDataset, evaluation_batches
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Dalle, DiscreteVAE
@@ -39,6 +39,16 @@ def transformer_run(data: Path, dvae_export: Path, tokenizer_file: Path) -> Tran
 def dvae_run(data: Path) -> DvaeRun:
     objective = DvaeObjective(kl_weight=3.0, kl_warmup_steps=10, temperature_steps=20)
     return DvaeRun(data=str(data), model=TINY_DVAE, objective=objective)
+
+
+def test_what_names_the_data_of_a_run_is_its_manifest(
+    dvae_run: DvaeRun, transformer_run: TransformerRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards, thousands of which may lie on a slow disk, are looked at once: by `samples`."""
+    tasks = DvaeTask(dvae_run), TransformerTask(transformer_run)
+    fingerprint = PairDataset.open(dvae_run.data, "train").fingerprint
+    monkeypatch.setattr(PairDataset, "open", None)
+    assert {task.identity()["data"] for task in tasks} == {fingerprint}
 
 
 def validation_batch(task: DvaeTask | TransformerTask, rows: int = 6) -> dict[str, torch.Tensor]:
