@@ -9,18 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dalle_ds.config import TransformerRun, from_dict
 from dalle_ds.data.codes import CodesCache, cache_codes
-from dalle_ds.data.corpora import RawPair, read_webdataset
 from dalle_ds.data.prepare import PrepareOptions
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import DiscreteVAE
@@ -320,33 +317,6 @@ def test_arrays_of_pickles_are_refused(tmp_path: Path, data: Path) -> None:
     array.write_bytes(pickled.getvalue().ljust(size, b"\0")[:size])
     with pytest.raises((CheckpointError, DataError), match=r"train\.npy"):
         CodesCache.open(copied, dvae.fingerprint, "train").codes(0, 0)
-
-
-def test_members_of_archives_are_read_and_never_written(tmp_path: Path) -> None:
-    """Whatever their names and kinds."""
-    picture = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(picture, "PNG")
-    secret = tmp_path / "secret.txt"
-    secret.write_text("not a caption")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("../../up", f"{tmp_path}/absolute", "good"):
-            for suffix, content in ((".png", picture.getvalue()), (".txt", b"a caption")):
-                member = tarfile.TarInfo(name + suffix)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
-            for suffix in (".png", ".txt"):
-                member = tarfile.TarInfo(f"link{suffix}")
-                member.type, member.linkname = kind, str(secret)
-                tar.addfile(member)
-        for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE):
-            member = tarfile.TarInfo("device.png")
-            member.type = kind
-            tar.addfile(member)
-    before = sorted(tmp_path.rglob("*"))
-    found = list(read_webdataset(str(tmp_path / "a.tar")))
-    assert [pair.captions for pair in found if isinstance(pair, RawPair)] == [["a caption"]] * 3
-    assert sorted(tmp_path.rglob("*")) == before and not (tmp_path.parent.parent / "up.png").exists()
 
 
 def test_prepared_folders_keep_no_passwords() -> None:
