@@ -7,14 +7,15 @@ PARTITION=
 TIME_LIMIT=24:00:00
 NODES=1                            # of the stages that train
 GPUS_PER_NODE=8                    # 0 trains on CPUs
-PROCESSES_PER_NODE=$GPUS_PER_NODE  # one for each GPU
+PROCESSES_PER_NODE=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1)) # one for each GPU
 CPUS_PER_PROCESS=8                 # the process itself and its loader.workers
 SBATCH_OPTIONS=()                  # anything else, such as (--mem=0 --exclusive --qos=long)
 
 # --- how runs stop and go on
-WARNING_SECONDS=600                # before the time limit, SIGUSR1: more than an update and a checkpoint take, less than the limit
+WARNING_SECONDS=600                # before the time limit, SIGUSR1: see docs/cluster.md, "How a job ends"
 REQUEUE_LIMIT=100                  # restarts of one job, by the time limit, by preemption, by lost machines
-CRASH_LIMIT=5                      # restarts in a row because a process was killed: it may be out of memory every time
+CRASH_LIMIT=5                      # restarts in a row that got nowhere: a process was killed within an hour (it may be out of
+                                   # memory every time), or all stopped within 15 minutes
 LAST_EXIT_SECONDS=120              # how long processes may go on when the first one has ended; then they are killed
 
 # --- what every job does first, on its first machine; processes inherit its environment

@@ -31,11 +31,12 @@ state() {
 
 # The last lines of the first process that ended neither well nor to be started again.
 last_words() {
-    local file
-    for file in "$1"/status/*; do
-        if [[ -f $file && ! $(< "$file") =~ ^(0|75)$ ]]; then
-            echo "    $1/rank-$(basename "$file").log:"
-            tail -n 6 "$1/rank-$(basename "$file").log" | sed 's/^/    | /' || true
+    local file rank
+    for file in "$1"/status/*; do # RANK.STATUS
+        rank=$(basename "${file%.*}")
+        if [[ -f $file && ! ${file##*.} =~ ^(0|75)$ ]]; then
+            echo "    $1/rank-$rank.log:"
+            tail -n 6 "$1/rank-$rank.log" | sed 's/^/    | /' || true
             return
         fi
     done

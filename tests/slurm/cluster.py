@@ -52,6 +52,14 @@ PartitionName=test Nodes=n1,n2 Default=YES MaxTime=30 State=UP
 """
 
 
+def what_lacks() -> str | None:
+    """Why no cluster can be started on this machine; None where one can."""
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: apt-get install slurm-wlm munge"
+    return "slurmd starts jobs as root only" if os.geteuid() != 0 else None
+
+
 class Cluster:
     """A running cluster; `stop` ends its daemons and all jobs.
 
@@ -59,15 +67,10 @@ class Cluster:
         folder: for keys, sockets, state and logs; best a short path, for sockets.
 
     Raises:
-        RuntimeError: why it cannot be started on this machine.
+        RuntimeError: a daemon does not start.
     """
 
     def __init__(self, folder: Path) -> None:
-        missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
-        if missing:
-            raise RuntimeError(f"{', '.join(missing)} not installed: apt-get install slurm-wlm munge")
-        if os.geteuid() != 0:
-            raise RuntimeError("slurmd starts jobs as root only")
         self.folder = folder
         self.host = socket.gethostname().split(".")[0]
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -94,11 +97,11 @@ class Cluster:
         files = {"key-file": key, "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}
         options = [f"--{name}={folder / value}" for name, value in {**files, "log-file": "munged.log"}.items()]
         self._daemon("munged", "--foreground", "--force", *options)
-        self._until(lambda: (folder / "munge.socket").exists(), 10, "munged")
+        self._until(lambda: (folder / "munge.socket").exists(), 60, "munged")
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        self._until(lambda: self.run("sinfo", "--noheader", "--format=%T %D").strip() == "idle 2", 30, "slurmd")
+        self._until(lambda: self.run("sinfo", "--noheader", "--format=%T %D").strip() == "idle 2", 120, "slurmd")
 
     def _daemon(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
@@ -147,7 +150,7 @@ class Cluster:
     def run(self, *command: str, check: bool = False, **environment: str) -> str:
         """Standard output and errors of a command on the cluster."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60, check=False
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=120, check=False
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr

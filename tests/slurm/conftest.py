@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, what_lacks
 
 STANDIN = Path(__file__).with_name("standin.py")
 REQUEUE_LIMIT = 2
 SITE = f"""
 ACCOUNT= PARTITION= TIME_LIMIT=10 NODES=2 GPUS_PER_NODE=0 PROCESSES_PER_NODE=1 CPUS_PER_PROCESS=1 SBATCH_OPTIONS=()
-WARNING_SECONDS=60 REQUEUE_LIMIT={REQUEUE_LIMIT} CRASH_LIMIT=1 LAST_EXIT_SECONDS=20
+WARNING_SECONDS=60 REQUEUE_LIMIT={REQUEUE_LIMIT} CRASH_LIMIT=${{CRASH_LIMIT:-2}} LAST_EXIT_SECONDS=20
 prepare_environment() {{ export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}; }}
 """
 
@@ -38,17 +38,17 @@ class Desk:
         command = [str(ROOT / "slurm" / script), *map(str, arguments)]
         return self.cluster.run(*command, check=check, **{**self.environment, **environment})
 
-    def submit(self, *arguments: object) -> str:
+    def submit(self, *arguments: object, **environment: str) -> str:
         """Number of a job."""
-        return self.call("submit.sh", *arguments).strip()
+        return self.call("submit.sh", *arguments, **environment).strip()
 
-    def standin(self, *fates: str, options: tuple[str, ...] = (), name: str = "dvae") -> str:
+    def standin(self, *fates: str, options: tuple[str, ...] = (), name: str = "dvae", **environment: str) -> str:
         """Submit a stand-in of a stage; see standin.py."""
         script = self.folder / f"{name}.sbatch"
         script.write_text(
             f'#!/bin/bash\n#SBATCH --job-name={name}\nexec "$DALLE_ROOT/slurm/launch.sh" {STANDIN} "$@"\n'
         )
-        return self.submit(*options, script, *fates)
+        return self.submit(*options, script, *fates, **environment)
 
     def log(self, job: str, rank: int | None = None, name: str = "dvae") -> str:
         """What a rank of a job, or the job itself, has written."""
@@ -63,16 +63,16 @@ class Desk:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
+    if lacking := what_lacks():
+        pytest.skip(f"no SLURM cluster can be started here: {lacking}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets' paths may have 107 characters
     try:
         running = Cluster(folder)
-    except RuntimeError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        pytest.skip(f"no SLURM cluster can be started here: {error}")
-    try:
-        yield running
+        try:
+            yield running
+        finally:
+            running.stop()
     finally:
-        running.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """Stands for a training process: ends as it is told to, so that what SLURM and our scripts make of it can be seen in seconds.
 
 Arguments: for each start of the job what becomes of its ranks, as "75,137": a status to end with, above 128 by that signal;
-`lost` takes the shell that started this process along; `wait` waits for SIGUSR1 or SIGTERM, and ends with 75 a second later.
+`lost` takes the shell that started this process along; `wait` waits for SIGUSR1 or SIGTERM, and ends with 75 seconds later.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import signal
 import sys
 import time
 
-told: list[int] = []
+from dalle_ds.training.signals import ECHO_SECONDS
+
+told: list[float] = []
+"""When signals came."""
 
 
 def main() -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda received, _: told.append(received))
+        signal.signal(number, lambda received, _: told.append(time.monotonic()))
     rank, start = int(os.environ["RANK"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     print(f"begins: start {start}", *(f"{name}={os.environ[name]}" for name in names), flush=True)
@@ -24,8 +27,8 @@ def main() -> None:
     if fate == "wait":
         while not told:
             time.sleep(0.05)
-        time.sleep(1)
-        print(f"told {len(told)} times", flush=True)
+        time.sleep(ECHO_SECONDS + 2)
+        print(f"told {1 + sum(at - told[0] > ECHO_SECONDS for at in told)} times", flush=True)
         fate = "75"
     if fate == "lost":
         os.killpg(0, signal.SIGKILL)

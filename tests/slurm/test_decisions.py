@@ -27,9 +27,11 @@ class Jobs:
         self.numbers = {
             **waiting,
             "limit": desk.standin(*["75,75"] * (REQUEUE_LIMIT + 2)),
+            "idle": desk.standin(*["75,75"] * 3, CRASH_LIMIT="1"),
             "killed": desk.standin("75,137", "0,0"),
             "told early": desk.standin("138,143", "0,0"),
-            "crashing": desk.standin("75,137", "75,137", "0,0"),
+            "crashing": desk.standin("75,137", "75,137", "0,0", CRASH_LIMIT="1"),
+            "lost at the end": desk.standin("0,lost", "0,0"),
             "lost": desk.standin("75,lost", "0,0"),
             "all killed": desk.standin("137,137"),
             "failed": desk.standin("75,3"),
@@ -42,13 +44,14 @@ class Jobs:
             ("cancelled", ("scancel",)),
         ):
             desk.cluster.until(
-                lambda name=name: "begins: " in desk.log(self[name], 0) and "begins: " in desk.log(self[name], 1), 30
+                lambda name=name: "begins: " in desk.log(self[name], 0) and "begins: " in desk.log(self[name], 1), 120
             )
             if name == "told":
                 self.meanwhile = desk.call("status.sh", self[name])
             run(*command, self[name], check=True)
         ends = {
             "limit": "FAILED",
+            "idle": "FAILED",
             "all killed": "FAILED",
             "failed": "FAILED",
             "cancelled": "CANCELLED",
@@ -56,7 +59,7 @@ class Jobs:
         }
         ends["crashing"] = "FAILED"
         for name, job in self.numbers.items():
-            desk.cluster.wait(job, ends.get(name, "COMPLETED"), 60)
+            desk.cluster.wait(job, ends.get(name, "COMPLETED"), 120)
 
     def __getitem__(self, name: str) -> str:
         return self.numbers[name]
@@ -91,11 +94,18 @@ def test_a_job_that_is_cancelled_stays_so(jobs: Jobs, desk: Desk) -> None:
     assert "decides on what follows" in desk.outcomes(jobs["cancelled"])[-1]
 
 
-@pytest.mark.parametrize(("name", "why"), [("killed", "rank 1 was killed by signal 9"), ("lost", "rank 1 was lost")])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("killed", "rank 1 was killed by signal 9"),
+        ("lost", "rank 1 was lost"),
+        ("lost at the end", "rank 1 was lost"),
+    ],
+)
 def test_a_lost_process_puts_the_job_back_if_the_others_say_so(jobs: Jobs, desk: Desk, name: str, why: str) -> None:
     assert starts(desk, jobs[name]) == [0, 1]
     first, last = desk.outcomes(jobs[name])
-    assert first.startswith(f"requeued: {why}") and last == "done"
+    assert re.match(rf"requeued after \d+ s: {why}", first) and last == "done"
 
 
 def test_restarts_have_a_limit(jobs: Jobs, desk: Desk) -> None:
@@ -104,12 +114,13 @@ def test_restarts_have_a_limit(jobs: Jobs, desk: Desk) -> None:
     assert last.startswith("failed: it stopped before its end; restarted 2 times already, and REQUEUE_LIMIT=2 in ")
 
 
-def test_restarts_after_crashes_have_a_limit_of_their_own(jobs: Jobs, desk: Desk) -> None:
-    assert starts(desk, jobs["crashing"]) == [0, 1]
-    last = desk.outcomes(jobs["crashing"])[-1]
-    assert last.startswith(
-        "failed: rank 1 was killed by signal 9; the same happened 1 times before, which is CRASH_LIMIT"
-    )
+@pytest.mark.parametrize(
+    ("name", "why"), [("crashing", "rank 1 was killed by signal 9"), ("idle", "it stopped before its end")]
+)
+def test_restarts_that_get_nowhere_have_a_limit_of_their_own(jobs: Jobs, desk: Desk, name: str, why: str) -> None:
+    assert starts(desk, jobs[name]) == [0, 1]
+    last = desk.outcomes(jobs[name])[-1]
+    assert last.startswith(f"failed: {why}; start 2 in a row that got nowhere, and CRASH_LIMIT=1 in ")
 
 
 @pytest.mark.parametrize(
