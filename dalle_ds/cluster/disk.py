@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dalle_ds.parallel import Mesh
 
 SEEN_WITHIN = 10.0
 """Seconds that a file of another machine may take to be seen."""
+LEFT_BEHIND = 3600.0
+"""Seconds after which the files of a check that was killed are removed: none takes so long."""
 MEGABYTE = 10**6
 
 
@@ -72,6 +75,10 @@ def _make(folder: Path) -> str:
     token = secrets.token_hex(4)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(".doctor-*"):
+            with suppress(OSError):  # another check may have been faster
+                if time.time() - old.stat().st_mtime > LEFT_BEHIND:
+                    shutil.rmtree(old, ignore_errors=True)
         (folder / f".doctor-{token}").mkdir()
     except OSError as error:
         raise CheckpointError(
