@@ -8,8 +8,8 @@
 # launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, EVALUATE_ARGS; sbatch, for all stages:
 # SBATCH_ARGS. AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
 (($# == 3)) || { sed -n '2,/^[^#]/{/^#/p}' "$0" >&2; exit 2; }
-mkdir -p "$3"
-preset=$1 data=$2 out=$(cd "$3" && pwd)
+mkdir -p "$3" && out=$(CDPATH='' cd "$3" && pwd) || exit
+preset=$1 data=$2
 export DALLE_LOGS=$out/logs
 source "$(dirname "$0")/common.sh"
 
@@ -21,7 +21,7 @@ stage() {
     shift
     [[ -z $last ]] || dependency=(--dependency="afterok:$last" --kill-on-invalid-dep=yes)
     # shellcheck disable=SC2086 # options, several in a word
-    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} "${dependency[@]}" "$DALLE_ROOT/slurm/$name.sbatch" "$@")
+    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} ${dependency[@]+"${dependency[@]}"} "$DALLE_ROOT/slurm/$name.sbatch" "$@")
     jobs+=("$last")
     printf '%-12s %s\n' "$name" "$last"
 }

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 # A running job sees a copy of its script elsewhere, and is told by submit.sh where the original stands.
-DALLE_ROOT=${DALLE_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+DALLE_ROOT=${DALLE_ROOT:-$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 DALLE_SITE=${DALLE_SITE:-$DALLE_ROOT/slurm/site.sh}
 DALLE_LOGS=${DALLE_LOGS:-$PWD/logs}
 export DALLE_ROOT DALLE_SITE DALLE_LOGS

@@ -116,6 +116,25 @@ def test_launchers_understand_what_they_are_given(
     assert found[4] == 1024
 
 
+def test_a_site_may_leave_out_what_the_cluster_decides(place: Path) -> None:
+    changes = (
+        "s/^TIME_LIMIT=.*/TIME_LIMIT=/; s/^CPUS_PER_PROCESS=.*/CPUS_PER_PROCESS=/; s/^GPUS_PER_NODE=8/GPUS_PER_NODE=0/"
+    )
+    before = len(noted(place))
+    script = f"sed '{changes}' slurm/site.sh > bare.sh; DALLE_SITE=$PWD/bare.sh slurm/submit.sh slurm/dvae.sbatch"
+    assert shell(script, place)[0] == 0
+    (call,) = noted(place)[before:]
+    assert not {"time", "cpus-per-task", "gpus-per-node"} & set(call.options)
+    assert call.options["ntasks-per-node"] == "1"
+
+
+def test_a_folder_in_cdpath_changes_nothing(place: Path) -> None:
+    before = len(noted(place))
+    (place / "elsewhere" / "runs").mkdir(parents=True)
+    assert shell("CDPATH=elsewhere:. slurm/chain.sh small my_data runs", place)[0] == 0
+    assert noted(place)[before].launcher[-1] == f"{place}/runs/tokenizer.model"
+
+
 def test_a_chain_is_queued_whole_or_not_at_all(place: Path) -> None:
     status, told = shell("DVAE_ARGS=--refuse slurm/chain.sh small my_data runs/whole", place)
     assert status != 0
