@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -246,11 +247,10 @@ def _newest(run_dir: Path) -> int:
 
 def _resumed_from(output: str) -> int | None:
     """The update that a start went on from; None where it did not come so far."""
-    text = output.replace("\n", "")
-    if ": new run in" in text:
+    if ": new run in" in output:
         return 0
-    _, found, rest = text.partition("/checkpoints/step-")
-    return int(rest.split()[0]) if found and "resumed from" in text else None
+    found = re.search(r"resumed from \S*/checkpoints/step-(\d+)", output)
+    return int(found[1]) if found else None
 
 
 def _wait_until_training(ranks: Ranks, run_dir: Path, begin: int) -> None:
