@@ -12,7 +12,7 @@ CPUS_PER_PROCESS=8                 # the process itself and its loader.workers
 SBATCH_OPTIONS=()                  # anything else, such as (--mem=0 --exclusive --qos=long)
 
 # --- how runs stop and go on
-WARNING_SECONDS=600                # before the time limit, SIGUSR1: see docs/cluster.md, "How a job ends"
+WARNING_SECONDS=600                # before the time limit, SIGUSR1: enough for an update, a validation or preview, and a checkpoint
 REQUEUE_LIMIT=100                  # restarts of one job, by the time limit, by preemption, by lost machines
 CRASH_LIMIT=5                      # restarts in a row that got nowhere: a process was killed within an hour (it may be out of
                                    # memory every time), or all stopped within 15 minutes
