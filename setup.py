@@ -4,6 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+CLIP = ["transformers>=4.50"]
+EVALUATION = ["torchmetrics>=1.4", "scipy>=1.11"]
+FILTERS = ["lingua-language-detector>=2.0", "py3langid>=0.3", "imagehash>=4.3"]
+OVERLAP = ["faiss-cpu>=1.9"]
+RAY = ["ray[data]>=2.40"]
+
 setup(
     name="dalle-ds",
     version="0.1.0",
@@ -37,16 +43,26 @@ setup(
             "pytest>=8.0",
             "ruff>=0.6",
             "types-PyYAML",
-            "transformers>=4.50",
             "wandb>=0.17",
             "webdataset>=0.2",
             "accelerate>=1.0",
             # DALL-E itself is installed without its dependencies (it asks for torchvision); these two it really needs.
             "attrs",
             "requests",
+            # What open_clip needs, which is a reference of the tests and installed without its dependencies too.
+            "ftfy",
+            *CLIP,
+            *EVALUATION,
+            *FILTERS,
+            *OVERLAP,
+            *RAY,
         ],
+        "clip": CLIP,
+        "eval": [*CLIP, *EVALUATION],
+        "filters": FILTERS,
+        "overlap": OVERLAP,
+        "ray": RAY,
         "serve": ["gradio>=5.0"],
         "large": ["accelerate>=1.0"],
-        "eval": ["torchmetrics>=1.4", "transformers>=4.50"],
     },
 )
