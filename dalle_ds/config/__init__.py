@@ -5,6 +5,7 @@ overridden on the command line (`--model.width 512`). Checks that need one secti
 across sections live in the run's.
 """
 
+from dalle_ds.config.clip import CLIP_SHAPES, ClipConfig
 from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
@@ -23,8 +24,10 @@ from dalle_ds.config.training import (
 
 __all__ = [
     "ATTENTION_KINDS",
+    "CLIP_SHAPES",
     "PADDING",
     "Checkpointing",
+    "ClipConfig",
     "DalleConfig",
     "DiscreteVAEConfig",
     "DvaeObjective",
