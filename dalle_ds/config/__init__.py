@@ -10,15 +10,17 @@ from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, Discre
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
 from dalle_ds.config.presets import load_preset, preset_names
-from dalle_ds.config.runs import DvaeRun, Run, TransformerRun
+from dalle_ds.config.runs import ClipRun, DvaeRun, Run, TransformerRun
 from dalle_ds.config.training import (
     Checkpointing,
+    ClipObjective,
     DvaeObjective,
     GuardConfig,
     LoaderConfig,
     OptimConfig,
     ReportConfig,
     ScalingConfig,
+    SharpnessConfig,
     TrainConfig,
 )
 
@@ -28,6 +30,8 @@ __all__ = [
     "PADDING",
     "Checkpointing",
     "ClipConfig",
+    "ClipObjective",
+    "ClipRun",
     "DalleConfig",
     "DiscreteVAEConfig",
     "DvaeObjective",
@@ -40,6 +44,7 @@ __all__ = [
     "ReportConfig",
     "Run",
     "ScalingConfig",
+    "SharpnessConfig",
     "TrainConfig",
     "TransformerRun",
     "differences",

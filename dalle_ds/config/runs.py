@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dalle_ds.config.checks import positive, sound
+from dalle_ds.config.clip import ClipConfig
 from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.training import (
+    ClipObjective,
     DvaeObjective,
     GuardConfig,
     LoaderConfig,
     OptimConfig,
     ReportConfig,
     ScalingConfig,
+    SharpnessConfig,
     TrainConfig,
 )
 from dalle_ds.config.watch import WatchConfig
@@ -87,3 +90,19 @@ class TransformerRun(Run):
     """Shape of the model."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
+
+
+@dataclass(frozen=True)
+class ClipRun(Run):
+    """Training of CLIP (`launchers/train_clip.py`)."""
+
+    tokenizer: str = ""
+    """Tokenizer file: that of `launchers/train_tokenizer.py`, or CLIP's own; empty takes that of `init`."""
+    init: str = ""
+    """Trained or imported CLIP to begin with: its run directory or export; empty begins with random weights."""
+    model: ClipConfig = field(default_factory=ClipConfig)
+    """Shape of the model."""
+    objective: ClipObjective = field(default_factory=ClipObjective)
+    """Loss and pictures."""
+    sharpness: SharpnessConfig = field(default_factory=SharpnessConfig)
+    """Sharpness-aware minimization."""

@@ -35,6 +35,36 @@ class DvaeObjective:
 
 
 @dataclass(frozen=True)
+class ClipObjective:
+    """CLIP's loss and what its pictures are cut from (CLIP §2.3, §2.4)."""
+
+    local_loss: bool = True
+    """Whether each process compares only its own rows with all others of the batch, and not all with all: the same loss and
+    gradients in as much less memory as there are processes, for gradients of embeddings that cross between them."""
+    min_crop: float = 0.9
+    """Training pictures are random squares of at least this share of the greatest square's area, in (0, 1]. 1 moves the
+    greatest square along the longer side, which is CLIP's; 0.9 is open_clip's."""
+    mirror: bool = False
+    """Whether every other training picture is mirrored. CLIP's are not: captions may tell left from right."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_crop <= 1.0:
+            raise ConfigError(f"objective.min_crop must lie in (0, 1], found {self.min_crop}")
+
+
+@dataclass(frozen=True)
+class SharpnessConfig:
+    """Sharpness-aware minimization (SAM): gradients are taken where a small step has made the loss higher."""
+
+    rho: float | None = None
+    """Length of that step, over all weights of a replica, each replica having its own (unCLIP App. C: 0.1); None makes none.
+    An update then takes twice the time, and room for the weights once more."""
+
+    def __post_init__(self) -> None:
+        positive("sharpness", self, "rho")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -120,8 +150,8 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; None takes the DeepSpeed JSON's."""
     activation_checkpointing: Checkpointing = "none"
-    """What the transformer computes again in the backward pass instead of keeping it: `full` each residual block,
-    `selective` its normalized and its activated vectors, which takes little time."""
+    """What the transformer or CLIP computes again in the backward pass instead of keeping it: `full` each residual block,
+    `selective` (transformer only) its normalized and its activated vectors, which takes little time."""
     average_decay: float | None = 0.999
     """Decay of the exponential average of the weights, which is what is validated, drawn and exported; None keeps no
     average."""

@@ -10,6 +10,14 @@ counts what cannot be read, `stamps` notices what changes, `inspection` reads ev
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.loader import BatchLoader, evaluation_batches
-from dalle_ds.data.samples import DvaeSamples, TextImageSamples
+from dalle_ds.data.samples import ClipSamples, DvaeSamples, TextImageSamples
 
-__all__ = ["BatchLoader", "CodesCache", "DvaeSamples", "PairDataset", "TextImageSamples", "evaluation_batches"]
+__all__ = [
+    "BatchLoader",
+    "ClipSamples",
+    "CodesCache",
+    "DvaeSamples",
+    "PairDataset",
+    "TextImageSamples",
+    "evaluation_batches",
+]

@@ -144,7 +144,8 @@ def evaluation_batches(
 
     Yields:
         This rank's share, as `BatchLoader` yields micro-batches; every rank gets equally many of equal size. Besides,
-        `valid`: (micro_batch,) float32, 1, or 0 where a row only fills up the last batch and must not be counted.
+        `valid`: (micro_batch,) float32, 1, or 0 where a row only fills up the last batch and must not be counted; and
+        `place`: (micro_batch,) int64, which of the `rows` rows it is.
 
     Raises:
         DataError: no rows, or 256 rows in turn that cannot be read.
@@ -160,6 +161,7 @@ def evaluation_batches(
             [_evaluation_sample(samples, min(number, count - 1) * len(samples) // count) for number in numbers]
         )
         batch["valid"] = torch.tensor([float(number < count) for number in numbers])
+        batch["place"] = torch.tensor([min(number, count - 1) for number in numbers])
         yield batch
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from dalle_ds.config import PADDING
 from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
+from dalle_ds.data.clip_views import center_view, random_view
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import Fault
@@ -147,6 +150,82 @@ class TextImageSamples:
         pixels = self._dataset.picture(row, useful_short_side(size))
         view_pixels = augment_for_transformer(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
         return {"image": channels_first(view_pixels)}
+
+
+class CaptionTokens(Protocol):
+    """The part of `dalle_ds.clip_tokenizer.ClipTokenizer` that is used here."""
+
+    end: int
+
+    def encode(self, texts: Sequence[str], length: int) -> Tensor:
+        """(B, length) int64: start token, pieces, end token, -1."""
+        ...
+
+
+class ClipSamples:
+    """Pictures with captions for CLIP.
+
+    `image` is (3, S, S) uint8; `text` is (text_len,) int64, with start and end tokens and -1 behind them; `truncated` is 1
+    where the caption's tokens were more than fit.
+
+    Args:
+        dataset: rows.
+        tokenizer: of the model.
+        text_len: text positions; longer captions are cut, and keep their end token.
+        image_size: S.
+        train: a random caption of several and a random view; otherwise the first caption and the central view.
+        min_crop: the least share of a view's possible area that a random one takes (`clip_views.random_view`).
+        mirror: whether every other random view is mirrored.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        tokenizer: CaptionTokens,
+        *,
+        text_len: int,
+        image_size: int,
+        train: bool,
+        min_crop: float = 1.0,
+        mirror: bool = False,
+    ) -> None:
+        self._dataset = dataset
+        self._tokenizer = tokenizer
+        self._text_len = text_len
+        self._image_size = image_size
+        self._train = train
+        self._min_crop = min_crop
+        self._mirror = mirror
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """See `loader.Samples`."""
+        return self._dataset.faults
+
+    def check_unchanged(self) -> None:
+        """See `loader.Samples`."""
+        self._dataset.check_unchanged()
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        """See `loader.Samples`."""
+        captions = self._dataset.captions(row)
+        caption = captions[int(rng.integers(len(captions)))] if self._train else captions[0]
+        # With one position more than there are, a caption that does not fit has its end token there.
+        text = self._tokenizer.encode([caption], self._text_len + 1)[0].numpy()
+        truncated = int(text[-1] != PADDING)
+        text = text[:-1]
+        if truncated:
+            text[-1] = self._tokenizer.end
+        size = self._image_size
+        # Random views may be of a part of the picture, whose pixels are to be as many.
+        pixels = self._dataset.picture(row, 2 * size if self._train else size)
+        view = (
+            random_view(pixels, size, rng, self._min_crop, self._mirror) if self._train else center_view(pixels, size)
+        )
+        return {"text": text, "truncated": truncated, "image": channels_first(view)}
 
 
 def channels_first(pixels: Pixels) -> Pixels:

@@ -71,6 +71,15 @@ class Task(ABC, Generic[RunConfig]):
         return ()
 
     @property
+    def rho(self) -> float | None:
+        """Length of the perturbation of sharpness-aware minimization; None for a task that does not ask for it."""
+        return None
+
+    def initial_weights(self) -> Mapping[str, Tensor] | None:
+        """The plain model's state dict for the first update, on the CPU, or None to begin with those of `build_model`."""
+        return None
+
+    @property
     def resblock_count(self) -> int:
         """Residual blocks of the whole model."""
         return 0

@@ -55,6 +55,11 @@ def build_engine(
         ):
             model = build_model()
         model.to(mesh.device)
+        for parameter in model.parameters():
+            if parameter.ndim == 0:
+                # DeepSpeed fails at broadcasting these; all processes have drawn the same weights anyway. By this mark, which
+                # nothing else in it looks at, it leaves them out.
+                parameter.ds_optim_param = True
         optimizer = AdamW(
             parameter_groups(model),
             lr=optim.lr,

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 from torch import Tensor, nn
 
+from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.tasks.whole_batch import WholeBatchTask
 
 
 class Passes(ABC):
@@ -40,9 +42,24 @@ class Passes(ABC):
         """Let the engine take its step."""
 
 
-def passes_of(task: Task[Any], engine: Any, mesh: Mesh) -> Passes:
-    """The passes that fit an engine."""
-    return PipelinePasses(task, engine, mesh) if mesh.size("pipe") > 1 else EnginePasses(task, engine)
+def passes_of(task: Task[Any], engine: Any, mesh: Mesh, average: WeightAverage | None = None) -> Passes:
+    """The passes that fit an engine and its task.
+
+    Args:
+        average: to be told before weights change.
+    """
+    from dalle_ds.training.caching import CachingPasses  # both build on this module
+    from dalle_ds.training.sharpness import SharpPasses
+
+    passes: Passes
+    if mesh.size("pipe") > 1:
+        passes = PipelinePasses(task, engine, mesh)
+    elif isinstance(task, WholeBatchTask):
+        passes = CachingPasses(task, engine, mesh)
+    else:
+        passes = EnginePasses(task, engine)
+    rho = task.rho if isinstance(task, Task) else None
+    return passes if rho is None else SharpPasses(passes, engine, mesh, rho, average)
 
 
 class EnginePasses(Passes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,3 +27,23 @@ def seed_update(seed: int, step: int, index: int) -> None:
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(number)
+
+
+@dataclass(frozen=True)
+class Generators:
+    """Where PyTorch's global generators, on the CPU and this process's GPU, were at some moment."""
+
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> Generators:
+        """Where they are."""
+        gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        return cls(torch.default_generator.get_state(), gpu)
+
+    def restore(self) -> None:
+        """Draw again what was drawn from then on."""
+        torch.default_generator.set_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)

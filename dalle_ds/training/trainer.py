@@ -186,6 +186,9 @@ class Trainer:
             blocks = task.resblocks(engine.module)
             scales = scale_gradients(blocks, task.resblock_count, task.scaling, config.precision, mesh)
         weights = MasterWeights(engine)
+        initial = task.initial_weights() if self.checkpoint is None else None
+        if initial is not None:
+            weights.load(initial)
         replicas = None
         if mesh.size("replica") > 1:
             replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)

@@ -8,6 +8,7 @@ validation on averaged weights need only what this file offers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -99,6 +100,16 @@ class MasterWeights:
             for part in fragment.rectangles():
                 part.in_matrix(whole).copy_(part.of(run))
         return weights
+
+    @torch.no_grad()
+    def load(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the weights from the plain model's state dict, which every process has. Collective."""
+        for fragment in self.fragments:
+            whole = state_dict[fragment.name].float().view(matrix_size(fragment.whole))
+            run = fragment.of(self.shards[fragment.shard].detach())
+            for part in fragment.rectangles():
+                part.of(run).copy_(part.in_matrix(whole))
+        self.publish()
 
     def _run(self, fragment: Fragment) -> Tensor:
         return fragment.of(self.shards[fragment.shard]).to(self._device, torch.float32)

@@ -1,0 +1,53 @@
+"""Views of pictures for CLIP: squares, resized by Pillow's antialiased bicubic filter as in its own pipeline."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from dalle_ds.data.images import Pixels
+
+
+def center_view(pixels: Pixels, size: int) -> Pixels:
+    """The view that CLIP's evaluation takes: the shorter side resized to `size`, then the central square.
+
+    Args:
+        pixels: (H, W, 3) of any size; smaller pictures are enlarged.
+
+    Returns:
+        (size, size, 3).
+    """
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    resized = np.asarray(
+        Image.fromarray(pixels).resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+    )
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def random_view(
+    pixels: Pixels, size: int, rng: np.random.Generator, min_crop: float = 1.0, mirror: bool = False
+) -> Pixels:
+    """A random square of a picture, resized.
+
+    Args:
+        pixels: (H, W, 3) of any size.
+        size: side of the view.
+        min_crop: the least share of the area of the greatest possible square that is taken, in (0, 1]; areas are drawn evenly
+            from there to 1. At 1, the greatest square at a random place: "a random square crop from resized images" (CLIP
+            §2.3). open_clip takes 0.9.
+        mirror: mirror every other view.
+
+    Returns:
+        (size, size, 3), a new array.
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width) * math.sqrt(rng.uniform(min_crop, 1.0))
+    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+    box = (left, top, left + side, top + side)
+    view = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    mirrored = mirror and rng.random() < 0.5
+    return np.ascontiguousarray(view[:, ::-1] if mirrored else view)

@@ -1,0 +1,215 @@
+"""Training of CLIP (arXiv 2103.00020 §2; unCLIP App. C)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle_ds.clip_tokenizer import ClipTokenizer
+from dalle_ds.config import ClipConfig, ClipRun, to_dict
+from dalle_ds.data import ClipSamples, PairDataset
+from dalle_ds.data.prepare import read_info
+from dalle_ds.errors import ConfigError
+from dalle_ds.models.clip import LARGEST_SCALE, Clip
+from dalle_ds.models.contrastive import contrastive_logits
+from dalle_ds.parallel import WHOLE, TensorGroup
+from dalle_ds.parallel.peers import ALONE, Peers
+from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.tasks.base import Batch, Metrics, Samples
+from dalle_ds.tasks.flops import training_flops
+from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
+
+PREVIEW_MATCHES = 4
+RECALLS = (1, 5, 10)
+COLLAPSED = 0.01
+"""Mean of 1 − cosine over pairs of embeddings below which they are all but the same."""
+
+
+class ClipTask(WholeBatchTask[ClipRun]):
+    """Maximizes the similarity of pictures and their own captions, relative to that with all others of the batch.
+
+    Raises:
+        ConfigError: no tokenizer, or the tokenizer or the model to begin with does not fit the model's shape.
+    """
+
+    name = "clip"
+
+    def __init__(self, run: ClipRun) -> None:
+        super().__init__(run)
+        self._initial = Clip.from_pretrained(run.init) if run.init else None
+        if self._initial is not None:
+            _check_same_shape(run, self._initial.config)
+        known = self._initial.tokenizer if self._initial is not None else None
+        if not run.tokenizer and known is None:
+            raise ConfigError("--tokenizer is missing: name a tokenizer's file")
+        start, end = run.model.start, run.model.end
+        tokenizer = ClipTokenizer.load(run.tokenizer, start=start, end=end) if run.tokenizer else known
+        assert tokenizer is not None
+        self.tokenizer: ClipTokenizer = tokenizer
+        if known is not None and self.tokenizer.fingerprint != known.fingerprint:
+            raise ConfigError(
+                f"the tokenizer {run.tokenizer} is not that of the CLIP in {run.init}, whose tokens would mean other things: "
+                "leave --tokenizer out"
+            )
+
+    def build_model(self, tensor: TensorGroup = WHOLE) -> Clip:
+        return Clip(self.run.model, tokenizer=self.tokenizer, checkpointing=self.run.train.activation_checkpointing)
+
+    def initial_weights(self) -> Mapping[str, Tensor] | None:
+        return None if self._initial is None else self._initial.state_dict()
+
+    @property
+    def rho(self) -> float | None:
+        return self.run.sharpness.rho
+
+    def samples(self, split: str) -> Samples:
+        return ClipSamples(
+            PairDataset.open(self.run.data, split),
+            self.tokenizer,
+            text_len=self.run.model.text_len,
+            image_size=self.run.model.image_size,
+            train=split == "train",
+            min_crop=self.run.objective.min_crop,
+            mirror=self.run.objective.mirror,
+        )
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "data": read_info(Path(self.run.data))["fingerprint"],
+            "tokenizer": self.tokenizer.fingerprint,
+            "init": "none" if self._initial is None else self._initial.fingerprint,
+        }
+
+    def prepare(self, batch: Batch) -> Batch:
+        return {**batch, "image": batch["image"].float() / 255}
+
+    def embed(self, model: nn.Module, batch: Batch) -> Outputs:
+        output = model(batch["image"], batch["text"])
+        return {"image": output.image_embeddings, "text": output.text_embeddings, "scale": output.scale}
+
+    def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
+        image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
+        logits = contrastive_logits(image, text, scale, peers, self.run.objective.local_loss)
+        metrics = {"scale": scale.detach(), "accuracy": logits.accuracy()}
+        for name in ("image", "text"):
+            metrics[f"{name}_spread"] = _spread(outputs[name].detach())
+        return logits.loss(), metrics
+
+    @cached_property
+    def _validation_rows(self) -> int:
+        """Of one validation."""
+        return min(self.run.report.validation_rows, len(self.samples("validation")))
+
+    def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
+        """Embeddings of these rows, each at its place among zeros: added up, those of all rows."""
+        output = model(batch["image"], batch["text"])
+        valid = batch["valid"]
+        sums = {"count": valid.sum(), "scale": output.scale * valid.sum()}
+        for name, rows in (("image", output.image_embeddings), ("text", output.text_embeddings)):
+            whole = rows.new_zeros(self._validation_rows, rows.shape[1])
+            sums[name] = whole.index_add(0, batch["place"], rows * valid[:, None])
+        return sums
+
+    def summarize(self, sums: Metrics) -> dict[str, float]:
+        """Of all rows against each other: loss, and how often the right one is among the most similar k.
+
+        "recall@k" is that of pictures for captions, "image_recall@k" that of captions for pictures. Loss and recalls depend on
+        the number of rows.
+        """
+        scale = sums["scale"] / sums["count"]
+        logits = contrastive_logits(sums["image"], sums["text"], scale)
+        figures = {"loss": float(logits.loss()), "scale": float(scale)}
+        for name, similarities in (("recall", logits.text), ("image_recall", logits.image)):
+            figures |= {f"{name}@{k}": value for k, value in recalls(similarities).items()}
+        return figures | {f"{name}_spread": float(_spread(sums[name])) for name in ("image", "text")}
+
+    def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
+        """Captions, each with its own picture and those of the batch that are most similar to it."""
+        clip = cast(Clip, model)
+        # The model may have moved to another type; what it is given follows.
+        similarities = clip.embed_texts(batch["text"]) @ clip.embed_images(batch["image"]).T
+        pictures = to_pictures(batch["image"])
+        best = similarities.topk(min(PREVIEW_MATCHES, len(pictures)), dim=1).indices.tolist()
+        captions = [self.tokenizer.decode(row.tolist()) for row in batch["text"]]
+        rows = [
+            (caption, [pictures[number], *(pictures[found] for found in matches)])
+            for number, (caption, matches) in enumerate(zip(captions, best, strict=True))
+        ]
+        return picture_grid(rows, titles=["its own", *(f"match {n + 1}" for n in range(PREVIEW_MATCHES))], cell=64)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """A folder that `Clip.from_pretrained` reads: the model and its tokenizer."""
+        cast(Clip, model).save_pretrained(folder)
+
+    def flops_per_sample(self) -> float:
+        config = self.run.model
+
+        def forward(model: nn.Module) -> object:
+            text = torch.full((1, config.text_len), config.end)
+            return model(torch.zeros(1, 3, config.image_size, config.image_size), text)
+
+        return training_flops(lambda: Clip(config), forward)
+
+    def alarm(self, metrics: Mapping[str, float], step: int) -> str | None:
+        if step < self.run.optim.warmup_steps:
+            return None
+        for name in ("image", "text"):
+            if metrics[f"{name}_spread"] < COLLAPSED:
+                return (
+                    f"{name} embeddings are collapsing: on average, 1 − cosine of two of them is "
+                    f"{metrics[f'{name}_spread']:.2g}; lower optim.lr, or raise optim.warmup_steps"
+                )
+        if metrics["scale"] >= LARGEST_SCALE:
+            return (
+                f"cosines are scaled by {LARGEST_SCALE:.0f}, the most that is allowed: the pairs are learned by heart, or "
+                "told apart without effort; more data, a greater train.batch_size or more of optim.weight_decay help"
+            )
+        return None
+
+    def describe(self) -> list[str]:
+        pieces, room = self.tokenizer.pieces.vocab_size, self.run.model.text_vocab
+        lines = [f"text: {pieces:,} pieces, of {room:,} that model.text_vocab has room for"]
+        if self._initial is not None:
+            lines.append(f"begins with the weights in {self.run.init}")
+        if self.rho is not None:
+            lines.append(f"sharpness-aware: each update takes its gradient {self.rho:g} away from the weights")
+        return lines
+
+
+def recalls(similarities: Tensor) -> dict[int, float]:
+    """Share of rows whose own column, that of the same number, is among the k most similar, by k in `RECALLS`.
+
+    Args:
+        similarities: (N, N). Columns that are as similar as the row's own count as more so: where all are the same, nothing is
+            recalled.
+    """
+    own = similarities.diagonal()[:, None]
+    better = (similarities >= own).sum(dim=1) - 1
+    return {k: float((better < k).float().mean()) for k in RECALLS}
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """() mean of 1 − cosine over all pairs of (N, D) rows of length 1."""
+    return 1 - rows.float().mean(dim=0).square().sum()
+
+
+def _check_same_shape(run: ClipRun, found: ClipConfig) -> None:
+    wanted, there = to_dict(run.model), to_dict(found)
+    # Tokens may be stated or left to the vocabulary's size.
+    for values, config in ((wanted, run.model), (there, found)):
+        values |= {"start_token": config.start, "end_token": config.end}
+    unlike = {name: value for name, value in there.items() if wanted[name] != value}
+    if unlike:
+        flags = " ".join(f"--model.{name} {_flag(value)}" for name, value in unlike.items())
+        raise ConfigError(f"the CLIP in {run.init} has another shape than this run's: add {flags}")
+
+
+def _flag(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

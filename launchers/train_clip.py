@@ -1,0 +1,18 @@
+"""Train CLIP, from random weights or from those of another one.
+
+deepspeed launchers/train_clip.py --deepspeed_config FILE --preset NAME --data DIR --tokenizer FILE --run_dir DIR
+"""
+
+from dalle_ds.cli import run_launcher
+from dalle_ds.config import ClipRun
+from dalle_ds.tasks.clip import ClipTask
+from dalle_ds.training.launch import train
+
+
+def main() -> None:
+    """Parse, build, run."""
+    train(ClipRun, ClipTask, "clip")
+
+
+if __name__ == "__main__":
+    run_launcher(main)
