@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CLIP = ["transformers>=4.50"]
+CLIP = ["transformers>=4.50", "ftfy", "regex"]
 EVALUATION = ["torchmetrics>=1.4", "scipy>=1.11"]
 FILTERS = ["lingua-language-detector>=2.0", "py3langid>=0.3", "imagehash>=4.3"]
 OVERLAP = ["faiss-cpu>=1.9"]

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_ds.byte_pairs import MERGES_NAME, BytePairs, check_vocabulary
 from dalle_ds.config import PADDING, ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.parsing import parse_json
 from dalle_ds.tokenizer import Tokenizer
 
 SENTENCEPIECE_NAME = "tokenizer.model"
+VOCABULARY_NAME = "vocab.json"
+_NAMES = (SENTENCEPIECE_NAME, MERGES_NAME, "tokenizer.json")
 
 
 class Pieces(Protocol):
@@ -67,7 +71,7 @@ class ClipTokenizer:
         """Read a tokenizer's file, or the one in the folder `path`.
 
         Args:
-            path: a file of `launchers/train_tokenizer.py`.
+            path: a file of `launchers/train_tokenizer.py`, or one that `BytePairs.load` reads.
             start, end: as the class takes them; `ClipConfig.start` and `.end` of the model that it is for.
 
         Raises:
@@ -78,19 +82,30 @@ class ClipTokenizer:
         if path.is_dir():
             found = cls.find(path, start=start, end=end)
             if found is None:
-                raise CheckpointError(f"there is no tokenizer in {path}: it has no {SENTENCEPIECE_NAME}")
+                raise CheckpointError(f"there is no tokenizer in {path}: it has none of {', '.join(_NAMES)}")
             return found
-        return cls(Tokenizer.load(path), start=start, end=end)
+        pieces = BytePairs.load(path) if path.suffix in (".gz", ".txt", ".json") else Tokenizer.load(path)
+        return cls(pieces, start=start, end=end)
 
     @classmethod
     def find(cls, folder: Path, *, start: int | None = None, end: int | None = None) -> ClipTokenizer | None:
-        """The tokenizer whose file is in `folder`, if there is one; errors as `load`."""
-        file = folder / SENTENCEPIECE_NAME
-        return cls(Tokenizer.load(file), start=start, end=end) if file.is_file() else None
+        """The tokenizer whose file is in `folder`, one of ours or of Hugging Face's, if there is one; errors as `load`."""
+        file = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+        if file is None:
+            return None
+        found = cls.load(file, start=start, end=end)
+        vocabulary = folder / VOCABULARY_NAME
+        if isinstance(found.pieces, BytePairs) and vocabulary.is_file():
+            try:
+                check_vocabulary(found.pieces, parse_json(vocabulary.read_bytes()))
+            except (OSError, ValueError, CheckpointError) as error:
+                raise CheckpointError(f"tokenizer {vocabulary}: {error}") from error
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write the vocabulary's file into a folder; DataError where that fails."""
-        self.pieces.save(Path(folder) / SENTENCEPIECE_NAME)
+        name = MERGES_NAME if isinstance(self.pieces, BytePairs) else SENTENCEPIECE_NAME
+        self.pieces.save(Path(folder) / name)
 
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
         """Tokens of captions: start, pieces, end.

@@ -1,0 +1,255 @@
+"""CLIP's own vocabulary: byte-level BPE of lower-cased, cleaned text (Radford et al. 2021, §2.4; `clip/simple_tokenizer.py`).
+
+A piece is a run of UTF-8 bytes within a word, a digit or a run of other characters; the last one of each is another piece
+than the same bytes elsewhere. Tokens are the 256 bytes, the 256 bytes that end a word, and the merges in their order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import heapq
+import html
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import IO, Any, cast
+
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.files import write_text
+from dalle_ds.parsing import parse_json
+
+MERGES_NAME = "merges.txt"
+_MOST_MERGES = 49_152 - 256 - 2
+"""CLIP reads so many from its file, which has more."""
+_FILE_BYTES = 2**26
+"""Of a file, unpacked; CLIP's has 3 MB."""
+_END = "</w>"
+_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_MISSING = "CLIP's tokenizer needs ftfy and regex: pip install 'dalle-ds[clip]'"
+Merge = tuple[str, str]
+
+
+class BytePairs:
+    """CLIP's vocabulary, or another of its kind. Immutable, and picklable: its state is its merges.
+
+    Args:
+        merges: pairs of pieces, the earlier the higher their priority.
+
+    Attributes:
+        vocab_size: number of tokens, 49,406 for CLIP's; its start and end tokens are the next two.
+
+    Raises:
+        CheckpointError: a merge of pieces that none before it makes, or that makes one that there is already.
+    """
+
+    def __init__(self, merges: Iterable[Merge]) -> None:
+        self._merges = list(merges)
+        alphabet = _alphabet()
+        self._pieces = [*alphabet, *(character + _END for character in alphabet)]
+        known = set(self._pieces)
+        for number, (left, right) in enumerate(self._merges, start=1):
+            if left not in known or right not in known or left.endswith(_END) or left + right in known:
+                raise CheckpointError(
+                    f"merge {number} ({left[:50]!r} and {right[:50]!r}) is none of byte-level BPE: it is of a piece that no "
+                    "earlier one makes, or makes one again"
+                )
+            known.add(left + right)
+            self._pieces.append(left + right)
+        self.vocab_size = len(self._pieces)
+        self._tokens = {piece: token for token, piece in enumerate(self._pieces)}
+        self._ranks = {merge: rank for rank, merge in enumerate(self._merges)}
+        self._spell = lru_cache(2**16)(self._spell_anew)
+
+    def __reduce__(self) -> tuple[type[BytePairs], tuple[list[Merge]]]:
+        return BytePairs, (self._merges,)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BytePairs:
+        """Read OpenAI's `bpe_simple_vocab_16e6.txt.gz`, or Hugging Face's `merges.txt` or `tokenizer.json`.
+
+        Raises:
+            CheckpointError: the file is missing, broken, or of a tokenizer of another kind.
+        """
+        path = Path(path)
+        try:
+            content = _read(path)
+            merges = _json_merges(content) if path.suffix == ".json" else _text_merges(content)
+            return cls(merges)
+        except OSError as error:
+            raise CheckpointError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
+        except (ValueError, EOFError, zlib.error) as error:
+            raise CheckpointError(f"tokenizer {path} cannot be read: {error}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"tokenizer {path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write Hugging Face's `merges.txt`; DataError where that fails."""
+        lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self._merges)]
+        try:
+            write_text(Path(path), "\n".join(lines) + "\n")
+        except OSError as error:
+            raise DataError(f"could not write {path}: {error}") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the merges, as 64 hexadecimal digits."""
+        return hashlib.sha256("\n".join(map(" ".join, self._merges)).encode()).hexdigest()
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Pieces, as Hugging Face's `vocab.json` spells them, and their tokens."""
+        return dict(self._tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a caption, without a start and an end token. What spells one of these is text like any other.
+
+        Raises:
+            ConfigError: `ftfy` or `regex` is not installed.
+        """
+        return [token for word in _words()(clean(text)) for token in self._spell(word)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of tokens, as far as it can be told: a space behind every word. Bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: an id that is no token.
+        """
+        parts = []
+        for token in map(int, ids):
+            if not 0 <= token < self.vocab_size:
+                raise DataError(f"token {token} is outside the tokenizer's vocabulary of {self.vocab_size:,}")
+            parts.append(self._pieces[token])
+        bytes_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        words = "".join(parts).split(_END)
+        return " ".join(
+            bytes(bytes_of[character] for character in word).decode(errors="replace") for word in words
+        ).strip()
+
+    def _spell_anew(self, word: str) -> tuple[int, ...]:
+        """Tokens of a word: again and again, the pair that is earliest in the merges is joined, the leftmost among equals."""
+        characters = _byte_characters()
+        pieces = [characters[byte] for byte in word.encode()]
+        pieces[-1] += _END
+        length = len(pieces)
+        before = list(
+            range(-1, length - 1)
+        )  # where the neighbouring pieces start; a joined one starts at its left half
+        after = list(range(1, length + 1))
+        # Every piece is made by one merge, so that a merge never makes a pair possible that should have come before it.
+        queue = [
+            (self._ranks[pair], left)
+            for left in range(length - 1)
+            if (pair := (pieces[left], pieces[left + 1])) in self._ranks
+        ]
+        heapq.heapify(queue)
+        while queue:
+            rank, left = heapq.heappop(queue)
+            right = after[left]
+            if not pieces[left] or right == length or self._ranks.get((pieces[left], pieces[right])) != rank:
+                continue  # one of the two has since been joined with another
+            pieces[left] += pieces[right]
+            pieces[right] = ""
+            after[left] = after[right]
+            if after[left] < length:
+                before[after[left]] = left
+            for start in (before[left], left):
+                if start >= 0 and after[start] < length:
+                    found = self._ranks.get((pieces[start], pieces[after[start]]))
+                    if found is not None:
+                        heapq.heappush(queue, (found, start))
+        return tuple(self._tokens[piece] for piece in pieces if piece)
+
+
+def clean(text: str) -> str:
+    """A caption as CLIP's tokenizers see it: mended by ftfy, HTML entities replaced (twice), lower case, single spaces.
+
+    Lone surrogates, which broken JSON yields and UTF-8 cannot hold, become "?" first.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ConfigError(_MISSING) from error
+    valid = text if text.isascii() else text.encode(errors="replace").decode()
+    mended = html.unescape(html.unescape(ftfy.fix_text(valid)))
+    # An entity can stand for a surrogate too.
+    return re.sub(r"\s+", " ", mended.encode(errors="replace").decode()).strip().lower()
+
+
+@cache
+def _words() -> Callable[[str], list[str]]:
+    """What splits clean text into words, digits and runs of other characters."""
+    try:
+        import regex
+    except ImportError as error:
+        raise ConfigError(_MISSING) from error
+    find: Callable[[str], list[str]] = regex.compile(_WORD, regex.IGNORECASE).findall
+    return find
+
+
+@cache
+def _byte_characters() -> list[str]:
+    """The character by which each byte is written in a piece: its own in Latin-1 if that is visible, or one from U+0100 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]
+
+
+def _alphabet() -> list[str]:
+    """These characters in the order of their tokens: the visible bytes, then the others."""
+    return sorted(_byte_characters())
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        source: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+        content = source.read(_FILE_BYTES + 1)
+    if len(content) > _FILE_BYTES:
+        raise CheckpointError(f"has more than {_FILE_BYTES:,} bytes: it is no list of merges")
+    return content.decode()
+
+
+def _text_merges(content: str) -> list[Merge]:
+    """Of a file with a line for each merge, behind one of its version."""
+    lines = content.split("\n")
+    if "#version" not in lines[0]:
+        raise CheckpointError("its first line says no version, as that of a list of merges does")
+    return [_pair(line.split(" "), number) for number, line in enumerate(lines[1 : _MOST_MERGES + 1], start=1) if line]
+
+
+def _json_merges(content: str) -> list[Merge]:
+    """Of a tokenizer of Hugging Face's `tokenizers`, if its tokens are those that we would give."""
+    description = parse_json(content)
+    model = description.get("model") if isinstance(description, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != _END:
+        raise CheckpointError("its model is not CLIP's byte-level BPE (end_of_word_suffix is not '</w>')")
+    rows, vocabulary = model.get("merges"), model.get("vocab")
+    if not isinstance(rows, list) or not isinstance(vocabulary, dict):
+        raise CheckpointError("its model has no merges or no vocab")
+    merges = [
+        _pair(row.split(" ") if isinstance(row, str) else row, number) for number, row in enumerate(rows, start=1)
+    ]
+    check_vocabulary(BytePairs(merges), vocabulary)
+    return merges
+
+
+def _pair(parts: Any, number: int) -> Merge:
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+        raise CheckpointError(f"merge {number} is no pair of pieces")
+    return parts[0], parts[1]
+
+
+def check_vocabulary(pieces: BytePairs, vocabulary: Any) -> None:
+    """Raise a `CheckpointError` unless `vocabulary` (Hugging Face's `vocab.json`) gives `pieces` the tokens that we give."""
+    if not isinstance(vocabulary, dict):
+        raise CheckpointError("its vocabulary is no mapping of pieces to tokens")
+    for piece, token in pieces.vocabulary.items():
+        if vocabulary.get(piece) != token:
+            raise CheckpointError(
+                f"its vocabulary numbers {piece!r} {vocabulary.get(piece)}, where its merges tell {token}"
+            )
