@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
+import packaging.version
+
 FOLDER = Path(sys.prefix) / "references"
 _STUBS = (
     "pkg_resources",
@@ -42,6 +44,7 @@ def _stubs() -> Iterator[None]:
         parent, _, own = name.rpartition(".")
         if parent:
             setattr(modules[parent], own, stub)
+    modules["pkg_resources"].packaging = packaging  # type: ignore[attr-defined]  # which clip takes from there
     import transformers  # noqa: F401 - first: it looks whether torchvision is there
 
     sys.path.append(str(FOLDER))
