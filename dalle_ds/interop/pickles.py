@@ -11,6 +11,8 @@ A pickle is a program: it names functions, and whoever unpickles it calls them. 
 
 What a file takes is bounded by its length: its program may have `_PROGRAM_BYTES`, and its tensors as many bytes as the file.
 Both formats of `torch.save` are read: an uncompressed zip archive, and before PyTorch 1.6 pickles one after the other.
+TorchScript archives, as `torch.jit.save` writes them, are zip archives of the first kind with source code beside; that is
+left alone, and every class that it would define is one of those that have no behaviour.
 """
 
 from __future__ import annotations
@@ -67,15 +69,20 @@ _NAME_CHARS = 1_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ZIP_MAGIC = b"PK\x03\x04"
+_SCRIPTED = "__torch__."
+"""How the names of a TorchScript archive's own classes begin; nothing of Python's or PyTorch's has such a name."""
 
 
-def read_pickled_tensors(path: str | Path, classes: Collection[str] = ()) -> dict[str, Tensor]:
+def read_pickled_tensors(
+    path: str | Path, classes: Collection[str] = (), *, scripted: bool = False
+) -> dict[str, Tensor]:
     """The named tensors of a module or state dict that was written by `torch.save`, in the dtypes they have, on the CPU.
 
     Args:
         path: the file, in either format of `torch.save`.
         classes: full names, such as "dall_e.utils.Conv2d", of the classes of modules that the file may have instances of,
             besides `TORCH_CLASSES`. None of them is imported, and none needs to be installed.
+        scripted: whether the file may be a TorchScript archive. Of such a module, attributes that are tensors are named too.
 
     Returns:
         What `state_dict()` of the module would: "blocks.input.w" and so on.
@@ -89,8 +96,8 @@ def read_pickled_tensors(path: str | Path, classes: Collection[str] = ()) -> dic
             size = path.stat().st_size
             magic = file.read(4)
             file.seek(0)
-            archive = _ZipFile(file) if magic == _ZIP_MAGIC else _LegacyFile(file, size)
-            machine = _Machine(_table(classes))
+            archive = _ZipFile(file, scripted) if magic == _ZIP_MAGIC else _LegacyFile(file, size)
+            machine = _Machine(_table(classes), scripted=archive.scripted)
             named = dict(_named_tensors(machine.run(archive.program)))
             _check_sizes(named, machine.storages, size)
             storages = archive.contents(machine.storages)
@@ -206,8 +213,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 class _Machine:
     """Carries out a pickle's instructions (protocols 2 to 5) on plain values, `_Name`s, `_Instance`s and `_View`s."""
 
-    def __init__(self, table: dict[str, _Name]) -> None:
+    def __init__(self, table: dict[str, _Name], *, scripted: bool = False) -> None:
         self._table = table
+        self._scripted = scripted
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -329,6 +337,8 @@ class _Machine:
         # Protocol 2 is written for Python 2 as well.
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         # "torch._utils" "x" and "torch" "_utils.x" are one name: the table, not the spelling, decides what it stands for.
+        if self._scripted and full.startswith(_SCRIPTED):
+            return _Name(full, is_class=True)
         if full not in self._table:
             raise _Refused(
                 f"asks for {_quoted(full)}, which is not among what a file of its kind may have: it is not trusted, and "
@@ -433,6 +443,8 @@ def _named_tensors(content: Any) -> Iterator[tuple[str, _View]]:
         passing = state.get("_non_persistent_buffers_set")
         tensors = {**_members(state.get("_parameters")), **_members(state.get("_buffers"))}
         children = _members(state.get("_modules"))
+        if module.kind.startswith(_SCRIPTED):
+            tensors = children = state
         # Before names are put together, whose lengths multiply with their numbers.
         count += len(tensors) + len(children)
         longest = len(prefix) + max(map(len, (*tensors, *children)), default=0)
@@ -465,22 +477,23 @@ def _contents(storage: _Storage, content: bytes) -> Tensor:
 
 
 class _ZipFile:
-    """PyTorch ≥ 1.6: FOLDER/data.pkl is the program, FOLDER/data/KEY are the storages, nothing is compressed."""
+    """PyTorch ≥ 1.6: FOLDER/data.pkl is the program, FOLDER/data/KEY are the storages, nothing of them is compressed."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, scripted: bool) -> None:
         self._zip = zipfile.ZipFile(file)
         entries = self._zip.infolist()
-        if any(
-            entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries
-        ):
-            raise _Refused("is a compressed archive: torch.save does not write such")
         self._entries = {entry.filename: entry for entry in entries}
         programs = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(programs) != 1 or len(entries) != len(self._entries):
             raise _Refused("is an archive, and not one of torch.save: it has no data.pkl, or several")
         self._folder = programs[0].removesuffix("data.pkl")
-        if f"{self._folder}constants.pkl" in self._entries:
+        self.scripted = f"{self._folder}constants.pkl" in self._entries
+        if self.scripted and not scripted:
             raise _Refused("is a TorchScript archive, which has code beside tensors: only files of torch.save are read")
+        for entry in entries:
+            code = self.scripted and entry.filename.startswith(f"{self._folder}code/")
+            if not code and (entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size):
+                raise _Refused("is a compressed archive: torch.save does not write such")
         if f"{self._folder}byteorder" in self._entries and self._read("byteorder", 16) != b"little":
             raise _Refused("was written on a big-endian machine: save it again on another")
         self.program: BinaryIO = io.BytesIO(self._read("data.pkl", _PROGRAM_BYTES))
@@ -501,6 +514,8 @@ class _ZipFile:
 
 class _LegacyFile:
     """PyTorch < 1.6: pickles of a magic number, a protocol, the machine, the program, the storages' keys; then storages."""
+
+    scripted = False
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._size = size
