@@ -1,0 +1,150 @@
+"""Embeddings of all pictures of a split, kept in files: made once, gone on with where they were stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from dalle_ds.data.dataset import PairDataset
+from dalle_ds.data.disk import disk_full_is_a_data_error
+from dalle_ds.data.views import Views, collate
+from dalle_ds.data.workers import take, without_surprises
+from dalle_ds.errors import DataError
+from dalle_ds.files import write_json
+from dalle_ds.parsing import parse_json
+
+FORMAT_VERSION = 1
+_SAVED_ROWS = 4096
+"""Rows after which what was embedded is forced to the disk."""
+_KIND = np.dtype("<f4")
+
+Vectors = npt.NDArray[np.float32]
+
+
+class Embedder(Protocol):
+    """The part of `DuplicateDetector` that is used here."""
+
+    config: Any
+    """Has `image_size` and `embed_dim`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the embeddings."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1] → (B, embed_dim) of length 1."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What `embed_split` made."""
+
+    vectors: Vectors
+    """(rows, D) of length 1, in a file; zeros where a picture could not be read."""
+    readable: npt.NDArray[np.bool_]
+    """(rows,) whether it could."""
+
+
+def embed_split(
+    embedder: Embedder,
+    dataset: PairDataset,
+    folder: Path,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Embeddings:
+    """Embed the central square of every picture of a split into `folder`, or go on with what is there.
+
+    At any time, `batch_size` pictures are in memory, and those that workers read ahead.
+
+    Args:
+        say: is told how far it is.
+
+    Raises:
+        DataError: the folder holds embeddings of another detector or other data, or damaged ones; or the disk is full.
+        DataChangedError: the data was prepared again meanwhile.
+    """
+    size, width = embedder.config.image_size, embedder.config.embed_dim
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "detector": embedder.fingerprint,
+        "data": dataset.fingerprint,
+        "split": dataset.split,
+        "rows": len(dataset),
+        "embed_dim": width,
+    }
+    files = _Files(folder, width)
+    done = files.open(identity)
+    pictures = Subset(Views(dataset, size, None, 0), range(done, len(dataset)))
+    batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    with disk_full_is_a_data_error(folder), files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
+        saved, loaded = done, without_surprises(lambda: iter(batches))
+        for _ in range(len(batches)):
+            views, could_read = take(loaded)
+            embedded = embedder.embed_images(views.flatten(0, 1).float() / 255).float().cpu().numpy()
+            embedded[~could_read] = 0
+            vectors.write(embedded.astype(_KIND).tobytes())
+            readable.write(could_read.astype(np.uint8).tobytes())
+            done += len(views)
+            if done - saved >= _SAVED_ROWS or done == len(dataset):
+                dataset.check_unchanged()
+                for file in (vectors, readable):
+                    file.flush()
+                    os.fsync(file.fileno())
+                # Only what is on the disk by now counts when this is gone on with.
+                write_json(files.progress, identity | {"done": done})
+                saved = done
+                say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {len(dataset):,} pictures embedded")
+    return files.read(len(dataset))
+
+
+class _Files:
+    def __init__(self, folder: Path, width: int) -> None:
+        self.folder, self.width = folder, width
+        self.vectors, self.readable, self.progress = (
+            folder / "vectors.f32",
+            folder / "readable.u8",
+            folder / "progress.json",
+        )
+
+    def open(self, identity: dict[str, Any]) -> int:
+        """How many rows are there; what was written beyond them is cut off."""
+        if not self.progress.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in (self.vectors, self.readable):
+                path.write_bytes(b"")
+            write_json(self.progress, identity | {"done": 0})
+            return 0
+        try:
+            found = parse_json(self.progress.read_bytes())
+            done = found["done"]
+            differing = [name for name, value in identity.items() if found.get(name) != value]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._error(f"cannot be read ({error})") from error
+        if differing:
+            raise self._error(f"are of another {', '.join(differing)}")
+        if not isinstance(done, int) or not 0 <= done <= identity["rows"]:
+            raise self._error("are damaged")
+        for path, size in ((self.vectors, done * self.width * _KIND.itemsize), (self.readable, done)):
+            if not path.is_file() or path.stat().st_size < size:
+                raise self._error("are damaged")
+            os.truncate(path, size)
+        return done
+
+    def read(self, rows: int) -> Embeddings:
+        readable = np.fromfile(self.readable, dtype=np.uint8).astype(bool)
+        if rows == 0:
+            return Embeddings(np.zeros((0, self.width), np.float32), readable)
+        return Embeddings(np.memmap(self.vectors, dtype=_KIND, mode="r", shape=(rows, self.width)), readable)
+
+    def _error(self, what: str) -> DataError:
+        return DataError(f"the embeddings in {self.folder} {what}: remove that folder, or name another --out")

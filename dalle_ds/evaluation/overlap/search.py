@@ -1,0 +1,264 @@
+"""From two sets of pictures and a detector to the nearest training pictures, a page to choose a threshold on, and the rows
+that are held to be duplicates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle_ds.config.checks import positive
+from dalle_ds.data.dataset import PairDataset
+from dalle_ds.data.disk import disk_full_is_a_data_error
+from dalle_ds.data.faults import RowError
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.overlap.embeddings import Embedder, embed_split
+from dalle_ds.evaluation.overlap.neighbours import IndexKind, nearest
+from dalle_ds.evaluation.overlap.page import Pair, write_page
+from dalle_ds.files import write_json, write_text
+from dalle_ds.models.duplicates import DuplicateDetector
+
+FORMAT_VERSION = 1
+_DIGITS = 6
+"""Of similarities, everywhere: what is above a threshold on the page is so in the files."""
+
+
+@dataclass(frozen=True)
+class OverlapOptions:
+    """Find the most similar training picture of every validation picture, and write OUT/neighbours.jsonl and OUT/pairs.html.
+
+    Choose a threshold on the page, by eye, so that no duplicate is missed (DALL·E §3.1). Given with --threshold,
+    OUT/overlap.json lists the rows at or above it, which launchers/evaluate.py leaves out with --without. Embeddings stay in
+    OUT/embeddings, so that a second call takes little time, and one that was stopped goes on.
+    """
+
+    train: str
+    """Folder that launchers/prepare_data.py made: what models were trained on."""
+    detector: str
+    """Run directory of launchers/train_duplicates.py, or its export."""
+    out: str
+    """Folder for what is found."""
+    train_split: str = "train"
+    """Split of --train."""
+    validation: str | None = None
+    """Folder whose pictures are looked up; None takes that of --train."""
+    split: str = "validation"
+    """Split of --validation."""
+    threshold: float | None = None
+    """Cosine in [-1, 1] from which on a validation picture is held to be a duplicate; None only shows pairs."""
+    pairs: int = 200
+    """Pairs on the page: half of them the closest, or closest to --threshold, the others spread over all cosines."""
+    index: IndexKind = "auto"
+    """How neighbours are found: `flat` exactly, by Faiss; `torch` exactly, without; `auto` by what is there; `ivf` by Faiss,
+    looking through a part of the training set, which may miss some, for sets of many millions."""
+    lists: int | None = None
+    """Of `ivf`: parts into which the training set is divided; None takes 4 times the root of its size."""
+    probes: int = 16
+    """Of `ivf`: parts that are looked through for each picture."""
+    batch_size: int = 256
+    """Pictures embedded at once."""
+    workers: int = 0
+    """Processes that read and decode; 0 does it here."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where pictures are embedded."""
+
+    def __post_init__(self) -> None:
+        positive("overlap", self, "pairs", "lists", "probes", "batch_size")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, found {self.workers}")
+        if self.threshold is not None and not -1.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"threshold must lie in [-1, 1], found {self.threshold}")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What was found; rows are those of the validation split."""
+
+    rows: npt.NDArray[np.int64]
+    """(N,) rows that could be read."""
+    unreadable: npt.NDArray[np.int64]
+    """Rows that could not."""
+    nearest: npt.NDArray[np.int64]
+    """(N,) training row that is most similar to each."""
+    similarity: npt.NDArray[np.float64]
+    """(N,) cosine of the two, rounded to 6 digits."""
+    training_unreadable: int
+    """Training pictures that could not be read, and were compared with nothing."""
+
+    def at_or_above(self, threshold: float) -> list[int]:
+        """Rows that are held to be duplicates."""
+        return self.rows[self.similarity >= threshold].tolist()
+
+
+def find_overlap(
+    options: OverlapOptions, detector: Embedder | None = None, say: Callable[[str], None] = print
+) -> Overlap:
+    """Do what `OverlapOptions` says, in this process alone.
+
+    Args:
+        detector: used instead of the one that `options` names.
+        say: is told how far it is, and what was found.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what the user asked for cannot be done.
+    """
+    train = PairDataset.open(options.train, options.train_split)
+    validation = PairDataset.open(options.validation or options.train, options.split)
+    if (train.fingerprint, train.split) == (validation.fingerprint, validation.split):
+        raise ConfigError(
+            f"both sets are the split {train.split!r} of {options.train}, each of whose pictures is its own duplicate: name "
+            "another --split"
+        )
+    if detector is None:
+        detector = _load(options)
+    out = Path(options.out)
+    embedded = {
+        name: embed_split(
+            detector,
+            dataset,
+            out / "embeddings" / name,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            say=say,
+        )
+        for name, dataset in (("train", train), ("validation", validation))
+    }
+    if not embedded["train"].readable.any():
+        raise DataError(f"no picture of {train.data_dir / train.split} can be read: there is nothing to compare with")
+    rows = np.flatnonzero(embedded["validation"].readable)
+    cosines, numbers = nearest(
+        embedded["validation"].vectors[rows],
+        embedded["train"],
+        kind=options.index,
+        lists=options.lists,
+        probes=options.probes,
+    )
+    found = Overlap(
+        rows=rows,
+        unreadable=np.flatnonzero(~embedded["validation"].readable),
+        nearest=numbers,
+        similarity=np.asarray(np.round(cosines.astype(np.float64), _DIGITS), dtype=np.float64),
+        training_unreadable=int((~embedded["train"].readable).sum()),
+    )
+    about = {
+        "format_version": FORMAT_VERSION,
+        "split": validation.split,
+        "fingerprint": validation.fingerprint,
+        "of": len(validation),
+        "unreadable": found.unreadable.tolist(),
+        "detector": detector.fingerprint,
+        "train": {"split": train.split, "fingerprint": train.fingerprint},
+        "index": options.index,
+    }
+    with disk_full_is_a_data_error(out):
+        write_text(out / "neighbours.jsonl", _lines(found, train, validation))
+        pairs = [_pair(found, place, train, validation) for place in _shown(found, options)]
+        write_page(out / "pairs.html", about, found.rows, found.similarity, pairs, options.threshold)
+        if options.threshold is not None:
+            chosen = {"threshold": options.threshold, "rows": found.at_or_above(options.threshold)}
+            write_json(out / "overlap.json", about | chosen)
+    for line in _summary(found, options):
+        say(line)
+    return found
+
+
+def _load(options: OverlapOptions) -> DuplicateDetector:
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda finds no GPU: set --device cpu")
+    return DuplicateDetector.from_pretrained(options.detector, options.device)
+
+
+def _shown(found: Overlap, options: OverlapOptions) -> list[int]:
+    """Places in `found` of the pairs for the page, the most similar first.
+
+    In a set with many duplicates, the closest pairs are all beyond doubt; the others are there to find where doubt begins.
+    """
+    similarity, count = found.similarity, min(options.pairs, len(found.rows))
+    anchor = 1.0 if options.threshold is None else options.threshold
+    chosen = np.argsort(np.abs(similarity - anchor), kind="stable")[: -(-count // 2)].tolist()
+    rest = np.setdiff1d(np.arange(len(similarity)), chosen)
+    rest = rest[np.argsort(similarity[rest], kind="stable")]
+    for wanted in np.linspace(1, 0, count - len(chosen)) if len(rest) else ():
+        cosine = similarity[rest[0]] + wanted * (similarity[rest[-1]] - similarity[rest[0]])
+        place = int(np.abs(similarity[rest] - cosine).argmin())
+        chosen.append(int(rest[place]))
+        rest = np.delete(rest, place)
+        if len(rest) == 0:
+            break
+    return sorted(chosen, key=lambda place: (-similarity[place], place))
+
+
+def _pair(found: Overlap, place: int, train: PairDataset, validation: PairDataset) -> Pair:
+    row, other = int(found.rows[place]), int(found.nearest[place])
+    return Pair(
+        row=row,
+        nearest=other,
+        similarity=float(found.similarity[place]),
+        picture=_picture(validation, row),
+        nearest_picture=_picture(train, other),
+        **_texts(validation, train, row, other),
+    )
+
+
+def _lines(found: Overlap, train: PairDataset, validation: PairDataset) -> str:
+    """A line of JSON for each validation picture, the most similar first."""
+    lines = []
+    for place in np.argsort(-found.similarity, kind="stable"):
+        row, other = int(found.rows[place]), int(found.nearest[place])
+        numbers = {"row": row, "nearest": other, "similarity": float(found.similarity[place])}
+        lines.append(json.dumps(numbers | _texts(validation, train, row, other), ensure_ascii=False))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _texts(validation: PairDataset, train: PairDataset, row: int, other: int) -> dict[str, str]:
+    return {
+        "name": _text(validation.name, row),
+        "nearest_name": _text(train.name, other),
+        "caption": _text(lambda number: validation.captions(number)[0], row),
+        "nearest_caption": _text(lambda number: train.captions(number)[0], other),
+    }
+
+
+def _text(read: Callable[[int], str], row: int) -> str:
+    try:
+        return read(row)
+    except RowError:  # its picture could be read, which is all that matters
+        return "(unreadable)"
+
+
+def _picture(dataset: PairDataset, row: int) -> Any:
+    try:
+        return dataset.picture(row)
+    except RowError:  # damaged since it was embedded
+        return np.full((1, 1, 3), 255, dtype=np.uint8)
+
+
+def _summary(found: Overlap, options: OverlapOptions) -> list[str]:
+    lines = [f"{len(found.rows):,} validation pictures, each with its most similar training picture:"]
+    if len(found.rows):
+        shares = ((100, "most similar"), (99, "99th percentile"), (90, "90th"), (50, "median"), (0, "least similar"))
+        lines.append("cosine " + ", ".join(f"{name} {np.percentile(found.similarity, at):.3f}" for at, name in shares))
+    if len(found.unreadable) or found.training_unreadable:
+        lines.append(
+            f"left out, since they cannot be read: {len(found.unreadable):,} validation and {found.training_unreadable:,} "
+            "training pictures"
+        )
+    lines.append(f"wrote {options.out}/neighbours.jsonl and {options.out}/pairs.html")
+    if options.threshold is None:
+        lines.append(
+            "look at the page, choose a threshold, and call this again with --threshold, or save it on the page"
+        )
+    else:
+        rows = found.at_or_above(options.threshold)
+        share = len(rows) / max(1, len(found.rows))
+        lines.append(
+            f"wrote {options.out}/overlap.json: {len(rows):,} rows ({share:.1%}) at or above {options.threshold:g}"
+        )
+    return lines
