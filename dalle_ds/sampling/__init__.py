@@ -1,8 +1,26 @@
-"""Drawing pictures from captions."""
+"""Drawing pictures from captions, choosing among them, completing them."""
 
-from dalle_ds.sampling.codes import Progress, sample_codes, score
+from dalle_ds.sampling.candidates import draw_candidates
+from dalle_ds.sampling.codes import Drawn, Progress, sample_codes, score
+from dalle_ds.sampling.completion import default_rows, kept_rows_mask
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.pipeline import Reranker, TextToImage
+from dalle_ds.sampling.pipeline import TextToImage
+from dalle_ds.sampling.rerank import ClipReranker, Ranking, Reranker, rank_candidates
 
-__all__ = ["Progress", "Reranker", "Sampling", "TextToImage", "picture_grid", "sample_codes", "score"]
+__all__ = [
+    "ClipReranker",
+    "Drawn",
+    "Progress",
+    "Ranking",
+    "Reranker",
+    "Sampling",
+    "TextToImage",
+    "default_rows",
+    "draw_candidates",
+    "kept_rows_mask",
+    "picture_grid",
+    "rank_candidates",
+    "sample_codes",
+    "score",
+]

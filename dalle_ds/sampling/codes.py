@@ -10,9 +10,11 @@ products of as many rows as are measured to give the same bits on CPUs. On GPUs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +43,24 @@ class Progress:
     """(pictures, codes so far) int64 on the CPU, a copy."""
 
 
-@torch.no_grad()
+class Drawn(NamedTuple):
+    """Pictures that were drawn in one batch."""
+
+    pictures: tuple[tuple[int, int], ...]
+    """(caption, number) of each."""
+    codes: Tensor
+    """(pictures, W²) int64 on the CPU."""
+
+
+class Prompt(NamedTuple):
+    """What a picture continues."""
+
+    text: tuple[int, ...]
+    """T tokens, −1 where padded."""
+    given: tuple[int, ...]
+    """The picture's first codes; none where it is drawn from the beginning."""
+
+
 def sample_codes(
     model: Dalle,
     text: Tensor,
@@ -51,50 +70,97 @@ def sample_codes(
     seed: int = 0,
     batch_size: int | None = None,
     on_row: Callable[[Progress], None] | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Draw the codes of `num` pictures for every caption.
 
     Args:
         text: (B, T) int64, −1 where padded; never modified.
         sampling: temperature and the like; None draws from the model's distribution as it is.
-        seed: picture i of a caption depends on the seed, i and the caption's tokens only.
+        seed: picture i of a caption depends on the seed, i, the caption's tokens and what is given only.
         batch_size: most pictures drawn at once; batches are of about equal size, and take rows of memory and arithmetic in
             multiples of 4. None draws as many as fit in 1 GiB on a CPU, or in half of a GPU's free memory.
         on_row: called, without gradients, whenever a row of codes of the pictures in the making is complete.
+        given: (B, n) int64, the first n ≤ W² codes of every caption's pictures; they stay as they are, and the rest is drawn
+            (DALL·E §3.3).
 
     Returns:
         (B, num, W²) int64 on the CPU.
 
     Raises:
         ConfigError: num or batch_size below 1.
-        DataError: text of the wrong shape, dtype or range; a model that yields no numbers.
+        DataError: text or given codes of the wrong shape, dtype or range; a model that yields no numbers.
     """
+    if num < 1:
+        raise ConfigError(f"num must be at least 1, found {num}")
+    pictures = [(caption, number) for caption in range(len(text)) for number in range(num)]
+    drawn = draw_batches(
+        model, text, pictures, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row, given=given
+    )
+    codes = torch.cat([batch.codes for batch in drawn])
+    return codes.view(len(text), num, model.config.image_len)
+
+
+@torch.no_grad()
+def draw_batches(
+    model: Dalle,
+    text: Tensor,
+    pictures: Sequence[tuple[int, int]],
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    on_row: Callable[[Progress], None] | None = None,
+    given: Tensor | None = None,
+) -> Iterator[Drawn]:
+    """Draw any pictures of any captions, batch after batch: no more memory is taken than one batch needs.
+
+    Args:
+        pictures: (row of `text`, number of the picture) of each that is wanted, best with those of one caption side by side.
+            A picture is the same whichever others are asked for.
+
+    The other arguments and the errors, which are raised when the first batch is asked for, are those of `sample_codes`.
+    """
+    config = model.config
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
+    if text.dim() != 2 or text.shape[1] != config.text_len or len(text) == 0:
+        raise DataError(f"text must have shape (B, {config.text_len}) with B of at least 1, found {tuple(text.shape)}")
+    prompts = _prompts(config, text, given)
+    if not pictures:
+        return
     sampling = sampling if sampling is not None else Sampling()
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, found {value}")
-    if text.dim() != 2 or text.shape[1] != model.config.text_len or len(text) == 0:
-        raise DataError(
-            f"text must have shape (B, {model.config.text_len}) with B of at least 1, found {tuple(text.shape)}"
-        )
-    captions = [tuple(row) for row in text.tolist()]
-    pictures = [(caption, candidate) for caption in range(len(captions)) for candidate in range(num)]
     if batch_size is None:
-        batch_size = pictures_at_once(model, num, guided=sampling.guidance != 1)
+        fewest = min(Counter(caption for caption, _ in pictures).values())
+        batch_size = pictures_at_once(model, fewest, guided=sampling.guidance != 1)
     batch_size = even_batches(len(pictures), batch_size)
     batches = _Batches(model, sampling, rows=-(-batch_size // ROWS) * ROWS)
-    drawn = [torch.empty(0, model.config.image_len, dtype=torch.int64)]
     for start in range(0, len(pictures), batch_size):
         batch = tuple(pictures[start : start + batch_size])
-        drawn.append(batches.draw(batch, captions, index(seed), on_row))
-    return torch.cat(drawn).view(len(captions), num, model.config.image_len)
+        yield Drawn(batch, batches.draw(batch, prompts, index(seed), on_row))
+
+
+def _prompts(config: DalleConfig, text: Tensor, given: Tensor | None) -> list[Prompt]:
+    """One for every caption."""
+    if given is None:
+        return [Prompt(tuple(row), ()) for row in text.tolist()]
+    if given.dim() != 2 or len(given) != len(text) or given.shape[1] > config.image_len or given.dtype != torch.int64:
+        raise DataError(
+            f"given codes must be int64 of shape ({len(text)}, n) with n of at most {config.image_len}, found {given.dtype} "
+            f"of shape {tuple(given.shape)}"
+        )
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < config.image_vocab:
+        raise DataError(
+            f"given codes must lie in [0, {config.image_vocab - 1}], found values from {given.min()} to {given.max()}"
+        )
+    return [Prompt(tuple(row), tuple(codes)) for row, codes in zip(text.tolist(), given.tolist(), strict=True)]
 
 
 class _Batches:
     """Draws batch after batch of `rows` pictures; what one has prepared serves the next.
 
     With guidance, each picture takes two rows of the same batch, one under its caption and one under the empty one, so that
-    both share each reading of the weights.
+    both share each reading of the weights. What is given of a picture is given to both.
     """
 
     def __init__(self, model: Dalle, sampling: Sampling, rows: int) -> None:
@@ -105,29 +171,34 @@ class _Batches:
         self.empty = (PADDING,) * model.config.text_len
         self.weights = DecodingWeights(model)
         self.cache: KVCache | None = None
-        self.prefixes: dict[tuple[int, ...], tuple[KVCache, Tensor]] = {}
+        self.prefixes: dict[Prompt, tuple[KVCache, Tensor]] = {}
 
     def draw(
         self,
         pictures: tuple[tuple[int, int], ...],
-        captions: Sequence[tuple[int, ...]],
+        prompts: Sequence[Prompt],
         seed: int,
         on_row: Callable[[Progress], None] | None,
     ) -> Tensor:
         """Codes (pictures, W²) of at most `rows` pictures."""
         config, device = self.model.config, self.weights.device
         count = len(pictures)
-        filled = [*(captions[caption] for caption, _ in pictures), *[captions[pictures[0][0]]] * (self.rows - count)]
-        logits, cache = self._start([*filled, *[self.empty] * self.rows] if self.guided else filled)
-        uniforms = torch.stack(
-            [candidate_uniforms(captions[caption], seed, number, config.image_len) for caption, number in pictures]
-        ).to(device)
+        of_rows = [*(prompts[caption] for caption, _ in pictures), *[prompts[pictures[0][0]]] * (self.rows - count)]
         codes = torch.zeros(self.rows, config.image_len, dtype=torch.int64, device=device)
-        for step in range(config.image_len):
-            if step > 0:
+        first = len(of_rows[0].given)
+        codes[:, :first] = torch.tensor([prompt.given for prompt in of_rows], device=device)
+        if first == config.image_len:
+            return codes[:count].cpu()
+        empties = [Prompt(self.empty, prompt.given) for prompt in of_rows] if self.guided else []
+        logits, cache = self._start([*of_rows, *empties])
+        uniforms = torch.stack(
+            [candidate_uniforms(prompts[caption].text, seed, number, config.image_len) for caption, number in pictures]
+        ).to(device)
+        for step in range(first, config.image_len):
+            if step > first:
                 last = codes[:, step - 1]
                 logits = self.model.decode(last.repeat(2) if self.guided else last, step - 1, cache, self.weights)
-            # Rows without a picture stay at code 0.
+            # Of rows without a picture, codes that are drawn stay 0.
             mixed = logits[:count]
             if self.guided:
                 mixed = guide(mixed, logits[self.rows : self.rows + count], self.sampling.guidance)
@@ -142,26 +213,28 @@ class _Batches:
                     on_row(Progress(pictures, codes[:count, : step + 1].to("cpu", copy=True)))
         return codes[:count].cpu()
 
-    def _start(self, captions: Sequence[tuple[int, ...]]) -> tuple[Tensor, KVCache]:
-        """(rows, image_vocab) logits of code 0, and a cache whose rows continue `captions`."""
-        distinct = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-        prompt_of_row = tuple(distinct[caption] for caption in captions)
+    def _start(self, prompts: Sequence[Prompt]) -> tuple[Tensor, KVCache]:
+        """(rows, image_vocab) logits of the first code to draw, and a cache whose rows continue `prompts`."""
+        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        prompt_of_row = tuple(distinct[prompt] for prompt in prompts)
         # What is no longer needed is given back before more is taken.
         if self.cache is not None and self.cache.prompt_of_row != prompt_of_row:
             self.cache = None
-        self.prefixes = {caption: kept for caption, kept in self.prefixes.items() if caption in distinct}
-        # Captions are run through the model one at a time, each once for as long as consecutive batches ask for it.
-        for caption in distinct:
-            if caption not in self.prefixes:
-                self.prefixes[caption] = self._prefill(caption)
+        self.prefixes = {prompt: kept for prompt, kept in self.prefixes.items() if prompt in distinct}
+        # Prompts are run through the model one at a time, each once for as long as consecutive batches ask for it.
+        for prompt in distinct:
+            if prompt not in self.prefixes:
+                self.prefixes[prompt] = self._prefill(prompt)
         if self.cache is None:
             self.cache = self.model.new_cache(prompt_of_row)
-        self.cache.load([self.prefixes[caption][0] for caption in distinct])
-        return torch.cat([self.prefixes[caption][1] for caption in captions]), self.cache
+        self.cache.load([self.prefixes[prompt][0] for prompt in distinct])
+        return torch.cat([self.prefixes[prompt][1] for prompt in prompts]), self.cache
 
-    def _prefill(self, caption: tuple[int, ...]) -> tuple[KVCache, Tensor]:
+    def _prefill(self, prompt: Prompt) -> tuple[KVCache, Tensor]:
         cache = self.model.new_cache(1)
-        return cache, self.model.prefill(torch.tensor([caption], device=self.weights.device), cache)
+        text = torch.tensor([prompt.text], device=self.weights.device)
+        given = torch.tensor([prompt.given], device=self.weights.device) if prompt.given else None
+        return cache, self.model.prefill(text, cache, given)
 
 
 def even_batches(count: int, most: int) -> int:

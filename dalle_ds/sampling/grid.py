@@ -18,6 +18,7 @@ def picture_grid(
     *,
     cell: int = 128,
     titles: Sequence[str] | None = None,
+    notes: Sequence[Sequence[str]] | None = None,
     label_width: int = 180,
     font_size: int = 14,
     margin: int = 12,
@@ -29,6 +30,7 @@ def picture_grid(
         cell: side in pixels of the square that each picture gets. Smaller pictures grow by the greatest whole factor
             that fits, pixel by pixel; larger ones shrink.
         titles: one above each column.
+        notes: for each row, one under each of its pictures.
         label_width: in pixels, of the label column; it is left out where no row has a label.
         font_size, margin: in pixels.
 
@@ -48,19 +50,24 @@ def picture_grid(
 
     left = margin + (label_width + margin if any(labels) else 0)
     top = margin + (max(map(len, heading)) * line_height + margin // 2 if any(heading) else 0)
+    below = [[_wrap(note, font, cell) for note in of_row] for of_row in (notes or [[] for _ in rows])]
+    feet = [max(map(len, of_row), default=0) * line_height for of_row in below]
     heights = [max(cell, len(lines) * line_height) for lines in labels]
-    size = (left + columns * (cell + margin), top + sum(heights) + margin * len(rows))
+    size = (left + columns * (cell + margin), top + sum(heights) + sum(feet) + margin * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for column, lines in enumerate(heading):
         _write(pen, lines, (left + column * (cell + margin), margin), font, line_height, FAINT)
-    for (_, pictures), lines, height in zip(rows, labels, heights, strict=True):
+    for (_, pictures), lines, height, of_row, foot in zip(rows, labels, heights, below, feet, strict=True):
         _write(pen, lines, (margin, top + (height - len(lines) * line_height) // 2), font, line_height, INK)
         for column, picture in enumerate(pictures):
             fitted = _fit(picture, cell)
             x = left + column * (cell + margin) + (cell - fitted.width) // 2
             sheet.paste(fitted, (x, top + (height - fitted.height) // 2))
-        top += height + margin
+        for column, note in enumerate(of_row[: len(pictures)]):
+            corner = (left + column * (cell + margin), top + (height + cell) // 2)
+            _write(pen, note, corner, font, line_height, FAINT)
+        top += height + foot + margin
     return sheet
 
 

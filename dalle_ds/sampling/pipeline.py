@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
@@ -16,28 +17,25 @@ from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import decoding_device
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.models.pretrained import export_folder
+from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, fingerprint
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.codes import Progress, sample_codes
+from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.sampling.placement import load_spread
+from dalle_ds.sampling.rerank import Reranker, rank_candidates
 from dalle_ds.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dalle_ds.models.clip import Clip
 
 TOKENIZER_NAME = "tokenizer.model"
 DVAE_NAME = "dvae"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARTS_NAME = "parts.json"
 """Fingerprints of the tokenizer and the dVAE that the transformer was trained with."""
-
-
-class Reranker(Protocol):
-    """Says how well pictures match a prompt."""
-
-    def __call__(self, prompt: str, images: list[Image.Image]) -> Sequence[float]:
-        """One score per picture; greater is better."""
-        ...
 
 
 class TextToImage:
@@ -71,6 +69,8 @@ class TextToImage:
         self.model = model
         self.dvae = dvae.to(self.device)
         self.tokenizer = tokenizer
+        self.folder: Path | None = None
+        """What it was read from."""
 
     @classmethod
     def from_pretrained(
@@ -118,7 +118,23 @@ class TextToImage:
                 )
         pipeline = cls(model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME))
         pipeline._check_parts(folder)
+        pipeline.folder = folder
         return pipeline
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of all that pictures come from, "transformer" "dvae" "tokenizer"; reads the transformer's file anew.
+
+        Of a transformer that was read from a file, the weights in that file count, whatever dtype they are used in.
+        """
+        if self.folder is None:
+            of_weights = fingerprint(self.model.state_dict())
+        else:
+            of_weights = fingerprint(_StoredWeights(self.folder / WEIGHTS_NAME))
+        return {
+            "transformer": of_weights,
+            "dvae": self.dvae.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write what `from_pretrained` reads into folder `path`, whole or not at all.
@@ -164,9 +180,10 @@ class TextToImage:
         top_p: float | None = None,
         guidance: float = 1.0,
         seed: int = 0,
-        rerank: Reranker | None = None,
+        rerank: Reranker | Clip | None = None,
         batch_size: int | None = None,
         on_row: Callable[[Progress], None] | None = None,
+        keep: int | None = None,
     ) -> list[list[Image.Image]]:
         """Draw `num` pictures for each prompt.
 
@@ -174,8 +191,10 @@ class TextToImage:
             prompts: one or several; a prompt too long for the model is cut, with a warning.
             temperature, top_k, top_p, guidance: as in `Sampling`.
             seed: picture i of a prompt depends on the seed, i and the prompt only, not on what is drawn beside it.
-            rerank: given, each prompt's pictures are sorted by its scores, best first.
+            rerank: given, each prompt's pictures are sorted by its scores, best first; a CLIP, or what gives scores
+                (`rank_candidates` returns them, too).
             batch_size, on_row: as in `sample_codes`.
+            keep: how many of the reranked pictures to return; memory is then bounded, whatever `num` is. None returns all.
 
         Returns:
             One list of pictures per prompt.
@@ -184,15 +203,73 @@ class TextToImage:
             ConfigError: an argument out of range, named.
             DataError: a reranker that does not give one score per picture.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         sampling = Sampling(temperature, top_k, top_p, guidance)
-        codes = self.generate_codes(
-            self.encode(prompts), num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row
-        )
-        pictures = [self.decode(of_prompt) for of_prompt in codes]
-        if rerank is None:
-            return pictures
-        return [_reranked(prompt, images, rerank) for prompt, images in zip(prompts, pictures, strict=True)]
+        return self._pictures(prompts, num, sampling, seed, rerank, batch_size, on_row, keep, None)
+
+    def complete(
+        self,
+        prompts: str | Sequence[str],
+        image: str | Path | Image.Image,
+        rows: int | None = None,
+        num: int = 8,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        rerank: Reranker | Clip | None = None,
+        batch_size: int | None = None,
+        on_row: Callable[[Progress], None] | None = None,
+        keep: int | None = None,
+    ) -> list[list[Image.Image]]:
+        """Draw `num` pictures for each prompt that all begin with the top rows of `image` (DALL·E §3.3).
+
+        The picture is resized and cropped as in training. The codes of its top rows stay as they are; its pixels there are
+        those of the dVAE, and near the edge those that go with what is drawn below.
+
+        Args:
+            image: a file or a picture.
+            rows: rows of codes to keep; None keeps the paper's share, 15 of 32. With 0 this is `generate`, with all rows the
+                picture through the dVAE.
+
+        The other arguments and the result are those of `generate`.
+
+        Raises:
+            ConfigError: an argument out of range, named.
+            DataError: a picture that cannot be read; a reranker that does not give one score per picture.
+        """
+        given = top_rows(self.dvae, open_picture(image, self.dvae.config.image_size), rows)
+        sampling = Sampling(temperature, top_k, top_p, guidance)
+        return self._pictures(prompts, num, sampling, seed, rerank, batch_size, on_row, keep, given)
+
+    def _pictures(
+        self,
+        prompts: str | Sequence[str],
+        num: int,
+        sampling: Sampling,
+        seed: int,
+        rerank: Reranker | Clip | None,
+        batch_size: int | None,
+        on_row: Callable[[Progress], None] | None,
+        keep: int | None,
+        given: Tensor | None,
+    ) -> list[list[Image.Image]]:
+        """What `generate` and `complete` return; all pictures begin with the codes `given` (n,)."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        of_prompts = None if given is None else given.expand(len(prompts), -1)
+        if rerank is not None:
+            rankings = rank_candidates(
+                self, prompts, num, rerank, keep=keep, sampling=sampling, seed=seed, chunk=batch_size, given=of_prompts,
+                on_row=on_row,
+            )  # fmt: skip
+            return [[one.picture for one in ranking.kept] for ranking in rankings]
+        if keep is not None:
+            raise ConfigError(f"keep={keep} takes the best by rerank: give rerank, or leave keep out and set num")
+        codes = sample_codes(
+            self.model, self.encode(prompts), num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row,
+            given=of_prompts,
+        )  # fmt: skip
+        return [self.decode(of_prompt) for of_prompt in codes]
 
     def generate_codes(
         self,
@@ -202,10 +279,11 @@ class TextToImage:
         seed: int = 0,
         batch_size: int | None = None,
         on_row: Callable[[Progress], None] | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
-        """`sample_codes` with this transformer: text (B, T) → (B, num, W²) int64."""
+        """`sample_codes` with this transformer: text (B, T), and codes (B, n) where some are given → (B, num, W²) int64."""
         return sample_codes(
-            self.model, text, num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row
+            self.model, text, num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row, given=given
         )
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -253,10 +331,17 @@ def _usable(device: str | torch.device) -> torch.device:
     return found
 
 
-def _reranked(prompt: str, images: list[Image.Image], rerank: Reranker) -> list[Image.Image]:
-    scores = [float(value) for value in rerank(prompt, images)]
-    if len(scores) != len(images):
-        raise DataError(f"rerank must give one score per picture: found {len(scores)} for {len(images)} pictures")
-    if any(value != value for value in scores):
-        raise DataError(f"rerank gave a score that is not a number for the prompt {prompt!r}: {scores}")
-    return [images[index] for index in sorted(range(len(images)), key=lambda index: -scores[index])]
+class _StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a file, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())

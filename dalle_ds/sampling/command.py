@@ -1,0 +1,195 @@
+"""The command line of `launchers/generate.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.files import write_bytes
+from dalle_ds.parallel import Mesh
+from dalle_ds.sampling.completion import default_rows, kept_rows_mask, open_picture, top_rows
+from dalle_ds.sampling.draw import Sampling
+from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.pipeline import TextToImage
+from dalle_ds.sampling.progress import DrawingProgress
+from dalle_ds.sampling.rerank import ClipReranker, Ranking, rank_candidates
+from dalle_ds.sampling.scores import Scores
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KEEP = 8
+"""Pictures that are kept of each prompt's candidates where nobody says."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Draw pictures for prompts."""
+
+    model: str
+    """Run directory of launchers/train_transformer.py, or its export."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """What to draw; given again, another row of pictures."""
+    out: str
+    """PNG file to write: a row for each prompt."""
+    num: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 8
+    """Pictures for each prompt. Launchers of several processes take --num for an option of theirs: call it --pictures."""
+    seed: int = 0
+    """Picture i of a prompt depends on the seed, i and the prompt only."""
+    temperature: float = 1.0
+    """The logits are divided by it; 0 takes the likeliest code always."""
+    top_k: int | None = None
+    """Draw among the k likeliest codes only."""
+    top_p: float | None = None
+    """Draw among the fewest likeliest codes that have this probability together."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 is off. More needs a model trained with loader.caption_dropout."""
+    rerank: str | None = None
+    """Run directory of launchers/train_clip.py, or an exported CLIP: keep those of --num pictures that fit best."""
+    keep: int | None = None
+    """Pictures to keep for each prompt, best first; 8 by default, or --num if that is less."""
+    scores: str | None = None
+    """JSON file of the scores of all pictures, by default beside OUT. Given again with larger --num or --keep, or other
+    prompts, only what is missing is drawn and scored."""
+    init_image: str | None = None
+    """A picture to complete: the codes of its top rows are kept, the rest is drawn."""
+    init_rows: int | None = None
+    """Rows of its codes to keep; by default the paper's share, 15 of 32."""
+    batch_size: int | None = None
+    """Pictures drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the transformer; bf16 is the faster."""
+
+    def check(self) -> None:
+        """Refuse, with a ConfigError, what cannot be written or belongs to something that was not asked for."""
+        out = Path(self.out)
+        if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
+            raise ConfigError(f"out must be a .png file in a folder that exists, found {self.out}")
+        if self.num < 1:
+            raise ConfigError(f"num must be at least 1, found {self.num}")
+        if self.init_rows is not None and self.init_image is None:
+            raise ConfigError(f"init_rows={self.init_rows} keeps rows of a picture: name it with --init_image")
+        for name, value in (("keep", self.keep), ("scores", self.scores)):
+            if value is not None and self.rerank is None:
+                raise ConfigError(f"{name}={value} needs scores of pictures: name a CLIP with --rerank")
+        if self.keep is not None and not 1 <= self.keep <= self.num:
+            raise ConfigError(f"keep must be at least 1 and at most num={self.num}, found {self.keep}")
+        if self.scores is not None:
+            scores = Path(self.scores)
+            if scores.suffix.lower() != ".json" or not scores.parent.is_dir() or scores.is_dir():
+                raise ConfigError(f"scores must be a .json file in a folder that exists, found {self.scores}")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How codes are drawn."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.guidance)
+
+
+def draw_to_file(options: GenerateOptions) -> list[Path]:
+    """Draw what was asked for and write it; returns the files, on the first of several processes only.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `TextToImage` and `Scores`.
+    """
+    options.check()
+    sampling = options.sampling
+    tensor = Mesh.tensor_group(options.device)
+    pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype], tensor=tensor)
+    grid, prompts = pipe.model.config.grid, list(options.prompt)
+    init, given = _initial(pipe, options)
+    rows_given = 0 if given is None else len(given) // grid
+    pictures: list[list[Image.Image]]
+    notes: list[list[str]] | None = None
+    files = [Path(options.out)]
+    if options.rerank is None:
+        with DrawingProgress(
+            grid, len(prompts) * options.num, given_rows=rows_given, enabled=tensor.rank == 0
+        ) as progress:
+            codes = pipe.generate_codes(
+                pipe.encode(prompts), options.num, sampling, options.seed, options.batch_size, progress,
+                None if given is None else given.expand(len(prompts), -1),
+            )  # fmt: skip
+        if tensor.rank > 0:
+            return []  # all have drawn the same
+        pictures = [pipe.decode(of_prompt) for of_prompt in codes]
+    else:
+        rankings, scores = _ranked(pipe, options, given)
+        if tensor.rank > 0:
+            return []
+        files.append(scores.path)
+        pictures = [[one.picture for one in ranking.kept] for ranking in rankings]
+        notes = [[f"{one.score:.3f}  #{one.number}" for one in ranking.kept] for ranking in rankings]
+    if init is not None:
+        pictures = [[init, *of_prompt] for of_prompt in pictures]
+        first = f"given: {rows_given} of {grid} rows"
+        notes = [[first, *(notes[row] if notes else [])] for row in range(len(prompts))]
+    buffer = io.BytesIO()
+    picture_grid(list(zip(prompts, pictures, strict=True)), notes=notes).save(buffer, format="PNG")
+    write_bytes(files[0], buffer.getvalue())
+    return files
+
+
+def _initial(pipe: TextToImage, options: GenerateOptions) -> tuple[Image.Image | None, Tensor | None]:
+    """The picture to complete as the models see it, and the codes (n,) that are kept of it."""
+    if options.init_image is None:
+        return None, None
+    grid = pipe.model.config.grid
+    kept_rows_mask(grid, default_rows(grid) if options.init_rows is None else options.init_rows)  # refuses wrong ones
+    init = open_picture(options.init_image, pipe.dvae.config.image_size)
+    return init, top_rows(pipe.dvae, init, options.init_rows)
+
+
+def _ranked(pipe: TextToImage, options: GenerateOptions, given: Tensor | None) -> tuple[list[Ranking], Scores]:
+    """Draw and score what the file of scores lacks, and keep it up to date."""
+    from dalle_ds.models.clip import Clip
+
+    assert options.rerank is not None
+    reranker = ClipReranker(Clip.from_pretrained(options.rerank, pipe.device))
+    path = Path(options.out).with_suffix(".json") if options.scores is None else Path(options.scores)
+    scores = Scores.open(path, _origin(pipe, options, reranker, given))
+    is_first = pipe.model.tensor.rank == 0
+    prompts, known = list(options.prompt), scores.known
+    missing = sum(max(0, options.num - len(known.get(prompt, ()))) for prompt in prompts)
+    grid = pipe.model.config.grid
+
+    def keep_scores(rankings: Sequence[Ranking]) -> None:
+        scores.update(rankings)
+        if is_first:
+            scores.write()
+
+    rows_given = 0 if given is None else len(given) // grid
+    with DrawingProgress(grid, missing, given_rows=rows_given, enabled=is_first) as progress:
+        rankings = rank_candidates(
+            pipe, prompts, options.num, reranker,
+            keep=min(KEEP, options.num) if options.keep is None else options.keep,
+            sampling=options.sampling, seed=options.seed, chunk=options.batch_size,
+            given=None if given is None else given.expand(len(prompts), -1),
+            known=known, on_row=progress, on_scores=keep_scores,
+        )  # fmt: skip
+    keep_scores(rankings)
+    return rankings, scores
+
+
+def _origin(
+    pipe: TextToImage, options: GenerateOptions, reranker: ClipReranker, given: Tensor | None
+) -> dict[str, Any]:
+    """All that the scores of a prompt's candidates depend on."""
+    codes = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
+    return {
+        **pipe.fingerprints(),
+        "clip": reranker.fingerprint,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        **asdict(options.sampling),
+        "given_codes": codes,
+    }

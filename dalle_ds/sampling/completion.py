@@ -1,0 +1,80 @@
+"""Completing a picture: the codes of its top rows are kept, the rest is drawn for a prompt (DALL·E §3.3)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.dvae import DiscreteVAE
+
+
+def default_rows(grid: int) -> int:
+    """Rows of codes that are kept where nobody says: the paper's 15 of 32, or that share of another grid, at least 1."""
+    return max(1, grid * 15 // 32)
+
+
+def kept_rows_mask(grid: int, rows: int) -> Tensor:
+    """Which codes of a picture are kept: (grid, grid) bool, True in the top `rows` rows.
+
+    Raises:
+        ConfigError: rows outside of [0, grid].
+    """
+    if not 0 <= rows <= grid:
+        raise ConfigError(
+            f"rows of a picture to keep must lie in [0, {grid}] for a grid of {grid} rows, found {rows}; "
+            f"{default_rows(grid)} is the paper's share"
+        )
+    return (torch.arange(grid) < rows)[:, None].expand(grid, grid)
+
+
+def open_picture(image: str | Path | Image.Image, size: int) -> Image.Image:
+    """The view of a picture that the models know: upright, on white, its central square in `size` × `size` pixels.
+
+    Args:
+        image: a file, or a picture of any size and mode.
+
+    Raises:
+        DataError: a file that cannot be read, or is no picture.
+    """
+    from dalle_ds.data.images import (
+        center_crop_resize,
+        decode_image,
+    )  # `datasets` is not loaded to draw from prompts alone
+
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG", compress_level=0)
+        return Image.fromarray(center_crop_resize(decode_image(buffer.getvalue()), size))
+    try:
+        # Not `short_side`: it would decode a large JPEG in another way than the same picture in memory.
+        return Image.fromarray(center_crop_resize(decode_image(Path(image).read_bytes()), size))
+    except OSError as error:
+        raise DataError(f"the picture {image} cannot be read: {error.strerror}; name a file") from error
+    except DataError as error:
+        raise DataError(f"{image}: {error}; name a file with a picture") from error
+
+
+def top_rows(dvae: DiscreteVAE, image: Image.Image, rows: int | None = None) -> Tensor:
+    """The codes of a picture's top rows.
+
+    Args:
+        image: RGB, as `open_picture` returns it.
+        rows: how many, in [0, grid]; None keeps `default_rows`.
+
+    Returns:
+        (rows · grid,) int64 on the CPU, in raster order.
+
+    Raises:
+        ConfigError: rows out of range.
+    """
+    grid = dvae.config.grid
+    mask = kept_rows_mask(grid, default_rows(grid) if rows is None else rows)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
+    device = next(dvae.parameters()).device
+    codes = dvae.encode((pixels.permute(0, 3, 1, 2).float() / 255).to(device))
+    return codes[0].cpu()[mask]
