@@ -1,0 +1,140 @@
+"""Candidates for captions, kept on disk where wanted, and the best among the first n of them.
+
+Candidate i of a caption depends on the seed, i and the caption only, so that the best of 8 is chosen among the same pictures
+that the best of 64 is chosen among, and curves over n are of one draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.results import flat
+from dalle_ds.files import write_bytes, write_json
+from dalle_ds.parsing import parse_json, shown
+from dalle_ds.sampling import Sampling, TextToImage
+
+CAPTIONS = 4
+"""Captions whose candidates are in memory at once."""
+PROTOCOL_NAME = "protocol.json"
+
+
+class Candidates:
+    """Codes of `num` pictures for each of a list of captions.
+
+    Args:
+        pipeline: draws them.
+        captions: what to draw.
+        folder: where codes are kept and found again, in files of `CAPTIONS` captions; None keeps none. To be prepared by one
+            process (`prepare`) before any asks for codes.
+    """
+
+    def __init__(
+        self,
+        pipeline: TextToImage,
+        captions: Sequence[str],
+        *,
+        num: int,
+        sampling: Sampling,
+        seed: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.captions = list(captions)
+        self.num = num
+        self.sampling = sampling
+        self.seed = seed
+        self.folder = folder
+        self.drawn = 0
+        """Pictures that were not found in the folder."""
+
+    def protocol(self, dtype: str, weights: str) -> dict[str, Any]:
+        """All that the codes depend on.
+
+        Args:
+            dtype: arithmetic of the transformer.
+            weights: the transformer's fingerprint.
+        """
+        return {
+            "captions": texts_sha256(self.captions),
+            "num": self.num,
+            "seed": self.seed,
+            "sampling": vars(self.sampling),
+            "transformer": weights,
+            "tokenizer": self.pipeline.tokenizer.fingerprint,
+            "dtype": dtype,
+            "captions_in_a_file": CAPTIONS,
+        }
+
+    def prepare(self, protocol: dict[str, Any]) -> None:
+        """Make the folder ready for codes of this protocol.
+
+        Raises:
+            ConfigError: it holds codes of another one, or something else.
+            DataError: its description cannot be read.
+        """
+        assert self.folder is not None
+        path = self.folder / PROTOCOL_NAME
+        try:
+            found = parse_json(path.read_bytes())
+        except FileNotFoundError:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ConfigError(f"--pictures {self.folder} holds something else: name another folder") from None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, protocol)
+            return
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}; name another folder with --pictures") from error
+        old, new = flat(found if isinstance(found, dict) else {}), flat(protocol)
+        differing = [
+            f"{name}: {shown(old.get(name))} there, {shown(new.get(name))} asked for"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"the pictures in {self.folder} are other ones ({'; '.join(differing)}): name another folder with --pictures"
+            )
+
+    def codes(self, rows: Sequence[int]) -> Tensor:
+        """(len(rows), num, W²) int64 of some captions: found in the folder, or drawn."""
+        config = self.pipeline.model.config
+        path = None if self.folder is None else self.folder / f"{rows[0]:08}.safetensors"
+        shape = (len(rows), self.num, config.image_len)
+        kept = None if path is None else _read(path, shape, config.image_vocab)
+        if kept is not None:
+            return kept
+        text = self.pipeline.encode([self.captions[row] for row in rows])
+        codes = self.pipeline.generate_codes(text, num=self.num, sampling=self.sampling, seed=self.seed)
+        self.drawn += codes.shape[0] * codes.shape[1]
+        if path is not None:
+            write_bytes(path, save({"codes": codes.to(torch.int32)}))
+        return codes
+
+
+def texts_sha256(texts: Iterable[str]) -> str:
+    """Of texts in their order."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def best_of(scores: Tensor, n: int) -> Tensor:
+    """Which of the first `n` candidates scores best: (B, N) → (B,) int64; the first of equals."""
+    return scores[:, :n].argmax(dim=1)
+
+
+def _read(path: Path, shape: tuple[int, ...], vocab_size: int) -> Tensor | None:
+    """Kept codes, or None where there are none, or a file that a disk has damaged: those are drawn again."""
+    try:
+        codes = load(path.read_bytes())["codes"].long()
+    except (OSError, SafetensorError, KeyError):
+        return None
+    whole = tuple(codes.shape) == shape and int(codes.min()) >= 0 and int(codes.max()) < vocab_size
+    return codes if whole else None

@@ -1,0 +1,164 @@
+"""An evaluation from its options to its result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dalle_ds
+from dalle_ds.data import PairDataset
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.candidates import Candidates, texts_sha256
+from dalle_ds.evaluation.context import Context
+from dalle_ds.evaluation.features import load_network
+from dalle_ds.evaluation.folders import compare_folders
+from dalle_ds.evaluation.of_dvae import measure_dvae
+from dalle_ds.evaluation.of_pictures import measure_pictures, measure_real_matching
+from dalle_ds.evaluation.of_transformer import measure_likelihood
+from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.page import write_page
+from dalle_ds.evaluation.results import METHOD, Result
+from dalle_ds.evaluation.sets import RESIZE, choose_captions, without_overlap
+from dalle_ds.files import write_text
+from dalle_ds.models import Clip, DiscreteVAE
+from dalle_ds.models.pretrained import fingerprint
+from dalle_ds.parallel import Mesh
+from dalle_ds.sampling import TextToImage
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
+JUDGED_BY_ITSELF = (
+    "The CLIP that chose among candidates also judged them: CLIP score and retrieval grow with n by that alone. Name another "
+    "one with --judge."
+)
+
+
+def evaluate(options: EvaluateOptions, mesh: Mesh) -> Result:
+    """Measure what the options ask for, and write it to the folder `out`. Collective; the main process writes.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something is missing, or does not belong together.
+    """
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out must be a folder, found {out}")
+    if options.real is not None:
+        result, context = compare_folders(options, mesh), None
+    else:
+        result, context = _evaluate_models(options, mesh, out)
+    if mesh.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_page(out, result, context.sheets if context is not None else {})
+        result.save(out / RESULT_NAME)
+    return result
+
+
+def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[Result, Context]:
+    assert options.data is not None
+    dataset = PairDataset.open(options.data, options.split)
+    if len(dataset) < 2:
+        raise DataError(f"split {options.split} of {options.data} has {len(dataset)} rows, too few to measure anything")
+    pipeline = vae = reranker = judge = None
+    if options.transformer is not None:
+        pipeline = TextToImage.from_pretrained(options.transformer, mesh.device, DTYPES[options.dtype])
+    if options.dvae is not None:
+        vae = DiscreteVAE.from_pretrained(options.dvae).to(mesh.device)
+    if options.clip is not None:
+        reranker = _clip(options.clip, mesh)
+    if options.judge is not None:
+        judge = _clip(options.judge, mesh)
+    elif reranker is not None:
+        judge = reranker
+    seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge)
+    size = options.size or next(model.config.image_size for model in seen_by if model is not None)
+    draws = pipeline is not None and bool(options.numbers)
+    network = load_network(options.inception, mesh.device) if vae is not None or draws else None
+    context = Context(
+        mesh=mesh,
+        dataset=dataset,
+        captions=choose_captions(dataset, options.captions, options.seed),
+        size=size,
+        radii=options.radii,
+        network=network,
+        kept=without_overlap(options.without, dataset) if options.without is not None else None,
+        reference_of_captions=options.reference == "captions",
+        judge=judge,
+    )
+    models = {"dvae": vae.fingerprint} if vae is not None else {}
+    protocol = _protocol(options, context)
+    if vae is not None:
+        with context.timed("dvae"):
+            measure_dvae(context, vae)
+    if pipeline is not None:
+        weights = fingerprint(pipeline.model.state_dict())
+        models |= {"transformer": weights, "tokenizer": pipeline.tokenizer.fingerprint}
+        models |= {"transformer_dvae": pipeline.dvae.fingerprint}
+        with context.timed("likelihood"):
+            measure_likelihood(context, pipeline)
+        if options.numbers:
+            protocol["generation"] = _generation(options)
+            protocol["reranker"] = reranker.fingerprint if reranker is not None and max(options.numbers) > 1 else None
+            with context.timed("pictures"):
+                _measure_drawn(options, context, pipeline, reranker, weights, out)
+    if judge is not None:
+        with context.timed("real pictures and captions"):
+            measure_real_matching(context)
+        if draws and judge is reranker and max(options.numbers) > 1:
+            context.notes.append(JUDGED_BY_ITSELF)
+    return Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds), context
+
+
+def _measure_drawn(
+    options: EvaluateOptions, context: Context, pipeline: TextToImage, reranker: Clip | None, weights: str, out: Path
+) -> None:
+    captions, mesh = [caption.text for caption in context.captions], context.mesh
+    folder = Path(options.pictures) if options.pictures is not None else None
+    candidates = Candidates(
+        pipeline, captions, num=max(options.numbers), sampling=options.sampling, seed=options.seed, folder=folder
+    )
+    if folder is not None:
+        mesh.decide(lambda: candidates.prepare(candidates.protocol(options.dtype, weights)))
+    choosing = reranker if max(options.numbers) > 1 else None
+    lines = measure_pictures(context, pipeline, candidates, options.numbers, choosing)
+    if mesh.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / CAPTIONS_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _clip(path: str, mesh: Mesh) -> Clip:
+    clip = Clip.from_pretrained(path, mesh.device)
+    if clip.tokenizer is None:
+        raise ConfigError(f"the CLIP in {path} has no tokenizer, so it cannot read captions: export it with one")
+    return clip
+
+
+def _protocol(options: EvaluateOptions, context: Context) -> dict[str, Any]:
+    """How it is measured, but for how pictures are drawn."""
+    dataset, captions = context.dataset, context.captions
+    overlap = None if context.kept is None else (~context.kept).nonzero()[:, 0].tolist()
+    return {
+        "method": METHOD,
+        "set": {"split": dataset.split, "fingerprint": dataset.fingerprint, "rows": len(dataset)},
+        "without": None if overlap is None else {"rows": len(overlap), "sha256": texts_sha256(map(str, overlap))},
+        "pictures": {"size": context.size, "resize": RESIZE},
+        "captions": {
+            "number": len(captions),
+            "sha256": texts_sha256(caption.text for caption in captions),
+            "seed": options.seed,
+        },
+        "features": context.network.protocol(options.radii) if context.network is not None else None,
+        "judge": context.judge.fingerprint if context.judge is not None else None,
+    }
+
+
+def _generation(options: EvaluateOptions) -> dict[str, Any]:
+    return {
+        "best_of": options.numbers,
+        "seed": options.seed,
+        "sampling": vars(options.sampling),
+        "dtype": options.dtype,
+        "reference": options.reference,
+    }

@@ -1,0 +1,130 @@
+"""Sets that models are measured on: which rows, which captions, and their pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle_ds.data import PairDataset
+from dalle_ds.data.corpora import IMAGE_SUFFIXES
+from dalle_ds.data.images import Pixels, center_crop_resize, decode_image
+from dalle_ds.data.samples import channels_first
+from dalle_ds.errors import DataError
+from dalle_ds.parsing import parse_json, shown
+
+RESIZE = "shorter side by Lanczos, then the central square"
+Selections = dict[str, Tensor]
+"""Name → (N,) bool, which of N rows or captions belong to it; "" is all of them."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption to draw a picture for."""
+
+    row: int
+    """Whose it is."""
+    text: str
+
+
+def choose_captions(dataset: PairDataset, number: int | None, seed: int) -> list[Caption]:
+    """A random choice among the different captions of a split.
+
+    Of equal captions the first one counts. The choice depends on the captions and the seed only; a greater number chooses the
+    same ones and more.
+
+    Args:
+        number: how many; None, or more than there are, takes all.
+    """
+    different: dict[str, int] = {}
+    for row in range(len(dataset)):
+        for text in dataset.captions(row):
+            different.setdefault(text, row)
+    captions = [Caption(row, text) for text, row in different.items()]
+    order = np.random.default_rng(seed).permutation(len(captions))
+    return [captions[index] for index in order[:number]]
+
+
+def pictures_of(dataset: PairDataset, rows: Sequence[int], size: int) -> Tensor:
+    """(B, 3, size, size) uint8 pictures of some rows, resized and cropped as `RESIZE` says."""
+    return stacked([center_crop_resize(dataset.picture(row, size), size) for row in rows])
+
+
+def stacked(pictures: Sequence[Pixels]) -> Tensor:
+    """(H, W, 3) pictures of one size → (B, 3, H, W) uint8."""
+    return torch.stack([torch.tensor(channels_first(picture)) for picture in pictures])
+
+
+def to_size(pixels: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) uint8 pictures resized and cropped as `RESIZE` says; those that have the size are returned as they are."""
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    resized = [center_crop_resize(picture.permute(1, 2, 0).cpu().numpy(), size) for picture in pixels]
+    return stacked(resized).to(pixels.device)
+
+
+def without_overlap(path: str | Path, dataset: PairDataset) -> Tensor:
+    """(rows,) bool: False where the overlap analysis lists the row.
+
+    Args:
+        path: JSON of {"split": …, "fingerprint": …, "rows": […]}.
+
+    Raises:
+        DataError: the file is damaged, of other data or another split, or leaves no two rows.
+    """
+    try:
+        listed = parse_json(Path(path).read_bytes())
+        rows = listed["rows"]
+        split, fingerprint = listed["split"], listed["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--without {path} cannot be read as a list of rows ({error})") from error
+    if (split, fingerprint) != (dataset.split, dataset.fingerprint):
+        raise DataError(
+            f"--without {path} lists rows of split {shown(split)} of data {shown(fingerprint)}, and measured is "
+            f"{dataset.split!r} of {dataset.fingerprint!r}: analyse the overlap of this one"
+        )
+    if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < len(dataset) for row in rows):
+        raise DataError(f"--without {path}: rows must be whole numbers below {len(dataset)}")
+    kept = torch.ones(len(dataset), dtype=torch.bool)
+    kept[rows] = False
+    if int(kept.sum()) < 2:
+        raise DataError(
+            f"--without {path} leaves {int(kept.sum())} rows of {dataset.split}, of which nothing can be said"
+        )
+    return kept
+
+
+class PictureFolder:
+    """The pictures in a folder and its subfolders, in the order of their names.
+
+    Raises:
+        DataError: no such folder, or fewer than two pictures in it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        found = self.folder.rglob("*") if self.folder.is_dir() else iter(())
+        self.paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+        if len(self.paths) < 2:
+            raise DataError(f"{folder} is no folder of at least 2 pictures ({', '.join(IMAGE_SUFFIXES)})")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int, size: int | None = None) -> tuple[Pixels, bytes]:
+        """A picture, (H, W, 3), resized and cropped as `RESIZE` says where a size is given, and the SHA-256 of its file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            content = self.paths[row].read_bytes()
+            pixels = decode_image(content, short_side=size)
+        except (OSError, DataError) as error:
+            raise DataError(f"{self.paths[row]}: {error}; repair it or take it out") from error
+        return pixels if size is None else center_crop_resize(pixels, size), hashlib.sha256(content).digest()
