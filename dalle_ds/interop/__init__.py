@@ -1,6 +1,16 @@
 """Models that others published, read without running anything that their files ask for."""
 
+from dalle_ds.interop.clip_export import export_clip
+from dalle_ds.interop.clip_import import import_clip, load_clip
 from dalle_ds.interop.openai_dvae import import_openai_dvae, load_openai_dvae
 from dalle_ds.interop.pickles import TORCH_CLASSES, read_pickled_tensors
 
-__all__ = ["TORCH_CLASSES", "import_openai_dvae", "load_openai_dvae", "read_pickled_tensors"]
+__all__ = [
+    "TORCH_CLASSES",
+    "export_clip",
+    "import_clip",
+    "import_openai_dvae",
+    "load_clip",
+    "load_openai_dvae",
+    "read_pickled_tensors",
+]

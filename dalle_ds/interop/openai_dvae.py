@@ -70,7 +70,7 @@ def import_openai_dvae(encoder: str | Path, decoder: str | Path, out: str | Path
         raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
     model = load_openai_dvae(encoder, decoder, image_size)
     source = {
-        name: {"file": Path(path).name, "sha256": _sha256(Path(path))}
+        name: {"file": Path(path).name, "sha256": sha256_of(Path(path))}
         for name, path in (("encoder", encoder), ("decoder", decoder))
     }
     try:
@@ -131,7 +131,8 @@ def _blocks(names: Iterable[str]) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):

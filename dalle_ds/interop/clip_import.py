@@ -1,0 +1,212 @@
+"""CLIPs that others published (OpenAI's, Hugging Face's, open_clip's files) as one of ours, with none of their code run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dalle_ds.clip_tokenizer import ClipTokenizer
+from dalle_ds.config import ClipConfig
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.files import built_beside, write_json
+from dalle_ds.interop.clip_layouts import (
+    from_openai,
+    huggingface_fields,
+    open_clip_fields,
+    openai_config,
+    plain_huggingface,
+    plain_openai,
+    to_openai,
+)
+from dalle_ds.interop.openai_dvae import SOURCE_NAME, sha256_of
+from dalle_ds.interop.pickles import read_pickled_tensors
+from dalle_ds.models.clip import Clip
+from dalle_ds.models.pretrained import check_shapes, load_weights
+from dalle_ds.parsing import parse_json
+
+ClipFormat = Literal["openai", "hf", "open_clip"]
+Activation = Literal["quick_gelu", "gelu"]
+HF_CONFIG = "config.json"
+HF_PREPROCESSOR = "preprocessor_config.json"
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_OPENAI_WEIGHTS = ("model.pt",)
+
+
+def load_clip(
+    source: str | Path,
+    format: ClipFormat | Literal["auto"] = "auto",
+    *,
+    tokenizer: str | Path | None = None,
+    activation: Activation | None = None,
+) -> Clip:
+    """The CLIP in someone else's file or folder; in eval mode, in fp32, on the CPU.
+
+    Args:
+        source: of OpenAI, a TorchScript archive such as `ViT-B-32.pt`, or a file with its state dict (of `torch.save`, or
+            safetensors), or a folder with such a `model.pt`; a folder of Hugging Face's CLIPModel or of open_clip.
+        format: "auto" goes by the names of the files in the folder, and takes a single file for OpenAI's.
+        tokenizer: file or folder that `ClipTokenizer.load` reads; None takes the one in the folder, if any.
+        activation: of the MLPs; None takes what the folder's configuration says, and "quick_gelu" for a single file, which is
+            right for OpenAI's. A file of open_clip's weights alone does not say that its model has "gelu".
+
+    Raises:
+        CheckpointError: a file that cannot be read or is not trusted, or a tensor or field that no CLIP of ours has, named.
+        ConfigError: a format or tokenizer that does not fit the source.
+    """
+    path = Path(source)
+    chosen = _format(path) if format == "auto" else format
+    config, weights, file = _READERS[chosen](path, activation)
+    if activation is not None and config.activation != activation:
+        raise ConfigError(f"{path} is a model with activation {config.activation}, found {activation}: leave it out")
+    model = Clip(config, tokenizer=_tokenizer(path, tokenizer, config))
+    load_weights(model, weights, file)
+    return model.eval()
+
+
+def import_clip(
+    source: str | Path,
+    out: str | Path,
+    format: ClipFormat | Literal["auto"] = "auto",
+    *,
+    tokenizer: str | Path | None = None,
+    activation: Activation | None = None,
+) -> Clip:
+    """`load_clip`, exported to folder `out`, with the SHA-256 of the file of weights in `source.json` beside them.
+
+    Raises:
+        CheckpointError: as `load_clip`, or the folder cannot be written.
+        ConfigError: as `load_clip`, or `out` is there already, and is something else than an imported model.
+    """
+    folder = Path(out)
+    if folder.exists() and not (folder / SOURCE_NAME).is_file():
+        raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
+    model = load_clip(source, format, tokenizer=tokenizer, activation=activation)
+    weights = _weights_file(Path(source))
+    try:
+        with built_beside(folder) as partial:
+            model.save_pretrained(partial)
+            write_json(partial / SOURCE_NAME, {"file": weights.name, "sha256": sha256_of(weights)})
+    except OSError as error:
+        raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
+    return model
+
+
+def _format(path: Path) -> ClipFormat:
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}: name a file or folder of a CLIP")
+    if path.is_file():
+        return "openai"
+    for name, format in ((OPEN_CLIP_CONFIG, "open_clip"), (HF_CONFIG, "hf"), (_OPENAI_WEIGHTS[0], "openai")):
+        if (path / name).is_file():
+            return format  # type: ignore[return-value]
+    raise CheckpointError(
+        f"{path} holds no CLIP: it has none of {OPEN_CLIP_CONFIG}, {HF_CONFIG} and {_OPENAI_WEIGHTS[0]}"
+    )
+
+
+def _weights_file(path: Path) -> Path:
+    """The file of weights: `path` itself, or the one in that folder."""
+    if path.is_file():
+        return path
+    names = (*OPEN_CLIP_WEIGHTS, *HF_WEIGHTS, *_OPENAI_WEIGHTS)
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path} has no file of weights: it has none of {', '.join(names)} (files in parts are not read)"
+        )
+    return found
+
+
+Read = tuple[ClipConfig, dict[str, Tensor], Path]
+
+
+def _read_openai(path: Path, activation: Activation | None) -> Read:
+    file = _weights_file(path)
+    weights = plain_openai(_tensors(file))
+    config = openai_config(weights, activation or "quick_gelu", str(file))
+    return config, _from_openai(weights, config, file), file
+
+
+def _read_open_clip(path: Path, activation: Activation | None) -> Read:
+    file = _weights_file(path)
+    description = _folder(path) / OPEN_CLIP_CONFIG
+    config = open_clip_fields(_json(description), str(description))
+    return config, _from_openai(plain_openai(_tensors(file)), config, file), file
+
+
+def _read_huggingface(path: Path, activation: Activation | None) -> Read:
+    file = _weights_file(path)
+    folder = _folder(path)
+    preprocessor = folder / HF_PREPROCESSOR
+    config = huggingface_fields(
+        _json(folder / HF_CONFIG), _json(preprocessor) if preprocessor.is_file() else None, str(folder / HF_CONFIG)
+    )
+    weights = plain_huggingface(_tensors(file))
+    check_shapes(lambda: Clip(config), config, weights, file)
+    return config, weights, file
+
+
+_READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
+    "openai": _read_openai,
+    "hf": _read_huggingface,
+    "open_clip": _read_open_clip,
+}
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _from_openai(weights: Mapping[str, Tensor], config: ClipConfig, file: Path) -> dict[str, Tensor]:
+    check_shapes(lambda: _InTheirLayout(config), config, weights, file)
+    return from_openai(weights, config)
+
+
+class _InTheirLayout(nn.Module):
+    """A CLIP whose state dict has OpenAI's names, so that an error tells those of the file."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.clip = Clip(config)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The tensors in OpenAI's layout."""
+        return to_openai(self.clip.state_dict(), self.config)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file, in fp32."""
+    if file.suffix == ".safetensors":
+        try:
+            found = load_file(file)
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+        ) as error:  # KeyError: a dtype that this version of safetensors lacks
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    else:
+        found = read_pickled_tensors(file, scripted=True)
+    return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in found.items()}
+
+
+def _json(file: Path) -> Any:
+    try:
+        return parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _tokenizer(path: Path, tokenizer: str | Path | None, config: ClipConfig) -> ClipTokenizer | None:
+    if tokenizer is not None:
+        return ClipTokenizer.load(tokenizer, start=config.start, end=config.end)
+    return ClipTokenizer.find(path, start=config.start, end=config.end) if path.is_dir() else None
