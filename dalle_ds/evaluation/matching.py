@@ -10,6 +10,8 @@ from dalle_ds.errors import DataError
 CUTOFFS = (1, 5, 10)
 BLOCK = 1024
 """Captions whose similarities to all pictures are in memory at once."""
+ROUNDING = 1e-9
+"""Cosines that differ by less count as equal: two equal pictures' may, by where they stand in a matrix."""
 
 
 def clip_scores(image: Tensor, text: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, own: Tensor | None = None) -> T
     for start in range(0, len(text), BLOCK):
         similarity = text[start : start + BLOCK].double() @ image.T
         matched = similarity.gather(1, own[start : start + BLOCK, None])
-        ranks.append((similarity >= matched).sum(dim=1) - 1)
+        ranks.append((similarity >= matched - ROUNDING).sum(dim=1) - 1)
     return torch.cat(ranks)
 
 
