@@ -121,7 +121,7 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
     Raises:
         DataError: no folder, no pictures, several tables, or no such column.
     """
-    folder = _existing(source)
+    folder = existing(source)
     if not folder.is_dir():
         raise DataError(f"source {folder} is not a folder: --corpus folder needs a folder of pictures")
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".jsonl"))
@@ -151,7 +151,7 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     Raises:
         DataError: no such file or folder, or no .tar in it.
     """
-    path = _existing(source)
+    path = existing(source)
     tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise DataError(f"{path} has no .tar files: --corpus webdataset needs a .tar or a folder of them")
@@ -167,7 +167,7 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
     Raises:
         DataError: no such folder, nothing in it that is a dataset, or no such column.
     """
-    return Corpus(partial(_hf_units, _existing(source), image_column, caption_column))
+    return Corpus(partial(_hf_units, existing(source), image_column, caption_column))
 
 
 def content_group(image: bytes) -> str:
@@ -184,8 +184,8 @@ def _read_with_text(path: Path, name: str) -> Iterator[RawPair | Broken]:
         if not text.exists():
             yield Broken(name, NO_CAPTION)
             return
-        yield _pair(_read_file(path, MAX_PICTURE_BYTES), _lines(_read_file(text, MAX_TEXT_BYTES)), name)
-    except _Unusable as error:
+        yield pair_of(read_file(path, MAX_PICTURE_BYTES), _lines(read_file(text, MAX_TEXT_BYTES)), name)
+    except Unusable as error:
         yield Broken(name, error.reason)
     except (OSError, UnicodeDecodeError):
         yield Broken(name, UNREADABLE)
@@ -268,6 +268,26 @@ _OTHERS = "others"  # no suffix: stands for all members of a sample that are nei
 
 
 def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
+    for sample in tar_samples(path):
+        yield sample if isinstance(sample, Broken) else _tar_pair(sample, caption_column)
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """Members of an archive that share a name up to the first dot."""
+
+    name: str
+    members: dict[str, bytes | None]
+    """Suffix → contents of pictures and texts; None where they are too big, or of another kind."""
+
+    def picture(self) -> tuple[bytes | None, bool]:
+        """(contents, or None where they are too big; whether there is a picture)."""
+        suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
+        return (None, False) if suffix is None else (self.members[suffix], True)
+
+
+def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
+    """The samples of an archive; where it ends early or is damaged, a `Broken` is the last."""
     key = ""
     members: dict[str, bytes | None] = {}
     try:
@@ -279,7 +299,8 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
                 if not member.isfile():
                     continue
                 if member_key != key:
-                    yield from _tar_sample(path, key, members, caption_column)
+                    if members:
+                        yield TarSample(f"{path.name}/{key}", members)
                     key, members = member_key, {}
                 if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
                     members[_OTHERS] = None
@@ -287,7 +308,8 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
                 limit = MAX_PICTURE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
                 if suffix not in members:
                     members[suffix] = _tar_member(tar, member) if member.size <= limit else None
-            yield from _tar_sample(path, key, members, caption_column)
+            if members:
+                yield TarSample(f"{path.name}/{key}", members)
     # TypeError: tarfile takes the letter's code of what is missing in a gzip header that is cut off.
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, TypeError, zlib.error, lzma.LZMAError):
         yield Broken(path.name, TRUNCATED)
@@ -305,33 +327,24 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return str(path.parent / stem), f".{suffix.lower()}"
 
 
-def _tar_sample(
-    path: Path, key: str, members: dict[str, bytes | None], caption_column: str | None
-) -> Iterator[RawPair | Broken]:
-    if not members:
-        return
-    name = f"{path.name}/{key}"
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
-    if suffix is None:
-        yield Broken(name, NO_PICTURE)
-        return
-    image = members[suffix]
+def _tar_pair(sample: TarSample, caption_column: str | None) -> RawPair | Broken:
+    image, there = sample.picture()
+    if not there:
+        return Broken(sample.name, NO_PICTURE)
     try:
-        captions = _tar_captions(members, caption_column)
-    except _Unusable as error:
-        yield Broken(name, error.reason)
-        return
+        captions = _tar_captions(sample.members, caption_column)
+    except Unusable as error:
+        return Broken(sample.name, error.reason)
     except ValueError:
-        yield Broken(name, UNREADABLE)
-        return
-    yield Broken(name, TOO_BIG) if image is None else _pair(image, captions, name)
+        return Broken(sample.name, UNREADABLE)
+    return Broken(sample.name, TOO_BIG) if image is None else pair_of(image, captions, sample.name)
 
 
 def _tar_captions(members: dict[str, bytes | None], caption_column: str | None) -> list[str]:
     has_text = ".txt" in members and caption_column is None
     content = members[".txt"] if has_text else members.get(".json", b"{}")
     if content is None:
-        raise _Unusable(TOO_BIG)
+        raise Unusable(TOO_BIG)
     if has_text:
         return _lines(content)
     fields = parse_json(content)
@@ -423,7 +436,7 @@ def _read_hf_row(
     if isinstance(picture, dict):  # an Image feature: the bytes, or the path of a file that has them
         picture = picture.get("bytes") or picture.get("path")
     if isinstance(picture, bytes):
-        yield _pair(picture, captions, name) if len(picture) <= MAX_PICTURE_BYTES else Broken(name, TOO_BIG)
+        yield pair_of(picture, captions, name) if len(picture) <= MAX_PICTURE_BYTES else Broken(name, TOO_BIG)
     else:
         yield _pair_of_file(source, picture, captions, name)
 
@@ -431,7 +444,7 @@ def _read_hf_row(
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def _existing(source: str) -> Path:
+def existing(source: str) -> Path:
     path = Path(source)
     if not path.exists():
         raise DataError(f"source {path} does not exist")
@@ -450,7 +463,7 @@ def _column(option: str, wanted: str | None, usual: tuple[str, ...], columns: It
     )
 
 
-def _pair(image: bytes, captions: list[str], name: str) -> RawPair | Broken:
+def pair_of(image: bytes, captions: list[str], name: str) -> RawPair | Broken:
     if not captions:
         return Broken(name, NO_CAPTION)
     return RawPair(image, captions, name, content_group(image))
@@ -460,8 +473,8 @@ def _pair_of_file(folder: Path, file_name: Any, captions: list[str], name: str) 
     if not isinstance(file_name, str) or not file_name:
         return Broken(name, NO_PICTURE)
     try:
-        return _pair(_read_file(folder / file_name, MAX_PICTURE_BYTES), captions, file_name)
-    except _Unusable as error:
+        return pair_of(read_file(folder / file_name, MAX_PICTURE_BYTES), captions, file_name)
+    except Unusable as error:
         return Broken(file_name, error.reason)
     except FileNotFoundError:
         return Broken(file_name, NO_PICTURE)
@@ -469,7 +482,7 @@ def _pair_of_file(folder: Path, file_name: Any, captions: list[str], name: str) 
         return Broken(file_name, UNREADABLE)
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A file, or member of an archive, that is there but not read."""
 
     def __init__(self, reason: str) -> None:
@@ -477,14 +490,14 @@ class _Unusable(Exception):
         self.reason = reason
 
 
-def _read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int) -> bytes:
     """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes."""
     if path.exists() and not path.is_file():
-        raise _Unusable(NOT_A_FILE)
+        raise Unusable(NOT_A_FILE)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise _Unusable(TOO_BIG)
+            raise Unusable(TOO_BIG)
         return file.read(size + 1)  # no more, whatever the file becomes
 
 

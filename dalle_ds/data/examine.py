@@ -20,6 +20,7 @@ from typing import TypeVar
 from dalle_ds.data.corpora import Broken, RawPair, Unit
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
 from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
+from dalle_ds.data.perceptual import perceptual_hash
 from dalle_ds.errors import DataError
 
 UNDECODABLE = "undecodable picture"
@@ -57,6 +58,10 @@ class Examined:
     variant: str = ""
     image: bytes = b""
     """The picture as it is to be stored; empty where the pair is dropped."""
+    hash: str = ""
+    """Perceptual hash of the picture, 16 hexadecimal digits, where the filters ask for it."""
+    embedding: bytes = b""
+    """Of the picture, numbers of 16 bits, where the filters ask for it."""
 
 
 def examine(
@@ -67,21 +72,22 @@ def examine(
     Args:
         units: with their numbers.
         shrink: see `PrepareOptions`.
-        workers: processes that decode.
+        workers: processes that judge captions and decode pictures.
     """
-    pairs = (_with_captions(number, pair, filters) for number, unit in units for pair in unit.read())
-    for item, (image, problem) in _map_in_order(
-        partial(_check_picture, filters=filters, shrink=shrink), pairs, workers
-    ):
-        yield replace(item, image=b"" if problem else image or item.image, problem=problem or item.problem)
+    pairs = ((number, pair) for number, unit in units for pair in unit.read())
+    judge = partial(_judge, filters=filters, shrink=shrink)
+    for (_, pair), (item, as_it_is) in _map_in_order(judge, pairs, workers):
+        # Pictures are not sent back by the process that has looked at them.
+        yield replace(item, image=pair.image) if as_it_is and isinstance(pair, RawPair) else item
 
 
-def _with_captions(unit: int, pair: RawPair | Broken, filters: FilterOptions) -> Examined:
+def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None) -> tuple[Examined, bool]:
+    """What is found of a pair of a unit, and whether its picture is to be stored as it is."""
+    unit, pair = numbered
     if isinstance(pair, Broken):
-        return Examined(unit, _storable(pair.name), pair.reason)
-    captions = [_examined_caption(text, filters) for text in pair.captions]
-    kept = any(caption.problem is None for caption in captions)
-    return Examined(
+        return Examined(unit, _storable(pair.name), pair.reason), False
+    captions = [examined_caption(text, filters) for text in pair.captions]
+    item = Examined(
         unit,
         _storable(pair.name),
         None,
@@ -89,11 +95,26 @@ def _with_captions(unit: int, pair: RawPair | Broken, filters: FilterOptions) ->
         hashlib.sha256(pair.image).hexdigest(),
         pair.group,
         pair.variant,
-        pair.image if kept else b"",
     )
+    if all(caption.problem for caption in captions):  # dropped already
+        return item, False
+    try:
+        width, height = picture_size(pair.image)
+        problem = picture_problem(width, height, filters)
+        if problem:
+            return replace(item, problem=problem), False
+        pixels = decode_image(pair.image, max_pixels=filters.max_pixels, short_side=shrink)
+    except DataError:
+        return replace(item, problem=UNDECODABLE), False
+    if filters.max_hash_distance is not None:
+        item = replace(item, hash=perceptual_hash(pixels))
+    if shrink is None or min(width, height) <= shrink:
+        return item, True
+    return replace(item, image=encode_png(resize_short_side(pixels, shrink))), False
 
 
-def _examined_caption(text: str, filters: FilterOptions) -> Caption:
+def examined_caption(text: str, filters: FilterOptions) -> Caption:
+    """A caption as it was written, cleaned, cut and judged."""
     most = max(_CAPTION_CHARS, 4 * filters.max_caption_chars)
     cleaned = clean_caption(text[:most])
     caption = cut_caption(cleaned, filters.max_caption_chars)
@@ -103,23 +124,6 @@ def _examined_caption(text: str, filters: FilterOptions) -> Caption:
 def _storable(name: str) -> str:
     """File names need not be valid Unicode; what is stored must be."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _check_picture(item: Examined, filters: FilterOptions, shrink: int | None) -> tuple[bytes | None, str | None]:
-    """(what to store in place of the picture, None to store it as it is; why it is dropped, or None)."""
-    if all(caption.problem for caption in item.captions):  # dropped already
-        return None, None
-    try:
-        width, height = picture_size(item.image)
-        problem = picture_problem(width, height, filters)
-        if problem:
-            return None, problem
-        pixels = decode_image(item.image, max_pixels=filters.max_pixels, short_side=shrink)
-    except DataError:
-        return None, UNDECODABLE
-    if shrink is None or min(width, height) <= shrink:
-        return None, None
-    return encode_png(resize_short_side(pixels, shrink)), None
 
 
 def _map_in_order(

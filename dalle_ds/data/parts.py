@@ -1,7 +1,9 @@
 """Preparation shared by several jobs: part I of N examines units I, I + N, … of the corpus; merging puts them in order.
 
-The parts of OUT lie in `OUT.parts/00000-of-00016/` until they are merged: `data-*.arrow` with what was found of each pair,
-and `part.json`. A part's folder appears only when it is complete.
+The parts of OUT lie in `OUT.parts/00000-of-00016/` until they are merged: segments of about 128 MiB, `data-*.arrow` with what
+was found of each pair, and `part.json`. A part's folder appears only when it is complete. Until then its complete segments
+lie in `.00000-of-00016.work`, and a job that was killed goes on behind the last of them. Where segments end depends on the
+corpus alone, so that two jobs that do the same part, one of which was thought dead, write the same.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import heapq
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,13 @@ from dalle_ds.data.disk import disk_full_is_a_data_error, unreadable_is_a_data_e
 from dalle_ds.data.examine import Caption, Examined
 from dalle_ds.data.shards import Shard, check_size, digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, write_json
+from dalle_ds.files import built_beside, sync_directory, write_json
 from dalle_ds.parsing import parse_json
 
-FORMAT_VERSION = 1
-_SCHEMA = pa.schema({"image": pa.binary(), "entry": pa.string()})
+FORMAT_VERSION = 2
+_SCHEMA = pa.schema({"image": pa.binary(), "embedding": pa.binary(), "entry": pa.string()})
+_SEGMENT_BYTES = 128 * 2**20
+_SEGMENT_PAIRS = 10_000
 _NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
@@ -54,8 +58,11 @@ class Part:
     folder: Path
     manifest: dict[str, Any]
 
-    def entries(self) -> Iterator[Examined]:
+    def entries(self, *, pictures: bool = True) -> Iterator[Examined]:
         """What was found, in the order of the corpus.
+
+        Args:
+            pictures: read them; without, the files are verified.
 
         Raises:
             DataError: a file is missing, damaged or cannot be read.
@@ -63,17 +70,22 @@ class Part:
         for shard in (Shard(**entry) for entry in self.manifest["files"]):
             path = self.folder / shard.file
             with unreadable_is_a_data_error(path):
-                if check_size(path, shard.bytes) is not None or digest_of(path) != shard.xxh3_128:
+                if check_size(path, shard.bytes) is not None or (not pictures and digest_of(path) != shard.xxh3_128):
                     raise DataError(
                         f"{path} is missing or damaged: prepare part {self.manifest['shard']} again with --overwrite True"
                     )
                 with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
                     for batch in batches:
                         # One row in memory, since all parts are read at a time.
-                        for image, entry in zip(*batch.columns, strict=True):
+                        for image, embedding, entry in zip(*batch.columns, strict=True):
                             fields = json.loads(entry.as_py())
                             captions = [Caption(*caption) for caption in fields.pop("captions")]
-                            yield Examined(**fields, captions=captions, image=image.as_py())
+                            yield Examined(
+                                **fields,
+                                captions=captions,
+                                image=image.as_py() if pictures else b"",
+                                embedding=b"" if pictures else embedding.as_py(),
+                            )
 
 
 class Share:
@@ -84,20 +96,45 @@ class Share:
         self._shard = shard
         self._shards = shards
         self._names = xxhash.xxh3_128()
+        self._digests: dict[int, str] = {}  # of the names up to each unit that was given out
+        self._first = 0
+        self._begins_with = ""
         self.count = 0
         """Units of the whole corpus, once iterated."""
 
+    def leave_out(self, first: int, digest: str) -> None:
+        """Begin with unit number `first`; those before it must have names of this digest."""
+        self._first, self._begins_with = first, digest
+
     def __iter__(self) -> Iterator[tuple[int, Unit]]:
         for number, unit in enumerate(self._units):
+            if number == self._first > 0:
+                self._check_beginning()
             self._names.update(unit.name.encode("utf-8", "surrogateescape") + b"\0")
             self.count += 1
-            if number % self._shards == self._shard:
+            if number >= self._first and number % self._shards == self._shard:
+                self._digests[number] = self.digest
                 yield number, unit
+        if self.count <= self._first:
+            self._check_beginning()
+
+    def digest_up_to(self, number: int) -> str:
+        """Of the names of the units up to this one, the last that an entry was found of; asked once, in ascending order."""
+        for earlier in [unit for unit in self._digests if unit < number]:
+            del self._digests[earlier]
+        return self._digests.pop(number)
 
     @property
     def digest(self) -> str:
         """Of the names of all units, once iterated."""
         return self._names.hexdigest()
+
+    def _check_beginning(self) -> None:
+        if self.count != self._first or (self._first and self.digest != self._begins_with):
+            raise DataError(
+                f"the corpus has changed since part {self._shard} of {self._shards} was begun: prepare it again with "
+                "--overwrite True"
+            )
 
 
 def check_part(shard: int, shards: int) -> None:
@@ -145,33 +182,42 @@ def existing_part(folder: Path, identity: dict[str, Any]) -> PartReport | None:
     if not folder.exists():
         return None
     part = _read_part(folder)
-    differing = _differing(part, identity)
-    if differing:
-        raise DataError(
-            f"{folder} is part of another preparation (different: {differing}): give --overwrite True, or another --out"
-        )
+    _check_identity(folder, part.manifest["options"], identity)
     return PartReport(str(folder), part.manifest["pairs"], already_there=True)
 
 
-def write_part(entries: Iterable[Examined], share: Share, folder: Path, identity: dict[str, Any]) -> PartReport:
-    """Write what was found of a share of the corpus; a part that is there is replaced.
+def remove_part(folder: Path) -> None:
+    """Remove a part, complete or begun, so that it is done from the start."""
+    for path in (_work(folder), folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_part(
+    examined: Callable[[Share], Iterable[Examined]], share: Share, folder: Path, identity: dict[str, Any]
+) -> PartReport:
+    """Write what is found of a share of the corpus, going on behind the last complete segment that an earlier call left.
+
+    Args:
+        examined: looks at the units of a share.
 
     Raises:
-        DataError: the disk is full.
+        DataError: the disk is full, the part was begun with other options, or the corpus has changed since then.
     """
-    from dalle_ds.data.arrow import ShardWriter
-
+    work = _work(folder)
     shard, shards = _numbers(folder)
-    pairs = 0
-    with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
-        writer = ShardWriter(partial / "files", _SCHEMA)
-        for item in entries:
-            fields = {name: value for name, value in vars(item).items() if name != "image"}
-            fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
-            entry = json.dumps(fields)  # ASCII
-            writer.add({"image": item.image, "entry": entry}, len(item.image) + len(entry))
-            pairs += 1
-        files = [dataclasses.replace(file, file=f"files/{file.file}") for file in writer.close()]
+    with disk_full_is_a_data_error(folder):
+        segments = _complete_segments(work, identity)
+        if segments:
+            share.leave_out(segments[-1]["end"], segments[-1]["digest"])
+        items = iter(examined(share))
+        item = next(items, None)
+        while item is not None:
+            with built_beside(work / f"segment-{item.unit:010d}") as partial:
+                segment, item = _write_segment(partial, item, items, share)
+                segment["options"] = identity
+                segment["begin"] = segments[-1]["end"] if segments else 0
+                write_json(partial / "segment.json", segment)
+            segments.append(segment)
         manifest = {
             "format_version": FORMAT_VERSION,
             "options": identity,
@@ -179,11 +225,54 @@ def write_part(entries: Iterable[Examined], share: Share, folder: Path, identity
             "shards": shards,
             "units": share.count,
             "units_digest": share.digest,
-            "pairs": pairs,
-            "files": [vars(file) for file in files],
+            "pairs": sum(segment["pairs"] for segment in segments),
+            "files": [file for segment in segments for file in segment["files"]],
         }
-        write_json(partial / "part.json", manifest)
-    return PartReport(str(folder), pairs)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / "part.json", manifest)
+        if not folder.exists():  # where two jobs did the same part, the other may have been first
+            work.rename(folder)
+            sync_directory(folder.parent)
+        shutil.rmtree(work, ignore_errors=True)
+    return PartReport(str(folder), manifest["pairs"])
+
+
+def _write_segment(
+    partial: Path, item: Examined, items: Iterator[Examined], share: Share
+) -> tuple[dict[str, Any], Examined | None]:
+    """Write items up to the end of a unit behind which the segment is large enough: (what it holds, the next item)."""
+    from dalle_ds.data.arrow import ShardWriter
+
+    name = f"segment-{item.unit:010d}"
+    writer = ShardWriter(partial / "files", _SCHEMA)
+    pairs = size = 0
+    following: Examined | None = item
+    while following is not None:
+        if following.unit != item.unit and (size >= _SEGMENT_BYTES or pairs >= _SEGMENT_PAIRS):
+            break
+        item = following
+        fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
+        fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
+        entry = json.dumps(fields)  # ASCII
+        weight = len(item.image) + len(item.embedding) + len(entry)
+        writer.add({"image": item.image, "embedding": item.embedding, "entry": entry}, weight)
+        pairs, size = pairs + 1, size + weight
+        following = next(items, None)
+    files = [vars(dataclasses.replace(file, file=f"{name}/files/{file.file}")) for file in writer.close()]
+    end = {"end": item.unit + 1, "digest": share.digest_up_to(item.unit)}
+    return {**end, "pairs": pairs, "files": files}, following
+
+
+def _complete_segments(work: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the segments of a part that was begun hold, up to the first that is missing."""
+    segments: list[dict[str, Any]] = []
+    for path in sorted(work.glob("segment-*/segment.json")):
+        segment = parse_json(path.read_bytes())
+        _check_identity(work, segment["options"], identity)
+        if segment["begin"] != (segments[-1]["end"] if segments else 0):
+            break
+        segments.append(segment)
+    return segments
 
 
 def complete_parts(out: Path, shards: int | None = None) -> list[Part]:
@@ -213,7 +302,7 @@ def complete_parts(out: Path, shards: int | None = None) -> list[Part]:
     parts = [_read_part(part_folder(out, number, count)) for number in range(count)]
     first = parts[0].manifest
     for part in parts:
-        differing = _differing(part, first["options"])
+        differing = _differing(part.manifest["options"], first["options"])
         if differing:
             raise DataError(
                 f"{part.folder} was prepared with other options than part 0 (different: {differing}): prepare it again "
@@ -227,9 +316,9 @@ def complete_parts(out: Path, shards: int | None = None) -> list[Part]:
     return parts
 
 
-def merged(parts: Iterable[Part]) -> Iterator[Examined]:
-    """The entries of all parts in the order of the corpus."""
-    return heapq.merge(*(part.entries() for part in parts), key=lambda item: item.unit)
+def merged(parts: Iterable[Part], *, pictures: bool = True) -> Iterator[Examined]:
+    """The entries of all parts in the order of the corpus; see `Part.entries`."""
+    return heapq.merge(*(part.entries(pictures=pictures) for part in parts), key=lambda item: item.unit)
 
 
 def _read_part(folder: Path) -> Part:
@@ -251,15 +340,27 @@ def _read_part(folder: Path) -> Part:
     return Part(folder, manifest)
 
 
+def _work(folder: Path) -> Path:
+    """Where a part lies until it is complete."""
+    return folder.with_name(f".{folder.name}.work")
+
+
 def _numbers(folder: Path) -> tuple[int, int]:
     """(shard, shards) of a part's folder."""
     shard, shards = folder.name.split("-of-")
     return int(shard), int(shards)
 
 
-def _differing(part: Part, identity: dict[str, Any]) -> str:
-    options = part.manifest["options"]
-    return ", ".join(sorted(name for name in identity if options.get(name) != identity[name]))
+def _check_identity(folder: Path, options: dict[str, Any], identity: dict[str, Any]) -> None:
+    differing = _differing(options, identity)
+    if differing:
+        raise DataError(
+            f"{folder} is part of another preparation (different: {differing}): give --overwrite True, or another --out"
+        )
+
+
+def _differing(options: dict[str, Any], identity: dict[str, Any]) -> str:
+    return ", ".join(sorted(name for name in identity | options if options.get(name) != identity.get(name)))
 
 
 def _listed(numbers: Iterable[int]) -> str:

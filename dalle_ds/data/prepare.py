@@ -2,29 +2,36 @@
 
 The prepared folder DIR has one folder per split (`train`, `validation`, and for corpora with variants `compositional`),
 each of which `datasets.load_from_disk` opens, with columns `image` (encoded bytes), `captions`, `name`, `group` and two
-checksums (`shards.SCHEMA`); and `info.json`, written last. Memory grows with the corpus only by hashes that find
-duplicates, about 100 bytes a caption.
+checksums (`shards.SCHEMA`); and `info.json`, written last. What is found of each pair lies in `DIR.parts` first (`parts`),
+so that a preparation that was killed goes on where it was, and so that copies are found in a corpus of any size (`copies`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dalle_ds.config.checks import sound
 from dalle_ds.data import corpora, parts, twemoji
+from dalle_ds.data.conceptual import read_conceptual
+from dalle_ds.data.copies import Copies, find_copies
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.examine import Examined, examine
-from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.parts import PartReport
+from dalle_ds.data.filters import FilterOptions, file_digest
+from dalle_ds.data.parts import Part, PartReport
 from dalle_ds.data.report import PreparationReport
+from dalle_ds.data.shards import digest_of
 from dalle_ds.data.splits import compositional_holdout, unit_hash
+from dalle_ds.data.wit import read_wit
+from dalle_ds.data.yfcc import read_yfcc
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.parsing import parse_json
@@ -33,17 +40,28 @@ if TYPE_CHECKING:
     from dalle_ds.data.arrow import SplitWriter, StoredPair
 
 FORMAT_VERSION = 2
-DUPLICATE = "duplicate"
+
+
+Kind = Literal["twemoji", "folder", "webdataset", "hf", "conceptual", "wit", "yfcc"]
+KINDS: tuple[str, ...] = get_args(Kind)
+_JOINED = ("conceptual", "wit", "yfcc")
+
+
+class NothingKept(DataError):
+    """A corpus of which the filters leave nothing."""
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
     """What a preparation depends on: equal options on an equal source give an equal folder."""
 
-    corpus: Literal["twemoji", "folder", "webdataset", "hf"] | None = None
-    """Kind of corpus: the embedded one, a folder of pictures, WebDataset tars, or a Hugging Face dataset on disk."""
+    corpus: Kind | None = None
+    """Kind of corpus: the embedded one, a folder of pictures, WebDataset tars, a Hugging Face dataset on disk; Conceptual
+    Captions, WIT or YFCC100M."""
     source: str = ""
-    """Where the corpus is; the embedded one has no source."""
+    """Where the corpus is, of the last three its table; the embedded one has no source."""
+    pictures: str = ""
+    """Conceptual Captions, WIT, YFCC100M: folder of their pictures, as img2dataset downloads them."""
     image_column: str | None = None
     """Column of pictures in a table or dataset; None takes "image" or "file_name"."""
     caption_column: str | None = None
@@ -69,34 +87,46 @@ class PrepareOptions:
             raise ConfigError(f"shrink must be greater than 0, found {self.shrink}")
         if self.corpus == "twemoji" and (self.source or self.image_column or self.caption_column):
             raise ConfigError("corpus twemoji is embedded: leave out source, image_column and caption_column")
-        if self.corpus in ("folder", "webdataset", "hf") and not self.source:
+        if self.corpus not in (None, "twemoji") and not self.source:
             raise ConfigError(f"corpus {self.corpus} needs source: give the folder or file it is in")
         if self.corpus == "webdataset" and self.image_column:
             raise ConfigError("corpus webdataset finds pictures by their suffix: leave out image_column")
+        if self.corpus in _JOINED and not self.pictures:
+            raise ConfigError(
+                f"corpus {self.corpus} needs pictures: give the folder that img2dataset downloaded them to"
+            )
+        if self.pictures and self.corpus not in _JOINED:
+            raise ConfigError(f"pictures belongs to the corpora {', '.join(_JOINED)}: leave it out")
+        if self.corpus in _JOINED and (self.image_column or (self.caption_column and self.corpus != "wit")):
+            raise ConfigError(f"corpus {self.corpus} has columns of its own: leave out image_column and caption_column")
 
 
 def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: bool = False) -> PreparationReport:
     """Prepare a corpus into the folder `out`, which appears only when it is complete.
 
+    One that was killed goes on where it was when it is called again with the same options.
+
     Args:
-        workers: processes that decode; the result does not depend on it.
-        overwrite: replace an earlier preparation in `out`.
+        workers: processes that judge captions and decode pictures; the result does not depend on it.
+        overwrite: replace an earlier preparation in `out`, complete or begun.
 
     Returns:
         What was kept and dropped. If `out` holds a preparation with the same options already, it is left as it is.
 
     Raises:
-        ConfigError: no corpus given.
+        ConfigError: no corpus given, or a filter lacks a file or a package.
         DataError: the source or `out` cannot be used, nothing of the corpus is kept, or the disk is full.
     """
-    if options.corpus is None:
-        raise ConfigError("corpus is missing: give twemoji, folder, webdataset or hf")
-    folder = Path(out)
-    existing = _existing_report(options, folder, overwrite)
-    if existing is not None:
-        return existing
-    units = enumerate(_corpus(options).units())
-    return _assemble(examine(units, options.filters, options.shrink, workers), options, folder)
+    done = prepare_part(options, out, 0, 1, workers=workers, overwrite=overwrite)
+    if isinstance(done, PreparationReport):
+        return done
+    try:
+        return merge_parts(out, 1, overwrite=overwrite)
+    except NothingKept:  # what was found is of no use with any other options
+        parts.remove_part(Path(done.folder))
+        with suppress(OSError):
+            parts.parts_folder(Path(out)).rmdir()
+        raise
 
 
 def prepare_part(
@@ -104,28 +134,41 @@ def prepare_part(
 ) -> PreparationReport | PartReport:
     """Do part `shard` (from 0) of `shards` of a preparation, all of which `merge_parts` puts together.
 
-    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is.
+    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is; one
+    that was begun goes on where it was.
 
     Returns:
         What was done; the report of the whole if `out` holds it already.
 
     Raises:
-        ConfigError: no corpus given, or no such part.
+        ConfigError: no such part, or as `prepare`.
         DataError: as `prepare`, or the part that is there belongs to another preparation.
     """
     parts.check_part(shard, shards)
     if options.corpus is None:
-        raise ConfigError("corpus is missing: give twemoji, folder, webdataset or hf")
+        raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
     folder, identity = Path(out), _identity(options)
-    existing = _existing_report(options, folder, overwrite)
+    existing = _existing_report(identity, folder, overwrite)
     if existing is not None:
         return existing
     part = parts.part_folder(folder, shard, shards)
-    there = None if overwrite else parts.existing_part(part, identity)
+    if overwrite:
+        parts.remove_part(part)
+    there = parts.existing_part(part, identity)
     if there is not None:
         return there
+    options.filters.check_files()
     share = parts.Share(_corpus(options).units(), shard, shards)
-    return parts.write_part(examine(share, options.filters, options.shrink, workers), share, part, identity)
+    return parts.write_part(lambda share: _examined(share, options, workers), share, part, identity)
+
+
+def _examined(share: parts.Share, options: PrepareOptions, workers: int) -> Iterable[Examined]:
+    items = examine(share, options.filters, options.shrink, workers)
+    if options.filters.duplicate_model is None:
+        return items
+    from dalle_ds.data.likeness import embedded, picture_model
+
+    return embedded(items, picture_model(options.filters.duplicate_model))
 
 
 def merge_parts(
@@ -146,17 +189,18 @@ def merge_parts(
     parts.clear_merged(folder)
     if not parts.parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
         # A job that was started again after it was done.
-        existing = _existing_report(options or _options_of(read_info(folder)["options"]), folder, overwrite)
+        wanted = read_info(folder)["options"] if options is None else _identity(options)
+        existing = _existing_report(wanted, folder, overwrite)
         assert existing is not None, "another preparation is an error"
         return existing
     found = parts.complete_parts(folder, shards)
-    stored = _options_of(found[0].manifest["options"])
-    if options is not None and _identity(options) != _identity(stored):
+    identity = found[0].manifest["options"]
+    if options is not None and _identity(options) != identity:
         raise DataError(
             f"the parts in {parts.parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to "
             "it out, or prepare them again with --overwrite True"
         )
-    report = _existing_report(stored, folder, overwrite) or _assemble(parts.merged(found), stored, folder)
+    report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
     parts.remove_parts(folder)
     return report
 
@@ -192,7 +236,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _existing_report(options: PrepareOptions, folder: Path, overwrite: bool) -> PreparationReport | None:
+def _existing_report(identity: dict[str, Any], folder: Path, overwrite: bool) -> PreparationReport | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / "info.json").is_file():
@@ -200,23 +244,37 @@ def _existing_report(options: PrepareOptions, folder: Path, overwrite: bool) -> 
     if overwrite:
         return None
     info = read_info(folder)
-    wanted = _identity(options)
-    if info["options"] == wanted:
+    wanted, found = _with_defaults(identity), _with_defaults(info["options"])
+    if found == wanted:
         return PreparationReport.from_json(str(folder), info)
-    differing = ", ".join(sorted(name for name in wanted if wanted[name] != info["options"].get(name)))
+    differing = ", ".join(sorted(name for name in wanted if wanted[name] != found.get(name)))
     raise DataError(
         f"{folder} holds another preparation (different: {differing}): choose another --out, or give --overwrite True"
     )
 
 
 def _identity(options: PrepareOptions) -> dict[str, Any]:
+    """The options, and digests of the files that they name but for the source."""
     identity = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(PrepareOptions)}
-    return {**identity, "filters": dataclasses.asdict(options.filters)}
+    filters = options.filters
+    files = {path: file_digest(path) for path in (filters.block, filters.require) if path is not None}
+    if filters.duplicate_model is not None:
+        from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder
+
+        files[filters.duplicate_model] = digest_of(export_folder(filters.duplicate_model) / WEIGHTS_NAME)
+    return {**identity, "filters": dataclasses.asdict(filters), "files": files}
+
+
+def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """What was prepared before an option was there was prepared with its default."""
+    default = _identity(PrepareOptions())
+    return {**default, **identity, "filters": {**default["filters"], **identity["filters"]}}
 
 
 def _options_of(identity: dict[str, Any]) -> PrepareOptions:
     """The inverse of `_identity`."""
-    return PrepareOptions(**{**identity, "filters": FilterOptions(**identity["filters"])})
+    fields = {name: value for name, value in identity.items() if name != "files"}
+    return PrepareOptions(**{**fields, "filters": FilterOptions(**identity["filters"])})
 
 
 def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
@@ -230,58 +288,67 @@ def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
 
 
 def _corpus(options: PrepareOptions) -> Corpus:
-    if options.corpus == "twemoji":
-        return corpora.read_twemoji()
-    if options.corpus == "webdataset":
-        return corpora.read_webdataset(options.source, options.caption_column)
-    reader = corpora.read_folder if options.corpus == "folder" else corpora.read_hf
-    return reader(options.source, options.image_column, options.caption_column)
+    source, columns = options.source, (options.image_column, options.caption_column)
+    match options.corpus:
+        case "twemoji":
+            return corpora.read_twemoji()
+        case "webdataset":
+            return corpora.read_webdataset(source, options.caption_column)
+        case "folder":
+            return corpora.read_folder(source, *columns)
+        case "hf":
+            return corpora.read_hf(source, *columns)
+        case "conceptual":
+            return read_conceptual(source, options.pictures)
+        case "wit":
+            return read_wit(source, options.pictures, options.caption_column)
+        case _:
+            return read_yfcc(source, options.pictures)
 
 
-def _assemble(items: Iterator[Examined], options: PrepareOptions, folder: Path) -> PreparationReport:
+def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> PreparationReport:
+    options = _options_of(identity)
     report = PreparationReport(out=str(folder))
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
+        scratch = partial_folder / "copies"
+        copies = find_copies(parts.merged(found, pictures=False), options.filters, scratch)
         sorter = _SplitSorter(partial_folder, options)
-        for pair, variant in _kept(items, report):
+        for pair, variant in _kept(parts.merged(found), copies, report):
             sorter.add(pair, variant)
+        shutil.rmtree(scratch)
         report.kept, report.fingerprint, shards = sorter.finish()
         report.notes = _notes(options, report)
         if not any(report.kept.values()):
             reasons = ", ".join(f"{reason} ({entry.count})" for reason, entry in report.dropped.items())
-            raise DataError(
+            raise NothingKept(
                 f"corpus {options.source or options.corpus} has no pair that can be kept: dropped {reasons}"
             )
-        info = {"format_version": FORMAT_VERSION, "options": _identity(options), **report.to_json(), "shards": shards}
+        info = {"format_version": FORMAT_VERSION, "options": identity, **report.to_json(), "shards": shards}
         write_json(partial_folder / "info.json", info)
     return report
 
 
-def _kept(items: Iterator[Examined], report: PreparationReport) -> Iterator[tuple[StoredPair, str]]:
+def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) -> Iterator[tuple[StoredPair, str]]:
     """The pairs that are kept, with their variants; the others are counted."""
     from dalle_ds.data.arrow import StoredPair  # imports datasets, which worker processes do without
 
-    seen: set[bytes] = set()  # 16-byte hashes of (picture, caption)
-    for item in items:
-        captions: list[str] = []
-        reasons: list[str] = []
-        cut = 0
-        for caption in item.captions:
-            digest = hashlib.sha256(bytes.fromhex(item.picture) + caption.text.encode()).digest()[:16]
-            reason = caption.problem or (DUPLICATE if digest in seen else None)
-            if reason:
-                reasons.append(reason)
-                continue
-            seen.add(digest)
-            captions.append(caption.text)
-            cut += caption.cut
-        problem = item.problem if captions or not reasons else reasons[0]
-        if problem:
-            report.drop(problem, item.name)
-            continue
-        report.captions_cut += cut
-        for reason in reasons:
-            report.captions_dropped[reason] = report.captions_dropped.get(reason, 0) + 1
-        yield StoredPair(item.image, captions, item.name, item.group), item.variant
+    numbers = itertools.count()
+    for place, item in enumerate(items):
+        reasons = [
+            (caption, caption.problem or copies.of_caption(number))
+            for caption, number in zip(item.captions, numbers, strict=False)
+        ]
+        captions = [caption for caption, reason in reasons if reason is None]
+        dropped = [(caption.text, reason) for caption, reason in reasons if reason is not None]
+        for text, reason in dropped:
+            report.drop_caption(reason, text)
+        if item.problem or not captions:
+            report.drop(item.problem or dropped[0][1], item.name)
+        elif like := copies.of_item(place):
+            report.drop(like, item.name)
+        else:
+            report.keep(sum(caption.cut for caption in captions), [reason for _, reason in dropped])
+            yield StoredPair(item.image, [caption.text for caption in captions], item.name, item.group), item.variant
 
 
 # --- split ----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 
 _EXAMPLES = 5
+_SHOWN = 100  # characters of a caption
 
 
 @dataclass
@@ -34,6 +36,8 @@ class PreparationReport:
     """Captions of kept pairs that were shortened to the longest allowed."""
     captions_dropped: dict[str, int] = field(default_factory=dict)
     """Reason → captions dropped from pairs that were kept for their other captions."""
+    caption_examples: dict[str, list[str]] = field(default_factory=dict)
+    """Reason → the first five captions dropped for it, of kept pairs or not."""
     fingerprint: str = ""
     """SHA-256 of all kept rows; what caches and runs are checked against."""
     notes: list[str] = field(default_factory=list)
@@ -47,6 +51,23 @@ class PreparationReport:
         entry.count += 1
         if len(entry.examples) < _EXAMPLES:
             entry.examples.append(name)
+
+    def drop_caption(self, reason: str, text: str) -> None:
+        """Remember one caption; it is counted with its pair."""
+        examples = self.caption_examples.setdefault(reason, [])
+        if text and len(examples) < _EXAMPLES:
+            examples.append(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
+
+    def keep(self, cut: int, dropped: list[str]) -> None:
+        """Count what became of the captions of a pair that is kept.
+
+        Args:
+            cut: captions of it that were shortened.
+            dropped: the reason for each that was dropped.
+        """
+        self.captions_cut += cut
+        for reason in dropped:
+            self.captions_dropped[reason] = self.captions_dropped.get(reason, 0) + 1
 
     @property
     def read(self) -> int:
@@ -62,6 +83,7 @@ class PreparationReport:
             },
             "captions_cut": self.captions_cut,
             "captions_dropped": self.captions_dropped,
+            "caption_examples": self.caption_examples,
             "fingerprint": self.fingerprint,
             "notes": self.notes,
         }
@@ -75,10 +97,15 @@ class PreparationReport:
             dropped={reason: Dropped(**entry) for reason, entry in info["dropped"].items()},
             captions_cut=info["captions_cut"],
             captions_dropped=info["captions_dropped"],
+            caption_examples=info.get("caption_examples", {}),  # not in folders of former versions
             fingerprint=info["fingerprint"],
             notes=info["notes"],
             already_there=True,
         )
+
+    def _examples(self, reason: str) -> str:
+        """Captions say more than names where captions are the reason. Square brackets are rich's."""
+        return escape(" | ".join(self.caption_examples.get(reason, [])))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         already = " (already prepared; the source was not read again: if it changed, give --overwrite True)"
@@ -92,9 +119,9 @@ class PreparationReport:
         for split, count in self.kept.items():
             table.add_row(f"kept: {split}", f"{count:,}", "")
         for reason, entry in sorted(self.dropped.items(), key=lambda item: -item[1].count):
-            table.add_row(f"dropped: {reason}", f"{entry.count:,}", ", ".join(entry.examples))
+            table.add_row(f"dropped: {reason}", f"{entry.count:,}", self._examples(reason) or ", ".join(entry.examples))
         for reason, count in self.captions_dropped.items():
-            table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", "")
+            table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", self._examples(reason))
         if self.captions_cut:
             table.add_row("captions cut", f"{self.captions_cut:,}", "")
         yield table

@@ -330,24 +330,77 @@ def test_strangers_folders_are_never_replaced(folder_corpus: Path, tmp_path: Pat
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(monkeypatch, folder_corpus: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_and_what_was_done_is_used_again(
+    monkeypatch: pytest.MonkeyPatch, folder_corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
     def full(*_args) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(arrow.ShardWriter, "_write_batch", full)
-    with pytest.raises(DataError, match=f"no space left on the disk of {tmp_path}/data"):
-        prepare(options_for(folder_corpus), str(tmp_path / "data"))
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(arrow.ShardWriter, "_write_batch", full)
+        with pytest.raises(DataError, match=f"no space left on the disk of {tmp_path}/data"):
+            prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
+    assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "data").exists()
+    prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
+    assert all_files(tmp_path / "data") == all_files(prepared)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_an_interruption_leaves_nothing(monkeypatch, folder_corpus: Path, tmp_path: Path) -> None:
+def test_an_interruption_leaves_what_the_next_call_goes_on_from(
+    monkeypatch: pytest.MonkeyPatch, folder_corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
     def interrupted(*_args) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "write_json", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(options_for(folder_corpus), str(tmp_path / "data"))
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "write_json", interrupted)
+        prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
+    assert [path.name for path in tmp_path.iterdir()] == ["data.parts"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "examine", interrupted)  # nothing is looked at again
+        prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
+    assert all_files(tmp_path / "data") == all_files(prepared)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_what_was_begun_with_other_options_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, folder_corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
+    def interrupted(*_args) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "write_json", interrupted)
+        prepare(options_for(folder_corpus, validation=0.3), str(tmp_path / "data"))
+    with pytest.raises(
+        DataError, match=r"is part of another preparation \(different: validation\): give --overwrite True"
+    ):
+        prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
+    prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"), overwrite=True)
+    assert all_files(tmp_path / "data") == all_files(prepared)
+
+
+def test_a_folder_of_a_former_version_is_the_same_preparation(
+    folder_corpus: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """Which knew fewer options, and kept no examples of captions."""
+    out = Path(shutil.copytree(prepared, tmp_path / "data"))
+    info = json.loads((out / "info.json").read_text())
+    del info["caption_examples"], info["options"]["pictures"], info["options"]["files"]
+    old = (
+        "min_caption_chars",
+        "max_caption_chars",
+        "drop_boilerplate",
+        "max_aspect_ratio",
+        "min_side",
+        "max_megapixels",
+    )
+    info["options"]["filters"] = {name: info["options"]["filters"][name] for name in old}
+    (out / "info.json").write_text(json.dumps(info))
+    assert prepare(options_for(folder_corpus, validation=0.2), str(out)).already_there
+    paper = options_for(folder_corpus, validation=0.2, filters=FilterOptions(paper=True))
+    with pytest.raises(DataError, match=r"another preparation \(different: filters\)"):
+        prepare(paper, str(out))
 
 
 def test_report_shows_counts_reasons_and_examples(tmp_path: Path, folder_corpus: Path) -> None:
@@ -370,6 +423,9 @@ def test_report_shows_counts_reasons_and_examples(tmp_path: Path, folder_corpus:
         ({"corpus": "twemoji", "source": "x"}, "embedded"),
         ({"corpus": "folder"}, "needs source"),
         ({"corpus": "webdataset", "source": "x", "image_column": "y"}, "leave out image_column"),
+        ({"corpus": "wit", "source": "x"}, "needs pictures"),
+        ({"corpus": "folder", "source": "x", "pictures": "y"}, "pictures belongs to the corpora conceptual, wit, yfcc"),
+        ({"corpus": "yfcc", "source": "x", "pictures": "y", "caption_column": "z"}, "has columns of its own"),
         ({"validation": 1.0}, "validation"),
         ({"shrink": 0}, "shrink"),
     ],
