@@ -22,7 +22,7 @@ from dalle_ds.interop.clip_import import (
     OPEN_CLIP_WEIGHTS,
     ClipFormat,
 )
-from dalle_ds.interop.clip_layouts import open_clip_config, to_openai
+from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
 from dalle_ds.models.clip import Clip, huggingface_config
 
 _BICUBIC = 3  # PIL's number, which Hugging Face's files have
@@ -88,7 +88,7 @@ def _write_open_clip(config: ClipConfig, weights: dict[str, Tensor], folder: Pat
 
 
 def _write_huggingface(config: ClipConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    save_file(_contiguous(weights), folder / HF_WEIGHTS[0], metadata={"format": "pt"})
+    save_file(_contiguous(to_huggingface(weights)), folder / HF_WEIGHTS[0], metadata={"format": "pt"})
     write_json(folder / HF_CONFIG, {"architectures": ["CLIPModel"], "model_type": "clip", **huggingface_config(config)})
     size = config.image_size
     preprocessor = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.clip_layouts import (
+    from_huggingface,
     from_openai,
     huggingface_fields,
     open_clip_fields,
     openai_config,
     plain_huggingface,
     plain_openai,
+    to_huggingface,
     to_openai,
 )
 from dalle_ds.interop.openai_dvae import SOURCE_NAME, sha256_of
@@ -91,9 +94,9 @@ def import_clip(
     model = load_clip(source, format, tokenizer=tokenizer, activation=activation)
     weights = _weights_file(Path(source))
     try:
-        with built_beside(folder) as partial:
-            model.save_pretrained(partial)
-            write_json(partial / SOURCE_NAME, {"file": weights.name, "sha256": sha256_of(weights)})
+        with built_beside(folder) as beside:
+            model.save_pretrained(beside)
+            write_json(beside / SOURCE_NAME, {"file": weights.name, "sha256": sha256_of(weights)})
     except OSError as error:
         raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
     return model
@@ -150,8 +153,8 @@ def _read_huggingface(path: Path, activation: Activation | None) -> Read:
         _json(folder / HF_CONFIG), _json(preprocessor) if preprocessor.is_file() else None, str(folder / HF_CONFIG)
     )
     weights = plain_huggingface(_tensors(file))
-    check_shapes(lambda: Clip(config), config, weights, file)
-    return config, weights, file
+    check_shapes(lambda: _InTheirLayout(config, to_huggingface), config, weights, file)
+    return config, from_huggingface(weights), file
 
 
 _READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
@@ -166,21 +169,21 @@ def _folder(path: Path) -> Path:
 
 
 def _from_openai(weights: Mapping[str, Tensor], config: ClipConfig, file: Path) -> dict[str, Tensor]:
-    check_shapes(lambda: _InTheirLayout(config), config, weights, file)
+    check_shapes(lambda: _InTheirLayout(config, partial(to_openai, config=config)), config, weights, file)
     return from_openai(weights, config)
 
 
 class _InTheirLayout(nn.Module):
-    """A CLIP whose state dict has OpenAI's names, so that an error tells those of the file."""
+    """A CLIP whose state dict has another layout, so that an error tells the names in the file."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, layout: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
         super().__init__()
-        self.config = config
         self.clip = Clip(config)
+        self.layout = layout
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors in OpenAI's layout."""
-        return to_openai(self.clip.state_dict(), self.config)
+        """The tensors in that layout."""
+        return self.layout(self.clip.state_dict())
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

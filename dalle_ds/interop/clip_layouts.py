@@ -1,7 +1,8 @@
 """CLIP in the layouts of others: their names for its tensors, their words for its shape.
 
-Ours are the tensors of `transformers`' CLIPModel. OpenAI's and open_clip's differ in names, in that queries, keys and values
-are one matrix, and in that projections are transposed; nothing is computed, so that there and back is exact.
+Ours are the tensors of `transformers`' CLIPModel, but for the logit scale, which has no dimensions there. OpenAI's and
+open_clip's differ in names, in that queries, keys and values are one matrix, and in that projections are transposed. Nothing
+is computed, so that there and back is exact.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ _SAME = (
     ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.final_layer_norm.*", "ln_final.*"),
-    ("logit_scale", "logit_scale"),
 )
 _TRANSPOSED = (("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
 _TOWERS = (
@@ -40,6 +40,7 @@ _IN_BLOCKS = (
     ("mlp.fc1.*", "mlp.c_fc.*"),
     ("mlp.fc2.*", "mlp.c_proj.*"),
 )
+_SCALE = "logit_scale"
 _STACKED = ("q_proj", "k_proj", "v_proj")
 _ENTRIES = ("weight", "bias")
 # Of OpenAI's files, besides weights.
@@ -51,6 +52,7 @@ def to_openai(weights: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Te
     """Our tensors in the layout of OpenAI's `clip/model.py` and of open_clip's `CLIP`."""
     found = {theirs: weights[ours] for ours, theirs in _names(config)}
     found |= {theirs: weights[ours].T for ours, theirs in _TRANSPOSED}
+    found[_SCALE] = weights[_SCALE].reshape(())
     for ours, theirs in _stacks(config):
         found[theirs] = torch.cat([weights[name] for name in ours])
     return found
@@ -60,9 +62,20 @@ def from_openai(weights: Mapping[str, Tensor], config: ClipConfig) -> dict[str, 
     """The inverse of `to_openai`; the tensors are those that a model of this configuration has there."""
     found = {ours: weights[theirs] for ours, theirs in _names(config)}
     found |= {ours: weights[theirs].T for ours, theirs in _TRANSPOSED}
+    found[_SCALE] = weights[_SCALE].reshape(1)
     for ours, theirs in _stacks(config):
         found |= dict(zip(ours, weights[theirs].chunk(3), strict=True))
     return found
+
+
+def to_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors in the layout of `transformers`' CLIPModel."""
+    return {name: value.reshape(()) if name == _SCALE else value for name, value in weights.items()}
+
+
+def from_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_huggingface`."""
+    return {name: value.reshape(1) if name == _SCALE else value for name, value in weights.items()}
 
 
 def _names(config: ClipConfig) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """CLIP (Radford et al. 2021): pictures and captions in one space, where those that belong together lie close.
 
 The towers are those of `transformers`, and the state-dict keys those of its `CLIPModel`; `dalle_ds.interop` reads and
-writes OpenAI's and open_clip's layouts.
+writes others' layouts.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class Clip(nn.Module):
             tokenizer.check(config)
         self.config = config
         self.tokenizer = tokenizer
-        towers = _towers(config)
-        self.vision_model, self.visual_projection = towers.vision_model, towers.visual_projection
-        self.text_model, self.text_projection = towers.text_model, towers.text_projection
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+        vision, text = _towers(config)
+        self.vision_model, self.visual_projection = vision.vision_model, vision.visual_projection
+        self.text_model, self.text_projection = text.text_model, text.text_projection
+        # Not (), as in other programs' files: DeepSpeed's engine cannot broadcast parameters without dimensions.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(INITIAL_SCALE)))
         initialize(self, config)
         if checkpointing == "full":
             for tower in (self.vision_model, self.text_model):
@@ -95,9 +96,8 @@ class Clip(nn.Module):
         check_images(images, self.config.image_size)
         check_text(self.config, text, values=text.device.type == "cpu")
         image, caption = self._project_images(images), self._project_text(text)
-        return ClipOutput(
-            F.normalize(image, dim=-1), F.normalize(caption, dim=-1), _limited_exp(self.logit_scale.float())
-        )
+        scale = _limited_exp(self.logit_scale.float()).squeeze()
+        return ClipOutput(F.normalize(image, dim=-1), F.normalize(caption, dim=-1), scale)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor | Sequence[Image.Image], *, normalize: bool = True) -> Tensor:
@@ -226,13 +226,20 @@ def check_text(config: ClipConfig, text: Tensor, *, values: bool) -> None:
             )
 
 
-def _towers(config: ClipConfig) -> Any:
-    """`transformers`' CLIPModel of this shape."""
+def _towers(config: ClipConfig) -> tuple[Any, Any]:
+    """The two parts of `transformers`' CLIPModel of this shape: all of it but the logit scale."""
     try:
-        from transformers import CLIPConfig, CLIPModel
+        from transformers import (
+            CLIPTextConfig,
+            CLIPTextModelWithProjection,
+            CLIPVisionConfig,
+            CLIPVisionModelWithProjection,
+        )
     except ImportError as error:
         raise ConfigError("CLIP needs transformers: pip install 'dalle-ds[clip]'") from error
-    return CLIPModel(CLIPConfig(**huggingface_config(config)))
+    fields = huggingface_config(config)
+    vision, text = CLIPVisionConfig(**fields["vision_config"]), CLIPTextConfig(**fields["text_config"])
+    return CLIPVisionModelWithProjection(vision), CLIPTextModelWithProjection(text)
 
 
 def huggingface_config(config: ClipConfig) -> dict[str, Any]:

@@ -87,6 +87,6 @@ def _whole(parameter: Tensor) -> AbstractContextManager[object]:
     """Within it, a parameter that ZeRO-3 has divided is whole; what is done to it there is kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([parameter], modifier_rank=0)
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
