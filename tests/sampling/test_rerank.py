@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import runpy
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -35,8 +37,10 @@ from dalle_ds.sampling import (
 )
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.tokenizer import Tokenizer
-from tests.conftest import ROOT, TINY_DALLE
+from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+from tests.sampling.two_processes import results
 
+WORKER = Path(__file__).with_name("two_processes.py")
 PROMPTS = ["a red circle", "a blue square"]
 
 
@@ -380,6 +384,26 @@ def test_the_launcher_says_what_is_wrong(
     status, said = launch("--prompt", "a", *[option.format(**places) for option in options], clip=None)
     assert status == 1 and words in said and len(said.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.launch
+def test_a_tensor_group_ranks_as_one_process_does(folders: Path, tmp_path: Path) -> None:
+    """Candidates, completions and the best of both; and processes whose scores differ go on to draw the same."""
+    job = {"export": "transformer", "clip": "clip", "picture": "red.png"}
+    job = {name: str(folders / path) for name, path in job.items()} | {"out": str(tmp_path)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [*deepspeed_command(2), str(WORKER), str(tmp_path / "job.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    whole = results(job)
+    for name in ("whole", "completed"):
+        assert first[name] == whole[name]
+        assert len({str(codes) for of_prompt in whole[name]["codes"] for codes in of_prompt}) == 4
+    assert first["fingerprints"] == whole["fingerprints"]
+    assert [number for number, _ in first["agreed"][0]][:2] == [0, 2]
 
 
 def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
