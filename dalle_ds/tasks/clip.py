@@ -40,6 +40,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
     """
 
     name = "clip"
+    built_whole = True  # its towers come from `transformers`, and get their weights afterwards
 
     def __init__(self, run: ClipRun) -> None:
         super().__init__(run)

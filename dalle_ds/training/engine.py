@@ -30,6 +30,8 @@ def build_engine(
     config: EngineConfig,
     mesh: Mesh,
     seed: int = 0,
+    *,
+    whole: bool = False,
 ) -> Any:
     """A DeepSpeed engine around a new model and its AdamW, on the mesh's device. Collective.
 
@@ -37,6 +39,8 @@ def build_engine(
 
     Args:
         seed: of random rounding.
+        whole: build all of the model on every process before ZeRO-3 divides it, for models whose weights are not drawn layer
+            by layer as these are made.
 
     Raises:
         ConfigError: DeepSpeed refuses its configuration.
@@ -49,17 +53,12 @@ def build_engine(
     try:
         with deepspeed.zero.Init(
             config_dict_or_path=config.deepspeed,
-            enabled=config.zero_stage == 3,
+            enabled=config.zero_stage == 3 and not whole,
             mpu=mesh,
             data_parallel_group=mesh.get_data_parallel_group(),
         ):
             model = build_model()
         model.to(mesh.device)
-        for parameter in model.parameters():
-            if parameter.ndim == 0:
-                # DeepSpeed fails at broadcasting these; all processes have drawn the same weights anyway. By this mark, which
-                # nothing else in it looks at, it leaves them out.
-                parameter.ds_optim_param = True
         optimizer = AdamW(
             parameter_groups(model),
             lr=optim.lr,

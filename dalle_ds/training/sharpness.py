@@ -84,29 +84,9 @@ class SharpPasses(Passes):
 
     @torch.no_grad()
     def _perturb(self, factor: float) -> None:
-        weights, gradients = self._matched()
-        torch._foreach_add_(
-            weights, [g.to(w.device, w.dtype) for w, g in zip(weights, gradients, strict=True)], alpha=factor
-        )
-
-    def _matched(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Pieces of the fp32 weights, and their gradients: of every parameter group, both lie end to end in the same order."""
-        weights: list[Tensor] = []
-        gradients: list[Tensor] = []
-        shards = list(zip(self._weights.shards, self._weights.group_of, strict=True))
-        for number, pieces in enumerate(self._gradients.groups()):
-            flats = [shard.detach().view(-1) for shard, group in shards if group == number]
-            rests = iter([piece.reshape(-1) for piece in pieces])
-            rest = next(rests, None)
-            for flat in flats:
-                while flat.numel() and rest is not None:
-                    length = min(flat.numel(), rest.numel())
-                    weights.append(flat[:length])
-                    gradients.append(rest[:length])
-                    flat, rest = flat[length:], rest[length:]
-                    rest = rest if rest.numel() else next(rests, None)
-            assert rest is None, "more gradients than weights"
-        return weights, gradients
+        weights, gradients = matched(self._weights, self._gradients)
+        moves = [gradient.to(weight.device, weight.dtype) for weight, gradient in zip(weights, gradients, strict=True)]
+        torch._foreach_add_(weights, moves, alpha=factor)
 
     def _publish(self) -> None:
         """Bring the module's weights in line with the perturbed ones, and forget the gradient.
@@ -117,3 +97,26 @@ class SharpPasses(Passes):
         self._engine.client_optimizer.skip = True
         self._passes.step()
         self._engine.global_steps -= 1  # it was none
+
+
+def matched(weights: MasterWeights, gradients: MasterGradients) -> tuple[list[Tensor], list[Tensor]]:
+    """This process's fp32 weights in pieces, 1-D views, and the gradient of each.
+
+    Of every parameter group, both lie end to end in the same order, however they are cut; only weights have padding.
+    """
+    pieces: list[Tensor] = []
+    theirs: list[Tensor] = []
+    shards = list(zip(weights.shards, weights.group_of, strict=True))
+    for number, group in enumerate(gradients.groups()):
+        waiting = [piece.reshape(-1) for piece in reversed(group)]
+        for shard, owner in shards:
+            rest = shard.detach().view(-1)[: shard.numel() if owner == number else 0]
+            while len(rest) and waiting:
+                length = min(len(rest), len(waiting[-1]))
+                pieces.append(rest[:length])
+                theirs.append(waiting[-1][:length])
+                rest, waiting[-1] = rest[length:], waiting[-1][length:]
+                if not len(waiting[-1]):
+                    waiting.pop()
+        assert not waiting, "gradients without weights"
+    return pieces, theirs
