@@ -73,7 +73,10 @@ class Clip(nn.Module):
             tokenizer.check(config)
         self.config = config
         self.tokenizer = tokenizer
+        # The towers draw weights too, how many depends on whether ZeRO-3 divides them meanwhile.
+        random = torch.get_rng_state()
         vision, text = _towers(config)
+        torch.set_rng_state(random)
         self.vision_model, self.visual_projection = vision.vision_model, vision.visual_projection
         self.text_model, self.text_projection = text.text_model, text.text_projection
         # Not (), as in other programs' files: DeepSpeed's engine cannot broadcast parameters without dimensions.
