@@ -111,7 +111,7 @@ CLIP_SHAPES: dict[str, ClipConfig] = {
     "toy": ClipConfig(
         embed_dim=64,
         image_size=32,
-        patch_size=4,
+        patch_size=8,
         vision_width=128,
         vision_depth=4,
         vision_heads=2,
