@@ -31,8 +31,6 @@ class Task(ABC, Generic[RunConfig]):
 
     name: str
     """Names the stage in run directories and messages: "dvae", "transformer"."""
-    built_whole: bool = False
-    """Whether ZeRO-3 must divide the model once it is whole, and not layer by layer as they are made."""
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run

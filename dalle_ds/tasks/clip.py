@@ -40,7 +40,6 @@ class ClipTask(WholeBatchTask[ClipRun]):
     """
 
     name = "clip"
-    built_whole = True  # its towers come from `transformers`, and get their weights afterwards
 
     def __init__(self, run: ClipRun) -> None:
         super().__init__(run)
@@ -148,6 +147,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def export(self, model: nn.Module, folder: Path) -> None:
         """A folder that `Clip.from_pretrained` reads: the model and its tokenizer."""
         cast(Clip, model).save_pretrained(folder)
+        self.tokenizer.save(folder)  # a model that is read from a checkpoint writes its weights only
 
     def flops_per_sample(self) -> float:
         config = self.run.model

@@ -30,8 +30,6 @@ def build_engine(
     config: EngineConfig,
     mesh: Mesh,
     seed: int = 0,
-    *,
-    whole: bool = False,
 ) -> Any:
     """A DeepSpeed engine around a new model and its AdamW, on the mesh's device. Collective.
 
@@ -39,8 +37,6 @@ def build_engine(
 
     Args:
         seed: of random rounding.
-        whole: build all of the model on every process before ZeRO-3 divides it, for models whose weights are not drawn layer
-            by layer as these are made.
 
     Raises:
         ConfigError: DeepSpeed refuses its configuration.
@@ -53,7 +49,7 @@ def build_engine(
     try:
         with deepspeed.zero.Init(
             config_dict_or_path=config.deepspeed,
-            enabled=config.zero_stage == 3 and not whole,
+            enabled=config.zero_stage == 3,
             mpu=mesh,
             data_parallel_group=mesh.get_data_parallel_group(),
         ):

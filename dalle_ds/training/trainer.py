@@ -180,9 +180,7 @@ class Trainer:
         """The engine with fresh weights, and all that trains beside it."""
         run, config = self.run, self.config
         task, mesh = self.task, self.mesh
-        engine = build_engine(
-            self._build_model, task.parameter_groups, run.optim, config, mesh, run.seed, whole=task.built_whole
-        )
+        engine = build_engine(self._build_model, task.parameter_groups, run.optim, config, mesh, run.seed)
         scales = None
         if task.scaling is not None and (config.precision == "fp16" or task.scaling.in_fp32):
             blocks = task.resblocks(engine.module)

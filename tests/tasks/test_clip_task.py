@@ -25,6 +25,7 @@ from dalle_ds.models.clip_pixels import square_pixels
 from dalle_ds.models.contrastive import contrastive_loss
 from dalle_ds.tasks.clip import ClipTask, recalls
 from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.training.export import export_checkpoint
 from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
 
 SHAPE = ClipConfig(
@@ -323,6 +324,10 @@ def test_a_run_begins_with_another_clip_and_goes_on_bit_for_bit(
     assert any("validation/recall@1" in line for line in lines)
     one, two = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("straight", "resumed"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+    export_checkpoint(tmp_path / "straight", out=tmp_path / "again")
+    assert (
+        Clip.from_pretrained(tmp_path / "again").fingerprint == Clip.from_pretrained(tmp_path / "straight").fingerprint
+    )
     moved = [name for name, value in initial.state_dict().items() if not torch.equal(value, one[name])]
     assert len(moved) > 20
     # Four updates of Adam go no further than four times the rate, and decay takes a little.
