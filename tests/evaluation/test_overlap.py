@@ -28,6 +28,7 @@ from dalle_ds.evaluation.overlap import neighbours as neighbours_module
 from dalle_ds.evaluation.overlap.embeddings import Embeddings, embed_split
 from dalle_ds.evaluation.overlap.neighbours import nearest
 from dalle_ds.evaluation.overlap.page import Pair, write_page
+from dalle_ds.evaluation.sets import without_overlap
 
 SIDE = 16
 PLANTED = {0: 11, 3: 4, 6: 30}
@@ -117,6 +118,8 @@ def test_planted_copies_are_found_and_nothing_else(sets: SimpleNamespace, tmp_pa
     validation = PairDataset.open(sets.validation, "train")
     assert overlap["rows"] == sorted(sets.planted) and overlap["threshold"] == 0.9
     assert (overlap["split"], overlap["fingerprint"], overlap["of"]) == ("train", validation.fingerprint, 8)
+    kept = without_overlap(tmp_path / "overlap.json", validation)  # what launchers/evaluate.py does with the file
+    assert kept.tolist() == [row not in sets.planted for row in range(8)]
     lines = [json.loads(line) for line in (tmp_path / "neighbours.jsonl").read_text().splitlines()]
     assert [line["similarity"] for line in lines] == sorted((line["similarity"] for line in lines), reverse=True)
     assert {line["row"]: line["nearest"] for line in lines[:3]} == sets.planted
