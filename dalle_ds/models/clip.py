@@ -84,7 +84,9 @@ class Clip(nn.Module):
         initialize(self, config)
         if checkpointing == "full":
             for tower in (self.vision_model, self.text_model):
-                tower.gradient_checkpointing_enable({"use_reentrant": False})
+                # The older name is that of transformers 4.
+                enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
 
     def forward(self, images: Tensor, text: Tensor) -> ClipOutput:
         """Embeddings of pictures and captions, with gradients.

@@ -71,7 +71,7 @@ def _square(image: Image.Image, size: int) -> Tensor:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
