@@ -1,0 +1,92 @@
+"""Candidates: the same ones for every n, kept and found again, and never taken for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.evaluation.candidates import CAPTIONS, Candidates, best_of
+from dalle_ds.evaluation.dealing import dealt
+from dalle_ds.models import Dalle
+from dalle_ds.parallel import Mesh
+from dalle_ds.sampling import Sampling, TextToImage
+
+TEXTS = [f"a {colour} circle" for colour in ("red", "green", "blue", "orange", "purple", "black")]
+ALONE = Mesh(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(transformer_export: Path) -> TextToImage:
+    return TextToImage.from_pretrained(transformer_export)
+
+
+def make(pipeline: TextToImage, folder: Path | None = None, **changes: object) -> Candidates:
+    options: dict = {"num": 3, "sampling": Sampling(), "seed": 5, **changes}
+    candidates = Candidates(pipeline, options.pop("captions", TEXTS), folder=folder, **options)
+    if folder is not None:
+        candidates.prepare(candidates.protocol("fp32", "weights"))
+    return candidates
+
+
+def all_codes(candidates: Candidates) -> torch.Tensor:
+    return torch.cat([candidates.codes(rows) for rows in dealt(len(candidates.captions), ALONE, chunk=CAPTIONS)])
+
+
+def test_the_best_of_the_first_n() -> None:
+    scores = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.5, 0.5, 0.1, 0.2]])
+    assert [best_of(scores, n).tolist() for n in (1, 2, 3, 4)] == [[0, 0], [1, 0], [1, 0], [3, 0]]
+
+
+def test_fewer_candidates_are_the_first_of_more(pipeline: TextToImage) -> None:
+    assert torch.equal(all_codes(make(pipeline, num=5))[:, :3], all_codes(make(pipeline)))
+
+
+def test_kept_candidates_are_found_again(pipeline: TextToImage, tmp_path: Path) -> None:
+    first = make(pipeline, tmp_path / "kept")
+    codes = all_codes(first)
+    assert first.drawn == 18 and torch.equal(codes, all_codes(make(pipeline)))
+    again = make(pipeline, tmp_path / "kept")
+    assert torch.equal(all_codes(again), codes) and again.drawn == 0
+
+
+def test_a_damaged_file_is_drawn_again(pipeline: TextToImage, tmp_path: Path) -> None:
+    codes = all_codes(make(pipeline, tmp_path))
+    kept = sorted(tmp_path.glob("*.safetensors"))
+    assert len(kept) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:-40])
+    again = make(pipeline, tmp_path)
+    assert torch.equal(all_codes(again), codes) and again.drawn == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num", 4, "num: 3 there, 4 asked for"),
+        ("seed", 6, "seed: 5 there, 6 asked for"),
+        ("sampling", Sampling(temperature=0.5), "sampling.temperature: 1.0 there, 0.5 asked for"),
+        ("captions", TEXTS[::-1], "captions: "),
+    ],
+)
+def test_other_candidates_are_refused(
+    pipeline: TextToImage, tmp_path: Path, name: str, value: object, words: str
+) -> None:
+    make(pipeline, tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        make(pipeline, tmp_path, **{name: value})
+
+
+def test_another_transformers_candidates_are_refused(pipeline: TextToImage, tmp_path: Path) -> None:
+    candidates = make(pipeline, tmp_path)
+    assert isinstance(pipeline.model, Dalle)
+    with pytest.raises(ConfigError, match="transformer: 'weights' there, 'others' asked for"):
+        candidates.prepare(candidates.protocol("fp32", "others"))
+
+
+def test_a_folder_of_something_else_is_left_alone(pipeline: TextToImage, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="holds something else"):
+        make(pipeline, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]

@@ -1,0 +1,304 @@
+"""Whole evaluations of tiny models, in one process and in several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle_ds.data import PairDataset
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.evaluation import folders, of_pictures, run
+from dalle_ds.evaluation.features import FeatureNetwork
+from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.results import Result, compare
+from dalle_ds.evaluation.run import evaluate
+from dalle_ds.evaluation.sets import choose_captions, pictures_of
+from dalle_ds.models import Clip, DiscreteVAE
+from dalle_ds.parallel import Mesh
+from dalle_ds.sampling import TextToImage
+from tests.conftest import ROOT, deepspeed_command
+from tests.references import reference
+
+ALONE = Mesh(0, 1, torch.device("cpu"))
+
+
+class Colours(nn.Module):
+    """A network whose features are means of colours, and whose classes are red, green and blue."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        means = pixels.float().mean(dim=(2, 3)) / 255
+        return torch.cat([means, means.square()], dim=1), 50 * means
+
+
+NETWORK = FeatureNetwork("colours", "00", "colour_distance", "colour_score", Colours())
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that take no time."""
+    for module in (run, folders):
+        monkeypatch.setattr(module, "load_network", lambda *_: NETWORK)
+
+
+@pytest.fixture
+def options(
+    data: Path, dvae_export: Path, transformer_export: Path, clip_exports: tuple[Path, Path], tmp_path: Path
+) -> EvaluateOptions:
+    """Of all parts."""
+    return EvaluateOptions(
+        out=str(tmp_path / "out"),
+        data=str(data),
+        transformer=str(transformer_export),
+        dvae=str(dvae_export),
+        clip=str(clip_exports[0]),
+        judge=str(clip_exports[1]),
+        captions=7,
+        best_of="1,3",
+        blur="0,2",
+        device="cpu",
+    )
+
+
+def test_all_parts_are_measured_and_written(options: EvaluateOptions, quick: None) -> None:
+    result = evaluate(options, ALONE)
+    out = Path(options.out)
+    assert Result.load(out / "result.json") == result
+    assert {path.name for path in out.iterdir()} == {
+        *("result.json", "evaluation.html", "captions.jsonl"),
+        *("codebook.png", "reconstructions.png", "pictures.png"),
+    }
+    groups = {name.split("/")[0] for name in result.metrics}
+    assert groups == {"reconstruction", "codebook", "likelihood", "real", "best_of_1", "best_of_3"}
+    assert all(np.isfinite(value) for value in result.metrics.values())
+    assert result.metrics["codebook/used"] + result.metrics["codebook/dead"] == 32
+    assert result.metrics["best_of_3/reranker_score"] > result.metrics["best_of_1/reranker_score"]
+    assert result.notes == []
+    lines = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+    chosen = choose_captions(PairDataset.open(str(options.data), "validation"), 7, 0)
+    assert [(line["caption"], line["row"]) for line in lines] == [(caption.text, caption.row) for caption in chosen]
+    assert all(line["best"]["1"] == 0 and 0 <= line["best"]["3"] < 3 for line in lines)
+
+
+def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: None) -> None:
+    """From pictures that the public interface draws, by torch-fidelity's formulas, without a blur."""
+    options = replace(options, best_of="3", blur="0")
+    result = evaluate(options, ALONE)
+    dataset = PairDataset.open(str(options.data), "validation")
+    captions = [caption.text for caption in choose_captions(dataset, 7, 0)]
+    pipeline = TextToImage.from_pretrained(str(options.transformer))
+    clip, judge = Clip.from_pretrained(str(options.clip)), Clip.from_pretrained(str(options.judge))
+
+    def pixels(pictures: list[Image.Image]) -> Tensor:
+        return torch.stack([torch.tensor(np.asarray(picture)) for picture in pictures]).permute(0, 3, 1, 2)
+
+    drawn = pipeline.generate(captions, num=3)
+    best = []
+    for caption, candidates in zip(captions, drawn, strict=True):
+        scores = clip.embed_images(pixels(candidates) / 255) @ clip.embed_texts([caption])[0]
+        best.append(candidates[int(scores.argmax())])
+    fake, real = pixels(best), pictures_of(dataset, range(len(dataset)), 16)
+    fid, isc = reference("torch_fidelity.metric_fid"), reference("torch_fidelity.metric_isc")
+    statistics = [fid.fid_features_to_statistics(NETWORK(each)[0].double()) for each in (real, fake)]
+    distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert result.metrics["best_of_3/colour_distance/blur_0"] == pytest.approx(distance, rel=1e-4)
+    score = isc.isc_features_to_metric(NETWORK(fake)[1], 7, True, 2020)["inception_score_mean"]
+    assert result.metrics["best_of_3/colour_score/blur_0"] == pytest.approx(score, rel=1e-6)
+    cosines = (judge.embed_images(fake / 255) * judge.embed_texts(captions)).sum(dim=1)
+    assert result.metrics["best_of_3/clip_score"] == pytest.approx(100 * float(cosines.clamp_min(0).mean()), rel=1e-4)
+    vae = DiscreteVAE.from_pretrained(str(options.dvae))
+    restored = (vae.decode(vae.encode(real / 255)) * 255).round().byte()
+    statistics = [fid.fid_features_to_statistics(NETWORK(each)[0].double()) for each in (real, restored)]
+    distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert result.metrics["reconstruction/colour_distance/blur_0"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_a_reranker_that_judges_itself_is_told(options: EvaluateOptions, quick: None) -> None:
+    result = evaluate(replace(options, judge=None, dvae=None, captions=4), ALONE)
+    assert len(result.notes) == 1 and "--judge" in result.notes[0]
+    assert result.protocol["judge"] == result.protocol["reranker"]
+
+
+def test_kept_pictures_give_the_same_figures(
+    options: EvaluateOptions, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, dvae=None, captions=5, pictures=str(tmp_path / "kept"))
+    first = evaluate(options, ALONE)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was drawn before")
+
+    monkeypatch.setattr(TextToImage, "generate_codes", never)
+    assert evaluate(options, ALONE).metrics == first.metrics
+
+
+def test_without_the_overlap_is_as_if_its_rows_were_not_there(
+    options: EvaluateOptions, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = PairDataset.open(str(options.data), "validation")
+    overlapping = [caption.row for caption in choose_captions(dataset, 7, 0)[:3]]
+    listed = tmp_path / "overlap.json"
+    listed.write_text(json.dumps({"split": "validation", "fingerprint": dataset.fingerprint, "rows": overlapping}))
+    both = evaluate(replace(options, without=str(listed)), ALONE)
+    assert compare(both, evaluate(options, ALONE), allow=["without"]).keys() >= {"reconstruction/psnr"}
+
+    class Fewer:
+        """The split without these rows."""
+
+        def __init__(self, whole: PairDataset) -> None:
+            self.whole = whole
+            self.rows = [row for row in range(len(whole)) if row not in overlapping]
+            self.split, self.fingerprint = whole.split, whole.fingerprint
+
+        @classmethod
+        def open(cls, folder: str, split: str) -> Fewer:
+            return cls(PairDataset.open(folder, split))
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def captions(self, row: int) -> list[str]:
+            return self.whole.captions(self.rows[row])
+
+        def picture(self, row: int, short_side: int | None = None) -> np.ndarray:
+            return self.whole.picture(self.rows[row], short_side)
+
+    kept = [caption.text for caption in choose_captions(dataset, 7, 0)[3:]]
+    monkeypatch.setattr(run, "PairDataset", Fewer)
+    monkeypatch.setattr(
+        run,
+        "choose_captions",
+        lambda fewer, *_: [
+            next(caption for caption in choose_captions(fewer, None, 0) if caption.text == text) for text in kept
+        ],
+    )
+    fewer = evaluate(options, ALONE)
+    found = {name.removeprefix("without_overlap/"): v for name, v in both.metrics.items() if name.startswith("without")}
+    assert found.keys() == fewer.metrics.keys()
+    for name, value in fewer.metrics.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def save_all(folder: Path, pictures: list[tuple[int, int, int]]) -> str:
+    """A folder of plain pictures."""
+    folder.mkdir()
+    for number, colour in enumerate(pictures):
+        Image.new("RGB", (8, 8), colour).save(folder / f"{number}.png")
+    return str(folder)
+
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def test_the_score_is_of_the_generated_pictures(tmp_path: Path, quick: None) -> None:
+    various = save_all(tmp_path / "various", [RED, GREEN, BLUE] * 20)
+    alike = save_all(tmp_path / "alike", [RED] * 30)
+    scores = {}
+    for name, real, fake in (("various", alike, various), ("alike", various, alike)):
+        result = evaluate(EvaluateOptions(out=str(tmp_path / name), real=real, fake=fake, device="cpu"), ALONE)
+        scores[name] = result.metrics["colour_score/blur_0"]
+    # Ten splits of six pictures have fewer than three kinds now and then.
+    assert scores["alike"] == pytest.approx(1) and 2 < scores["various"] < 3
+
+
+def test_the_score_is_of_drawn_pictures_too(
+    options: EvaluateOptions, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_pictures, "drawn_pixels", lambda pipeline, codes, size: _plain(len(codes), size))
+    result = evaluate(replace(options, dvae=None, best_of="1", captions=5), ALONE)
+    assert result.metrics["best_of_1/colour_score/blur_0"] == pytest.approx(1)
+    assert not any("score/blur" in name for name in result.metrics if not name.startswith("best_of"))
+
+
+def _plain(count: int, size: int) -> Tensor:
+    """Red pictures."""
+    pixels = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    pixels[:, 0] = 255
+    return pixels
+
+
+def test_equal_folders_have_no_distance_and_name_their_pictures(tmp_path: Path, quick: None) -> None:
+    colours = [(20 * i, 250 - 10 * i, 7 * i) for i in range(12)]
+    one, other = save_all(tmp_path / "one", colours), save_all(tmp_path / "other", colours)
+    result = evaluate(EvaluateOptions(out=str(tmp_path / "out"), real=one, fake=other, device="cpu"), ALONE)
+    assert abs(result.metrics["colour_distance/blur_0"]) < 1e-7
+    assert result.models["pictures"] == result.protocol["set"]["fingerprint"]
+
+
+def test_folders_of_several_sizes_need_one(tmp_path: Path, quick: None) -> None:
+    one, other = save_all(tmp_path / "one", [RED, BLUE]), save_all(tmp_path / "other", [RED, GREEN])
+    Image.new("RGB", (9, 8)).save(tmp_path / "other" / "0.png")
+    options = EvaluateOptions(out=str(tmp_path / "out"), real=one, fake=other, device="cpu")
+    with pytest.raises(ConfigError, match="sides of 8, 9 pixels: say with --size"):
+        evaluate(options, ALONE)
+    assert evaluate(replace(options, size=8), ALONE).protocol["pictures"]["size"] == 8
+    (tmp_path / "other" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1\.png"):
+        evaluate(replace(options, size=8), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "nothing to measure on"),
+        ({"data": "d"}, "nothing to measure: give --transformer"),
+        ({"data": "d", "transformer": "t", "best_of": "1,8"}, "needs a model that chooses"),
+        ({"data": "d", "transformer": "t", "best_of": "1,x"}, "numbers with commas"),
+        ({"data": "d", "transformer": "t", "best_of": "0"}, "at least 1"),
+        ({"data": "d", "dvae": "t", "blur": "-1"}, "0 or greater"),
+        ({"data": "d", "dvae": "t", "blur": ""}, "0 or greater"),
+        ({"data": "d", "dvae": "t", "captions": 0}, "captions must be at least 1"),
+        ({"data": "d", "dvae": "t", "temperature": -1.0}, "temperature"),
+        ({"real": "r"}, "belong together"),
+        ({"real": "r", "fake": "f", "dvae": "d"}, "leave --data and the models out"),
+    ],
+)
+def test_options_that_ask_for_nothing_are_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        EvaluateOptions(out="o", **fields)  # type: ignore[arg-type]
+
+
+def test_a_dvae_is_no_transformer(options: EvaluateOptions) -> None:
+    with pytest.raises(CheckpointError, match="'dvae' model"):
+        evaluate(replace(options, transformer=options.dvae), ALONE)
+
+
+@pytest.mark.launch
+def test_two_processes_find_the_same_and_results_are_compared(options: EvaluateOptions, tmp_path: Path) -> None:
+    """By the launcher, with the real feature network."""
+    command = ["launchers/evaluate.py", "--device", "cpu", "--captions", "9", "--best_of", "1,2", "--blur", "0"]
+    for name in ("data", "transformer", "dvae", "clip", "judge"):
+        command += [f"--{name}", str(getattr(options, name))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for start, out in (([sys.executable], "one"), (deepspeed_command(2), "two")):
+        done = subprocess.run(
+            [*start, *command, "--out", str(tmp_path / out)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (Result.load(tmp_path / out / "result.json") for out in ("one", "two"))
+    figures = compare(one, two)
+    assert figures.keys() == one.metrics.keys() and "best_of_2/efficientnet_frechet/blur_0" in figures
+    for name, (first, second) in figures.items():
+        assert first == pytest.approx(second, rel=1e-6, abs=1e-9), name
+    assert not any("fid" in name or "inception" in name for name in figures)
+    results = [str(tmp_path / out / "result.json") for out in ("one", "two")]
+    told = subprocess.run(
+        [sys.executable, "launchers/evaluate.py", "compare", *results], cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 0 and "transformer: the same" in told.stdout and "codebook/perplexity" in told.stdout
+    content = json.loads(Path(results[1]).read_text())
+    content["protocol"]["captions"]["number"] = 8
+    Path(results[1]).write_text(json.dumps(content))
+    told = subprocess.run(
+        [sys.executable, "launchers/evaluate.py", "compare", *results], cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 1 and "captions.number: 9 and 8" in told.stderr
