@@ -25,12 +25,12 @@ from dalle_ds.data.images import decode_image
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_json, write_text
 from dalle_ds.parsing import parse_json, shown
+from dalle_ds.sampling.command import LIST_NAME
+from dalle_ds.sampling.prompts import read_prompts
 
 TEMPLATE = Path(__file__).with_name("study.html")
 KEY_NAME = "key.json"
 KIND = "key of a study"
-LIST_NAME = "pictures.json"
-"""What a folder of `launchers/generate.py` has: a list of {"caption", "picture"}, of file names beside it."""
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
@@ -65,7 +65,7 @@ def make_study(options: MakeOptions) -> dict[str, Any]:
         raise ConfigError(f"out must be a folder that does not exist yet, found {out}: votes belong to one study")
     if options.pairs_per_page < 1:
         raise ConfigError(f"pairs_per_page must be at least 1, found {options.pairs_per_page}")
-    captions = None if options.captions is None else read_captions(options.captions)
+    captions = None if options.captions is None else read_prompts(options.captions)
     of_a, of_b = pictures_of(options.a, captions), pictures_of(options.b, captions)
     if of_a.keys() != of_b.keys():
         caption = min(of_a.keys() ^ of_b.keys())
@@ -131,23 +131,6 @@ def for_script(content: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def read_captions(path: str | Path) -> list[str]:
-    """The lines of a text file; empty ones are left out.
-
-    Raises:
-        DataError: it cannot be read, or has no captions, or one twice.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the captions in {path} cannot be read: {error}; name a text file") from error
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise DataError(f"{path} has no captions: write one on each line")
-    _refuse_twice(captions, path)
-    return captions
-
-
 def pictures_of(source: str, captions: Sequence[str] | None) -> dict[str, Path]:
     """Caption → picture.
 
@@ -194,14 +177,6 @@ def _listed(path: Path) -> dict[str, Path]:
     if absent is not None:
         raise DataError(f"{path} names {absent}, which is not there")
     return found
-
-
-def _refuse_twice(captions: Sequence[str], where: str | Path) -> None:
-    seen: set[str] = set()
-    for caption in captions:
-        if caption in seen:
-            raise DataError(f"{where} has the caption {caption!r} twice: leave one out")
-        seen.add(caption)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

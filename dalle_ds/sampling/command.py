@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +16,22 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.files import write_bytes
+from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling.completion import default_rows, kept_rows_mask, open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pipeline import TextToImage
 from dalle_ds.sampling.progress import DrawingProgress
+from dalle_ds.sampling.prompts import read_prompts
 from dalle_ds.sampling.rerank import ClipReranker, Ranking, rank_candidates
 from dalle_ds.sampling.scores import Scores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIST_NAME = "pictures.json"
+"""In a folder of pictures: a list of {"caption", "picture", "number"}, and "score" where there are scores."""
+_OURS = re.compile(r"pictures\.json|[0-9]{5,}-[0-9]{3,}\.png")
+"""What such a folder has in it; one with anything else is not replaced."""
 KEEP = 8
 """Pictures that are kept of each prompt's candidates where nobody says."""
 
@@ -36,10 +42,13 @@ class GenerateOptions:
 
     model: str
     """Run directory of launchers/train_transformer.py, or its export."""
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """What to draw; given again, another row of pictures."""
     out: str
-    """PNG file to write: a row for each prompt."""
+    """PNG file to write, a row for each prompt. A name without a suffix is a folder instead: one PNG for each picture, and
+    pictures.json, which tells their captions."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """What to draw; given again, another row of pictures."""
+    prompts: str | None = None
+    """Text file with a prompt on each line, besides those of --prompt."""
     num: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 8
     """Pictures for each prompt. Launchers of several processes take --num for an option of theirs: call it --pictures."""
     seed: int = 0
@@ -73,8 +82,16 @@ class GenerateOptions:
     def check(self) -> None:
         """Refuse, with a ConfigError, what cannot be written or belongs to something that was not asked for."""
         out = Path(self.out)
-        if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
-            raise ConfigError(f"out must be a .png file in a folder that exists, found {self.out}")
+        is_file = out.suffix.lower() == ".png"
+        if (not is_file and out.suffix) or not out.parent.is_dir() or (out.is_dir() if is_file else out.is_file()):
+            raise ConfigError(
+                "out must be a .png file in a folder that exists, or a name without a suffix for a folder of pictures, found "
+                f"{self.out}"
+            )
+        if not is_file and out.is_dir() and not all(_OURS.fullmatch(path.name) for path in out.iterdir()):
+            raise ConfigError(f"out={self.out} is a folder with other things in it: name a new one")
+        if not self.prompt and self.prompts is None:
+            raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one on each line")
         if self.num < 1:
             raise ConfigError(f"num must be at least 1, found {self.num}")
         if self.init_rows is not None and self.init_image is None:
@@ -89,6 +106,10 @@ class GenerateOptions:
             if scores.suffix.lower() != ".json" or not scores.parent.is_dir() or scores.is_dir():
                 raise ConfigError(f"scores must be a .json file in a folder that exists, found {self.scores}")
 
+    def all_prompts(self) -> list[str]:
+        """Those of the command line, then those of the file."""
+        return [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
+
     @property
     def sampling(self) -> Sampling:
         """How codes are drawn."""
@@ -102,14 +123,14 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
         ConfigError, DataError, CheckpointError: as `TextToImage` and `Scores`.
     """
     options.check()
-    sampling = options.sampling
+    sampling, prompts = options.sampling, options.all_prompts()
     tensor = Mesh.tensor_group(options.device)
     pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype], tensor=tensor)
-    grid, prompts = pipe.model.config.grid, list(options.prompt)
+    grid = pipe.model.config.grid
     init, given = _initial(pipe, options)
     rows_given = 0 if given is None else len(given) // grid
     pictures: list[list[Image.Image]]
-    notes: list[list[str]] | None = None
+    rankings: list[Ranking] | None = None
     files = [Path(options.out)]
     if options.rerank is None:
         with DrawingProgress(
@@ -123,11 +144,16 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
             return []  # all have drawn the same
         pictures = [pipe.decode(of_prompt) for of_prompt in codes]
     else:
-        rankings, scores = _ranked(pipe, options, given)
+        rankings, scores = _ranked(pipe, options, prompts, given)
         if tensor.rank > 0:
             return []
         files.append(scores.path)
         pictures = [[one.picture for one in ranking.kept] for ranking in rankings]
+    if not files[0].suffix:
+        _write_folder(files[0], prompts, pictures, rankings)
+        return files
+    notes = None
+    if rankings is not None:
         notes = [[f"{one.score:.3f}  #{one.number}" for one in ranking.kept] for ranking in rankings]
     if init is not None:
         pictures = [[init, *of_prompt] for of_prompt in pictures]
@@ -137,6 +163,23 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
     picture_grid(list(zip(prompts, pictures, strict=True)), notes=notes).save(buffer, format="PNG")
     write_bytes(files[0], buffer.getvalue())
     return files
+
+
+def _write_folder(
+    folder: Path, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], rankings: Sequence[Ranking] | None
+) -> None:
+    """One file for each picture, and the list of them."""
+    entries: list[dict[str, Any]] = []
+    with built_beside(folder) as partial:
+        for row, (prompt, of_prompt) in enumerate(zip(prompts, pictures, strict=True)):
+            for place, picture in enumerate(of_prompt):
+                entry: dict[str, Any] = {"caption": prompt, "picture": f"{row:05}-{place:03}.png", "number": place}
+                if rankings is not None:
+                    kept = rankings[row].kept[place]
+                    entry |= {"number": kept.number, "score": kept.score}
+                picture.save(partial / entry["picture"])
+                entries.append(entry)
+        write_json(partial / LIST_NAME, entries)
 
 
 def _initial(pipe: TextToImage, options: GenerateOptions) -> tuple[Image.Image | None, Tensor | None]:
@@ -149,7 +192,9 @@ def _initial(pipe: TextToImage, options: GenerateOptions) -> tuple[Image.Image |
     return init, top_rows(pipe.dvae, init, options.init_rows)
 
 
-def _ranked(pipe: TextToImage, options: GenerateOptions, given: Tensor | None) -> tuple[list[Ranking], Scores]:
+def _ranked(
+    pipe: TextToImage, options: GenerateOptions, prompts: Sequence[str], given: Tensor | None
+) -> tuple[list[Ranking], Scores]:
     """Draw and score what the file of scores lacks, and keep it up to date."""
     from dalle_ds.models.clip import Clip
 
@@ -158,7 +203,7 @@ def _ranked(pipe: TextToImage, options: GenerateOptions, given: Tensor | None) -
     path = Path(options.out).with_suffix(".json") if options.scores is None else Path(options.scores)
     scores = Scores.open(path, _origin(pipe, options, reranker, given))
     is_first = pipe.model.tensor.rank == 0
-    prompts, known = list(options.prompt), scores.known
+    known = scores.known
     missing = sum(max(0, options.num - len(known.get(prompt, ()))) for prompt in prompts)
     grid = pipe.model.config.grid
 

@@ -38,6 +38,7 @@ class DrawingProgress:
         self._grid = grid
         self._total = pictures
         self._console = console or Console(soft_wrap=True)
+        self._expected = pictures * grid * (grid - given_rows)
         self._codes = self._pictures = 0
         self._started = self._printed = time.monotonic()
         self._bar: Bar | None = None
@@ -46,8 +47,7 @@ class DrawingProgress:
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
                 console=self._console, transient=True,
             )  # fmt: skip
-            codes = pictures * grid * (grid - given_rows)
-            self._task = self._bar.add_task("drawing", total=codes, status="")
+            self._task = self._bar.add_task("drawing", total=self._expected, status="")
             self._bar.start()
 
     def __call__(self, progress: Progress) -> None:
@@ -58,12 +58,14 @@ class DrawingProgress:
         if progress.codes.shape[1] == self._grid**2:
             self._pictures += len(progress.pictures)
         now = time.monotonic()
-        status = f"{self._pictures}/{self._total} pictures, {self._codes / max(now - self._started, 1e-9):,.0f} codes/s"
+        rate = self._codes / max(now - self._started, 1e-9)
+        status = f"{self._pictures}/{self._total} pictures, {rate:,.0f} codes/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._codes, status=status)
         elif now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
-            self._console.print(f"drawing: {status}", highlight=False)
+            left = max(0, self._expected - self._codes) / rate
+            self._console.print(f"drawing: {status}, {left:.0f} s left", highlight=False)
 
     def __enter__(self) -> DrawingProgress:
         return self

@@ -415,7 +415,10 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.Monk
         for second, done in ((5.0, 8), (10.0, 16), (11.0, 8), (19.0, 12), (21.0, 16)):
             clock[0] = second
             shown(row(done))
-    assert text.getvalue().splitlines() == ["drawing: 2/8 pictures, 2 codes/s", "drawing: 4/8 pictures, 2 codes/s"]
+    assert text.getvalue().splitlines() == [
+        "drawing: 2/8 pictures, 2 codes/s, 70 s left",
+        "drawing: 4/8 pictures, 2 codes/s, 46 s left",
+    ]
     silent = io.StringIO()
     with DrawingProgress(4, 8, console=Console(file=silent), enabled=False) as shown:
         clock[0] = 100.0
@@ -425,3 +428,41 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.Monk
     with DrawingProgress(4, 2, console=Console(file=on_terminal, force_terminal=True, width=100)) as shown:
         shown(row(16))
     assert "drawing" in on_terminal.getvalue() and "2/2 pictures" in on_terminal.getvalue()
+
+
+def test_a_folder_of_pictures(
+    launch: Callable[..., tuple[int, str]], tmp_path: Path, pipe: TextToImage, clip: Clip
+) -> None:
+    """For what measures pictures, and for studies: prompts from a file, one picture a file, and what they were drawn for."""
+    (tmp_path / "prompts.txt").write_text("a blue square\n\n  a green triangle  \n")
+    prompts = ["--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt")]
+    assert launch(*prompts, "--num", "2", out="pictures", clip=None)[0] == 0
+    every = [PROMPTS[0], "a blue square", "a green triangle"]
+    expected = [picture for row in pipe.generate(every, num=2) for picture in row]
+    listed = json.loads((tmp_path / "pictures" / "pictures.json").read_text())
+    assert [(entry["caption"], entry["number"]) for entry in listed] == [
+        (prompt, n) for prompt in every for n in (0, 1)
+    ]
+    assert same([Image.open(tmp_path / "pictures" / entry["picture"]) for entry in listed], expected)
+    assert launch(*prompts, "--num", "5", "--keep", "1", out="pictures")[0] == 0  # in the place of the former
+    best = rank_candidates(pipe, every, 5, clip, keep=1)
+    listed = json.loads((tmp_path / "pictures" / "pictures.json").read_text())
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
+    for entry, ranking in zip(listed, best, strict=True):
+        assert (entry["number"], entry["score"]) == (ranking.kept[0].number, ranking.kept[0].score)
+        assert np.array_equal(Image.open(tmp_path / "pictures" / entry["picture"]), ranking.kept[0].picture)
+    assert len(json.loads((tmp_path / "pictures.json").read_text())["prompts"]) == 3  # the scores, beside it
+
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "bad.txt").write_text("one\none\n")
+    for options, out, words in (
+        ([], "x.png", "nothing to draw: give --prompt"),
+        (["--prompts", "/nowhere"], "x.png", "/nowhere cannot be read"),
+        (["--prompts", str(tmp_path / "bad.txt")], "x.png", "the caption 'one' twice"),
+        (["--prompt", "a"], ".", "folder with other things"),
+        (["--prompt", "a"], "x.jpg", "must be a .png file in a folder that exists, or a name without a suffix"),
+    ):
+        status, said = launch(*options, out=out, clip=None)
+        assert status == 1 and words in said
+    (tmp_path / "bad.txt").unlink()
+    assert sorted(tmp_path.iterdir()) == before
