@@ -16,13 +16,10 @@ from dalle_ds.evaluation.context import Context
 from dalle_ds.evaluation.dealing import Collected, dealt
 from dalle_ds.evaluation.matching import clip_scores, recalls, retrieval_ranks
 from dalle_ds.evaluation.sets import pictures_of, stacked, to_size
-from dalle_ds.models.clip import Clip
-from dalle_ds.sampling import TextToImage, picture_grid
+from dalle_ds.sampling import Reranker, TextToImage, picture_grid
 
 SHOWN = 8
 """Captions on the sheet."""
-EMBEDDED = 64
-"""Pictures embedded at once."""
 
 
 def measure_real_matching(context: Context) -> None:
@@ -45,7 +42,7 @@ def measure_real_matching(context: Context) -> None:
 
 
 def measure_pictures(
-    context: Context, pipeline: TextToImage, candidates: Candidates, numbers: Sequence[int], reranker: Clip | None
+    context: Context, pipeline: TextToImage, candidates: Candidates, numbers: Sequence[int], reranker: Reranker | None
 ) -> list[dict[str, object]]:
     """The best of the first n candidates of every caption, for each n: appearance, and match with the caption. Collective.
 
@@ -69,7 +66,8 @@ def measure_pictures(
         codes = candidates.codes(rows)  # (B, N, W²)
         scores = torch.zeros(codes.shape[:2], dtype=torch.float64)
         if reranker is not None:
-            scores = candidate_scores(pipeline, reranker, [captions[row].text for row in rows], codes)
+            for index, row in enumerate(rows):
+                scores[index] = torch.tensor(reranker(captions[row].text, pipeline.decode(codes[index])))
         pick = torch.stack([best_of(scores, n) for n in numbers], dim=1)  # (B, numbers)
         picks.put(rows, pick)
         picked_scores.put(rows, scores.gather(1, pick))
@@ -102,20 +100,6 @@ def measure_pictures(
         {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), pick, strict=True))}
         for caption, pick in zip(captions, all_picks.tolist(), strict=True)
     ]
-
-
-def candidate_scores(pipeline: TextToImage, reranker: Clip, captions: Sequence[str], codes: Tensor) -> Tensor:
-    """Cosine of every candidate with its caption: (B, N, W²) codes → (B, N) float64 on the CPU."""
-    side = pipeline.model.config.grid
-    scores = []
-    for caption, of_caption in zip(captions, codes, strict=True):
-        text = reranker.embed_texts([caption])[0]
-        embedded = [
-            reranker.embed_images(pipeline.dvae.decode(some.view(-1, side, side).to(pipeline.device)))
-            for some in of_caption.split(EMBEDDED)
-        ]
-        scores.append((torch.cat(embedded) @ text).double().cpu())
-    return torch.stack(scores)
 
 
 def drawn_pixels(pipeline: TextToImage, codes: Tensor, size: int) -> Tensor:

@@ -26,7 +26,7 @@ from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
-from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling import ClipReranker, TextToImage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
@@ -121,7 +121,7 @@ def _measure_drawn(
     )
     if folder is not None:
         mesh.decide(lambda: candidates.prepare(candidates.protocol(options.dtype, weights)))
-    choosing = reranker if max(options.numbers) > 1 else None
+    choosing = ClipReranker(reranker) if reranker is not None and max(options.numbers) > 1 else None
     lines = measure_pictures(context, pipeline, candidates, options.numbers, choosing)
     if mesh.is_main:
         out.mkdir(parents=True, exist_ok=True)

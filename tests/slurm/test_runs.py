@@ -50,7 +50,11 @@ class Jobs:
         self.data = desk.folder / "data"
         shutil.copytree(data, self.data)  # for it gets the codes
         self.out, self.failing = desk.folder / "out", desk.folder / "failing"
-        more = {"TOKENIZER_ARGS": "--vocab_size 400", "CODES_ARGS": "--views 1", "EVALUATE_ARGS": "--num 1"}
+        more = {
+            "TOKENIZER_ARGS": "--vocab_size 400",
+            "CODES_ARGS": "--views 1",
+            "EVALUATE_ARGS": "--captions 4 --blur 0",
+        }
         self.chain = self.submit(self.out, DVAE_ARGS=DVAE, TRANSFORMER_ARGS=TRANSFORMER, **more)
         bad = DVAE.replace("--train.batch_size 8", "--train.batch_size 7")
         self.failed = self.submit(self.failing, DVAE_ARGS=bad, **more)
