@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from rich.console import Console
@@ -29,11 +30,13 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--local_rank", type=int)  # the deepspeed launcher adds it; the environment says the rank
     options = parse_options(EvaluateOptions, first.parse_known_args(arguments)[1])
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        _report(options, evaluate(options, Mesh(0, 1, _device(options.device))))
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and (options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())):
+        keep_freed_memory()
+        _report(options, evaluate(options, Mesh(0, 1, torch.device("cpu"))))  # with no process group, at no cost
         return
     mesh = Mesh.start(options.device)
-    with Watch(mesh, explain, WatchConfig()):
+    with nullcontext() if alone else Watch(mesh, explain, WatchConfig()):
         result = evaluate(options, mesh)
         mesh.barrier()
     mesh.stop()
@@ -64,11 +67,3 @@ def _report(options: EvaluateOptions, result: Result) -> None:
     for note in result.notes:
         console.print(f"note: {note}")
     console.print(f"wrote {options.out}/result.json and {options.out}/evaluation.html")
-
-
-def _device(name: str) -> torch.device:
-    """Of a process that is alone."""
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return Mesh.start(name).device  # says what is wrong where there is none
-    keep_freed_memory()
-    return torch.device("cpu")

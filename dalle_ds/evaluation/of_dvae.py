@@ -49,7 +49,7 @@ def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
     if mesh.is_main:
 
         def picture(row: int) -> Pixels:
-            return center_crop_resize(dataset.picture(row, size), size)
+            return center_crop_resize(dataset.picture(row), size)
 
         context.sheets["codebook"] = codebook_panel(vae, all_codes.long(), picture)
         order = signals.argsort().tolist()

@@ -120,6 +120,6 @@ def _sheet(context: Context, pipeline: TextToImage, codes: Tensor, numbers: Sequ
     """The first captions: the real picture, then the best of each n."""
     rows = []
     for caption, of_caption in zip(context.captions, codes, strict=False):
-        real = center_crop_resize(context.dataset.picture(caption.row, context.size), context.size)
+        real = center_crop_resize(context.dataset.picture(caption.row), context.size)
         rows.append((caption.text, [Image.fromarray(real), *pipeline.decode(of_caption)]))
     return picture_grid(rows, titles=["real", *[f"best of {n}" for n in numbers]], cell=96, label_width=240)

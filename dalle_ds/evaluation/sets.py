@@ -19,6 +19,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json, shown
 
 RESIZE = "shorter side by Lanczos, then the central square"
+"""Of pictures decoded at their full size, for protocols."""
 Selections = dict[str, Tensor]
 """Name → (N,) bool, which of N rows or captions belong to it; "" is all of them."""
 
@@ -52,7 +53,7 @@ def choose_captions(dataset: PairDataset, number: int | None, seed: int) -> list
 
 def pictures_of(dataset: PairDataset, rows: Sequence[int], size: int) -> Tensor:
     """(B, 3, size, size) uint8 pictures of some rows, resized and cropped as `RESIZE` says."""
-    return stacked([center_crop_resize(dataset.picture(row, size), size) for row in rows])
+    return stacked([center_crop_resize(dataset.picture(row), size) for row in rows])
 
 
 def stacked(pictures: Sequence[Pixels]) -> Tensor:
@@ -124,7 +125,7 @@ class PictureFolder:
         """
         try:
             content = self.paths[row].read_bytes()
-            pixels = decode_image(content, short_side=size)
+            pixels = decode_image(content)
         except (OSError, DataError) as error:
             raise DataError(f"{self.paths[row]}: {error}; repair it or take it out") from error
         return pixels if size is None else center_crop_resize(pixels, size), hashlib.sha256(content).digest()
