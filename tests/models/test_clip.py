@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle_ds.clip_tokenizer import ClipTokenizer
-from dalle_ds.config import CLIP_SHAPES, ClipConfig, from_dict, to_dict
+from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipRun, from_dict, load_preset, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
 from dalle_ds.models import Clip, DiscreteVAE
@@ -218,7 +218,9 @@ def test_pictures_of_any_size_are_seen_as_transformers_sees_them() -> None:
     images.append(images[3].convert("L"))
     model = clip()
     theirs = transformers_clip(model)
-    wanted = theirs.get_image_features(processor(images, return_tensors="pt").pixel_values).pooler_output
+    pixels = processor(images, return_tensors="pt").pixel_values
+    assert (standardized(SMALL, square_pixels(images, size)) - pixels).abs().max() < 1e-5
+    wanted = theirs.get_image_features(pixels).pooler_output
     assert (model.embed_images(images, normalize=False) - wanted).abs().max() < TOLERANCE
     # A tensor of the same picture differs by the rounding of Pillow's bytes, as long as nothing is clipped on the way.
     for image in images[:9]:
@@ -261,6 +263,18 @@ def test_unclips_shape_is_the_papers() -> None:
     vision = 32 * (12 * 1280**2 + 13 * 1280) + 257 * 1280 + 3 * 16 * 16 * 1280 + 1280 + 4 * 1280 + 1280 * 1024
     text = 24 * (12 * 1024**2 + 13 * 1024) + (77 + 49_408) * 1024 + 2 * 1024 + 1024 * 1024
     assert sum(value.numel() for value in model.parameters()) == vision + text + 1
+
+
+def test_presets_have_the_named_shapes() -> None:
+    named = {
+        "toy": "toy",
+        "medium": "ViT-B/32",
+        "dalle-1b": "ViT-B/16",
+        "dalle-3b": "ViT-L/14",
+        "dalle-12b": "unclip-H/16",
+    }
+    for preset, shape in named.items():
+        assert load_preset(preset, "clip", ClipRun).model == CLIP_SHAPES[shape], preset
 
 
 @pytest.mark.parametrize("config", CLIP_SHAPES.values(), ids=CLIP_SHAPES)
