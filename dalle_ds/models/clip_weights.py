@@ -25,7 +25,10 @@ def initialize(model: nn.Module, config: ClipConfig) -> None:
     """Draw the weights of a `Clip` from torch's global generator, also where ZeRO-3 has divided them already."""
     for parameter, draw in _plan(model, config):
         with _whole(parameter):
-            draw(parameter)
+            # In fp32 first: 16-bit engines of ZeRO-3 have 16-bit weights by now, which would be drawn in another way.
+            drawn = torch.empty_like(parameter, dtype=torch.float32)
+            draw(drawn)
+            parameter.copy_(drawn)
 
 
 def _plan(model: Any, config: ClipConfig) -> Iterator[tuple[Tensor, Draw]]:

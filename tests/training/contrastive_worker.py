@@ -1,0 +1,235 @@
+"""Gradients of the contrastive loss behind DeepSpeed engines; started by test_contrastive.py with the deepspeed launcher.
+
+Rank 0 writes {case: what it found} to `found.pt` in the folder that it is given.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dalle_ds.config import (
+    ClipConfig,
+    ClipObjective,
+    ClipRun,
+    OptimConfig,
+    ParallelConfig,
+    SharpnessConfig,
+    TrainConfig,
+)
+from dalle_ds.models.clip import Clip
+from dalle_ds.parallel import Mesh
+from dalle_ds.tasks.base import Batch, Task
+from dalle_ds.tasks.clip import ClipTask
+
+SHAPE = ClipConfig(
+    embed_dim=16,
+    image_size=8,
+    patch_size=4,
+    vision_width=24,
+    vision_depth=2,
+    vision_heads=2,
+    text_width=20,
+    text_depth=2,
+    text_heads=2,
+    text_len=6,
+    text_vocab=30,
+)
+BATCH = 16
+RHO = 0.01
+TOO_HIGH = math.log(100) + 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and what is asked of it."""
+
+    stage: int
+    micro_batches: int = 1
+    replicas: int = 1
+    local: bool = True
+    recompute: str = "none"
+    precision: str = "fp32"
+    sharp: bool = False
+    limit: bool = False
+    """Whether the scale begins above its limit."""
+    broken: bool = False
+    """Whether the last process has a picture that is not finite."""
+    offload: bool = False
+
+
+CASES: dict[str, Case] = {  # of two processes
+    **{f"zero{stage}": Case(stage) for stage in range(4)},
+    **{f"zero{stage} cached": Case(stage, 2) for stage in range(4)},
+    "zero2 whole cached": Case(2, 2, local=False),
+    "zero3 recomputed": Case(3, 2, recompute="full"),
+    "zero3 bf16": Case(3, 2, precision="bf16"),
+    "zero1 at the limit": Case(1, limit=True),
+    "zero1 replicas cached": Case(1, 2, replicas=2),
+    "zero0 sharp": Case(0, sharp=True),
+    "zero1 sharp": Case(1, sharp=True),
+    "zero2 sharp cached": Case(2, 2, sharp=True),
+    "zero3 sharp cached": Case(3, 2, sharp=True),
+    "zero2 sharp offloaded": Case(2, 2, sharp=True, offload=True),
+    "zero1 sharp replicas": Case(1, replicas=2, sharp=True),
+    "zero3 sharp replicas": Case(3, 2, replicas=2, sharp=True),
+    "zero1 sharp broken": Case(1, 2, sharp=True, broken=True),
+    "zero3 sharp broken": Case(3, 2, sharp=True, broken=True),
+    "zero1 sharp bf16": Case(1, sharp=True, precision="bf16"),
+}
+OF_FOUR = ("zero3 cached", "zero1 replicas cached", "zero3 sharp replicas", "zero3 sharp broken", "zero1 at the limit")
+"""Those that four processes go through too, besides the plain ones."""
+
+
+def cases_of(processes: int) -> list[str]:
+    """Names of the cases of one launch."""
+    return [
+        name for name in CASES if processes == 2 or name in OF_FOUR or name in {f"zero{stage}" for stage in range(4)}
+    ]
+
+
+class BareTask(ClipTask):
+    """A `ClipTask` without data."""
+
+    def __init__(self, run: ClipRun) -> None:
+        Task.__init__(self, run)
+
+
+def plain_model(case: Case | None = None) -> Clip:
+    """Before the first update."""
+    torch.manual_seed(0)
+    model = Clip(SHAPE, checkpointing=case.recompute if case is not None else "none")  # type: ignore[arg-type]
+    if case is not None and case.limit:
+        with torch.no_grad():
+            model.logit_scale.fill_(TOO_HIGH)
+    return model
+
+
+def rows(first: int, count: int) -> Batch:
+    """Rows of the batch that all layouts share."""
+    rng = torch.Generator().manual_seed(1)
+    image = torch.rand(BATCH, 3, 8, 8, generator=rng)
+    text = torch.randint(0, SHAPE.text_vocab - 2, (BATCH, SHAPE.text_len), generator=rng)
+    text[:, 0], text[:, 4], text[:, 5] = SHAPE.start, SHAPE.end, -1
+    text[::3, 3:] = torch.tensor([SHAPE.end, -1, -1])
+    key = torch.arange(BATCH)
+    return {
+        "image": image[first : first + count],
+        "text": text[first : first + count],
+        "key": key[first : first + count],
+    }
+
+
+def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
+    """What becomes of the batch: loss, named gradients, and whether weights are as they were."""
+    from dalle_ds.training.deepspeed_config import resolve
+    from dalle_ds.training.engine import build_engine
+    from dalle_ds.training.gradients import MasterGradients
+    from dalle_ds.training.passes import passes_of
+    from dalle_ds.training.replicas import ReplicaReduction
+    from dalle_ds.training.sharpness import matched
+    from dalle_ds.training.update import Updater
+    from dalle_ds.training.weights import MasterWeights
+
+    parallel = ParallelConfig(replicas=case.replicas)
+    mesh = processes.divide(parallel)
+    own = BATCH // mesh.size("data")
+    micro = own // case.micro_batches
+    run = ClipRun(
+        model=SHAPE,
+        parallel=parallel,
+        train=TrainConfig(batch_size=BATCH, micro_batch=micro),
+        optim=OptimConfig(clip=None, second_moment_clip=None),
+        objective=ClipObjective(local_loss=case.local),
+        sharpness=SharpnessConfig(rho=RHO if case.sharp else None),
+    )
+    zero: dict[str, Any] = {"stage": case.stage, "stage3_param_persistence_threshold": 0}
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = resolve(
+        {"zero_optimization": zero, "bf16": {"enabled": case.precision == "bf16"}}, run, processes.world_size
+    )
+    task = BareTask(run)
+    engine = build_engine(lambda: plain_model(case), task.parameter_groups, run.optim, config, mesh)
+    passes = passes_of(task, engine, mesh)
+    weights, gradients = MasterWeights(engine), MasterGradients(engine)
+    reduction = None
+    if case.replicas > 1:
+        reduction = ReplicaReduction(engine, gradients, mesh, run.powersgd, 0)
+    before = [shard.detach().clone() for shard in weights.shards]
+    first = own * mesh.index("data")
+    batches = [rows(first + number * micro, micro) for number in range(case.micro_batches)]
+    if case.broken and mesh.rank == mesh.world_size - 1:
+        batches[-1]["image"][0, 0, 0, 0] = math.inf
+    found: dict[str, Any] = {}
+
+    def spied(*arguments: Any) -> None:
+        """What the update is about to step with."""
+        found["restored"] = all(map(torch.equal, before, (shard.detach() for shard in weights.shards)))
+        kept = [shard.detach().clone() for shard in weights.shards]
+        for weight, gradient in zip(*matched(weights, gradients), strict=True):
+            weight.copy_(gradient)
+        found["gradients"] = weights.consolidate()
+        for shard, value in zip(weights.shards, kept, strict=True):
+            shard.data.copy_(value)
+        return inner(*arguments)
+
+    options: dict[str, Any] = {
+        "scales": None,
+        "scaling": None,
+        "average": None,
+        "numerics": None,
+        "replicas": reduction,
+    }
+    updater = Updater(task, engine, passes, mesh, run.optim, **options)
+    inner = updater._step
+    updater._step = spied  # type: ignore[method-assign, assignment]
+    outcome = updater.update(batches, 0, 1e-3)
+    found |= {"figures": outcome.figures, "applied": outcome.applied}
+    found["unchanged"] = all(map(torch.equal, before, (shard.detach() for shard in weights.shards)))
+    found["steps"] = engine.global_steps
+    after = weights.consolidate()
+    # What the module computes with is what the optimizer keeps.
+    engine.eval()
+    whole = rows(0, BATCH)
+    with torch.no_grad():
+        found["embeddings"] = engine(whole["image"], whole["text"]).text_embeddings.float()
+    found["weights"] = after
+    every: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(every, {name: found[name] for name in ("restored", "unchanged", "applied", "embeddings")})
+    found["everywhere"] = every
+    engine.destroy()
+    return found
+
+
+def peers_sum(processes: Mesh) -> Tensor:
+    """Gradients of rows that each process weighs in its own way, under both kinds of gathering."""
+    from dalle_ds.parallel.peers import Peers
+
+    peers = Peers(processes.rank, processes.world_size)
+    own = torch.full((2, 3), float(processes.rank), requires_grad=True)
+    everyone = peers.gather(own)
+    weight = float(processes.rank + 1)
+    (everyone * weight).sum().backward()
+    return torch.cat([everyone.detach().flatten(), own.grad.flatten()])  # type: ignore[union-attr]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    processes = Mesh.start("cpu")
+    found: dict[str, Any] = {name: run_case(processes, CASES[name]) for name in cases_of(processes.world_size)}
+    found["peers"] = peers_sum(processes)
+    if processes.is_main:
+        torch.save(found, Path(sys.argv[-1]) / "found.pt")
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main()
