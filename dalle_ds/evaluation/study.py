@@ -168,8 +168,7 @@ def _listed(path: Path) -> dict[str, Path]:
         raise DataError(f'{path} must hold a list of {{"caption", "picture"}}, found {shown(entries)}')
     found: dict[str, Path] = {}
     for entry in entries:
-        strings = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("caption", "picture"))
-        if not strings:
+        if not (isinstance(entry, dict) and all(_is_text(entry.get(name)) for name in ("caption", "picture"))):
             raise DataError(f'{path} must hold a list of {{"caption", "picture"}}, found {shown(entry)} in it')
         # The first of a caption is the best of its candidates.
         found.setdefault(entry["caption"], path.parent / entry["picture"])
@@ -177,6 +176,11 @@ def _listed(path: Path) -> dict[str, Path]:
     if absent is not None:
         raise DataError(f"{path} names {absent}, which is not there")
     return found
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that can be written; JSON can have halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

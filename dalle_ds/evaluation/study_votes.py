@@ -28,6 +28,8 @@ HASTY_SHARE = 0.5
 """Voters with this share of hasty answers or more …"""
 DISSENT_SHARE = 0.5
 """… who contradict the majority of the others this often or more, did not look."""
+_LONGEST = 1e9
+"""Seconds that no answer takes."""
 Z = 1.959964
 """Of 95 % intervals."""
 
@@ -190,8 +192,11 @@ def read_key(path: str | Path) -> dict[str, Any]:
         key = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"no study at {path}: {file} cannot be read ({error})") from error
-    if not isinstance(key, dict) or key.get("kind") != KIND or not isinstance(key.get("pairs"), list):
+    fields = {"study": str, "a": str, "b": str, "pairs": list}
+    if not isinstance(key, dict) or key.get("kind") != KIND or not _has(key, fields):
         raise DataError(f"{file} is not the key of a study: name the folder that `study.py make` made")
+    if not all(isinstance(pair, dict) and _has(pair, {"id": str, "page": int, "a_is": str}) for pair in key["pairs"]):
+        raise DataError(f"{file} is damaged: make the study again, with the same seed")
     return key
 
 
@@ -223,6 +228,10 @@ def read_votes(paths: Sequence[str | Path], key: dict[str, Any]) -> list[Vote]:
     return list(votes.values())
 
 
+def _has(content: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
+    return all(isinstance(content.get(name), kind) for name, kind in fields.items())
+
+
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(path.read_bytes())
@@ -243,7 +252,7 @@ def _vote(answer: Any, content: dict[str, Any], pairs: dict[str, dict[str, Any]]
         return None
     if side not in ("left", "right", "tie") or isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return None
-    if not (math.isfinite(seconds) and seconds >= 0):
+    if not 0 <= seconds < _LONGEST:
         return None
     choice: Choice = "tie" if side == "tie" else "a" if side == pair["a_is"] else "b"
     return Vote(pair["id"], answer["question"], content["voter"], choice, float(seconds))

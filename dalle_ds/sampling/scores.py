@@ -10,7 +10,6 @@ first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,8 @@ from dalle_ds.parsing import parse_json, shown
 from dalle_ds.sampling.rerank import Ranking
 
 KIND = "scores of candidates"
+_LARGEST = 1e30
+"""What no score reaches."""
 
 
 @dataclass
@@ -89,7 +90,7 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
     kept, scores = entry.get("kept"), entry.get("scores")
     if not (isinstance(entry.get("prompt"), str) and isinstance(kept, list) and isinstance(scores, list)):
         return False
-    numbers = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+    numbers = all(isinstance(score, int | float) and abs(score) < _LARGEST for score in scores)
     return numbers and all(isinstance(one, int) and 0 <= one < len(scores) for one in kept)
 
 

@@ -34,6 +34,7 @@ from dalle_ds.evaluation.study_votes import (
 from tests.conftest import ROOT
 
 EVIL = '</script><img src=x onerror="document.title=1">&lt;b&gt; \u2028 "quoted" \\ 猫'
+HALF = '[{"caption": "\\ud83d", "picture": "p0.png"}]'
 CAPTIONS = [EVIL, *[f"caption number {number}" for number in range(1, 12)]]
 
 
@@ -176,7 +177,7 @@ def test_mistakes_in_making_are_named(folders: Path) -> None:
     (b / "pictures.json").write_text(json.dumps([{"caption": "another", "picture": "../absent.png"}]))
     with pytest.raises(DataError, match=r"absent\.png, which is not there"):
         make(folders)
-    for wrong in ("{", "[]", '["a"]', '[{"caption": 3, "picture": "p0.png"}]'):
+    for wrong in ("{", "[]", '["a"]', '[{"caption": 3, "picture": "p0.png"}]', HALF):
         (b / "pictures.json").write_text(wrong)
         with pytest.raises(DataError, match=r"pictures\.json"):
             make(folders)
@@ -323,8 +324,8 @@ def test_votes_of_another_study_or_changed_are_refused(folders: Path) -> None:
     first = content["answers"][0]
     for change in (
         {"pair": "99999"}, {"pair": key["pairs"][-1]["id"]}, {"pair": None}, {"question": "beauty"}, {"answer": "a"},
-        {"seconds": -1}, {"seconds": float("nan")}, {"seconds": True}, {"seconds": "4"}, {"answer": ["left"]},
-        {"question": ["realism"]},
+        {"seconds": -1}, {"seconds": float("nan")}, {"seconds": True}, {"seconds": "4"}, {"seconds": 10**400},
+        {"answer": ["left"]}, {"question": ["realism"]},
     ):  # fmt: skip
         file.write_text(json.dumps({**content, "answers": [{**first, **change}]}))
         with pytest.raises(DataError, match="was changed"):
@@ -335,6 +336,10 @@ def test_votes_of_another_study_or_changed_are_refused(folders: Path) -> None:
             count(folders, [str(file)])
     with pytest.raises(DataError, match="no study at"):
         count_study(CountOptions(votes=(str(file),), study=str(folders / "nowhere")))
+    for damage in ({"pairs": 3}, {"pairs": [{"id": "00000"}]}, {"study": None}, {"kind": None}):
+        (folders / "broken.json").write_text(json.dumps({**key, **damage}))
+        with pytest.raises(DataError, match=r"broken\.json is"):
+            count_study(CountOptions(votes=(str(file),), study=str(folders / "broken.json")))
     with pytest.raises(ConfigError, match="no votes"):
         count(folders, [])
 

@@ -308,7 +308,14 @@ def test_scores_of_anything_else_are_refused(
     status, said = launch("--prompt", "a", "--scores", str(tmp_path / "other.json"))
     assert status == 1 and "other.json exists and holds no scores" in said
     content = json.loads(before["cats.json"])
-    for broken in ({"scores": [0.5, float("nan")]}, {"scores": "no"}, {"kept": [2]}, {"prompt": 7}):
+    for broken in (
+        {"scores": [0.5, float("nan")]},
+        {"scores": [None]},
+        {"scores": [10**400]},
+        {"scores": "no"},
+        {"kept": [2]},
+        {"prompt": 7},
+    ):
         damaged = {**content, "prompts": [{**content["prompts"][0], **broken}]}
         (tmp_path / "other.json").write_text(json.dumps(damaged))
         status, said = launch("--prompt", "a", "--scores", str(tmp_path / "other.json"))
