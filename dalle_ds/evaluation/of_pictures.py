@@ -41,6 +41,57 @@ def measure_real_matching(context: Context) -> None:
         context.record(name, "real", figures | recalls(ranks, len(pool)))
 
 
+class BestOf:
+    """What is found of the best of the first n candidates of every caption.
+
+    Args:
+        n: how many there are to choose among.
+    """
+
+    def __init__(self, context: Context, n: int) -> None:
+        assert context.network is not None
+        count = len(context.captions)
+        self.context = context
+        self.n = n
+        self.looks = Appearance(context.network, context.radii, context.of_captions, generated=True)
+        self.picks = Collected(count, dtype=torch.int64)
+        self.scores = Collected(count)
+        self.images: Collected | None = None
+        if context.judge is not None:
+            self.images = Collected(count, (context.judge.config.embed_dim,), torch.float32)
+
+    def add(self, rows: list[int], picks: Tensor, scores: Tensor, pixels: Tensor) -> None:
+        """What was chosen for some captions.
+
+        Args:
+            picks: (B,) int64, the candidates' numbers.
+            scores: (B,) theirs.
+            pixels: (B, 3, size, size) uint8 pictures of them.
+        """
+        pixels = pixels.to(self.context.mesh.device)
+        self.picks.put(rows, picks)
+        self.scores.put(rows, scores)
+        self.looks.add(rows, pixels)
+        if self.images is not None and self.context.judge is not None:
+            self.images.put(rows, self.context.judge.embed_images(pixels.float() / 255))
+
+    def record(self, texts: Tensor | None, *, chosen_by_score: bool) -> list[int]:
+        """Compute the figures, with the captions' embeddings where there is a judge; the picks of all captions. Collective."""
+        context, mesh = self.context, self.context.mesh
+        apart = distances(context.reference, self.looks.summed(mesh))
+        scores = self.scores.everything(mesh)
+        images = self.images.everything(mesh) if self.images is not None else None
+        for name, members in context.of_captions.items():
+            figures = dict(apart[name])
+            if images is not None and texts is not None:
+                figures["clip_score"] = float(clip_scores(images[members], texts[members]).mean())
+                figures |= recalls(retrieval_ranks(images[members], texts[members]), int(members.sum()))
+            if chosen_by_score:
+                figures["reranker_score"] = 100 * float(scores[members].mean())
+            context.record(name, f"best_of_{self.n}", figures)
+        return self.picks.everything(mesh).tolist()
+
+
 def measure_pictures(
     context: Context, pipeline: TextToImage, candidates: Candidates, numbers: Sequence[int], reranker: Reranker | None
 ) -> list[dict[str, object]]:
@@ -52,53 +103,32 @@ def measure_pictures(
         reranker: chooses; needed where an n is above 1.
 
     Returns:
-        One line per caption that says what was chosen, on the main process.
+        One line per caption that says what was chosen.
     """
-    assert context.network is not None
-    mesh, judge, captions = context.mesh, context.judge, context.captions
-    count, code_count = len(captions), pipeline.model.config.image_len
-    looks = {n: Appearance(context.network, context.radii, context.of_captions, generated=True) for n in numbers}
-    picks = Collected(count, (len(numbers),), torch.int64)
-    picked_scores = Collected(count, (len(numbers),))
-    shown = Collected(min(SHOWN, count), (len(numbers), code_count), torch.int64)
-    images = {n: Collected(count, (judge.config.embed_dim,), torch.float32) for n in numbers if judge is not None}
-    for rows in dealt(count, mesh, "captions drawn", CAPTIONS):
+    captions, mesh = context.captions, context.mesh
+    found = [BestOf(context, n) for n in numbers]
+    shown = Collected(min(SHOWN, len(captions)), (len(numbers), pipeline.model.config.image_len), torch.int64)
+    for rows in dealt(len(captions), mesh, "captions drawn", CAPTIONS):
         codes = candidates.codes(rows)  # (B, N, W²)
         scores = torch.zeros(codes.shape[:2], dtype=torch.float64)
         if reranker is not None:
             for index, row in enumerate(rows):
                 scores[index] = torch.tensor(reranker(captions[row].text, pipeline.decode(codes[index])))
-        pick = torch.stack([best_of(scores, n) for n in numbers], dim=1)  # (B, numbers)
-        picks.put(rows, pick)
-        picked_scores.put(rows, scores.gather(1, pick))
-        best = codes.gather(1, pick[..., None].expand(-1, -1, code_count))  # (B, numbers, W²)
-        on_sheet = [index for index, row in enumerate(rows) if row < SHOWN]
-        shown.put([rows[index] for index in on_sheet], best[on_sheet])
-        for number, n in enumerate(numbers):
-            pixels = drawn_pixels(pipeline, best[:, number], context.size).to(mesh.device)
-            looks[n].add(rows, pixels)
-            if judge is not None:
-                images[n].put(rows, judge.embed_images(pixels.float() / 255))
-    texts = caption_embeddings(context) if judge is not None else None
-    all_picks, all_scores = picks.everything(mesh), picked_scores.everything(mesh)
-    for number, n in enumerate(numbers):
-        apart = distances(context.reference, looks[n].summed(mesh))
-        embedded = images[n].everything(mesh) if judge is not None else None
-        for name, chosen in context.of_captions.items():
-            figures = dict(apart[name])
-            if texts is not None and embedded is not None:
-                figures["clip_score"] = float(clip_scores(embedded[chosen], texts[chosen]).mean())
-                figures |= recalls(retrieval_ranks(embedded[chosen], texts[chosen]), int(chosen.sum()))
-            if reranker is not None:
-                figures["reranker_score"] = 100 * float(all_scores[chosen, number].mean())
-            context.record(name, f"best_of_{n}", figures)
+        batch, best = torch.arange(len(rows)), []
+        for of_n in found:
+            picks = best_of(scores, of_n.n)
+            best.append(codes[batch, picks])
+            of_n.add(rows, picks, scores[batch, picks], drawn_pixels(pipeline, best[-1], context.size))
+        on_sheet = [row for row in rows if row < SHOWN]
+        shown.put(on_sheet, torch.stack(best, dim=1)[: len(on_sheet)])
+    texts = caption_embeddings(context) if context.judge is not None else None
+    picks_of = [of_n.record(texts, chosen_by_score=reranker is not None) for of_n in found]
     on_sheet_codes = shown.everything(mesh)
-    if not mesh.is_main:
-        return []
-    context.sheets["pictures"] = _sheet(context, pipeline, on_sheet_codes, numbers)
+    if mesh.is_main:
+        context.sheets["pictures"] = _sheet(context, pipeline, on_sheet_codes, numbers)
     return [
-        {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), pick, strict=True))}
-        for caption, pick in zip(captions, all_picks.tolist(), strict=True)
+        {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), picks, strict=True))}
+        for caption, *picks in zip(captions, *picks_of, strict=True)
     ]
 
 

@@ -13,6 +13,8 @@ from dalle_ds.parsing import parse_json, shown
 
 METHOD = 1
 """Raised whenever a figure would come out otherwise from the same pictures."""
+DEPTH = 20
+"""How deep a protocol may be nested; files that others made may be nested deeper."""
 
 
 @dataclass(frozen=True)
@@ -86,5 +88,6 @@ def flat(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dots in the names."""
     found: dict[str, Any] = {}
     for name, value in protocol.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        nested = isinstance(value, dict) and prefix.count(".") < DEPTH
+        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
