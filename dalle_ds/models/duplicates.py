@@ -5,8 +5,10 @@ in place of batch norm (Salimans and Kingma, 2016), so that no picture of a batc
 
 Without normalization, the start must see to it that signals neither grow nor vanish with depth (Arpit et al., 2019): filters
 have norm 1, times what GELU takes away, which keeps the second moment from layer to layer; the last filters of each residual
-branch have 1/√blocks besides, so that all branches together add about as much as there was. Activations stand before
-convolutions, inside the branches: on the stream itself, GELU would shrink it at every block.
+branch have 1/√blocks besides, so that all branches together add about as much as there was. But GELU's outputs have a mean,
+which all pictures share: embeddings would begin almost parallel. So training begins with `fit_start`, which takes the means
+away and sets the sizes on some pictures (Salimans and Kingma, §3). Activations stand before convolutions, inside the
+branches: on the stream itself, GELU would shrink it at every block.
 """
 
 from __future__ import annotations
@@ -40,15 +42,32 @@ class WeightNorm(nn.Module):
     Args:
         kernel: 0 for a linear layer, else the side of a convolution's kernel.
         gain: length of the filters at the start.
+        spread: standard deviation of the outputs after `fit_start`.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int, gain: float = 1.0) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, gain: float = 1.0, spread: float = 1.0
+    ) -> None:
         super().__init__()
         self.kernel = kernel
+        self.spread = spread
         self.g = nn.Parameter(torch.full((channels_out,), gain))
         self.v = nn.Parameter(torch.empty(channels_out, channels_in, *[kernel] * 2 if kernel else []))
         self.b = nn.Parameter(torch.zeros(channels_out))
         nn.init.normal_(self.v, std=1 / math.sqrt(self.v[0].numel()))
+
+    def fit_start(self, x: Tensor) -> None:
+        """Set g and b so that every output channel has mean 0 and standard deviation `spread` over these inputs.
+
+        What is set keeps 8 bits only: processes that each do this begin alike, although their machines may round otherwise.
+        """
+        with torch.no_grad():
+            self.g.fill_(1.0)
+            self.b.zero_()
+            channels = self.forward(x).float().movedim(1, 0).flatten(1)
+            length = self.spread / channels.std(dim=1).clamp_min(1e-2)
+            self.g.copy_(length.bfloat16())
+            self.b.copy_((-length * channels.mean(dim=1)).bfloat16())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, H, W) → (B, channels_out, H, W), or (B, channels_in) → (B, channels_out)."""
@@ -86,7 +105,7 @@ class Bottleneck(nn.Module):
         self.halves = halves
         self.narrow = WeightNorm(channels_in, inner, 1, _AFTER_GELU)
         self.spread = WeightNorm(inner, inner, 3, _AFTER_GELU)
-        self.widen = WeightNorm(inner, outer, 1, _AFTER_GELU * gain)
+        self.widen = WeightNorm(inner, outer, 1, _AFTER_GELU * gain, spread=gain)
         self.shortcut = WeightNorm(channels_in, outer, 1) if channels_in != outer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,6 +155,20 @@ class DuplicateDetector(nn.Module):
             x = blurred_half(x)
         x = F.gelu(self.blocks(x)).mean(dim=(2, 3))
         return self.head(x).float()
+
+    def fit_start(self, images: Tensor) -> None:
+        """Set all g and b so that each layer's outputs have mean 0 and variance 1 over these pictures, and those of residual
+        branches 1/blocks. Weights must be whole.
+
+        Args:
+            images: (B, 3, S, S) in [0, 1]; some dozens.
+        """
+        layers = [module for module in self.modules() if isinstance(module, WeightNorm)]
+        hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.fit_start(inputs[0])) for layer in layers]
+        with torch.no_grad():
+            self(images)
+        for hook in hooks:
+            hook.remove()
 
     @torch.no_grad()
     def embed_images(self, images: Tensor | Sequence[Image.Image], *, normalize: bool = True) -> Tensor:

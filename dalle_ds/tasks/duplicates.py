@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from dalle_ds.config.overlap import DuplicateRun
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.duplicates import DuplicateSamples
 from dalle_ds.data.prepare import read_info
+from dalle_ds.errors import DataError
 from dalle_ds.models.contrastive import contrastive_logits
 from dalle_ds.models.duplicates import DuplicateDetector
 from dalle_ds.parallel import WHOLE, TensorGroup
@@ -26,6 +29,8 @@ from dalle_ds.tasks.flops import training_flops
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
 
 PREVIEW_MATCHES = 4
+START_ROWS = 32
+"""Training pictures that the first weights are fitted to, each with a copy."""
 COLLAPSED = 0.01
 """Mean of 1 − cosine over pairs of embeddings below which they are all but the same."""
 
@@ -37,6 +42,22 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> DuplicateDetector:
         return DuplicateDetector(self.run.model)
+
+    def initial_weights(self) -> Mapping[str, Tensor]:
+        """Those of a model that was fitted to some training pictures and copies, the same on all processes."""
+        samples = self.samples("train")
+        views = []
+        for number in range(min(START_ROWS, len(samples))):
+            row = number * len(samples) // min(START_ROWS, len(samples))
+            with suppress(DataError):
+                arrays = samples.sample(row, np.random.default_rng((self.run.seed, row)))
+                views += [torch.as_tensor(arrays["image"]), torch.as_tensor(arrays["copy"])]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.run.seed)
+            model = self.build_model()
+        if views:
+            model.fit_start(torch.stack(views).float() / 255)
+        return model.state_dict()
 
     def samples(self, split: str) -> Samples:
         """Validation compares copies with the pictures themselves, whatever training does: so does the search for overlap."""

@@ -84,6 +84,30 @@ def test_signals_and_gradients_keep_their_size_through_fifty_blocks() -> None:
     assert 0.2 < float(stream.grad.norm()) < 20
 
 
+def test_training_begins_with_outputs_of_mean_0_and_embeddings_apart(detector: DuplicateDetector) -> None:
+    images = F.interpolate(torch.rand(24, 3, 4, 4), 16, mode="bilinear")  # pictures have smooth parts
+    parallel = detector(images)
+    detector.fit_start(images)
+    means: list[float] = []
+    spreads: dict[float, list[float]] = {}
+
+    def look(layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        assert isinstance(layer, WeightNorm)
+        channels = output.detach().movedim(1, 0).flatten(1)
+        means.append(float(channels.mean(dim=1).abs().max()) / layer.spread)
+        spreads.setdefault(layer.spread, []).extend(channels.std(dim=1).tolist())
+
+    for layer in detector.modules():
+        if isinstance(layer, WeightNorm):
+            layer.register_forward_hook(look)
+    apart = detector(images)
+    assert max(means) < 0.05  # of 8 bits
+    branches = 1 / math.sqrt(3)
+    assert set(spreads) == {1.0, branches}
+    assert all(found == pytest.approx(wanted, rel=0.02) for wanted, each in spreads.items() for found in each)
+    assert float((parallel @ parallel.T).mean()) > 0.5 and float((apart @ apart.T).mean()) < 0.1
+
+
 def test_a_picture_learns_nothing_of_the_others_in_its_batch(detector: DuplicateDetector) -> None:
     images = torch.rand(6, 3, 16, 16)
     together = detector.train()(images)

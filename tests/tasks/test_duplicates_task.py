@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ from dalle_ds.config import (
     ReportConfig,
 )
 from dalle_ds.data import PairDataset, evaluation_batches
+from dalle_ds.data.faults import RowError
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.duplicates import DuplicateDetector
 from dalle_ds.tasks.duplicates import DuplicatesTask
@@ -83,6 +85,34 @@ def test_validation_compares_copies_with_the_pictures_themselves(data: Path) -> 
     training = [task.samples("train").sample(0, np.random.default_rng(seed))["image"] for seed in range(3)]
     assert abs(float(validation["image"].mean()) - picture.mean()) < 4  # type: ignore[union-attr]
     assert len({view.tobytes() for view in training}) == 3  # type: ignore[union-attr]
+
+
+def test_every_process_begins_with_the_same_weights(task: DuplicatesTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    weights = task.initial_weights()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = DuplicatesTask(task.run).initial_weights()
+    assert weights.keys() == task.build_model().state_dict().keys()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    other = DuplicatesTask(dataclasses.replace(task.run, seed=1)).initial_weights()
+    assert not torch.equal(weights["stem.v"], other["stem.v"])
+    model = task.build_model()
+    model.load_state_dict(weights)
+    batch = task.prepare(next(evaluation_batches(task.samples("validation"), 10, rank=0, world_size=1, rows=10)))
+    _, metrics = task.loss(model, batch, 0)
+    assert metrics["spread"] > 0.5
+    # Pictures that cannot be read are left out.
+    picture = PairDataset.picture
+
+    def broken(self: PairDataset, row: int, short_side: int | None = None) -> object:
+        if row % 2:
+            raise RowError("broken")
+        return picture(self, row, short_side)
+
+    monkeypatch.setattr(PairDataset, "picture", broken)
+    assert torch.isfinite(task.initial_weights()["stem.g"]).all()
 
 
 def test_preview_export_alarm(task: DuplicatesTask, tmp_path: Path) -> None:

@@ -98,8 +98,9 @@ h1 { font-size: 1.2em; margin: 0; } p { margin: .3em 0; }
 .pair { display: flex; align-items: center; gap: 1em; padding: .5em; border-bottom: 1px solid #eee;
 border-left: 6px solid #c33; }
 .pair.below { border-left-color: #ddd; background: #fafafa; }
-.pair figure { margin: 0; width: 200px; font-size: 12px; overflow-wrap: anywhere; } .pair img { width: 128px; height: 128px;
-object-fit: contain; background: #f4f4f4; } .cosine { font-variant-numeric: tabular-nums; width: 5em; }
+.pair figure { margin: 0; width: 200px; align-self: flex-start; font-size: 12px; overflow-wrap: anywhere; }
+.pair img { width: 128px; height: 128px; object-fit: contain; background: #f4f4f4; }
+.cosine { font-variant-numeric: tabular-nums; width: 5em; }
 button[aria-pressed=true] { background: #246; color: #fff; } .wrong .cosine { color: #c33; font-weight: bold; }
 </style></head><body>
 <header>
