@@ -17,11 +17,11 @@ from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.clip_layouts import (
+    config_of_openai,
     from_huggingface,
+    from_huggingface_config,
+    from_open_clip_config,
     from_openai,
-    huggingface_fields,
-    open_clip_fields,
-    openai_config,
     plain_huggingface,
     plain_openai,
     to_huggingface,
@@ -134,14 +134,14 @@ Read = tuple[ClipConfig, dict[str, Tensor], Path]
 def _read_openai(path: Path, activation: Activation | None) -> Read:
     file = _weights_file(path)
     weights = plain_openai(_tensors(file))
-    config = openai_config(weights, activation or "quick_gelu", str(file))
+    config = config_of_openai(weights, activation or "quick_gelu", str(file))
     return config, _from_openai(weights, config, file), file
 
 
 def _read_open_clip(path: Path, activation: Activation | None) -> Read:
     file = _weights_file(path)
     description = _folder(path) / OPEN_CLIP_CONFIG
-    config = open_clip_fields(_json(description), str(description))
+    config = from_open_clip_config(_json(description), str(description))
     return config, _from_openai(plain_openai(_tensors(file)), config, file), file
 
 
@@ -149,7 +149,7 @@ def _read_huggingface(path: Path, activation: Activation | None) -> Read:
     file = _weights_file(path)
     folder = _folder(path)
     preprocessor = folder / HF_PREPROCESSOR
-    config = huggingface_fields(
+    config = from_huggingface_config(
         _json(folder / HF_CONFIG), _json(preprocessor) if preprocessor.is_file() else None, str(folder / HF_CONFIG)
     )
     weights = plain_huggingface(_tensors(file))

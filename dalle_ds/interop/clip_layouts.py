@@ -111,7 +111,7 @@ def plain_huggingface(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def openai_config(weights: Mapping[str, Tensor], activation: str, where: str) -> ClipConfig:
+def config_of_openai(weights: Mapping[str, Tensor], activation: str, where: str) -> ClipConfig:
     """The shape of the model that has these tensors, under OpenAI's names; heads are 64 wide, as OpenAI's all are.
 
     Raises:
@@ -161,7 +161,7 @@ def _heads(width: int, where: str) -> int:
     return width // 64
 
 
-def huggingface_fields(values: Any, preprocessor: Any, where: str) -> ClipConfig:
+def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipConfig:
     """The shape that the `config.json` of a `transformers` CLIPModel tells; what is left out has the defaults there.
 
     Args:
@@ -201,25 +201,30 @@ def huggingface_fields(values: Any, preprocessor: Any, where: str) -> ClipConfig
         for name, key, place in (("start_token", "bos_token_id", 2), ("end_token", "eos_token_id", 1)):
             token = text.get(key, 49_408 - place)
             fields[name] = None if token == vocabulary - place else token
-    for tower, part, width in (("vision", vision, fields["vision_width"]), ("text", text, fields["text_width"])):
-        only = {
-            "hidden_act": fields["activation"],
-            "intermediate_size": 4 * width if isinstance(width, int) else None,
-            "layer_norm_eps": _EPSILON,
-            "num_channels": 3,
-        }
-        # What transformers takes where the file says nothing.
-        default = {"intermediate_size": 3072 if tower == "vision" else 2048, "hidden_act": "quick_gelu"}
-        for name, wanted in only.items():
-            if part.get(name, default.get(name, wanted)) != wanted:
-                raise _unknown(where, f"{tower}_config.{name}", part.get(name, default.get(name)), wanted)
+    for tower, part in (("vision", vision), ("text", text)):
+        _check_huggingface_tower(tower, part, fields[f"{tower}_width"], fields["activation"], where)
     config = _config({**fields, **_standardization(preprocessor, "image_mean", "image_std", where)}, where)
     for name in ("size", "crop_size"):
-        size = None if preprocessor is None else _mapping(preprocessor, where).get(name)
-        sides = set(size.values()) if isinstance(size, dict) else {size}
-        if not sides <= {None, config.image_size}:
+        size = None if preprocessor is None else preprocessor.get(name)
+        sides = list(size.values()) if isinstance(size, dict) else [size]
+        if any(side not in (None, config.image_size) for side in sides):
             raise _unknown(where, f"preprocessor {name}", size, config.image_size)
     return config
+
+
+def _check_huggingface_tower(tower: str, part: dict[str, Any], width: Any, activation: Any, where: str) -> None:
+    """Refuse what changes the tower's arithmetic and has no field in our configuration."""
+    wanted = {
+        "hidden_act": activation,
+        "intermediate_size": 4 * width if isinstance(width, int) else None,
+        "layer_norm_eps": _EPSILON,
+        "num_channels": 3,
+    }
+    # What transformers takes where the file says nothing.
+    usual = {**wanted, "intermediate_size": 3072 if tower == "vision" else 2048, "hidden_act": "quick_gelu"}
+    for name, value in wanted.items():
+        if part.get(name, usual[name]) != value:
+            raise _unknown(where, f"{tower}_config.{name}", part.get(name, usual[name]), value)
 
 
 _OPEN_CLIP_READ = {
@@ -251,7 +256,7 @@ _OPEN_CLIP_IDLE = ("patch_dropout", "attn_pooler_", "output_tokens", "timm_", "h
 """How fields begin that change nothing once the ones above are as they must be."""
 
 
-def open_clip_fields(values: Any, where: str) -> ClipConfig:
+def from_open_clip_config(values: Any, where: str) -> ClipConfig:
     """The shape that an `open_clip_config.json` tells; what is left out has open_clip's defaults.
 
     Raises:
