@@ -92,3 +92,18 @@ def test_no_pictures_is_named() -> None:
     for rows in ([], [("label", [])]):
         with pytest.raises(DataError, match="at least one picture"):
             picture_grid(rows)
+
+
+def test_notes_stand_under_their_pictures() -> None:
+    """Below the cell, within its width, and the next row makes room for the longest."""
+    red, blue = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    rows = [("", [red, red]), ("", [blue])]
+    plain = np.asarray(picture_grid(rows, cell=64, margin=10))
+    noted = np.asarray(picture_grid(rows, cell=64, margin=10, notes=[["", "many words " * 4], ["one"]]))
+    assert noted.shape[1] == plain.shape[1] and noted.shape[0] > plain.shape[0] + 3 * 14
+    assert np.array_equal(noted[10:74], plain[10:74])
+    top = int(np.argwhere((noted == (0, 0, 255)).all(-1)).min(0)[0])
+    assert (noted[74:top, :84] == 255).all()  # the first picture has none
+    ink = np.argwhere((noted[74:top] < 160).any(-1))
+    assert ink[:, 1].min() >= 84 and ink[:, 1].max() < 148
+    assert (noted[top + 64 :, 10:74] < 160).any() and (noted[top + 64 :, 84:] == 255).all()
