@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from dalle_ds.data.boilerplate import is_boilerplate
 from dalle_ds.data.language import foreign_margin
+from dalle_ds.data.perceptual import perceptual_hash
 from dalle_ds.errors import ConfigError
 
 EMPTY = "empty caption"
@@ -120,6 +123,8 @@ class FilterOptions:
             word_list(path)
         if self.foreign_margin is not None:
             foreign_margin("a caption")
+        if self.max_hash_distance is not None:
+            perceptual_hash(np.zeros((8, 8, 3), dtype=np.uint8))
 
 
 def clean_caption(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dalle_ds.data.examine import Examined
-from dalle_ds.data.images import decode_image
+from dalle_ds.data.images import center_crop_resize, decode_image
 from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json
 
@@ -23,6 +23,9 @@ Rows = npt.NDArray[np.intp]
 
 class PictureModel(Protocol):
     """What `Clip` and `DuplicateDetector` have in common."""
+
+    config: Any
+    """With `image_size`."""
 
     def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
         """(B, D), of length 1."""
@@ -39,15 +42,22 @@ def picture_model(path: str) -> PictureModel:
 
     folder = pretrained.export_folder(path)
     kind = parse_json((folder / pretrained.CONFIG_NAME).read_bytes()).get("kind")
+    model: torch.nn.Module
     if kind == "clip":
         from dalle_ds.models import Clip
 
-        return Clip.from_pretrained(folder)
-    if kind == "duplicates":
+        model = Clip.from_pretrained(folder)
+    elif kind == "duplicates":
         from dalle_ds.models.duplicates import DuplicateDetector
 
-        return DuplicateDetector.from_pretrained(folder)
-    raise ConfigError(f"filters.duplicate_model {path} is a {kind}: give a CLIP or a duplicate detector")
+        model = DuplicateDetector.from_pretrained(folder)
+    else:
+        raise ConfigError(f"filters.duplicate_model {path} is a {kind}: give a CLIP or a duplicate detector")
+    return cast(PictureModel, model.to(_device()).eval())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def embedded(items: Iterable[Examined], model: PictureModel) -> Iterator[Examined]:
@@ -67,7 +77,14 @@ def embedded(items: Iterable[Examined], model: PictureModel) -> Iterator[Examine
 
 @torch.no_grad()
 def _embedded_batch(batch: list[Examined], model: PictureModel) -> Iterator[Examined]:
-    pictures = [Image.fromarray(decode_image(item.image)) for item in batch if item.image]
+    size = (
+        model.config.image_size
+    )  # in which the models would look at them, too: a batch of whole pictures may be large
+    pictures = [
+        Image.fromarray(center_crop_resize(decode_image(item.image, short_side=size), size))
+        for item in batch
+        if item.image
+    ]
     if pictures:
         padded = (pictures * _BATCH)[:_BATCH] if len(pictures) < _BATCH else pictures
         vectors = model.embed_images(padded).float().cpu().numpy().astype("<f2")
@@ -85,7 +102,7 @@ def close_embeddings(vectors: npt.NDArray[np.float16], rows: Rows, cosine: float
     Args:
         vectors: (N, D), of length 1.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
 
     def loaded(block: Rows) -> torch.Tensor:
         return torch.from_numpy(vectors[block].astype(np.float32)).to(device)

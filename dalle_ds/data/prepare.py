@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dalle_ds.config.checks import sound
 from dalle_ds.data import corpora, parts, twemoji
+from dalle_ds.data.coco import read_coco
 from dalle_ds.data.conceptual import read_conceptual
 from dalle_ds.data.copies import Copies, find_copies
 from dalle_ds.data.corpora import Corpus
+from dalle_ds.data.cub import read_cub
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.examine import Examined, examine
 from dalle_ds.data.filters import FilterOptions, file_digest
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 
 
-Kind = Literal["twemoji", "folder", "webdataset", "hf", "conceptual", "wit", "yfcc"]
+Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)
 _JOINED = ("conceptual", "wit", "yfcc")
 
@@ -56,8 +58,8 @@ class PrepareOptions:
     """What a preparation depends on: equal options on an equal source give an equal folder."""
 
     corpus: Kind | None = None
-    """Kind of corpus: the embedded one, a folder of pictures, WebDataset tars, a Hugging Face dataset on disk; Conceptual
-    Captions, WIT or YFCC100M."""
+    """Kind of corpus: the embedded one, a folder of pictures, WebDataset tars, a Hugging Face dataset on disk; COCO captions
+    or the test part of CUB; Conceptual Captions, WIT or YFCC100M."""
     source: str = ""
     """Where the corpus is, of the last three its table; the embedded one has no source."""
     pictures: str = ""
@@ -97,7 +99,9 @@ class PrepareOptions:
             )
         if self.pictures and self.corpus not in _JOINED:
             raise ConfigError(f"pictures belongs to the corpora {', '.join(_JOINED)}: leave it out")
-        if self.corpus in _JOINED and (self.image_column or (self.caption_column and self.corpus != "wit")):
+        if self.corpus in ("coco", "cub", *_JOINED) and (
+            self.image_column or (self.caption_column and self.corpus != "wit")
+        ):
             raise ConfigError(f"corpus {self.corpus} has columns of its own: leave out image_column and caption_column")
 
 
@@ -298,6 +302,10 @@ def _corpus(options: PrepareOptions) -> Corpus:
             return corpora.read_folder(source, *columns)
         case "hf":
             return corpora.read_hf(source, *columns)
+        case "coco":
+            return read_coco(source)
+        case "cub":
+            return read_cub(source)
         case "conceptual":
             return read_conceptual(source, options.pictures)
         case "wit":

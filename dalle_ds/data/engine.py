@@ -1,0 +1,66 @@
+"""Preparation on a Ray cluster: its parts as Ray tasks. Ray brings them to machines, and does again those that are lost.
+
+Ray, and not Spark through `datasets`: it comes as one wheel, needs no Java, and starts inside of a SLURM job. Its tasks, and
+not its data sets: how a corpus is divided, gone on with and put together is the same with Ray, as an array of jobs and in one
+process (`parts`), and so is what comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare_part
+from dalle_ds.data.report import PreparationReport
+from dalle_ds.errors import ConfigError, DalleError
+
+_STORE_BYTES = 100 * 2**20  # next to nothing goes through it: parts are files
+
+
+def prepare_with_ray(
+    options: PrepareOptions, out: str, shards: int | None = None, *, workers: int = 1, overwrite: bool = False
+) -> PreparationReport:
+    """`prepare`, its parts done by the cluster at RAY_ADDRESS, whose machines share the disk, or by this machine's cores.
+
+    Args:
+        shards: parts; None takes as many as can be done at a time.
+        workers: processes of each part, and the cores that Ray gives it.
+        overwrite: replace an earlier preparation in `out`, complete or begun.
+
+    Raises:
+        ConfigError: ray is not installed, or as `prepare`.
+        DataError: as `prepare`.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("engine ray needs Ray, which is not installed: pip install dalle-ds[ray]") from error
+    plain = PrepareOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareOptions)})
+    started = not ray.is_initialized()
+    if started and "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)
+    elif started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing needs the network
+        ray.init(include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=False)
+    try:
+        cores = max(workers, 1)
+        count = shards or max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)
+        task = ray.remote(num_cpus=cores)(_part)
+        ray.get([task.remote(Path.cwd(), plain, out, shard, count, workers, overwrite) for shard in range(count)])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DalleError):
+            raise error.cause from error
+        raise
+    finally:
+        if started:
+            ray.shutdown()
+    return merge_parts(out, count, options=plain, overwrite=overwrite)
+
+
+def _part(
+    folder: Path, options: PrepareOptions, out: str, shard: int, shards: int, workers: int, overwrite: bool
+) -> None:
+    """One part, in the folder that the command was given in, so that its paths mean the same."""
+    os.chdir(folder)
+    prepare_part(options, out, shard, shards, workers=workers, overwrite=overwrite)
