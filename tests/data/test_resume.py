@@ -1,0 +1,206 @@
+"""Preparations that are killed go on where they were, and end in the same bytes; Ray does what one process does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_ds.data import arrow, parts
+from dalle_ds.data import prepare as prepare_module
+from dalle_ds.data.corpora import Unit
+from dalle_ds.data.engine import prepare_with_ray
+from dalle_ds.data.filters import FilterOptions
+from dalle_ds.data.prepare import NothingKept, PrepareOptions, prepare, prepare_part
+from dalle_ds.errors import ConfigError, DataError
+from tests.data.conftest import picture_bytes
+from tests.data.test_prepare import all_files
+
+ROOT = Path(__file__).resolve().parents[2]
+FILTERS = FilterOptions(min_caption_words=4, max_hash_distance=0, max_caption_copies=2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(120):
+        (folder / f"{number:03d}.png").write_bytes(picture_bytes(number % 100, (90 if number % 11 == 5 else 40, 40)))
+        caption = ["a picture of a house", f"this is picture number {number}", "three short words"][number % 3]
+        (folder / f"{number:03d}.txt").write_text(f"{caption}\nanother caption of number {number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(corpus: Path) -> PrepareOptions:
+    return PrepareOptions(corpus="folder", source=str(corpus), validation=0.2, filters=FILTERS)
+
+
+@pytest.fixture(scope="module")
+def whole(options: PrepareOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What comes out where nothing is killed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    report = prepare(options, str(out))
+    assert len(report.dropped) >= 2 and report.captions_dropped
+    return out
+
+
+def step_by_step(steps: Connection, source: str, out: str) -> None:
+    """A preparation in many segments that waits for a word before each row that it writes, to a part or to the result."""
+    parts._SEGMENT_PAIRS = 20
+    add = arrow.ShardWriter.add
+
+    def awaited(writer: arrow.ShardWriter, row: dict[str, Any], size: int) -> None:
+        steps.send("row")
+        steps.recv()
+        add(writer, row, size)
+
+    arrow.ShardWriter.add = awaited  # type: ignore[method-assign]
+    prepare(PrepareOptions(corpus="folder", source=source, validation=0.2, filters=FILTERS), out)
+
+
+def test_killed_at_random_and_started_again_the_bytes_are_the_same(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """In the midst of the first segments, of later ones, and twice while the parts are put together."""
+    chance = random.Random(0)
+    out = tmp_path / "out"
+    processes = multiprocessing.get_context("forkserver")
+    segments = []
+    for least, most in ((21, 40), (41, 60), (120, 150), (1, 50)):
+        steps, far_end = processes.Pipe()
+        child = processes.Process(target=step_by_step, args=(far_end, str(corpus), str(out)))
+        child.start()
+        far_end.close()
+        for _ in range(chance.randint(least, most)):
+            assert steps.recv() == "row"
+            steps.send("go")
+        child.kill()
+        child.join()
+        segments.append(len(list(tmp_path.rglob("segment.json"))))
+    assert 0 < segments[0] < segments[1] < segments[2] == segments[3] == 6
+    assert not out.exists()
+    prepare(PrepareOptions(corpus="folder", source=str(corpus), validation=0.2, filters=FILTERS), str(out))
+    assert all_files(out) == all_files(whole)
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_what_is_done_is_not_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, whole: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 20)
+    read: list[str] = []
+    units = prepare_module._corpus(options).units
+
+    def counted(limit: int):
+        def corpus():
+            for unit in units():
+
+                def pairs(unit: Unit = unit):
+                    read.append(unit.name)
+                    if len(read) == limit:
+                        raise KeyboardInterrupt
+                    yield from unit.read()
+
+                yield Unit(unit.name, pairs)
+
+        return lambda _: prepare_module.Corpus(corpus)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_corpus", counted(65))
+        prepare(options, str(tmp_path / "out"))
+    assert len(list(tmp_path.rglob("segment.json"))) == 3
+    read.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_corpus", counted(0))
+        prepare(options, str(tmp_path / "out"))
+    assert read == [f"{number:03d}.png" for number in range(60, 120)]
+    assert all_files(tmp_path / "out") == all_files(whole)
+
+
+@pytest.mark.parametrize("change", ["renamed", "shortened"])
+def test_a_corpus_that_changes_in_between_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, corpus: Path, tmp_path: Path, change: str
+) -> None:
+    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 20)
+    units = list(prepare_module._corpus(options).units())
+
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    begun = [*units[:50], Unit(units[50].name, interrupted)]
+    other = [Unit("000.jpeg", units[0].read), *units[1:]] if change == "renamed" else units[:30]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_corpus", lambda _: prepare_module.Corpus(lambda: iter(begun)))
+        prepare_part(options, str(tmp_path / "out"), 0, 1)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match="the corpus has changed since part 0 of 1 was begun"),
+    ):
+        patch.setattr(prepare_module, "_corpus", lambda _: prepare_module.Corpus(lambda: iter(other)))
+        prepare_part(options, str(tmp_path / "out"), 0, 1)
+
+
+def test_two_jobs_that_do_the_same_part_do_not_spoil_it(
+    monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, whole: Path, tmp_path: Path
+) -> None:
+    """One that was thought dead ends in the midst of another's work."""
+    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 20)
+    write, calls = parts._write_segment, []
+
+    def overtaken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            prepare_part(options, str(tmp_path / "out"), 0, 1)
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_write_segment", overtaken)
+        prepare_part(options, str(tmp_path / "out"), 0, 1)
+    prepare(options, str(tmp_path / "out"))
+    assert all_files(tmp_path / "out") == all_files(whole)
+
+
+def test_ray_on_two_workers_does_what_one_process_does(
+    monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    """And tells mistakes as they are; and what it does in one folder, paths that begin there mean."""
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    try:
+        report = prepare_with_ray(options, str(tmp_path / "out"))
+        assert all_files(tmp_path / "out") == all_files(whole) and not report.already_there
+        assert prepare_with_ray(options, str(tmp_path / "out")).already_there
+        monkeypatch.chdir(corpus.parent)
+        relative = PrepareOptions(corpus="folder", source=corpus.name, validation=0.2, filters=FILTERS)
+        assert prepare_with_ray(relative, str(tmp_path / "relative"), 3).fingerprint == report.fingerprint
+        missing = PrepareOptions(corpus="folder", source="nowhere")
+        with pytest.raises(DataError, match=r"^source nowhere does not exist$"):
+            prepare_with_ray(missing, str(tmp_path / "no"))
+    finally:
+        ray.shutdown()
+    manifest = json.loads((tmp_path / "out" / "info.json").read_text())
+    assert manifest["fingerprint"] == report.fingerprint and not (tmp_path / "out.parts").exists()
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, options: PrepareOptions) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install dalle-ds\[ray\]"):
+        prepare_with_ray(options, "out")
+
+
+def test_filters_that_leave_nothing_leave_no_parts(corpus: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("unicorn")
+    none = PrepareOptions(corpus="folder", source=str(corpus), filters=FilterOptions(require=str(words)))
+    with pytest.raises(NothingKept, match=r"no pair that can be kept: dropped no required words \(120\)"):
+        prepare(none, str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [words]
