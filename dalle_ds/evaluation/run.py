@@ -87,6 +87,8 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[R
         reference_of_captions=options.reference == "captions",
         judge=judge,
     )
+    if draws:
+        _check_captions(context)
     models = {"dvae": vae.fingerprint} if vae is not None else {}
     protocol = _protocol(options, context)
     if vae is not None:
@@ -126,6 +128,17 @@ def _measure_drawn(
     if mesh.is_main:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / CAPTIONS_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _check_captions(context: Context) -> None:
+    """Refuse too few captions before any is drawn."""
+    for name, members in context.of_captions.items():
+        if int(members.sum()) < 2:
+            where = " without the overlap" if name else ""
+            raise DataError(
+                f"there are {int(members.sum())} captions to draw{where}, of whose pictures nothing can be said: raise "
+                "--captions, or take another split"
+            )
 
 
 def _clip(path: str, mesh: Mesh) -> Clip:

@@ -272,6 +272,14 @@ def test_a_dvae_is_no_transformer(options: EvaluateOptions) -> None:
         evaluate(replace(options, transformer=options.dvae), ALONE)
 
 
+def test_one_caption_is_too_few_and_nothing_is_drawn(
+    options: EvaluateOptions, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(TextToImage, "generate_codes")
+    with pytest.raises(DataError, match="there are 1 captions to draw"):
+        evaluate(replace(options, captions=1), ALONE)
+
+
 @pytest.mark.launch
 def test_two_processes_find_the_same_and_results_are_compared(options: EvaluateOptions, tmp_path: Path) -> None:
     """By the launcher, with the real feature network."""
