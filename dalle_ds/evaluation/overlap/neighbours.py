@@ -16,7 +16,7 @@ from dalle_ds.evaluation.overlap.embeddings import Embeddings, Vectors
 IndexKind = Literal["auto", "torch", "flat", "ivf"]
 BLOCK = 65_536
 """Rows of the greater set that are in memory at a time."""
-_QUERIES = 4_096
+_QUERIES = 1_024
 # Faiss wants 39 to 256 vectors for each list.
 _TRAINING_PER_LIST = 64
 
