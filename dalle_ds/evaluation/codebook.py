@@ -61,7 +61,7 @@ def codebook_panel(vae: DiscreteVAE, codes: Tensor, picture: Callable[[int], Pix
     total = int(counts.sum())
     rows = []
     for code in [*occurring[:SHOWN], *rare]:
-        label = f"code {code}: {int(counts[code]):,} ×, {int(counts[code]) / total:.2%}"
+        label = f"code {code}: {int(counts[code]):,} ({int(counts[code]) / total:.2%})"
         rows.append((label, [code_picture(vae, code), *_occurrences(vae, codes, code, picture)]))
     return picture_grid(rows, titles=["alone", *["occurs"] * EXAMPLES], cell=96)
 
