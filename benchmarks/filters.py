@@ -106,7 +106,7 @@ def compare_detectors() -> Iterator[dict[str, Any]]:
                     "precision": both / max(1, sum(kept for _, kept in judged)),
                     "recall": both / sum(english for english, _ in judged),
                     "captions_per_second": len(rows) / seconds,
-                    "seconds_to_load": loaded - start - seconds,
+                    "seconds_to_load": max(0.0, loaded - start - seconds),  # 0 where another has loaded them
                 }
 
 

@@ -279,6 +279,8 @@ def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path]
         (["--shards", "2"], "shards needs shard"),
         (["--shard", "0", "--shards", "2", "--merge", "True"], "goes neither with merge"),
         (["--shard", "0", "--shards", "2", "--cache_codes", "x"], "nor with cache_codes"),
+        (["--engine", "ray", "--shard", "0", "--shards", "2"], "neither shard nor merge"),
+        (["--engine", "ray", "--merge", "True"], "neither shard nor merge"),
     ],
 )
 def test_commands_that_cannot_be_meant(
