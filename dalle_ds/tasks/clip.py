@@ -43,10 +43,12 @@ class ClipTask(WholeBatchTask[ClipRun]):
 
     def __init__(self, run: ClipRun) -> None:
         super().__init__(run)
-        self._initial = Clip.from_pretrained(run.init) if run.init else None
-        if self._initial is not None:
-            _check_same_shape(run, self._initial.config)
-        known = self._initial.tokenizer if self._initial is not None else None
+        # Its weights are not kept: they are needed once, and not at all where a run goes on.
+        initial = Clip.from_pretrained(run.init) if run.init else None
+        if initial is not None:
+            _check_same_shape(run, initial.config)
+        self._begins_with = "none" if initial is None else initial.fingerprint
+        known = initial.tokenizer if initial is not None else None
         if not run.tokenizer and known is None:
             raise ConfigError("--tokenizer is missing: name a tokenizer's file")
         start, end = run.model.start, run.model.end
@@ -63,7 +65,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
         return Clip(self.run.model, tokenizer=self.tokenizer, checkpointing=self.run.train.activation_checkpointing)
 
     def initial_weights(self) -> Mapping[str, Tensor] | None:
-        return None if self._initial is None else self._initial.state_dict()
+        return Clip.from_pretrained(self.run.init).state_dict() if self.run.init else None
 
     @property
     def rho(self) -> float | None:
@@ -84,7 +86,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
         return {
             "data": read_info(Path(self.run.data))["fingerprint"],
             "tokenizer": self.tokenizer.fingerprint,
-            "init": "none" if self._initial is None else self._initial.fingerprint,
+            "init": self._begins_with,
         }
 
     def prepare(self, batch: Batch) -> Batch:
@@ -177,7 +179,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def describe(self) -> list[str]:
         pieces, room = self.tokenizer.pieces.vocab_size, self.run.model.text_vocab
         lines = [f"text: {pieces:,} pieces, of {room:,} that model.text_vocab has room for"]
-        if self._initial is not None:
+        if self.run.init:
             lines.append(f"begins with the weights in {self.run.init}")
         if self.rho is not None:
             lines.append(f"sharpness-aware: each update takes its gradient {self.rho:g} away from the weights")
