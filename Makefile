@@ -1,4 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; Python 3.10+ and make are all they need.
+# `make demo-clip` goes on where the demo ends.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -7,9 +8,10 @@ READY := $(VENV)/.ready
 CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 DVAE_ARGS ?=
 TRANSFORMER_ARGS ?=
+CLIP_ARGS ?=
 DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --quiet --num_gpus 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo demo-clip test lint setup clean
 
 setup: $(READY)
 
@@ -35,6 +37,17 @@ demo: $(READY)
 	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_bf16.json --preset toy \
 		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer $(TRANSFORMER_ARGS)
 	$(CPU) $(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
+
+# A CLIP for the demo's pictures, and a second one that judges what the first has chosen; the best of 64 candidates; all figures.
+demo-clip: demo
+	$(DEEPSPEED) launchers/train_clip.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \
+		--data demo/data --tokenizer demo/tokenizer.model --run_dir demo/clip $(CLIP_ARGS)
+	$(DEEPSPEED) launchers/train_clip.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \
+		--data demo/data --tokenizer demo/tokenizer.model --run_dir demo/judge --seed 1 $(CLIP_ARGS)
+	DS_ACCELERATOR=cpu $(RUN) launchers/generate.py --model demo/transformer --prompt "flag of Iceland" \
+		--prompt "woman: dark skin tone" --num 64 --rerank demo/clip --keep 8 --out demo/best.png
+	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --dvae demo/dvae --transformer demo/transformer \
+		--clip demo/clip --judge demo/judge --captions 100 --best_of 1,8,64 --out demo/evaluation
 
 test: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pytest -q
