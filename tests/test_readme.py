@@ -18,9 +18,11 @@ pytestmark = pytest.mark.launch
 
 README = (ROOT / "README.md").read_text()
 FEW = "--steps 2 --report.validation_rows 4 --train.batch_size 4"
+DEMO = f"DVAE_ARGS={shlex.quote(FEW)} TRANSFORMER_ARGS={shlex.quote(FEW)} READY= VENV={shlex.quote(sys.prefix)}"
 # What a command gets in addition, so that it ends in seconds; by the words that it contains.
 SHORTER = {
-    "make demo": f"DVAE_ARGS={shlex.quote(FEW)} TRANSFORMER_ARGS={shlex.quote(FEW)} READY= VENV={shlex.quote(sys.prefix)}",
+    "make demo-clip": f"{DEMO} CLIP_ARGS={shlex.quote(FEW)} BEST_OF=1,2 CAPTIONS=4",
+    "make demo": DEMO,
     "make test": f"--dry-run READY= VENV={shlex.quote(sys.prefix)}",  # this suite
     "train_dvae.py": FEW,
     "train_transformer.py": f"{FEW} --report.preview_every 1000",
@@ -38,7 +40,10 @@ def commands() -> list[str]:
 
 
 def shortened(command: str) -> str:
-    command = re.sub(r" --num 8", "", command)
+    command = re.sub(r" --num (8|512)", "", command)
+    command = command.replace("--keep 8", "--keep 2").replace(
+        "--captions 100 --best_of 1,8,64", "--captions 4 --best_of 1,2"
+    )
     command = (
         command.replace("deepspeed ", "deepspeed --num_gpus 2 --master_port 29617 ", 1)
         if command.startswith("deepspeed")
@@ -70,10 +75,17 @@ def run(command: str, place: Path) -> str:
 
 
 def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
-    assert len(commands()) == 11
+    assert len(commands()) == 15
     for command in commands():
         run(shortened(command), place)
-    for picture in ("demo/pictures.png", "demo/drawn.png", "demo/curves.png", "my_pictures.png"):
+    for picture in (
+        "demo/pictures.png",
+        "demo/drawn.png",
+        "demo/best.png",
+        "demo/completed.png",
+        "demo/curves.png",
+        "my_pictures.png",
+    ):
         with Image.open(place / picture) as opened:
             assert min(opened.size) > 100
     assert "<svg" in (place / "demo/report.html").read_text()
