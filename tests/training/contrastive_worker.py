@@ -202,8 +202,19 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     with torch.no_grad():
         found["embeddings"] = engine(whole["image"], whole["text"]).text_embeddings.float()
     found["weights"] = after
+    torch.manual_seed(7)
+    other = Clip(SHAPE)
+    weights.load(other.state_dict())
+    loaded = weights.consolidate()
+    with torch.no_grad():
+        embedded = engine(whole["image"], whole["text"]).text_embeddings.float()
+    found["loaded"] = float((embedded - other.eval().embed_texts(whole["text"])).abs().max())
+    if loaded is not None:
+        found["loaded exactly"] = all(torch.equal(loaded[name], value) for name, value in other.state_dict().items())
     every: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(every, {name: found[name] for name in ("restored", "unchanged", "applied", "embeddings")})
+    dist.all_gather_object(
+        every, {name: found[name] for name in ("restored", "unchanged", "applied", "embeddings", "loaded")}
+    )
     found["everywhere"] = every
     engine.destroy()
     return found

@@ -134,6 +134,13 @@ def test_the_step_is_taken_from_the_weights_as_they_were(launched: Launches, pro
         torch.testing.assert_close(rank["embeddings"], embeddings, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("processes", "name"), LAUNCHED)
+def test_engines_take_the_weights_of_another_model(launched: Launches, processes: int, name: str) -> None:
+    report = launched(processes)[name]
+    assert report["loaded exactly"]
+    assert max(rank["loaded"] for rank in report["everywhere"]) < (0.02 if CASES[name].precision == "bf16" else 1e-5)
+
+
 @pytest.mark.parametrize(("processes", "name"), SHARP)
 def test_the_gradient_of_sam_is_another_one(launched: Launches, processes: int, name: str) -> None:
     """That it agrees with the reference proves nothing if the perturbation is too small to matter."""
