@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import re
-from urllib.parse import unquote_plus
 
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.tables import CaptionTable, Row, TableFormat, joined, plain_rows
@@ -18,6 +17,7 @@ from dalle_ds.data.tables import CaptionTable, Row, TableFormat, joined, plain_r
 _COLUMNS = 23
 _TITLE, _DESCRIPTION, _DOWNLOAD_URL, _MARKER = 6, 7, 14, 22  # of 23
 _PHOTOGRAPH = "0"
+_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
 _TAG = re.compile(r"<[^<>]*>")
 
 
@@ -46,6 +46,13 @@ def _url(row: Row) -> str | None:
 def _captions(row: Row) -> list[str]:
     if _field(row, _MARKER) != _PHOTOGRAPH:
         return []
-    texts = (unquote_plus(_field(row, number)) for number in (_TITLE, _DESCRIPTION))
+    texts = (_decoded(_field(row, number)) for number in (_TITLE, _DESCRIPTION))
     plain = (html.unescape(_TAG.sub(" ", text)).strip() for text in texts)
     return [text for text in plain if text]
+
+
+def _decoded(text: str) -> str:
+    """The text that a URL-encoded one stands for."""
+    return _ENCODED.sub(lambda code: bytes.fromhex(code[1].decode()), text.replace("+", " ").encode()).decode(
+        "utf-8", "replace"
+    )
