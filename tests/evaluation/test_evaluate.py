@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dalle_ds.data import PairDataset
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.evaluation import folders, of_pictures, run
+from dalle_ds.evaluation.command import compare_command
 from dalle_ds.evaluation.features import FeatureNetwork
 from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.evaluation.results import Result, compare
@@ -281,32 +281,30 @@ def test_one_caption_is_too_few_and_nothing_is_drawn(
 
 
 @pytest.mark.launch
-def test_two_processes_find_the_same_and_results_are_compared(options: EvaluateOptions, tmp_path: Path) -> None:
+def test_two_processes_find_the_same_and_results_are_compared(
+    options: EvaluateOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By the launcher, with the real feature network."""
-    command = ["launchers/evaluate.py", "--device", "cpu", "--captions", "9", "--best_of", "1,2", "--blur", "0"]
-    for name in ("data", "transformer", "dvae", "clip", "judge"):
+    options = replace(options, captions=6, best_of="1,2", blur="0", split="validation")
+    command = ["launchers/evaluate.py", "--out", str(tmp_path / "two")]
+    for name in ("data", "transformer", "dvae", "clip", "judge", "captions", "best_of", "blur", "device"):
         command += [f"--{name}", str(getattr(options, name))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    for start, out in (([sys.executable], "one"), (deepspeed_command(2), "two")):
-        done = subprocess.run(
-            [*start, *command, "--out", str(tmp_path / out)], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (Result.load(tmp_path / out / "result.json") for out in ("one", "two"))
+    done = subprocess.run([*deepspeed_command(2), *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = evaluate(options, ALONE), Result.load(tmp_path / "two" / "result.json")
     figures = compare(one, two)
     assert figures.keys() == one.metrics.keys() and "best_of_2/efficientnet_frechet/blur_0" in figures
     for name, (first, second) in figures.items():
         assert first == pytest.approx(second, rel=1e-6, abs=1e-9), name
     assert not any("fid" in name or "inception" in name for name in figures)
-    results = [str(tmp_path / out / "result.json") for out in ("one", "two")]
-    told = subprocess.run(
-        [sys.executable, "launchers/evaluate.py", "compare", *results], cwd=ROOT, capture_output=True, text=True
-    )
-    assert told.returncode == 0 and "transformer: the same" in told.stdout and "codebook/perplexity" in told.stdout
+    results = [str(Path(options.out) / "result.json"), str(tmp_path / "two" / "result.json")]
+    compare_command(results)
+    told = capsys.readouterr().out
+    assert "transformer: the same" in told and "codebook/perplexity" in told
     content = json.loads(Path(results[1]).read_text())
-    content["protocol"]["captions"]["number"] = 8
+    content["protocol"]["captions"]["number"] = 5
     Path(results[1]).write_text(json.dumps(content))
-    told = subprocess.run(
-        [sys.executable, "launchers/evaluate.py", "compare", *results], cwd=ROOT, capture_output=True, text=True
-    )
-    assert told.returncode == 1 and "captions.number: 9 and 8" in told.stderr
+    with pytest.raises(ConfigError, match=r"captions\.number: 6 and 5"):
+        compare_command(results)
+    compare_command([*results, "--allow", "captions.number"])
