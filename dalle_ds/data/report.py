@@ -105,7 +105,7 @@ class PreparationReport:
 
     def _examples(self, reason: str) -> str:
         """Captions say more than names where captions are the reason. Square brackets are rich's."""
-        return escape(" | ".join(self.caption_examples.get(reason, [])))
+        return escape("\n".join(self.caption_examples.get(reason, [])))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         already = " (already prepared; the source was not read again: if it changed, give --overwrite True)"
@@ -113,13 +113,15 @@ class PreparationReport:
             title=f"{self.out}{already if self.already_there else ''}",
             title_justify="left",
         )
-        table.add_column("pairs")
-        table.add_column("count", justify="right")
-        table.add_column("examples", overflow="ellipsis", no_wrap=True)
+        table.add_column("pairs", min_width=12)
+        table.add_column("count", justify="right", no_wrap=True)
+        table.add_column("examples", overflow="fold", min_width=24)
         for split, count in self.kept.items():
             table.add_row(f"kept: {split}", f"{count:,}", "")
         for reason, entry in sorted(self.dropped.items(), key=lambda item: -item[1].count):
-            table.add_row(f"dropped: {reason}", f"{entry.count:,}", self._examples(reason) or ", ".join(entry.examples))
+            table.add_row(
+                f"dropped: {reason}", f"{entry.count:,}", self._examples(reason) or escape(", ".join(entry.examples))
+            )
         for reason, count in self.captions_dropped.items():
             table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", self._examples(reason))
         if self.captions_cut:
