@@ -53,6 +53,11 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"a value that is not what its tag says ({error})") from error
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold; JSON and command lines can have halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def shown(value: Any) -> str:
     """A value as an error tells it, shortened: a few lines of YAML can stand for one that fills memory when written out."""
     try:

@@ -21,17 +21,17 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_ds.data.corpora import IMAGE_SUFFIXES
 from dalle_ds.data.images import decode_image
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_json, write_text
-from dalle_ds.parsing import parse_json, shown
+from dalle_ds.parsing import is_text, parse_json, shown
 from dalle_ds.sampling.command import LIST_NAME
 from dalle_ds.sampling.prompts import read_prompts
 
 TEMPLATE = Path(__file__).with_name("study.html")
 KEY_NAME = "key.json"
 KIND = "key of a study"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,13 @@ def _key(of_a: Mapping[str, Path], of_b: Mapping[str, Path], options: MakeOption
         for number, caption in enumerate(order)
     ]
     content: dict[str, Any] = {"a": options.a, "b": options.b, "seed": options.seed, "pairs": pairs}
-    named = json.dumps([options.seed, pairs], sort_keys=True).encode()
-    study = hashlib.sha256(named).hexdigest()[:16]
-    return {"kind": KIND, "study": study, "pages": pairs[-1]["page"], **content}
+    return {"kind": KIND, "study": study_name(content), "pages": pairs[-1]["page"], **content}
+
+
+def study_name(key: Mapping[str, Any]) -> str:
+    """A fingerprint of what is shown where, by which votes know their study, and a key whether it is damaged."""
+    content = json.dumps([key.get("seed"), key.get("pairs")], sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _shown_pair(pair: Mapping[str, Any], of_a: Mapping[str, Path], of_b: Mapping[str, Path]) -> dict[str, str]:
@@ -153,7 +157,7 @@ def pictures_of(source: str, captions: Sequence[str] | None) -> dict[str, Path]:
         raise DataError(f"no pictures at {source}: name a folder, or a {LIST_NAME}")
     if captions is None:
         raise DataError(f"{source} has no {LIST_NAME}: say with --captions what its pictures were drawn for")
-    files = sorted((file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES), key=_natural)
+    files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
     if len(files) != len(captions):
         raise DataError(f"{source} has {len(files)} pictures for {len(captions)} captions: it needs one for each")
     return dict(zip(captions, files, strict=True))
@@ -168,7 +172,7 @@ def _listed(path: Path) -> dict[str, Path]:
         raise DataError(f'{path} must hold a list of {{"caption", "picture"}}, found {shown(entries)}')
     found: dict[str, Path] = {}
     for entry in entries:
-        if not (isinstance(entry, dict) and all(_is_text(entry.get(name)) for name in ("caption", "picture"))):
+        if not (isinstance(entry, dict) and all(is_text(entry.get(name)) for name in ("caption", "picture"))):
             raise DataError(f'{path} must hold a list of {{"caption", "picture"}}, found {shown(entry)} in it')
         # The first of a caption is the best of its candidates.
         found.setdefault(entry["caption"], path.parent / entry["picture"])
@@ -178,14 +182,9 @@ def _listed(path: Path) -> dict[str, Path]:
     return found
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it is a string that can be written; JSON can have halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Sorts picture-2 before picture-10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 def _sha256(path: Path) -> str:

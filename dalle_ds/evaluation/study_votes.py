@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.study import KEY_NAME, KIND
+from dalle_ds.evaluation.study import KEY_NAME, KIND, study_name
 from dalle_ds.files import write_json
-from dalle_ds.parsing import parse_json, shown
+from dalle_ds.parsing import is_text, parse_json, shown
 
 QUESTIONS = {"realism": "more realistic", "caption": "matches the caption"}
 Choice = Literal["a", "b", "tie"]
@@ -133,7 +134,8 @@ class Count:
 
     def report(self) -> RenderableType:
         """Tables for a console."""
-        table = Table(title=f"A: {self.a}\nB: {self.b}", title_justify="left")
+        # Texts, so that brackets in names are no markup.
+        table = Table(title=Text(f"A: {self.a}\nB: {self.b}"), title_justify="left")
         for heading in ("majority of voters", "pairs", "A", "B", "tie", "share of A ± 95 %", "Wilson 95 %"):
             table.add_column(heading, justify="left" if heading == "majority of voters" else "right")
         notes = []
@@ -156,7 +158,7 @@ class Count:
                     f"voter {voter.name[:8]}: {voter.hasty:.0%} of {voter.answers} answers under {FAST_SECONDS} s, "
                     f"{voter.dissent:.0%} are against the other voters' majority ({what})"
                 )
-        return Group(table, *notes)
+        return Group(table, *map(Text, notes))
 
 
 def count_study(options: CountOptions) -> Count:
@@ -192,11 +194,12 @@ def read_key(path: str | Path) -> dict[str, Any]:
         key = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"no study at {path}: {file} cannot be read ({error})") from error
-    fields = {"study": str, "a": str, "b": str, "pairs": list}
-    if not isinstance(key, dict) or key.get("kind") != KIND or not _has(key, fields):
+    if not isinstance(key, dict) or key.get("kind") != KIND:
         raise DataError(f"{file} is not the key of a study: name the folder that `study.py make` made")
-    if not all(isinstance(pair, dict) and _has(pair, {"id": str, "page": int, "a_is": str}) for pair in key["pairs"]):
-        raise DataError(f"{file} is damaged: make the study again, with the same seed")
+    pairs = key.get("pairs")
+    whole = isinstance(pairs, list) and all(isinstance(pair, dict) and _has(pair, _OF_PAIR) for pair in pairs)
+    if not whole or not (is_text(key.get("a")) and is_text(key.get("b"))) or key.get("study") != study_name(key):
+        raise DataError(f"{file} is damaged: make the study again, of the same pictures and with the same seed")
     return key
 
 
@@ -228,6 +231,9 @@ def read_votes(paths: Sequence[str | Path], key: dict[str, Any]) -> list[Vote]:
     return list(votes.values())
 
 
+_OF_PAIR: dict[str, type] = {"id": str, "page": int, "a_is": str}
+
+
 def _has(content: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
     return all(isinstance(content.get(name), kind) for name, kind in fields.items())
 
@@ -238,7 +244,7 @@ def _content(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"the votes in {path} cannot be read: {error}") from error
     fine = isinstance(content, dict) and content.get("kind") == "votes of a study"
-    if not fine or not isinstance(content.get("voter"), str) or not isinstance(content.get("answers"), list):
+    if not fine or not is_text(content.get("voter")) or not isinstance(content.get("answers"), list):
         raise DataError(f"{path} holds no votes: name the files that the pages of a study saved")
     return {"study": None, "page": None, **content}
 

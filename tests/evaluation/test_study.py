@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy.stats import binomtest
 
 from dalle_ds.errors import ConfigError, DataError
@@ -161,6 +162,30 @@ def test_pictures_by_list_and_by_name(folders: Path) -> None:
     (folders / "captions.txt").write_text("\n".join([*plain[:4], "", "a twelfth", *plain[4:]]) + "\n")
     key = make(folders, a=str(folders / "a"), captions=str(folders / "captions.txt"), b=str(folders / "a"))
     assert {pair["caption"] for pair in key["pairs"]} == {*plain, "a twelfth"}
+
+
+def test_pictures_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """Numbers as numbers, whatever else isdigit() takes for one."""
+    names = ["2.png", "10.PNG", "a2.tif", "a10.png", "x²1.png", "²5.png"]
+    for name in sorted(names):
+        (tmp_path / name).touch()
+    assert [path.name for path in pictures_of(str(tmp_path), "abcdef").values()] == names
+
+
+def test_names_are_no_markup(folders: Path) -> None:
+    """Paths and voters are printed as they are, brackets included."""
+    for model in ("a", "b"):
+        (folders / f"[bold]{model}").mkdir()
+        shutil.copytree(folders / model, folders / f"[bold]{model}" / "x]", dirs_exist_ok=True)
+    key = make(folders, a=str(folders / "[bold]a" / "x]"), b=str(folders / "[bold]b" / "x]"))
+    files = [file for voter in ("v1", "v2", "v3") for file in write_votes(folders, key, voter, lambda *_: "a")]
+    files += write_votes(folders, key, "hasty", lambda *_: "b", seconds=1.0)
+    for file in files[-key["pages"] :]:
+        content = json.loads(Path(file).read_text())
+        Path(file).write_text(json.dumps({**content, "voter": "[/no]"}))
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(count(folders, files).report())
+    assert "[bold]a/x]" in shown.getvalue() and "voter [/no]: 100%" in shown.getvalue()
 
 
 def test_mistakes_in_making_are_named(folders: Path) -> None:
@@ -330,13 +355,18 @@ def test_votes_of_another_study_or_changed_are_refused(folders: Path) -> None:
         file.write_text(json.dumps({**content, "answers": [{**first, **change}]}))
         with pytest.raises(DataError, match="was changed"):
             count(folders, [str(file)])
-    for text in ("{", "[]", json.dumps({**content, "voter": None}), json.dumps({**content, "answers": {}})):
+    damaged = [{**content, **change} for change in ({"voter": None}, {"voter": "\ud83d"}, {"answers": {}})]
+    for text in ("{", "[]", *map(json.dumps, damaged)):
         file.write_text(text)
         with pytest.raises(DataError, match=r"v1-1\.json"):
             count(folders, [str(file)])
     with pytest.raises(DataError, match="no study at"):
         count_study(CountOptions(votes=(str(file),), study=str(folders / "nowhere")))
-    for damage in ({"pairs": 3}, {"pairs": [{"id": "00000"}]}, {"study": None}, {"kind": None}):
+    turned = [{**pair, "a_is": "Left"} for pair in key["pairs"]]  # all of whose votes would be for B
+    for damage in (
+        {"pairs": 3}, {"pairs": [{"id": "00000"}]}, {"pairs": turned}, {"seed": 7}, {"study": None}, {"kind": None},
+        {"a": "\ud83d"}, {"b": None},
+    ):  # fmt: skip
         (folders / "broken.json").write_text(json.dumps({**key, **damage}))
         with pytest.raises(DataError, match=r"broken\.json is"):
             count_study(CountOptions(votes=(str(file),), study=str(folders / "broken.json")))
