@@ -23,7 +23,7 @@ from dalle_ds.config import (
     DuplicateRun,
     ReportConfig,
 )
-from dalle_ds.data import PairDataset, evaluation_batches
+from dalle_ds.data import BatchLoader, PairDataset, evaluation_batches
 from dalle_ds.data.faults import RowError
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.duplicates import DuplicateDetector
@@ -115,6 +115,21 @@ def test_every_process_begins_with_the_same_weights(task: DuplicatesTask, monkey
     assert torch.isfinite(task.initial_weights()["stem.g"]).all()
 
 
+def test_it_learns(task: DuplicatesTask) -> None:
+    model = task.build_model()
+    model.load_state_dict(task.initial_weights())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batches = BatchLoader(task.samples("train"), seed=0, batch_size=32, micro_batch=32, rank=0, world_size=1)
+    found: list[float] = []
+    for step, batch in zip(range(60), batches, strict=False):
+        loss, _ = task.loss(model, task.prepare(batch), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert np.mean(found[-10:]) < 0.75 * np.mean(found[:10])
+
+
 def test_preview_export_alarm(task: DuplicatesTask, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = task.build_model().eval()
@@ -173,7 +188,7 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.launch
 def test_processes_shards_and_micro_batches_change_nothing(runs: SimpleNamespace, tmp_path: Path) -> None:
     one, divided = losses(runs.one), losses(runs.divided)
-    assert len(one) == STEPS and one[0] > one[-1]
+    assert len(set(one)) == STEPS
     assert divided == pytest.approx(one, rel=1e-4)
     image = torch.rand(4, 3, 16, 16)
     models = [DuplicateDetector.from_pretrained(run) for run in (runs.one, runs.divided)]
