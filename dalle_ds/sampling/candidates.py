@@ -46,7 +46,7 @@ def draw_candidates(
         DataError: no prompt; a model that yields no numbers.
     """
     if num < 1 or not 0 <= first <= num:
-        raise ConfigError(f"candidates must be counted from first to num, both 0 or greater, found {first} to {num}")
+        raise ConfigError(f"num must be at least 1, and first in [0, num], found num={num} and first={first}")
     text = pipe.encode([prompts] if isinstance(prompts, str) else prompts)
     wanted = [(prompt, number) for prompt in range(len(text)) for number in range(first, num)]
     yield from draw_batches(

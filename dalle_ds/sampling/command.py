@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,10 +15,11 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
-from dalle_ds.sampling.completion import default_rows, kept_rows_mask, open_picture, top_rows
+from dalle_ds.parsing import is_text
+from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pipeline import TextToImage
@@ -83,12 +84,18 @@ class GenerateOptions:
         """Refuse, with a ConfigError, what cannot be written or belongs to something that was not asked for."""
         out = Path(self.out)
         is_file = out.suffix.lower() == ".png"
-        if (not is_file and out.suffix) or not out.parent.is_dir() or (out.is_dir() if is_file else out.is_file()):
+        unnamed = out.name in ("", "..")
+        if (
+            unnamed
+            or (out.suffix and not is_file)
+            or not out.parent.is_dir()
+            or (out.is_dir() if is_file else out.is_file())
+        ):
             raise ConfigError(
                 "out must be a .png file in a folder that exists, or a name without a suffix for a folder of pictures, found "
                 f"{self.out}"
             )
-        if not is_file and out.is_dir() and not all(_OURS.fullmatch(path.name) for path in out.iterdir()):
+        if not is_file and out.is_dir() and not _is_ours(out):
             raise ConfigError(f"out={self.out} is a folder with other things in it: name a new one")
         if not self.prompt and self.prompts is None:
             raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one on each line")
@@ -105,9 +112,20 @@ class GenerateOptions:
             scores = Path(self.scores)
             if scores.suffix.lower() != ".json" or not scores.parent.is_dir() or scores.is_dir():
                 raise ConfigError(f"scores must be a .json file in a folder that exists, found {self.scores}")
+            if out.resolve() in scores.resolve().parents:
+                raise ConfigError(
+                    f"scores={self.scores} lies in out={self.out}, which is replaced as a whole: name another place"
+                )
 
     def all_prompts(self) -> list[str]:
-        """Those of the command line, then those of the file."""
+        """Those of the command line, then those of the file.
+
+        Raises:
+            DataError: one that UTF-8 cannot hold, so that no file could tell it; a file as `read_prompts`.
+        """
+        for prompt in self.prompt:
+            if not is_text(prompt):
+                raise DataError(f"the prompt {prompt!r} has bytes that are no UTF-8: write it in this encoding")
         return [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
 
     @property
@@ -129,7 +147,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
     grid = pipe.model.config.grid
     init, given = _initial(pipe, options)
     rows_given = 0 if given is None else len(given) // grid
-    pictures: list[list[Image.Image]]
+    pictures: Iterable[list[Image.Image]]
     rankings: list[Ranking] | None = None
     files = [Path(options.out)]
     if options.rerank is None:
@@ -142,7 +160,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
             )  # fmt: skip
         if tensor.rank > 0:
             return []  # all have drawn the same
-        pictures = [pipe.decode(of_prompt) for of_prompt in codes]
+        pictures = (pipe.decode(of_prompt) for of_prompt in codes)  # a folder takes those of one prompt after another
     else:
         rankings, scores = _ranked(pipe, options, prompts, given)
         if tensor.rank > 0:
@@ -165,8 +183,14 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
     return files
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, or has what `_write_folder` writes and nothing else."""
+    names = [path.name for path in folder.iterdir()]
+    return not names or (LIST_NAME in names and all(_OURS.fullmatch(name) for name in names))
+
+
 def _write_folder(
-    folder: Path, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]], rankings: Sequence[Ranking] | None
+    folder: Path, prompts: Sequence[str], pictures: Iterable[Sequence[Image.Image]], rankings: Sequence[Ranking] | None
 ) -> None:
     """One file for each picture, and the list of them."""
     entries: list[dict[str, Any]] = []
@@ -186,8 +210,6 @@ def _initial(pipe: TextToImage, options: GenerateOptions) -> tuple[Image.Image |
     """The picture to complete as the models see it, and the codes (n,) that are kept of it."""
     if options.init_image is None:
         return None, None
-    grid = pipe.model.config.grid
-    kept_rows_mask(grid, default_rows(grid) if options.init_rows is None else options.init_rows)  # refuses wrong ones
     init = open_picture(options.init_image, pipe.dvae.config.image_size)
     return init, top_rows(pipe.dvae, init, options.init_rows)
 
@@ -206,9 +228,10 @@ def _ranked(
     known = scores.known
     missing = sum(max(0, options.num - len(known.get(prompt, ()))) for prompt in prompts)
     grid = pipe.model.config.grid
+    keep = min(KEEP, options.num) if options.keep is None else options.keep
 
     def keep_scores(rankings: Sequence[Ranking]) -> None:
-        scores.update(rankings)
+        scores.update(rankings, keep)
         if is_first:
             scores.write()
 
@@ -216,8 +239,7 @@ def _ranked(
     with DrawingProgress(grid, missing, given_rows=rows_given, enabled=is_first) as progress:
         rankings = rank_candidates(
             pipe, prompts, options.num, reranker,
-            keep=min(KEEP, options.num) if options.keep is None else options.keep,
-            sampling=options.sampling, seed=options.seed, chunk=options.batch_size,
+            keep=keep, sampling=options.sampling, seed=options.seed, chunk=options.batch_size,
             given=None if given is None else given.expand(len(prompts), -1),
             known=known, on_row=progress, on_scores=keep_scores,
         )  # fmt: skip
@@ -234,6 +256,9 @@ def _origin(
         **pipe.fingerprints(),
         "clip": reranker.fingerprint,
         "dtype": options.dtype,
+        # Other arithmetic adds up in another order, and sooner or later draws another code.
+        "device": f"auto, {pipe.device.type}" if options.device == "auto" else pipe.device.type,
+        "processes": pipe.model.tensor.size,
         "seed": options.seed,
         **asdict(options.sampling),
         "given_codes": codes,

@@ -6,11 +6,14 @@ import io
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dvae import DiscreteVAE
+
+_PNG_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", **dict.fromkeys(("CMYK", "YCbCr", "HSV", "RGBX"), "RGB")}
+"""Of modes that PNGs do not have, those that hold the same."""
 
 
 def default_rows(grid: int) -> int:
@@ -39,17 +42,13 @@ def open_picture(image: str | Path | Image.Image, size: int) -> Image.Image:
         image: a file, or a picture of any size and mode.
 
     Raises:
-        DataError: a file that cannot be read, or is no picture.
+        DataError: a file that cannot be read, or is no picture; a picture whose pixels are floats.
     """
-    from dalle_ds.data.images import (
-        center_crop_resize,
-        decode_image,
-    )  # `datasets` is not loaded to draw from prompts alone
+    # `datasets` is not loaded to draw from prompts alone
+    from dalle_ds.data.images import center_crop_resize, decode_image
 
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG", compress_level=0)
-        return Image.fromarray(center_crop_resize(decode_image(buffer.getvalue()), size))
+        return Image.fromarray(center_crop_resize(decode_image(_as_png(image)), size))
     try:
         # Not `short_side`: it would decode a large JPEG in another way than the same picture in memory.
         return Image.fromarray(center_crop_resize(decode_image(Path(image).read_bytes()), size))
@@ -57,6 +56,18 @@ def open_picture(image: str | Path | Image.Image, size: int) -> Image.Image:
         raise DataError(f"the picture {image} cannot be read: {error.strerror}; name a file") from error
     except DataError as error:
         raise DataError(f"{image}: {error}; name a file with a picture") from error
+
+
+def _as_png(image: Image.Image) -> bytes:
+    """A picture in memory as a file with the same pixels."""
+    buffer = io.BytesIO()
+    try:
+        upright = ImageOps.exif_transpose(image)
+        mode = _PNG_MODES.get(upright.mode, upright.mode)
+        (upright if mode == upright.mode else upright.convert(mode)).save(buffer, format="PNG", compress_level=0)
+    except Exception as error:  # lazily loaded, it may be damaged in whatever way its decoder stumbles on
+        raise DataError(f"a picture of mode {image.mode} cannot be used: {error}; convert it to RGB") from error
+    return buffer.getvalue()
 
 
 def top_rows(dvae: DiscreteVAE, image: Image.Image, rows: int | None = None) -> Tensor:

@@ -20,7 +20,7 @@ class DrawingProgress:
 
     Args:
         grid: codes in a row of a picture.
-        pictures: how many are to be drawn.
+        pictures: how many are to be drawn; should there be more, the total grows with them.
         given_rows: rows of each that are given and not drawn.
         enabled: False says nothing, for processes beside the first.
     """
@@ -36,9 +36,9 @@ class DrawingProgress:
     ) -> None:
         self.enabled = enabled
         self._grid = grid
+        self._codes_each = grid * (grid - given_rows)
         self._total = pictures
         self._console = console or Console(soft_wrap=True)
-        self._expected = pictures * grid * (grid - given_rows)
         self._codes = self._pictures = 0
         self._started = self._printed = time.monotonic()
         self._bar: Bar | None = None
@@ -50,10 +50,15 @@ class DrawingProgress:
             self._task = self._bar.add_task("drawing", total=self._expected, status="")
             self._bar.start()
 
+    @property
+    def _expected(self) -> int:
+        return self._total * self._codes_each
+
     def __call__(self, progress: Progress) -> None:
         """Take note of one more row of some pictures."""
         if not self.enabled:
             return
+        self._total = max(self._total, self._pictures + len(progress.pictures))
         self._codes += len(progress.pictures) * self._grid
         if progress.codes.shape[1] == self._grid**2:
             self._pictures += len(progress.pictures)
@@ -61,7 +66,7 @@ class DrawingProgress:
         rate = self._codes / max(now - self._started, 1e-9)
         status = f"{self._pictures}/{self._total} pictures, {rate:,.0f} codes/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._codes, status=status)
+            self._bar.update(self._task, total=self._expected, completed=self._codes, status=status)
         elif now - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now
             left = max(0, self._expected - self._codes) / rate

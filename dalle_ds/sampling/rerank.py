@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.parsing import shown
 from dalle_ds.sampling.codes import Drawn, Progress, draw_batches
 from dalle_ds.sampling.draw import Sampling
 
@@ -156,7 +157,8 @@ def rank_candidates(
             scores = _agreed(pipe, _checked(score(ranking.prompt, pictures), ranking.prompt, len(pictures)))
             ranking.scores += scores
             numbers = [number for _, number in drawn.pictures]
-            found = [Kept(*each) for each in zip(numbers, scores, drawn.codes, pictures, strict=True)]
+            codes = [one.clone() for one in drawn.codes]  # a view would keep the codes of the whole chunk
+            found = [Kept(*each) for each in zip(numbers, scores, codes, pictures, strict=True)]
             ranking.kept = sorted([*ranking.kept, *found], key=lambda one: (-one.score, one.number))[:keep]
         if on_scores is not None:
             on_scores(rankings)
@@ -167,7 +169,7 @@ def rank_candidates(
     again = [(row, number) for row, numbers in enumerate(best) for number in numbers if number not in at_hand[row]]
     for drawn in draw(again):
         for (row, number), codes, picture in zip(drawn.pictures, drawn.codes, pipe.decode(drawn.codes), strict=True):
-            at_hand[row][number] = Kept(number, rankings[row].scores[number], codes, picture)
+            at_hand[row][number] = Kept(number, rankings[row].scores[number], codes.clone(), picture)
     for ranking, numbers, ours in zip(rankings, best, at_hand, strict=True):
         ranking.kept = [ours[number] for number in numbers]
     return rankings
@@ -187,7 +189,7 @@ def _checked(scores: Sequence[float], prompt: str, count: int) -> list[float]:
     if len(values) != count:
         raise DataError(f"rerank must give one score per picture: found {len(values)} for {count} pictures")
     if any(value != value for value in values):
-        raise DataError(f"rerank gave a score that is not a number for the prompt {prompt!r}: {values}")
+        raise DataError(f"rerank gave a score that is not a number for the prompt {prompt!r}: {shown(values)}")
     return values
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import write_json
-from dalle_ds.parsing import parse_json, shown
+from dalle_ds.parsing import is_text, parse_json, shown
 from dalle_ds.sampling.rerank import Ranking
 
 KIND = "scores of candidates"
@@ -71,14 +71,16 @@ class Scores:
         """Prompt → scores of its first candidates."""
         return {prompt: entry["scores"] for prompt, entry in self.prompts.items()}
 
-    def update(self, rankings: Sequence[Ranking]) -> None:
-        """Take over what is new. Scores of more candidates than were asked for this time stay."""
+    def update(self, rankings: Sequence[Ranking], keep: int) -> None:
+        """Take over what is new. Scores of more candidates than were asked for this time stay.
+
+        Args:
+            keep: how many of each prompt's candidates are kept.
+        """
         for ranking in rankings:
-            before = self.prompts.get(ranking.prompt, {"kept": [], "scores": []})
-            self.prompts[ranking.prompt] = {
-                "kept": [one.number for one in ranking.kept],
-                "scores": [*ranking.scores, *before["scores"][len(ranking.scores) :]],
-            }
+            before = self.known.get(ranking.prompt, [])
+            scores = [*ranking.scores, *before[len(ranking.scores) :]]
+            self.prompts[ranking.prompt] = {"kept": ranking.best(keep), "scores": scores}
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
@@ -88,10 +90,10 @@ class Scores:
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     kept, scores = entry.get("kept"), entry.get("scores")
-    if not (isinstance(entry.get("prompt"), str) and isinstance(kept, list) and isinstance(scores, list)):
+    if not (is_text(entry.get("prompt")) and isinstance(kept, list) and isinstance(scores, list)):
         return False
-    numbers = all(isinstance(score, int | float) and abs(score) < _LARGEST for score in scores)
-    return numbers and all(isinstance(one, int) and 0 <= one < len(scores) for one in kept)
+    numbers = all(type(score) in (int, float) and abs(score) < _LARGEST for score in scores)  # True is none
+    return numbers and all(type(one) is int and 0 <= one < len(scores) for one in kept)
 
 
 def _told(value: Any) -> str:

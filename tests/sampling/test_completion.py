@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,17 @@ def test_a_picture_in_memory_is_the_file(photo: Path) -> None:
     assert (np.asarray(open_picture(clear, 16)) == 255).all()  # on white
     with_palette = Image.open(photo).convert("P")
     assert np.array_equal(open_picture(with_palette, 16), open_picture(with_palette.convert("RGB"), 16))
+    for mode in ("CMYK", "YCbCr", "HSV", "RGBX", "L", "1"):
+        converted = Image.open(photo).convert(mode)
+        assert np.array_equal(open_picture(converted, 16), open_picture(converted.convert("RGB"), 16)), mode
+    half_clear = Image.new("RGBA", (8, 8), (200, 0, 0, 100))
+    assert np.array_equal(open_picture(half_clear.convert("RGBa"), 16), open_picture(half_clear, 16))
+    turned, exif = photo.with_suffix(".jpg"), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(turned, exif=exif)
+    assert np.array_equal(open_picture(Image.open(turned), 16), open_picture(turned, 16))
+    as_stored = Image.fromarray(np.asarray(Image.open(turned)))
+    assert not np.array_equal(open_picture(turned, 16), open_picture(as_stored, 16))
 
 
 def test_wrong_pictures_are_named(pipe: TextToImage, tmp_path: Path) -> None:
@@ -227,5 +239,11 @@ def test_wrong_pictures_are_named(pipe: TextToImage, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.png: picture cannot be decoded"):
         pipe.complete("a red circle", tmp_path / "text.png")
+    with pytest.raises(DataError, match=r"a picture of mode F cannot be used.*convert it"):
+        pipe.complete("a red circle", Image.new("F", (8, 8)))
+    cut_short = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(cut_short, "PNG")
+    with pytest.raises(DataError, match="cannot be used"):
+        pipe.complete("a red circle", Image.open(io.BytesIO(cut_short.getvalue()[:2000])))
     with pytest.raises(ConfigError, match=r"\[0, 4\].*found 5"):
         pipe.complete("a red circle", Image.new("RGB", (8, 8)), rows=5)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import weakref
@@ -22,6 +23,7 @@ from torch import Tensor
 from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.sets import PictureFolder
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
@@ -103,7 +105,7 @@ def test_candidates_are_the_pictures_of_generate(pipe: TextToImage) -> None:
         assert torch.equal(torch.cat(codes).view(2, 7 - first, -1), expected[:, first:])
     assert not list(draw_candidates(pipe, "a red circle", 7, first=7))
     for wrong in ({"num": 0}, {"num": 3, "first": 4}, {"num": 3, "first": -1}):
-        with pytest.raises(ConfigError, match="candidates must be counted"):
+        with pytest.raises(ConfigError, match="num must be at least 1, and first in"):
             next(draw_candidates(pipe, PROMPTS, **wrong))
     with pytest.raises(ConfigError, match="batch_size"):
         next(draw_candidates(pipe, PROMPTS, 3, 0))
@@ -158,6 +160,13 @@ def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pyt
     assert count == 64
     assert most <= 8 + 8 + 2  # one chunk may still be alive while the next is decoded
     assert rows == {1, 8}
+    known = {"a red circle": [float(number) for number in range(60)]}
+    for ranking in (
+        *rank_candidates(pipe, "a red circle", 64, brightness, keep=2, chunk=8),
+        *rank_candidates(pipe, "a red circle", 64, brightness, keep=64, chunk=8, known=known),
+    ):
+        for one in ranking.kept:  # and no codes but its own
+            assert one.codes.untyped_storage().nbytes() == one.codes.nbytes == 8 * TINY_DALLE.image_len
 
 
 def test_known_candidates_are_not_drawn_again(pipe: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +266,8 @@ def test_the_launcher_keeps_scores(
     content = json.loads((tmp_path / "cats.json").read_text())
     rankings = rank_candidates(pipe, PROMPTS, 6, clip, keep=2)
     assert content["of"] == {
-        **pipe.fingerprints(), "clip": clip.fingerprint, "dtype": "fp32", "seed": 0, "temperature": 1.0,
-        "top_k": None, "top_p": None, "guidance": 1.0, "given_codes": None,
+        **pipe.fingerprints(), "clip": clip.fingerprint, "dtype": "fp32", "device": "cpu", "processes": 1, "seed": 0,
+        "temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0, "given_codes": None,
     }  # fmt: skip
     assert content["prompts"] == [
         {"prompt": ranking.prompt, "kept": [one.number for one in ranking.kept], "scores": ranking.scores}
@@ -298,6 +307,7 @@ def test_scores_of_anything_else_are_refused(
         (["--seed", "1"], "seed: 0 there, 1 now"),
         (["--top_k", "5"], "top_k: None there, 5 now"),
         (["--dtype", "bf16"], "dtype: fp32 there, bf16 now"),
+        (["--device", "auto"], "device: cpu there, auto, cpu now"),
         (["--init_image", str(folders / "red.png")], "given_codes: None there"),
     ):
         status, said = launch("--prompt", "a", "--num", "3", *options)
@@ -313,8 +323,12 @@ def test_scores_of_anything_else_are_refused(
         {"scores": [None]},
         {"scores": [10**400]},
         {"scores": "no"},
+        {"scores": [True]},
         {"kept": [2]},
+        {"kept": [True]},
+        {"kept": [-1]},
         {"prompt": 7},
+        {"prompt": "\ud83d"},
     ):
         damaged = {**content, "prompts": [{**content["prompts"][0], **broken}]}
         (tmp_path / "other.json").write_text(json.dumps(damaged))
@@ -353,6 +367,17 @@ def test_a_draw_that_was_cut_off_goes_on(
     assert (tmp_path / "whole.json").read_bytes() == (tmp_path / "cats.json").read_bytes()
     assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "cats.png").read_bytes()
 
+    # What the file says is kept is the best of all that it has scores of, those of an earlier command included.
+    calls[:] = [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipReranker, "__call__", cut_off)
+        status, said = launch("--prompt", "a", "--num", "24", "--batch_size", "4", "--keep", "3")
+    assert status == 1 and "cut off" in said
+    (entry,) = json.loads((tmp_path / "cats.json").read_text())["prompts"]
+    assert len(entry["scores"]) == 20
+    assert entry["kept"] == np.argsort(-np.array(entry["scores"]), kind="stable")[:3].tolist()
+    assert min(entry["kept"]) < 16  # or it would be the same without the earlier ones
+
 
 def test_the_launcher_completes(
     launch: Callable[..., tuple[int, str]], folders: Path, tmp_path: Path, pipe: TextToImage
@@ -382,6 +407,7 @@ def test_the_launcher_completes(
         (["--rerank", "{transformer}"], "holds a 'transformer' model"),
         (["--rerank", "{clip}", "--keep", "9"], "at most num=8, found 9"),
         (["--rerank", "{clip}", "--scores", "/nowhere/s.json"], "scores must be a .json file in a folder that exists"),
+        (["--prompt", "\udcff"], "has bytes that are no UTF-8"),
     ],
 )
 def test_the_launcher_says_what_is_wrong(
@@ -426,6 +452,11 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.Monk
         "drawing: 2/8 pictures, 2 codes/s, 70 s left",
         "drawing: 4/8 pictures, 2 codes/s, 46 s left",
     ]
+    more = io.StringIO()  # than was said: candidates of known scores that are drawn again
+    with DrawingProgress(4, 1, console=Console(file=more)) as shown:
+        clock[0] += 16.0
+        shown(row(8))
+    assert more.getvalue() == "drawing: 0/2 pictures, 0 codes/s, 48 s left\n"
     silent = io.StringIO()
     with DrawingProgress(4, 8, console=Console(file=silent), enabled=False) as shown:
         clock[0] = 100.0
@@ -451,6 +482,8 @@ def test_a_folder_of_pictures(
         (prompt, n) for prompt in every for n in (0, 1)
     ]
     assert same([Image.open(tmp_path / "pictures" / entry["picture"]) for entry in listed], expected)
+    generated = PictureFolder(tmp_path / "pictures")  # what evaluate.py --fake reads
+    assert same([generated.read(row, 16)[0] for row in range(len(generated))], expected)
     assert launch(*prompts, "--num", "5", "--keep", "1", out="pictures")[0] == 0  # in the place of the former
     best = rank_candidates(pipe, every, 5, clip, keep=1)
     listed = json.loads((tmp_path / "pictures" / "pictures.json").read_text())
@@ -460,6 +493,12 @@ def test_a_folder_of_pictures(
         assert np.array_equal(Image.open(tmp_path / "pictures" / entry["picture"]), ranking.kept[0].picture)
     assert len(json.loads((tmp_path / "pictures.json").read_text())["prompts"]) == 3  # the scores, beside it
 
+    for file, words in (("pictures/s.json", "is replaced as a whole"), ("pictures/../s.json", "")):
+        status, said = launch(*prompts, "--num", "2", "--scores", str(tmp_path / file), out="pictures")
+        assert (status == 1 and words in said) if words else status == 0
+    (tmp_path / "s.json").unlink()
+    (tmp_path / "of_another").mkdir()
+    shutil.copy(tmp_path / "pictures" / "00000-000.png", tmp_path / "of_another")  # named as ours, and no list of ours
     before = sorted(tmp_path.iterdir())
     (tmp_path / "bad.txt").write_text("one\none\n")
     for options, out, words in (
@@ -467,6 +506,8 @@ def test_a_folder_of_pictures(
         (["--prompts", "/nowhere"], "x.png", "/nowhere cannot be read"),
         (["--prompts", str(tmp_path / "bad.txt")], "x.png", "the caption 'one' twice"),
         (["--prompt", "a"], ".", "folder with other things"),
+        (["--prompt", "a"], "of_another", "folder with other things"),
+        (["--prompt", "a"], "pictures/..", "a name without a suffix"),
         (["--prompt", "a"], "x.jpg", "must be a .png file in a folder that exists, or a name without a suffix"),
     ):
         status, said = launch(*options, out=out, clip=None)
