@@ -19,7 +19,7 @@ class Options:
     out: str
     """Folder to write; give it as --clip to other launchers."""
     format: Literal["auto", "openai", "hf", "open_clip"] = "auto"
-    """Whose layout it has; auto goes by the names of the files in the folder, and takes a single file for OpenAI's."""
+    """Whose layout it has; auto goes by the names of files, and takes a file with no configuration beside for OpenAI's."""
     tokenizer: str | None = None
     """Its tokenizer: bpe_simple_vocab_16e6.txt.gz for OpenAI's models. None takes the one in the folder, if any."""
     activation: Literal["quick_gelu", "gelu"] | None = None

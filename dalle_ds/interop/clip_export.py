@@ -22,10 +22,8 @@ from dalle_ds.interop.clip_import import (
     OPEN_CLIP_WEIGHTS,
     ClipFormat,
 )
-from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
+from dalle_ds.interop.clip_layouts import BICUBIC, open_clip_config, to_huggingface, to_openai
 from dalle_ds.models.clip import Clip, huggingface_config
-
-_BICUBIC = 3  # PIL's number, which Hugging Face's files have
 
 
 def export_clip(model: Clip, out: str | Path, format: ClipFormat) -> None:
@@ -95,7 +93,7 @@ def _write_huggingface(config: ClipConfig, weights: dict[str, Tensor], folder: P
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": size},
-        "resample": _BICUBIC,
+        "resample": BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,

@@ -37,10 +37,18 @@ ClipFormat = Literal["openai", "hf", "open_clip"]
 Activation = Literal["quick_gelu", "gelu"]
 HF_CONFIG = "config.json"
 HF_PREPROCESSOR = "preprocessor_config.json"
+HF_PROCESSOR = "processor_config.json"
+"""Holds the content of the former since transformers 5."""
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_OPENAI_WEIGHTS = ("model.pt",)
+_WEIGHTS: dict[ClipFormat, tuple[str, ...]] = {
+    "open_clip": OPEN_CLIP_WEIGHTS,
+    "hf": HF_WEIGHTS,
+    "openai": ("model.pt",),
+}
+_MARKS: dict[ClipFormat, str] = {"open_clip": OPEN_CLIP_CONFIG, "hf": HF_CONFIG, "openai": "model.pt"}
+"""The file by which a folder is known; some are of open_clip and of Hugging Face too."""
 
 
 def load_clip(
@@ -55,7 +63,8 @@ def load_clip(
     Args:
         source: of OpenAI, a TorchScript archive such as `ViT-B-32.pt`, or a file with its state dict (of `torch.save`, or
             safetensors), or a folder with such a `model.pt`; a folder of Hugging Face's CLIPModel or of open_clip.
-        format: "auto" goes by the names of the files in the folder, and takes a single file for OpenAI's.
+        format: "auto" goes by the names of the files in the folder, or beside a file that is named as in such a folder; any
+            other single file it takes for OpenAI's.
         tokenizer: file or folder that `ClipTokenizer.load` reads; None takes the one in the folder, if any.
         activation: of the MLPs; None takes what the folder's configuration says, and "quick_gelu" for a single file, which is
             right for OpenAI's. A file of open_clip's weights alone does not say that its model has "gelu".
@@ -64,14 +73,24 @@ def load_clip(
         CheckpointError: a file that cannot be read or is not trusted, or a tensor or field that no CLIP of ours has, named.
         ConfigError: a format or tokenizer that does not fit the source.
     """
-    path = Path(source)
+    model, _ = _load(Path(source), format, tokenizer, activation)
+    return model
+
+
+def _load(
+    path: Path, format: ClipFormat | Literal["auto"], tokenizer: str | Path | None, activation: Activation | None
+) -> tuple[Clip, Path]:
+    """The model, and its file of weights."""
     chosen = _format(path) if format == "auto" else format
-    config, weights, file = _READERS[chosen](path, activation)
+    file = _weights_file(path, chosen)
+    config, weights = _READERS[chosen](file, activation)
     if activation is not None and config.activation != activation:
         raise ConfigError(f"{path} is a model with activation {config.activation}, found {activation}: leave it out")
-    model = Clip(config, tokenizer=_tokenizer(path, tokenizer, config))
+    # What lies beside a single file of OpenAI's need not be its own.
+    folder = path if path.is_dir() else file.parent if chosen != "openai" else None
+    model = Clip(config, tokenizer=_tokenizer(folder, tokenizer, config))
     load_weights(model, weights, file)
-    return model.eval()
+    return model.eval(), file
 
 
 def import_clip(
@@ -91,8 +110,7 @@ def import_clip(
     folder = Path(out)
     if folder.exists() and not (folder / SOURCE_NAME).is_file():
         raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
-    model = load_clip(source, format, tokenizer=tokenizer, activation=activation)
-    weights = _weights_file(Path(source))
+    model, weights = _load(Path(source), format, tokenizer, activation)
     try:
         with built_beside(folder) as beside:
             model.save_pretrained(beside)
@@ -106,20 +124,19 @@ def _format(path: Path) -> ClipFormat:
     if not path.exists():
         raise CheckpointError(f"there is no {path}: name a file or folder of a CLIP")
     if path.is_file():
-        return "openai"
-    for name, format in ((OPEN_CLIP_CONFIG, "open_clip"), (HF_CONFIG, "hf"), (_OPENAI_WEIGHTS[0], "openai")):
+        beside = (format for format, names in _WEIGHTS.items() if path.name in names)
+        return next((format for format in beside if (path.parent / _MARKS[format]).is_file()), "openai")
+    for format, name in _MARKS.items():
         if (path / name).is_file():
-            return format  # type: ignore[return-value]
-    raise CheckpointError(
-        f"{path} holds no CLIP: it has none of {OPEN_CLIP_CONFIG}, {HF_CONFIG} and {_OPENAI_WEIGHTS[0]}"
-    )
+            return format
+    raise CheckpointError(f"{path} holds no CLIP: it has none of {', '.join(_MARKS.values())}")
 
 
-def _weights_file(path: Path) -> Path:
+def _weights_file(path: Path, format: ClipFormat) -> Path:
     """The file of weights: `path` itself, or the one in that folder."""
     if path.is_file():
         return path
-    names = (*OPEN_CLIP_WEIGHTS, *HF_WEIGHTS, *_OPENAI_WEIGHTS)
+    names = _WEIGHTS[format]
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:
         raise CheckpointError(
@@ -128,33 +145,36 @@ def _weights_file(path: Path) -> Path:
     return found
 
 
-Read = tuple[ClipConfig, dict[str, Tensor], Path]
+Read = tuple[ClipConfig, dict[str, Tensor]]
 
 
-def _read_openai(path: Path, activation: Activation | None) -> Read:
-    file = _weights_file(path)
+def _read_openai(file: Path, activation: Activation | None) -> Read:
     weights = plain_openai(_tensors(file))
     config = config_of_openai(weights, activation or "quick_gelu", str(file))
-    return config, _from_openai(weights, config, file), file
+    return config, _from_openai(weights, config, file)
 
 
-def _read_open_clip(path: Path, activation: Activation | None) -> Read:
-    file = _weights_file(path)
-    description = _folder(path) / OPEN_CLIP_CONFIG
+def _read_open_clip(file: Path, activation: Activation | None) -> Read:
+    description = file.parent / OPEN_CLIP_CONFIG
     config = from_open_clip_config(_json(description), str(description))
-    return config, _from_openai(plain_openai(_tensors(file)), config, file), file
+    return config, _from_openai(plain_openai(_tensors(file)), config, file)
 
 
-def _read_huggingface(path: Path, activation: Activation | None) -> Read:
-    file = _weights_file(path)
-    folder = _folder(path)
-    preprocessor = folder / HF_PREPROCESSOR
-    config = from_huggingface_config(
-        _json(folder / HF_CONFIG), _json(preprocessor) if preprocessor.is_file() else None, str(folder / HF_CONFIG)
-    )
+def _read_huggingface(file: Path, activation: Activation | None) -> Read:
+    description = file.parent / HF_CONFIG
+    config = from_huggingface_config(_json(description), _preprocessor(file.parent), str(description))
     weights = plain_huggingface(_tensors(file))
     check_shapes(lambda: _InTheirLayout(config, to_huggingface), config, weights, file)
-    return config, from_huggingface(weights), file
+    return config, from_huggingface(weights)
+
+
+def _preprocessor(folder: Path) -> Any:
+    """What a folder of Hugging Face says of pictures, or None; the newer of two places goes first, as in transformers."""
+    newer, older = folder / HF_PROCESSOR, folder / HF_PREPROCESSOR
+    content = _json(newer) if newer.is_file() else None
+    if isinstance(content, dict) and "image_processor" in content:
+        return content["image_processor"]
+    return _json(older) if older.is_file() else None
 
 
 _READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
@@ -162,10 +182,6 @@ _READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
     "hf": _read_huggingface,
     "open_clip": _read_open_clip,
 }
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _from_openai(weights: Mapping[str, Tensor], config: ClipConfig, file: Path) -> dict[str, Tensor]:
@@ -209,7 +225,7 @@ def _json(file: Path) -> Any:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _tokenizer(path: Path, tokenizer: str | Path | None, config: ClipConfig) -> ClipTokenizer | None:
+def _tokenizer(folder: Path | None, tokenizer: str | Path | None, config: ClipConfig) -> ClipTokenizer | None:
     if tokenizer is not None:
         return ClipTokenizer.load(tokenizer, start=config.start, end=config.end)
-    return ClipTokenizer.find(path, start=config.start, end=config.end) if path.is_dir() else None
+    return None if folder is None else ClipTokenizer.find(folder, start=config.start, end=config.end)

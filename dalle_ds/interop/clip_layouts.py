@@ -46,6 +46,8 @@ _ENTRIES = ("weight", "bias")
 # Of OpenAI's files, besides weights.
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _EPSILON = 1e-5
+BICUBIC = 3
+"""Pillow's number, which Hugging Face's files have."""
 
 
 def to_openai(weights: Mapping[str, Tensor], config: ClipConfig) -> dict[str, Tensor]:
@@ -166,7 +168,7 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
 
     Args:
         values: the content of `config.json`.
-        preprocessor: that of `preprocessor_config.json`, or None.
+        preprocessor: that of `preprocessor_config.json`, or None. What it says is to be how `clip_pixels` makes pictures.
 
     Raises:
         CheckpointError: a field that our CLIP cannot have so, named.
@@ -204,12 +206,24 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
     for tower, part in (("vision", vision), ("text", text)):
         _check_huggingface_tower(tower, part, fields[f"{tower}_width"], fields["activation"], where)
     config = _config({**fields, **_standardization(preprocessor, "image_mean", "image_std", where)}, where)
-    for name in ("size", "crop_size"):
-        size = None if preprocessor is None else preprocessor.get(name)
-        sides = list(size.values()) if isinstance(size, dict) else [size]
-        if any(side not in (None, config.image_size) for side in sides):
-            raise _unknown(where, f"preprocessor {name}", size, config.image_size)
+    _check_huggingface_pictures(preprocessor or {}, config.image_size, where)
     return config
+
+
+def _check_huggingface_pictures(preprocessor: dict[str, Any], size: int, where: str) -> None:
+    """Refuse pictures that are not resized to `size` along the shorter side, cut and standardized."""
+    # Older files have numbers for sizes. A height and a width would squeeze the picture, where it is not cut.
+    allowed: dict[str, tuple[Any, ...]] = {
+        "size": ({"shortest_edge": size}, size),
+        "crop_size": ({"height": size, "width": size}, size),
+        "resample": (BICUBIC,),
+        "rescale_factor": (1 / 255,),
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+    }
+    for name, values in allowed.items():
+        found = preprocessor.get(name)
+        if found is not None and found not in values:
+            raise _unknown(where, f"preprocessor {name}", found, values[0])
 
 
 def _check_huggingface_tower(tower: str, part: dict[str, Any], width: Any, activation: Any, where: str) -> None:
@@ -298,7 +312,10 @@ def from_open_clip_config(values: Any, where: str) -> ClipConfig:
     for name, wanted in (("mode", "RGB"), ("interpolation", "bicubic"), ("resize_mode", "shortest")):
         if preprocess.get(name, wanted) != wanted:
             raise _unknown(where, f"preprocess_cfg.{name}", preprocess[name], wanted)
-    return _config({**fields, **_standardization(preprocess, "mean", "std", where)}, where)
+    config = _config({**fields, **_standardization(preprocess, "mean", "std", where)}, where)
+    if _side(preprocess.get("size") or config.image_size) != config.image_size:
+        raise _unknown(where, "preprocess_cfg.size", preprocess["size"], config.image_size)
+    return config
 
 
 def open_clip_config(config: ClipConfig) -> dict[str, Any]:

@@ -422,7 +422,10 @@ def _key(value: Any) -> str:
 
 def _misused(instruction: str, target: Any) -> NoReturn:
     what = target.name if isinstance(target, _Name) else target.kind if isinstance(target, _Instance) else None
-    raise _Refused(f"uses {instruction} on {what or type(target).__name__}, as torch.save does not: it is not trusted")
+    # The classes of a TorchScript archive have whatever names the file gives them.
+    raise _Refused(
+        f"uses {instruction} on {_quoted(what) if what else type(target).__name__}, as torch.save does not: it is not trusted"
+    )
 
 
 # --- the tensors ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dalle_ds.byte_pairs import BytePairs
 from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
@@ -35,6 +36,15 @@ TOLERANCE = 1e-5
 FORMATS = ("openai", "hf", "open_clip")
 GELU = replace(WIDE, activation="gelu", vision_heads=4, image_mean=(0.5, 0.4, 0.3), end_token=7)
 FULL = replace(SMALL, text_len=16, text_vocab=49_408)
+MERGES = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>")]
+"""Of a vocabulary of CLIP's kind that is quickly read."""
+
+
+@pytest.fixture
+def merges_file(tmp_path: Path) -> Path:
+    file = tmp_path / "few-merges.txt"
+    BytePairs(MERGES).save(file)
+    return file
 
 
 def same(model: Clip, other: Clip) -> None:
@@ -75,8 +85,11 @@ def test_there_and_back_is_exact(tmp_path: Path, format: Any, config: ClipConfig
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer_file: Path, format: Any, kind: str) -> None:
-    tokenizer = ClipTokenizer.load(CLIPS_FILE if kind == "bytes" else tokenizer_file)
+def test_the_tokenizer_comes_along(
+    tmp_path: Path, tokenizer_file: Path, merges_file: Path, format: Any, kind: str
+) -> None:
+    file = merges_file if kind == "bytes" else tokenizer_file
+    tokenizer = ClipTokenizer.load(file)
     model = clip(replace(SMALL, text_vocab=tokenizer.pieces.vocab_size + 2), tokenizer=tokenizer)
     export_clip(model, tmp_path / "theirs", format)
     again = import_clip(tmp_path / "theirs", tmp_path / "ours", format)
@@ -84,7 +97,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer_file: Path, format:
     again = Clip.from_pretrained(tmp_path / "ours")
     assert again.fingerprint == model.fingerprint
     # Imported again in its place, and given another tokenizer.
-    import_clip(tmp_path / "theirs", tmp_path / "ours", tokenizer=CLIPS_FILE if kind == "bytes" else tokenizer_file)
+    import_clip(tmp_path / "theirs", tmp_path / "ours", tokenizer=file)
     assert Clip.from_pretrained(tmp_path / "ours").fingerprint == model.fingerprint
     source = json.loads((tmp_path / "ours" / "source.json").read_text())
     assert set(source) == {"file", "sha256"} and (tmp_path / "theirs" / source["file"]).is_file()
@@ -127,7 +140,8 @@ def test_openais_files_are_read(tmp_path: Path, writing: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
-def test_code_in_openais_archives_is_left_alone(tmp_path: Path) -> None:
+def test_code_in_openais_archives_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     model = clip(SMALL)
     openai_file(model, tmp_path / "ViT.pt", "torchscript")
     with zipfile.ZipFile(tmp_path / "ViT.pt") as source, zipfile.ZipFile(tmp_path / "broken.pt", "w") as target:
@@ -145,10 +159,13 @@ def test_code_in_openais_archives_is_left_alone(tmp_path: Path) -> None:
     entries = {"data/0": bytes(24), "constants.pkl": b""}
     found = read_pickled_tensors(write_zip(tmp_path / "f", content, entries), scripted=True)
     assert set(found) == {"w", "inner.v"}
-    for function in (name("os", "system"), name("__torch__", "system"), name("torch.jit._pickle", "build_intlist")):
-        content = program(call(function, text("touch /tmp/should-not-be-there")))
-        with pytest.raises(CheckpointError, match="not trusted"):
+    functions = [("os", "system"), ("__torch__", "system"), ("torch.jit._pickle", "build_intlist")]
+    for function in (*functions, ("__torch__", "x" * 100_000), ("__torch__", "\x1b[2J")):
+        content = program(call(name(*function), text("touch canary")))
+        with pytest.raises(CheckpointError, match="not trusted") as error:
             read_pickled_tensors(write_zip(tmp_path / "f", content, entries), scripted=True)
+        assert len(str(error.value)) < 500 and str(error.value).isprintable()
+    assert not Path("canary").exists()
 
 
 @pytest.mark.parametrize("writing", ["model.safetensors", "pytorch_model.bin", "before 2023"])
@@ -218,7 +235,7 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
     from transformers import CLIPModel, CLIPProcessor
 
     tokenizer = ClipTokenizer.load(CLIPS_FILE)
-    model = clip(replace(FULL, activation="gelu"), tokenizer=tokenizer)
+    model = clip(replace(FULL, activation="gelu", image_std=(0.5, 0.4, 0.3)), tokenizer=tokenizer)
     export_clip(model, tmp_path / "hf", "hf")
     theirs, processor = CLIPModel.from_pretrained(tmp_path / "hf"), CLIPProcessor.from_pretrained(tmp_path / "hf")
     assert sum(value.numel() for value in theirs.parameters()) == sum(value.numel() for value in model.parameters())
@@ -229,6 +246,12 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
         output = theirs(**inputs)
     cosines = model.embed_images([image]) @ model.embed_texts(words).T
     assert (output.logits_per_image - cosines / 0.07).abs().max() < 1e-4
+    # And writes in its own way, which is read again.
+    theirs.save_pretrained(tmp_path / "theirs")
+    processor.save_pretrained(tmp_path / "theirs")
+    again = load_clip(tmp_path / "theirs")
+    same(model, again)
+    assert again.tokenizer is not None and again.tokenizer.fingerprint == tokenizer.fingerprint
 
 
 def test_open_clip_reads_what_we_write(tmp_path: Path) -> None:
@@ -277,7 +300,7 @@ def changed(folder: Path, file: str, change: Callable[[Any], Any]) -> None:
         (lambda c: c["text_config"].update(eos_token_id=100), "end_token must lie in"),
         (lambda c: c.update(projection_dim=25), "'text_projection.weight' has shape"),
         (lambda c: c.update(vision_config=3), "mapping of fields"),
-        (lambda c: c.pop("vision_config"), "preprocessor size = .*, where only 224"),
+        (lambda c: c.pop("vision_config"), "preprocessor size = .*, where only .* 224"),
     ],
 )
 def test_hugging_face_configurations_that_do_not_fit_are_named(
@@ -309,6 +332,7 @@ def test_hugging_face_configurations_that_do_not_fit_are_named(
         (lambda c: c["model_cfg"].update(init_logit_bias=-10), "init_logit_bias = -10"),
         (lambda c: c["model_cfg"].update(multimodal_cfg={}), "multimodal_cfg"),
         (lambda c: c["preprocess_cfg"].update(resize_mode="squash"), r"preprocess_cfg\.resize_mode = squash"),
+        (lambda c: c["preprocess_cfg"].update(size=[64, 64]), r"preprocess_cfg\.size = \[64, 64\], where only 32"),
         (lambda c: c.pop("model_cfg"), "model_cfg"),
         (lambda c: c["model_cfg"]["text_cfg"].update(width=128), "'ln_final.bias' has shape"),
     ],
@@ -338,9 +362,53 @@ def test_fields_that_change_nothing_are_let_be(tmp_path: Path) -> None:
 
     changed(tmp_path / "hf", "config.json", older)
     same(model, load_clip(tmp_path / "hf"))
-    changed(tmp_path / "hf", "preprocessor_config.json", lambda c: c.update(crop_size=64))
-    with pytest.raises(CheckpointError, match="preprocessor crop_size = 64, where only 32"):
+    changed(tmp_path / "hf", "preprocessor_config.json", lambda c: c.update(size=32, crop_size=32, rescale_factor=None))
+    same(model, load_clip(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"crop_size": 64}, r"preprocessor crop_size = 64, where only \{'height': 32, 'width': 32\}"),
+        ({"size": {"height": 32, "width": 32}}, "preprocessor size = .*, where only {'shortest_edge': 32}"),
+        ({"resample": 2}, "preprocessor resample = 2, where only 3"),
+        ({"rescale_factor": 1}, "preprocessor rescale_factor = 1"),
+        ({"do_resize": False}, "preprocessor do_resize = False"),
+        ({"do_center_crop": False}, "preprocessor do_center_crop = False"),
+        ({"do_rescale": False}, "preprocessor do_rescale = False"),
+        ({"do_normalize": False}, "preprocessor do_normalize = False"),
+        ({"image_std": [0.0, 1.0, 1.0]}, r"model\.image_std"),
+    ],
+)
+def test_pictures_that_are_made_otherwise_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    export_clip(clip(SMALL), tmp_path / "hf", "hf")
+    changed(tmp_path / "hf", "preprocessor_config.json", lambda c: c.update(change))
+    with pytest.raises(CheckpointError, match=words):
         load_clip(tmp_path / "hf")
+
+
+def test_a_folder_may_be_of_two_programs_and_its_files_keep_its_configuration(
+    tmp_path: Path, merges_file: Path
+) -> None:
+    """As LAION publishes them; the two models differ here, to tell which one is read."""
+    tokenizer = ClipTokenizer.load(merges_file)
+    config = replace(SMALL, activation="gelu", text_vocab=tokenizer.pieces.vocab_size + 2)
+    models = {"hf": clip(config, seed=1, tokenizer=tokenizer), "open_clip": clip(config, seed=2, tokenizer=tokenizer)}
+    for format, model in models.items():
+        export_clip(model, tmp_path / format, format)  # type: ignore[arg-type]
+    shutil.copytree(tmp_path / "hf", tmp_path / "both")
+    shutil.copytree(tmp_path / "open_clip", tmp_path / "both", dirs_exist_ok=True)
+    same(models["hf"], load_clip(tmp_path / "both", "hf"))
+    same(models["open_clip"], load_clip(tmp_path / "both", "open_clip"))
+    same(models["open_clip"], load_clip(tmp_path / "both"))
+    for format, file in (("hf", "model.safetensors"), ("open_clip", "open_clip_model.safetensors")):
+        found = import_clip(tmp_path / "both" / file, tmp_path / "ours")
+        same(models[format], found)
+        assert found.tokenizer is not None
+        assert json.loads((tmp_path / "ours" / "source.json").read_text())["file"] == file
+    # Elsewhere it is a file of weights alone.
+    shutil.copy(tmp_path / "both" / "open_clip_model.safetensors", tmp_path)
+    assert load_clip(tmp_path / "open_clip_model.safetensors").config == replace(config, activation="quick_gelu")
 
 
 @pytest.mark.parametrize(
@@ -374,8 +442,10 @@ def test_sources_that_are_none_are_refused(tmp_path: Path, tokenizer_file: Path)
     with pytest.raises(CheckpointError, match="holds no CLIP"):
         load_clip(tmp_path)
     export_clip(clip(SMALL), tmp_path / "hf", "hf")
-    with pytest.raises(CheckpointError, match=r"open_clip_config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"has none of open_clip_model\.safetensors"):
         load_clip(tmp_path / "hf", "open_clip")
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json cannot be read"):
+        load_clip(tmp_path / "hf" / "model.safetensors", "open_clip")
     with pytest.raises(ConfigError, match=r"the tokenizer has .* pieces"):
         load_clip(tmp_path / "hf", tokenizer=tokenizer_file)
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"nothing")
@@ -401,9 +471,9 @@ def launch(monkeypatch: pytest.MonkeyPatch, launcher: str, *arguments: str | Pat
 
 
 def test_the_launchers_import_and_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, merges_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = clip(FULL)
+    model = clip(replace(SMALL, text_vocab=256 + 256 + len(MERGES) + 2))
     openai_file(model, tmp_path / "ViT.pt", "zip")
     launch(monkeypatch, "import_clip.py", "--from", tmp_path / "ViT.pt", "--out", tmp_path / "bare")
     assert "it has no tokenizer" in capsys.readouterr().out
@@ -413,7 +483,7 @@ def test_the_launchers_import_and_export(
         "--from",
         tmp_path / "ViT.pt",
         "--tokenizer",
-        CLIPS_FILE,
+        merges_file,
         "--out",
         tmp_path / "ours",
     )
