@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle_ds.byte_pairs import MERGES_NAME, BytePairs, check_vocabulary
 from dalle_ds.config import PADDING, ClipConfig
-from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.parsing import parse_json
 from dalle_ds.tokenizer import Tokenizer
 
@@ -115,7 +115,12 @@ class ClipTokenizer:
 
         Returns:
             (B, length) int64, -1 behind the end token.
+
+        Raises:
+            DataError: one text in place of a list, which would be a caption for each character.
         """
+        if isinstance(texts, str):
+            raise DataError(f"captions must be a list of texts, found the text {texts[:50]!r}: put it into a list")
         batch = np.full((len(texts), length), PADDING, dtype=np.int64)
         for row, text in zip(batch, texts, strict=True):
             tokens = [self.start, *self.pieces.encode(text)[: length - 2], self.end]

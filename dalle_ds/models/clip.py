@@ -116,7 +116,7 @@ class Clip(nn.Module):
             (B, embed_dim) fp32, on the model's device.
 
         Raises:
-            DataError: a tensor of another shape or type.
+            DataError: a tensor of another shape or type, or no list of pictures.
         """
         pixels = square_pixels(images, self.config.image_size).to(self.logit_scale.device)
         embeddings = self._project_images(pixels)
@@ -135,7 +135,8 @@ class Clip(nn.Module):
 
         Raises:
             ConfigError: captions, and the model has no tokenizer.
-            DataError: tokens of another shape or type, outside the vocabulary, or without an end token.
+            DataError: one text in place of a list; tokens of another shape or type, outside the vocabulary, or without an end
+                token.
         """
         if not isinstance(texts, Tensor):
             if self.tokenizer is None:
@@ -147,10 +148,10 @@ class Clip(nn.Module):
 
     def _project_images(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, embed_dim) fp32, of any length."""
-        mean, std = (
-            images.new_tensor(value, dtype=torch.float32) for value in (self.config.image_mean, self.config.image_std)
-        )
-        pixels = (images.float() - mean[:, None, None]) / std[:, None, None]
+        # With plain numbers: tensors would be copied to a GPU in every call, which has to be waited for, and as buffers would
+        # not stay fp32 in a model of 16 bits.
+        standards = zip(images.float().unbind(dim=1), self.config.image_mean, self.config.image_std, strict=True)
+        pixels = torch.stack([(channel - mean) / std for channel, mean, std in standards], dim=1)
         pooled = self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype)).pooler_output
         return self.visual_projection(pooled).float()
 

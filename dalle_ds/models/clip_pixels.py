@@ -32,6 +32,8 @@ def square_pixels(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
     if isinstance(images, Tensor):
         check_images(images)
         return _center(_resized(images.float(), size), size)
+    if isinstance(images, Image.Image):
+        raise DataError("pictures must be one tensor or a list of PIL images, found one PIL image: put it into a list")
     if len(images) == 0:
         raise DataError("there are no pictures to embed: give at least one")
     for image in images:

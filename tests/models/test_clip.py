@@ -13,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from dalle_ds.byte_pairs import BytePairs
 from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipRun, from_dict, load_preset, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
@@ -437,6 +440,29 @@ def test_an_exported_clip_is_the_same_clip(tmp_path: Path, tokenizer_file: Path)
     assert bare.fingerprint != model.fingerprint
 
 
+class Devices(TorchDispatchMode):
+    """What the tensors of all operations lie on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        self.seen |= {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)}
+        return result
+
+
+def test_a_forward_pass_copies_nothing_from_the_host() -> None:
+    """Which a GPU would be waited for; another device stands in for one."""
+    with torch.device("meta"):
+        images, text = torch.rand(2, 3, 32, 32), torch.zeros(2, SMALL.text_len, dtype=torch.int64)
+    model = clip().to("meta")
+    with Devices() as devices:
+        output = model(images, text)
+    assert devices.seen == {"meta"} and output.image_embeddings.shape == output.text_embeddings.shape == (2, 24)
+
+
 def test_bf16_weights_give_nearly_the_same_embeddings_in_fp32(tmp_path: Path) -> None:
     model = clip()
     model.save_pretrained(tmp_path / "clip")
@@ -495,6 +521,7 @@ def test_pictures_that_are_none_are_refused() -> None:
         (torch.rand(0, 3, 32, 32), "images must be"),
         ([], "at least one"),
         (["picture.png"], "PIL images, found a str"),
+        (Image.new("RGB", (40, 40)), "put it into a list"),
     ):
         with pytest.raises(DataError, match=words):
             model.embed_images(images)  # type: ignore[arg-type]
@@ -502,3 +529,10 @@ def test_pictures_that_are_none_are_refused() -> None:
         model(torch.rand(1, 3, 40, 40), captions(SMALL)[:1])
     with pytest.raises(ConfigError, match="no tokenizer"):
         model.embed_texts(["a cat"])
+
+
+def test_one_caption_is_no_list_of_captions() -> None:
+    tokenizer = ClipTokenizer(BytePairs([]))
+    model = clip(replace(SMALL, text_vocab=514), tokenizer=tokenizer)
+    with pytest.raises(DataError, match="found the text 'a cat': put it into a list"):
+        model.embed_texts("a cat")
