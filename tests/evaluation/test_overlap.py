@@ -62,7 +62,7 @@ def prepared(folder: Path, pictures: dict[str, Image.Image], captions: dict[str,
     source.mkdir(parents=True)
     for name, picture in pictures.items():
         picture.save(source / f"{name}.png")
-        (source / f"{name}.txt").write_text((captions or {}).get(name, f"picture {name}"))
+        (source / f"{name}.txt").write_text((captions or {}).get(name, f"coloured squares, pattern {name}"))
     options = PrepareOptions(corpus="folder", source=str(source), validation=0.0)
     prepare(options, str(folder / "data"), workers=1, overwrite=False)
     return folder / "data"
