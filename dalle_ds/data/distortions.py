@@ -98,9 +98,11 @@ def jitter(pixels: Pixels, hue: float, saturation: float, value: float, rng: np.
     """HSV jitter: hue turned by up to `hue` of the circle, the other two multiplied by 1 minus to 1 plus theirs."""
     turn, *factors = rng.uniform((-hue, 1 - saturation, 1 - value), (hue, 1 + saturation, 1 + value))
     hsv = np.asarray(Image.fromarray(pixels).convert("HSV")).astype(np.float64)
-    hsv[..., 0] = (hsv[..., 0] + 256 * turn) % 256
+    hsv[..., 0] += 256 * turn
     hsv[..., 1:] *= factors
-    moved = np.clip(np.floor(hsv + 0.5), 0, (255.9, 255, 255)).astype(np.uint8)
+    hsv = np.floor(hsv + 0.5)
+    hsv[..., 0] %= 256  # after rounding, which may end at 256
+    moved = np.clip(hsv, 0, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(moved, "HSV").convert("RGB"))
 
 

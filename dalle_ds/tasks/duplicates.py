@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config.overlap import DuplicateRun
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.duplicates import DuplicateSamples
+from dalle_ds.data.duplicate_views import DuplicateSamples
 from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import DataError
 from dalle_ds.models.contrastive import contrastive_logits

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dalle_ds.config.overlap import DistortionConfig
 from dalle_ds.data import PairDataset
 from dalle_ds.data.distortions import compress, crop_and_zoom, distort, jitter, rescale, rotate, stretch
-from dalle_ds.data.duplicates import DuplicateSamples
+from dalle_ds.data.duplicate_views import DuplicateSamples
 from dalle_ds.data.images import Pixels, center_crop_resize
+from dalle_ds.data.views import Views
 from dalle_ds.errors import ConfigError
 
 OFF = {
@@ -133,6 +135,19 @@ def test_jitter_turns_and_scales_as_hsv_says() -> None:
     assert np.abs(kept - noise()).max() <= 8
 
 
+def test_hues_turn_round_the_circle() -> None:
+    """A turn by a few levels over the end of the circle is one by as many anywhere else."""
+    hues = np.stack([np.arange(256), np.full(256, 255), np.full(256, 255)], axis=-1)[None].astype(np.uint8)
+    colours = np.asarray(Image.fromarray(hues, "HSV").convert("RGB"))
+    before = np.asarray(Image.fromarray(colours).convert("HSV"))[0, :, 0].astype(int)
+    for seed in range(40):
+        turn = np.random.default_rng(seed).uniform((-0.1, 1, 1), (0.1, 1, 1))[0]
+        found = jitter(colours, 0.1, 0.0, 0.0, np.random.default_rng(seed))
+        moved = np.floor(before + 256 * turn + 0.5).astype(int) % 256
+        wanted = np.stack([moved, np.full(256, 255), np.full(256, 255)], axis=-1)[None].astype(np.uint8)
+        assert np.array_equal(found, np.asarray(Image.fromarray(wanted, "HSV").convert("RGB")))
+
+
 def test_grey_stays_grey_and_black_black() -> None:
     grey = np.repeat(noise()[..., :1], 3, axis=2)
     for seed in range(10):
@@ -186,3 +201,13 @@ def test_samples_are_a_picture_and_its_copy(data: Path) -> None:
     )
     assert not np.array_equal(both["image"], plain) and not np.array_equal(both["image"], both["copy"])
     assert np.array_equal(both["copy"], one["copy"])
+
+
+def test_the_picture_is_seen_as_the_search_embeds_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large it is: not resized twice, as its copy may be."""
+    dataset = PairDataset.open(data, "train")
+    large = noise(150, 220)
+    monkeypatch.setattr(PairDataset, "picture", lambda *_: large)
+    drawn = DuplicateSamples(dataset, 16, DistortionConfig()).sample(3, np.random.default_rng(0))
+    assert np.array_equal(drawn["image"], Views(dataset, 16, None, 0)[3][0][0].numpy())
+    assert drawn["copy"].shape == (3, 16, 16)

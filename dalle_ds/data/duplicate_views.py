@@ -49,12 +49,13 @@ class DuplicateSamples:
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
         useful = useful_short_side(self._image_size)
-        pixels = self._dataset.picture(row, useful)
+        picture = self._dataset.picture(row, useful)
+        pixels = picture
         if min(pixels.shape[:2]) > useful:  # more pixels would make distortions slow, and none of them would be seen
             pixels = resize_short_side(pixels, useful)
-        views = [distort(pixels, self._distortions, own) for own in rng.spawn(2)]
-        first = views[0] if self._both else pixels
-        return {"image": self._array(first), "copy": self._array(views[1])}
+        first, second = rng.spawn(2)
+        image = distort(pixels, self._distortions, first) if self._both else picture
+        return {"image": self._array(image), "copy": self._array(distort(pixels, self._distortions, second))}
 
     def _array(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         return channels_first(center_crop_resize(pixels, self._image_size))
