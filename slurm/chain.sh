@@ -5,15 +5,16 @@
 #   slurm/chain.sh PRESET DATA OUT
 #
 # DATA is what launchers/prepare_data.py made. OUT gets tokenizer.model, dvae/, transformer/, report/ and logs/. What the
-# launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, EVALUATE_ARGS; sbatch, for all stages:
-# SBATCH_ARGS. AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
+# launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, CLIP_ARGS, EVALUATE_ARGS; sbatch, for all
+# stages: SBATCH_ARGS. CLIP=PRESET also trains the CLIP of that preset, into clip/, and evaluates the best of 1, 8 and 64 by it.
+# AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
 (($# == 3)) || { sed -n '2,/^[^#]/{/^#/p}' "$0" >&2; exit 2; }
 mkdir -p "$3" && out=$(CDPATH='' cd "$3" && pwd) || exit
 preset=$1 data=$2
 export DALLE_LOGS=$out/logs
 source "$(dirname "$0")/common.sh"
 
-jobs=() last=${AFTER:-}
+jobs=() last=${AFTER:-} judged=()
 trap '((${#jobs[@]} == 0)) || scancel "${jobs[@]}"' EXIT # all stages or none
 
 stage() {
@@ -35,7 +36,13 @@ stage() {
     stage codes --out "$data" --cache_codes "$out/dvae" ${CODES_ARGS:-}
     stage transformer --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero3_bf16.json" \
         --data "$data" --dvae "$out/dvae" --tokenizer "$out/tokenizer.model" --run_dir "$out/transformer" ${TRANSFORMER_ARGS:-}
-    stage evaluate --data "$data" --dvae "$out/dvae" --transformer "$out/transformer" --out "$out/report" ${EVALUATE_ARGS:-}
+    if [[ -n ${CLIP:-} ]]; then
+        stage clip --preset "$CLIP" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
+            --data "$data" --tokenizer "$out/tokenizer.model" --run_dir "$out/clip" ${CLIP_ARGS:-}
+        judged=(--clip "$out/clip" --best_of 1,8,64)
+    fi
+    stage evaluate --data "$data" --dvae "$out/dvae" --transformer "$out/transformer" --out "$out/report" \
+        ${judged[@]+"${judged[@]}"} ${EVALUATE_ARGS:-}
 }
 trap - EXIT
 echo "how it is doing: slurm/status.sh $out" >&2

@@ -5,7 +5,7 @@
 ACCOUNT=
 PARTITION=
 TIME_LIMIT=24:00:00
-NODES=1                            # of the stages that train
+NODES=1                            # of the stages that train, and of evaluation
 GPUS_PER_NODE=8                    # 0 trains on CPUs
 PROCESSES_PER_NODE=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1)) # one for each GPU
 CPUS_PER_PROCESS=8                 # the process itself and its loader.workers

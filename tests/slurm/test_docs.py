@@ -12,7 +12,8 @@ import pytest
 
 from dalle_ds.cli import parse_options
 from dalle_ds.cluster.command import ClusterOptions
-from dalle_ds.config import DvaeRun, TransformerRun
+from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
+from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.training.launch import parse_command
 from tests.conftest import ROOT
 
@@ -79,23 +80,28 @@ def calls(place: Path) -> list[Call]:
 
 def test_stages_wait_for_each_other(calls: list[Call]) -> None:
     chain = ["tokenizer", "dvae", "codes", "transformer", "evaluate"]
-    assert [call.stage for call in calls] == ["doctor", "prepare_data", "prepare_data", *chain, *chain, "transformer"]
+    judged = [*chain[:-1], "clip", "evaluate"]
+    assert [call.stage for call in calls] == [
+        *("doctor", "prepare_data", "prepare_data"),
+        *(*chain, *chain, *judged, "transformer"),
+    ]
     waits = {number: call.options.get("dependency") for number, call in enumerate(calls, 101)}
     assert waits == {
-        **dict.fromkeys((101, 102, 104, 109, 114)),
-        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 114))},
+        **dict.fromkeys((101, 102, 104, 109, 114, 120)),
+        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 114), *range(115, 120))},
     }
 
 
 def test_stages_that_train_get_all_nodes_and_a_warning(calls: list[Call]) -> None:
     for call in calls:
-        trains = call.stage in ("dvae", "transformer")
-        everywhere = trains or call.stage == "doctor"
+        trains = call.stage in ("dvae", "transformer", "clip")
+        everywhere = trains or call.stage in ("doctor", "evaluate")
         assert ("signal" in call.options) == trains
         assert call.options["ntasks-per-node"] == ("8" if everywhere else "1")
-        gpus = "8" if everywhere else "1" if call.stage in ("codes", "evaluate") else None
+        gpus = "8" if everywhere else "1" if call.stage == "codes" else None
         assert call.options.get("gpus-per-node") == gpus
-    assert [call.options["nodes"] for call in calls if call.stage == "transformer"] == ["1", "4", "8"]
+    assert [call.options["nodes"] for call in calls if call.stage == "transformer"] == ["1", "4", "1", "8"]
+    assert [call.options["nodes"] for call in calls if call.stage == "evaluate"] == ["1", "4", "1"]
     assert calls[1].options["array"] == "0-15" and "%A_%a" in calls[1].options["output"]
 
 
@@ -109,6 +115,12 @@ def test_launchers_understand_what_they_are_given(
             found.append(parse_command(DvaeRun, "dvae", call.launcher).run.run_dir)
         elif call.stage == "transformer":
             found.append(parse_command(TransformerRun, "transformer", call.launcher).run.train.batch_size)
+        elif call.stage == "clip":
+            assert parse_command(ClipRun, "clip", call.launcher).run.run_dir.endswith("runs/judged/clip")
+        elif call.stage == "evaluate":
+            options = parse_options(EvaluateOptions, call.launcher)
+            clip = str(Path(options.out).parent / "clip")
+            assert (options.clip, options.numbers) in [(None, [1]), (clip, [1, 8, 64])]
         elif call.stage == "doctor":
             found.append(parse_options(ClusterOptions, call.launcher[1:]).path)
     assert found[0] == "runs"
