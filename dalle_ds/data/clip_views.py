@@ -9,6 +9,9 @@ from PIL import Image
 
 from dalle_ds.data.images import Pixels
 
+LONGEST = 16
+"""How many times as long as it is wide a picture may be without being cut before it is resized."""
+
 
 def center_view(pixels: Pixels, size: int) -> Pixels:
     """The view that CLIP's evaluation takes: the shorter side resized to `size`, then the central square.
@@ -19,8 +22,11 @@ def center_view(pixels: Pixels, size: int) -> Pixels:
     Returns:
         (size, size, 3).
     """
+    short = min(pixels.shape[:2])
+    # The shorter side of a picture of 1 × 50,000 pixels, resized, would make it one of many gigabytes.
+    spare = [max(0, side - LONGEST * short) // 2 for side in pixels.shape[:2]]
+    pixels = pixels[spare[0] : pixels.shape[0] - spare[0], spare[1] : pixels.shape[1] - spare[1]]
     height, width = pixels.shape[:2]
-    short = min(height, width)
     resized = np.asarray(
         Image.fromarray(pixels).resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
     )

@@ -18,6 +18,7 @@ from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import LARGEST_SCALE, Clip
 from dalle_ds.models.contrastive import contrastive_logits
+from dalle_ds.models.pretrained import load_model
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import picture_grid
@@ -65,7 +66,8 @@ class ClipTask(WholeBatchTask[ClipRun]):
         return Clip(self.run.model, tokenizer=self.tokenizer, checkpointing=self.run.train.activation_checkpointing)
 
     def initial_weights(self) -> Mapping[str, Tensor] | None:
-        return Clip.from_pretrained(self.run.init).state_dict() if self.run.init else None
+        # As they lie in the file: a process reads the parts that it keeps, and memory for all is that of the system's cache.
+        return load_model(self.run.init, "clip", ClipConfig)[1] if self.run.init else None
 
     @property
     def rho(self) -> float | None:
@@ -99,10 +101,13 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
         image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
         logits = contrastive_logits(image, text, scale, peers, self.run.objective.local_loss)
-        metrics = {"scale": scale.detach(), "accuracy": logits.accuracy()}
-        for name in ("image", "text"):
-            metrics[f"{name}_spread"] = _spread(outputs[name].detach())
+        metrics = {"scale": scale.detach(), "accuracy": logits.accuracy(), "rows": image.new_full((1,), len(image))}
+        metrics |= {f"{name}_sum": outputs[name].detach().float().sum(0) for name in ("image", "text")}
         return logits.loss(), metrics
+
+    def digest(self, sums: Metrics) -> dict[str, float]:
+        """Spreads of the whole batch's embeddings: of those of one process, which may have one row, they would tell less."""
+        return {f"{name}_spread": _spread(sums[f"{name}_sum"] / sums["rows"]) for name in ("image", "text")}
 
     @cached_property
     def _validation_rows(self) -> int:
@@ -130,7 +135,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
         figures = {"loss": float(logits.loss()), "scale": float(scale)}
         for name, similarities in (("recall", logits.text), ("image_recall", logits.image)):
             figures |= {f"{name}@{k}": value for k, value in recalls(similarities).items()}
-        return figures | {f"{name}_spread": float(_spread(sums[name])) for name in ("image", "text")}
+        return figures | {f"{name}_spread": _spread(sums[name].mean(dim=0)) for name in ("image", "text")}
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         """Captions, each with its own picture and those of the batch that are most similar to it."""
@@ -198,9 +203,9 @@ def recalls(similarities: Tensor) -> dict[int, float]:
     return {k: float((better < k).float().mean()) for k in RECALLS}
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """() mean of 1 − cosine over all pairs of (N, D) rows of length 1."""
-    return 1 - rows.float().mean(dim=0).square().sum()
+def _spread(mean: Tensor) -> float:
+    """Mean of 1 − cosine over all pairs of rows of length 1, whose mean is given, (D,)."""
+    return 1 - float(mean.square().sum())
 
 
 def _check_same_shape(run: ClipRun, found: ClipConfig) -> None:

@@ -28,7 +28,8 @@ class WholeBatchTask(Task[RunConfig]):
         """Loss of an update, of which `outputs` are this process's rows, and figures to report. Collective.
 
         Returns:
-            () loss and detached metrics, (); both are averaged over processes, as are gradients.
+            () loss and detached metrics. Those that are () are averaged over processes, as are the loss and gradients; vectors
+            are summed and given to `digest`.
         """
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:

@@ -60,6 +60,9 @@ class CachingPasses(EnginePasses):
             self._engine.backward(through, scale_wrt_gas=False)
             if number + 1 < len(micro_batches):
                 self._engine.step()  # not yet: DeepSpeed counts micro-batches
+        # Of vectors, which are summed, each micro-batch reports a part.
+        count = len(micro_batches)
+        metrics = {name: value / count if value.ndim else value for name, value in metrics.items()}
         return [{"loss": loss.detach(), **metrics} for _ in micro_batches]
 
 

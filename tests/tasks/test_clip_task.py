@@ -70,6 +70,15 @@ def test_views_of_evaluation_are_those_that_the_model_takes_of_pictures(height: 
     assert torch.equal(torch.from_numpy(center_view(picture, 16).copy()).float() / 255, expected)
 
 
+def test_pictures_that_are_very_long_take_no_memory_for_what_is_cut_away() -> None:
+    picture = pixels(2, 400)
+    expected = square_pixels([Image.fromarray(picture)], 16)[0].permute(1, 2, 0)
+    for long in (picture, picture.transpose(1, 0, 2)):
+        view = torch.from_numpy(center_view(long, 16).copy()).float() / 255
+        assert torch.equal(view if long is picture else view.transpose(0, 1), expected)
+    assert center_view(np.zeros((1, 500_000, 3), np.uint8), 224).shape == (224, 224, 3)  # resized first: 75 GB
+
+
 def test_random_views_are_random_squares_of_at_least_the_asked_share() -> None:
     """Of a picture whose red and green tell the place of each pixel."""
     across, down = np.meshgrid(np.arange(120), np.arange(80))
@@ -148,8 +157,27 @@ def test_the_loss_of_a_batch_is_the_contrastive_one_of_its_embeddings(task: Clip
     )
     assert float(metrics["scale"]) == pytest.approx(1 / 0.07)
     cosines = images.double() @ images.double().T
-    assert float(metrics["image_spread"]) == pytest.approx(float((1 - cosines).mean()), abs=1e-5)
-    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+    spreads = task.digest({name: value for name, value in metrics.items() if value.ndim})
+    assert spreads["image_spread"] == pytest.approx(float((1 - cosines).mean()), abs=1e-5)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_spreads_are_those_of_the_whole_batch_however_it_is_shared_out(task: ClipTask) -> None:
+    """Of one row for itself, there is none; that must not be taken for embeddings that are all the same."""
+    rng = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=rng), dim=1) for _ in range(2))
+    spreads = []
+    for size in (6, 2, 1):
+        sums: dict[str, torch.Tensor] = {}
+        for rows in torch.arange(6).split(size):
+            _, metrics = task.loss_of({"image": image[rows], "text": text[rows], "scale": torch.tensor(20.0)})
+            for name, value in metrics.items():
+                if value.ndim:
+                    sums[name] = sums[name] + value if name in sums else value
+        spreads.append(task.digest(sums))
+    assert spreads[1] == pytest.approx(spreads[0]) and spreads[2] == pytest.approx(spreads[0])
+    assert spreads[0].keys() == {"image_spread", "text_spread"}
+    assert spreads[0]["text_spread"] == pytest.approx(float((1 - text @ text.T).mean()), abs=1e-5)
 
 
 # --- retrieval
