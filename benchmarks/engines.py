@@ -18,6 +18,8 @@ from dalle_ds.parallel import Mesh
 class BatchLoss:
     """What an `Updater` asks of a task: the transformer's loss on {"text": (B, T), "codes": (B, W²)}."""
 
+    rho = None
+
     def weight_of(self, batch: dict[str, Tensor]) -> Tensor:
         """Batches without padding all weigh the same."""
         return torch.ones((), device=batch["codes"].device)

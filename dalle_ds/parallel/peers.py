@@ -49,20 +49,20 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, peers: Peers, alike: bool) -> Tensor:
         ctx.peers, ctx.alike = peers, alike
-        pieces = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(peers.size)]
-        dist.all_gather(pieces, rows.contiguous(), group=peers.group)
-        return torch.cat(pieces)
+        everyone = rows.new_empty(peers.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everyone, rows.contiguous(), group=peers.group)
+        return everyone
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         peers: Peers = ctx.peers
-        pieces = [piece.contiguous() for piece in gradient.chunk(peers.size)]
+        own = gradient.chunk(peers.size)[peers.rank]
         if ctx.alike:
-            return pieces[peers.rank] * peers.size, None, None
-        own = torch.empty_like(pieces[0])
-        dist.reduce_scatter(own, pieces, group=peers.group)
-        return own, None, None
+            return own * peers.size, None, None
+        total = torch.empty_like(own, memory_format=torch.contiguous_format)
+        dist.reduce_scatter_tensor(total, gradient.contiguous(), group=peers.group)
+        return total, None, None
 
 
 class _Shared(torch.autograd.Function):

@@ -58,8 +58,7 @@ def passes_of(task: Task[Any], engine: Any, mesh: Mesh, average: WeightAverage |
         passes = CachingPasses(task, engine, mesh)
     else:
         passes = EnginePasses(task, engine)
-    rho = task.rho if isinstance(task, Task) else None
-    return passes if rho is None else SharpPasses(passes, engine, mesh, rho, average)
+    return passes if task.rho is None else SharpPasses(passes, engine, mesh, task.rho, average)
 
 
 class EnginePasses(Passes):

@@ -93,10 +93,12 @@ class SharpPasses(Passes):
 
         A step in which the optimizer does nothing is all of that, at every ZeRO stage.
         """
-        self._gradients.clear(range(len(self._engine.client_optimizer.param_groups)))
-        self._engine.client_optimizer.skip = True
+        engine = self._engine
+        counted = engine.global_steps, engine.global_samples
+        self._gradients.clear(range(len(engine.client_optimizer.param_groups)))
+        engine.client_optimizer.skip = True
         self._passes.step()
-        self._engine.global_steps -= 1  # it was none
+        engine.global_steps, engine.global_samples = counted  # it was no update
 
 
 def matched(weights: MasterWeights, gradients: MasterGradients) -> tuple[list[Tensor], list[Tensor]]:

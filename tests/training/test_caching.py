@@ -49,7 +49,8 @@ class TowersTask(WholeBatchTask[Any]):
         return dict(zip(("image", "text", "scale"), model(batch["image"], batch["text"]), strict=True))
 
     def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
-        return contrastive_loss(outputs["image"], outputs["text"], outputs["scale"], peers), {"rows": _count(outputs)}
+        loss = contrastive_loss(outputs["image"], outputs["text"], outputs["scale"], peers)
+        return loss, {"rows": _count(outputs), "sum": outputs["text"].detach().sum(0)}
 
     build_model = samples = identity = evaluate = summarize = preview = export = flops_per_sample = None  # type: ignore
 
@@ -99,6 +100,7 @@ def test_a_cached_gradient_is_that_of_the_whole_batch_at_once(count: int) -> Non
     for metrics in reported:
         assert float(metrics["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-6)
         assert metrics["rows"] == 12, "the loss is over all rows"
+    torch.testing.assert_close(sum(metrics["sum"] for metrics in reported), whole["sum"])
     assert gradients(cached).keys() == gradients(plain).keys()
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(cached)[name], gradient, rtol=1e-5, atol=1e-7)
@@ -152,7 +154,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
     )
 
     class Plain(Engine):
-        device, global_steps = torch.device("cpu"), 0
+        device, global_steps, global_samples = torch.device("cpu"), 0, 0
 
         def __init__(self, module: Towers, optimizer: AdamW) -> None:
             super().__init__(module)
@@ -166,6 +168,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.global_steps += 1
+                self.global_samples += 12
 
         def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
             self.backwards += 1
@@ -197,6 +200,6 @@ def test_sam_is_the_papers_over_several_updates() -> None:
         reference.zero_grad()
         assert figures["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
         assert figures["sharpness"] == pytest.approx(float((there - loss).detach()), rel=1e-2, abs=1e-5)
-    assert engine.global_steps == 20
+    assert engine.global_steps == 20 and engine.global_samples == 20 * 12
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
