@@ -31,13 +31,17 @@ TINY_DVAE = DiscreteVAEConfig(
 TINY_DALLE = DalleConfig(width=32, depth=4, heads=2, text_len=8, grid=4, text_vocab=400, image_vocab=32)
 
 
-def deepspeed_command(processes: int) -> list[str]:
-    """The `deepspeed` launcher on a port of its own, so that runs side by side do not meet."""
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def deepspeed_command(processes: int) -> list[str]:
+    """The `deepspeed` launcher on a port of its own, so that runs side by side do not meet."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--num_gpus", str(processes), "--master_port", str(port)]
+    return [launcher, "--num_gpus", str(processes), "--master_port", str(free_port())]
 
 
 @pytest.fixture(scope="session")

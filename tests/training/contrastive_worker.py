@@ -1,11 +1,15 @@
-"""Gradients of the contrastive loss behind DeepSpeed engines; started by test_contrastive.py with the deepspeed launcher.
+"""Gradients of the contrastive loss behind DeepSpeed engines; started by test_contrastive.py.
 
-Rank 0 writes {case: what it found} to `found.pt` in the folder that it is given.
+One process imports everything, which takes longer than all else, and forks those of each launch. The first of so many
+processes writes {case: what it found} to `found-N.pt` in the folder that is given.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,36 +67,37 @@ class Case:
     broken: bool = False
     """Whether the last process has a picture that is not finite."""
     offload: bool = False
+    persistent: bool = False
+    """Whether ZeRO-3 keeps small parameters whole, as it does unless told otherwise."""
 
 
 CASES: dict[str, Case] = {  # of two processes
-    **{f"zero{stage}": Case(stage) for stage in range(4)},
+    "zero3": Case(3),
     **{f"zero{stage} cached": Case(stage, 2) for stage in range(4)},
     "zero2 whole cached": Case(2, 2, local=False),
-    "zero3 recomputed": Case(3, 2, recompute="full"),
+    "zero3 recomputed": Case(3, 2, recompute="full", persistent=True),
     "zero3 bf16": Case(3, 2, precision="bf16"),
     "zero1 at the limit": Case(1, limit=True),
     "zero1 replicas cached": Case(1, 2, replicas=2),
     "zero0 sharp": Case(0, sharp=True),
-    "zero1 sharp": Case(1, sharp=True),
     "zero2 sharp cached": Case(2, 2, sharp=True),
     "zero3 sharp cached": Case(3, 2, sharp=True),
     "zero2 sharp offloaded": Case(2, 2, sharp=True, offload=True),
     "zero1 sharp replicas": Case(1, replicas=2, sharp=True),
-    "zero3 sharp replicas": Case(3, 2, replicas=2, sharp=True),
+    "zero3 sharp replicas": Case(3, 2, replicas=2, sharp=True, persistent=True),
     "zero1 sharp broken": Case(1, 2, sharp=True, broken=True),
     "zero3 sharp broken": Case(3, 2, sharp=True, broken=True),
     "zero1 sharp bf16": Case(1, sharp=True, precision="bf16"),
 }
-OF_FOUR = ("zero3 cached", "zero1 replicas cached", "zero3 sharp replicas", "zero3 sharp broken", "zero1 at the limit")
-"""Those that four processes go through too, besides the plain ones."""
+OF_BOTH = ("zero0 cached", "zero1 at the limit", "zero2 cached", "zero3 cached")
+"""Those that two processes go through, and four as well."""
+OF_FOUR = ("zero1 replicas cached", "zero3 sharp replicas", "zero3 sharp broken")
+"""Those of four only: what replicas of one shard are, "zero1 sharp replicas" shows."""
 
 
 def cases_of(processes: int) -> list[str]:
     """Names of the cases of one launch."""
-    return [
-        name for name in CASES if processes == 2 or name in OF_FOUR or name in {f"zero{stage}" for stage in range(4)}
-    ]
+    return [*OF_BOTH, *OF_FOUR] if processes == 4 else [name for name in CASES if name not in OF_FOUR]
 
 
 class BareTask(ClipTask):
@@ -150,7 +155,9 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
         objective=ClipObjective(local_loss=case.local),
         sharpness=SharpnessConfig(rho=RHO if case.sharp else None),
     )
-    zero: dict[str, Any] = {"stage": case.stage, "stage3_param_persistence_threshold": 0}
+    zero: dict[str, Any] = {"stage": case.stage}
+    if not case.persistent:
+        zero["stage3_param_persistence_threshold"] = 0
     if case.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = resolve(
@@ -194,7 +201,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     outcome = updater.update(batches, 0, 1e-3)
     found |= {"figures": outcome.figures, "applied": outcome.applied}
     found["unchanged"] = all(map(torch.equal, before, (shard.detach() for shard in weights.shards)))
-    found["steps"] = engine.global_steps
+    found["steps"], found["samples"] = engine.global_steps, engine.global_samples
     after = weights.consolidate()
     # What the module computes with is what the optimizer keeps.
     engine.eval()
@@ -232,14 +239,43 @@ def peers_sum(processes: Mesh) -> Tensor:
     return torch.cat([everyone.detach().flatten(), own.grad.flatten()])  # type: ignore[union-attr]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def run_rank(rank: int, size: int, port: int, folder: Path) -> None:
+    """One process of a launch."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     processes = Mesh.start("cpu")
-    found: dict[str, Any] = {name: run_case(processes, CASES[name]) for name in cases_of(processes.world_size)}
+    found: dict[str, Any] = {name: run_case(processes, CASES[name]) for name in cases_of(size)}
     found["peers"] = peers_sum(processes)
     if processes.is_main:
-        torch.save(found, Path(sys.argv[-1]) / "found.pt")
+        torch.save(found, folder / f"found-{size}.pt")
     processes.stop()
+
+
+def launch(size: int, port: int, folder: Path) -> None:
+    """Fork the processes of a launch, and wait for them; where one fails, the others are ended."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, size, port, folder)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    waiting = list(ranks)
+    while waiting:
+        multiprocessing.connection.wait([process.sentinel for process in waiting])
+        waiting = [process for process in waiting if process.exitcode is None]
+        if any(process.exitcode for process in ranks):
+            for process in waiting:
+                process.kill()
+            raise SystemExit(1)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import dalle_ds.training.engine  # noqa: F401 (and DeepSpeed)
+
+    plain_model()  # imports the towers
+    folder, *ports = sys.argv[1:]
+    for size, port in zip((2, 4), ports, strict=True):
+        launch(size, int(port), Path(folder))
 
 
 if __name__ == "__main__":

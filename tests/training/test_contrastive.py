@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.models.clip import Clip
-from tests.conftest import ROOT, deepspeed_command
+from tests.conftest import ROOT, free_port
 from tests.training.contrastive_worker import BATCH, CASES, RHO, Case, cases_of, plain_model, rows
 
 pytestmark = pytest.mark.launch
@@ -36,18 +37,13 @@ Launches = Callable[[int], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    """What a launch of so many processes found; each is made once."""
-
-    @cache
-    def launch(processes: int) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp("contrastive")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [*deepspeed_command(processes), str(WORKER), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-        return torch.load(folder / "found.pt", weights_only=False)
-
-    return launch
+    """What a launch of so many processes found."""
+    folder = tmp_path_factory.mktemp("contrastive")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(WORKER), str(folder), *(str(free_port()) for _ in (2, 4))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    return cache(lambda processes: torch.load(folder / f"found-{processes}.pt", weights_only=False))
 
 
 def joint_loss(replicas: list[Clip]) -> Tensor:
@@ -116,7 +112,7 @@ def test_the_step_is_taken_from_the_weights_as_they_were(launched: Launches, pro
     """Torch's AdamW, on the same gradients; and every process computes with the result."""
     report = launched(processes)[name]
     assert all(rank["restored"] and rank["applied"] and not rank["unchanged"] for rank in report["everywhere"])
-    assert report["steps"] == 1
+    assert (report["steps"], report["samples"]) == (1, BATCH // CASES[name].replicas)
     model = plain_model(CASES[name])
     for weight, parameter in model.named_parameters():
         parameter.grad = report["gradients"][weight].clone()
