@@ -324,6 +324,15 @@ def test_voters_who_did_not_look_are_flagged(folders: Path) -> None:
     assert next(voter for voter in found.voters if voter.name == "contrary").dissent == 1
 
 
+def test_voters_are_held_against_the_others_alone(folders: Path) -> None:
+    """Their own votes make no majority of the others; and where the others have none, nobody is against it."""
+    key = make(folders)
+    files = [*write_votes(folders, key, "v1", lambda *_: "a"), *write_votes(folders, key, "v2", lambda *_: "b")]
+    assert [voter.dissent for voter in count(folders, files).voters] == [1, 1]
+    files += write_votes(folders, key, "v3", lambda *_: "tie")
+    assert [voter.dissent for voter in count(folders, files).voters] == [0, 0, 0]
+
+
 def test_the_same_votes_count_once(folders: Path) -> None:
     """A voter who saved twice, the first time halfway, is one voter."""
     key = make(folders)

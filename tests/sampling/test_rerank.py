@@ -37,6 +37,7 @@ from dalle_ds.sampling import (
     rank_candidates,
     rerank,
 )
+from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
@@ -199,7 +200,10 @@ def test_clip_scores_are_cosines(pipe: TextToImage, clip: Clip) -> None:
         assert found == pytest.approx(expected.tolist(), abs=2e-6)
         assert all(score == round(score, 6) for score in found)
     assert len(set(found)) == 9
-    assert ClipReranker(clip)("a blue square", pictures) != found
+    reranker, other = ClipReranker(clip), ClipReranker(clip)("a blue square", pictures)
+    assert other != found
+    for prompt, scores in (("a red circle", found), ("a blue square", other), ("a red circle", found)):
+        assert reranker(prompt, pictures) == scores  # of this prompt, whichever was asked for before
     ranked = pipe.generate("a red circle", num=9, rerank=clip, keep=4)[0]
     assert same(ranked, [pictures[number] for number in np.argsort(-np.array(found), kind="stable")[:4]])
 
@@ -380,7 +384,7 @@ def test_a_draw_that_was_cut_off_goes_on(
 
 
 def test_the_launcher_completes(
-    launch: Callable[..., tuple[int, str]], folders: Path, tmp_path: Path, pipe: TextToImage
+    launch: Callable[..., tuple[int, str]], folders: Path, tmp_path: Path, pipe: TextToImage, clip: Clip
 ) -> None:
     red = ["--init_image", str(folders / "red.png")]
     assert launch("--prompt", "a", "--num", "2", "--init_rows", "2", *red, clip=None)[0] == 0
@@ -390,8 +394,24 @@ def test_the_launcher_completes(
     for column, picture in enumerate(expected, start=1):
         cell = sheet[12:140, 204 + column * 140 : 332 + column * 140]
         assert np.array_equal(cell, np.asarray(picture).repeat(8, axis=0).repeat(8, axis=1))
-    assert launch("--prompt", "a", "--num", "3", "--keep", "1", *red, out="best.png")[0] == 0
-    assert launch("--prompt", "a", "--num", "3", "--keep", "1", *red, "--init_rows", "3", out="best.png")[0] == 1
+    best = ["--prompt", "a", "--num", "5", "--keep", "2", *red]
+    assert launch(*best, out="best.png")[0] == 0
+    assert launch(*best, "--init_rows", "3", out="best.png")[0] == 1
+    given = top_rows(pipe.dvae, open_picture(folders / "red.png", 16)).expand(1, -1)
+    (ranking,) = rank_candidates(pipe, "a", 5, clip, keep=2, given=given)
+    (entry,) = json.loads((tmp_path / "best.json").read_text())["prompts"]
+    assert entry == {"prompt": "a", "kept": [one.number for one in ranking.kept], "scores": ranking.scores}
+    assert entry["scores"] != rank_candidates(pipe, "a", 5, clip)[0].scores
+
+
+def test_the_launcher_ranks_what_was_asked_for(
+    launch: Callable[..., tuple[int, str]], tmp_path: Path, pipe: TextToImage, clip: Clip
+) -> None:
+    options = ["--seed", "3", "--temperature", "0.9", "--top_k", "20", "--top_p", "0.95", "--guidance", "2"]
+    assert launch("--prompt", "a", "--num", "4", *options)[0] == 0
+    expected = rank_candidates(pipe, "a", 4, clip, seed=3, sampling=Sampling(0.9, 20, 0.95, 2.0))
+    (entry,) = json.loads((tmp_path / "cats.json").read_text())["prompts"]
+    assert entry["scores"] == expected[0].scores
 
 
 @pytest.mark.parametrize(
@@ -457,6 +477,11 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.Monk
         clock[0] += 16.0
         shown(row(8))
     assert more.getvalue() == "drawing: 0/2 pictures, 0 codes/s, 48 s left\n"
+    rest = io.StringIO()
+    with DrawingProgress(4, 2, given_rows=2, console=Console(file=rest)) as shown:
+        clock[0] += 16.0
+        shown(row(12))
+    assert rest.getvalue() == "drawing: 0/2 pictures, 0 codes/s, 16 s left\n"
     silent = io.StringIO()
     with DrawingProgress(4, 8, console=Console(file=silent), enabled=False) as shown:
         clock[0] = 100.0
