@@ -77,7 +77,7 @@ _PICTURE_FILE = re.compile(
     | _?(?:fb_)?(?:img|mg|dsc[nf]?|pict|image|photo|vid|mvi|gopr|scan|dji)[-_\s]?\d{3,}[\w-]*
     | [a-z]{2,5}_?\d{4,}\b | p\d{7} | 10\d_\d{4} | untitled(?:[-_\s]?\d+)?
     | (?:screen\s?shot|whatsapp\s+image|photo)\s+(?:from\s+)?(?=[12]\d{3}-)  # and a date
-    | (?:image|photo|picture|pic)\s\(?\d+\)?$
+    | (?:image|photo|picture|pic)\s(?:\(\d+\)|0\d+)$
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
