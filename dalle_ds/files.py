@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -44,16 +46,41 @@ def built_beside(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `folder` when the block ends well, and is removed when it does not.
 
     A folder of that name is replaced, and stays as it was if anything fails; callers check beforehand that it may be.
+    Where a process is killed, the temporary folder is left: see `remove_leftovers`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    alive = os.open(partial, os.O_RDONLY)
     try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(alive, fcntl.LOCK_SH)
         partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner may read
         yield partial
         sync_folder(partial)
         _replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(alive)
+
+
+def remove_leftovers(parent: Path, name: str | None = None) -> None:
+    """Remove temporary folders of `built_beside` in `parent` whose processes were killed; those at work hold a lock.
+
+    Args:
+        name: what they were to become; None takes all.
+    """
+    names = "*" if name is None else glob.escape(name)
+    for partial in parent.glob(f".{names}.partial-*"):
+        with suppress(OSError):  # a file, another process was first, or no locks here
+            found = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # First another name, so that nobody can take for whole what is half removed.
+                partial.rename(partial.with_name(partial.name.replace(".partial-", ".removed-")))
+            finally:
+                os.close(found)
+    for removed in parent.glob(f".{names}.removed-*"):
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

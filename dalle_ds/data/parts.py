@@ -27,7 +27,7 @@ from dalle_ds.data.disk import disk_full_is_a_data_error, unreadable_is_a_data_e
 from dalle_ds.data.examine import Caption, Examined
 from dalle_ds.data.shards import Shard, check_size, digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, sync_directory, write_json
+from dalle_ds.files import built_beside, remove_leftovers, sync_directory, write_json
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 2
@@ -206,6 +206,7 @@ def write_part(
     work = _work(folder)
     shard, shards = _numbers(folder)
     with disk_full_is_a_data_error(folder):
+        remove_leftovers(work)
         segments = _complete_segments(work, identity)
         if segments:
             share.leave_out(segments[-1]["end"], segments[-1]["digest"])

@@ -35,7 +35,7 @@ from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.data.wit import read_wit
 from dalle_ds.data.yfcc import read_yfcc
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, write_json
+from dalle_ds.files import built_beside, remove_leftovers, write_json
 from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -317,6 +317,7 @@ def _corpus(options: PrepareOptions) -> Corpus:
 def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> PreparationReport:
     options = _options_of(identity)
     report = PreparationReport(out=str(folder))
+    remove_leftovers(folder.parent, folder.name)
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
         scratch = partial_folder / "copies"
         copies = find_copies(parts.merged(found, pictures=False), options.filters, scratch)
