@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 CLIP = ["transformers>=4.50", "ftfy", "regex"]
 EVALUATION = ["torchmetrics>=1.4", "scipy>=1.11"]
-FILTERS = ["lingua-language-detector>=2.0", "py3langid>=0.3", "imagehash>=4.3"]
+FILTERS = ["py3langid>=0.3", "imagehash>=4.3"]
 OVERLAP = ["faiss-cpu>=1.9"]
 RAY = ["ray[data]>=2.40"]
 
@@ -51,6 +51,8 @@ setup(
             "requests",
             # What open_clip needs, which is a reference of the tests and installed without its dependencies too.
             "ftfy",
+            # What py3langid is compared with (benchmarks/filters.py).
+            "lingua-language-detector>=2.0",
             *CLIP,
             *EVALUATION,
             *FILTERS,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 from pathlib import Path
 
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare_part
@@ -41,8 +42,7 @@ def prepare_with_ray(
     if started and "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
     elif started:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing needs the network
-        ray.init(include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=False)
+        start_ray()
     try:
         cores = max(workers, 1)
         count = shards or max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)
@@ -56,6 +56,15 @@ def prepare_with_ray(
         if started:
             ray.shutdown()
     return merge_parts(out, count, options=plain, overwrite=overwrite)
+
+
+def start_ray(cores: int | None = None) -> None:
+    """A cluster of this machine's cores, or of so many, that leaves nothing in the home folder and tells nobody of itself."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would write one to ~/.ray
+    ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=_STORE_BYTES, log_to_driver=False)
 
 
 def _part(

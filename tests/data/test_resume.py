@@ -15,7 +15,7 @@ import pytest
 from dalle_ds.data import arrow, parts
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data.corpora import Unit
-from dalle_ds.data.engine import prepare_with_ray
+from dalle_ds.data.engine import prepare_with_ray, start_ray
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, prepare, prepare_part
 from dalle_ds.errors import ConfigError, DataError
@@ -81,11 +81,12 @@ def test_killed_at_random_and_started_again_the_bytes_are_the_same(corpus: Path,
         child.kill()
         child.join()
         segments.append(len(list(tmp_path.rglob("segment.json"))))
+        assert len(list(tmp_path.rglob(".segment-*.partial-*"))) <= 1
     assert 0 < segments[0] < segments[1] < segments[2] == segments[3] == 6
     assert not out.exists()
     prepare(PrepareOptions(corpus="folder", source=str(corpus), validation=0.2, filters=FILTERS), str(out))
     assert all_files(out) == all_files(whole)
-    assert not (tmp_path / "out.parts").exists()
+    assert list(tmp_path.iterdir()) == [out], "what killed processes left would fill the disk"
 
 
 def test_what_is_done_is_not_looked_at_again(
@@ -171,10 +172,14 @@ def test_ray_on_two_workers_does_what_one_process_does(
     """And tells mistakes as they are; and what it does in one folder, paths that begin there mean."""
     import ray
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    start_ray(2)
     try:
         report = prepare_with_ray(options, str(tmp_path / "out"))
         assert all_files(tmp_path / "out") == all_files(whole) and not report.already_there
@@ -188,6 +193,7 @@ def test_ray_on_two_workers_does_what_one_process_does(
     finally:
         ray.shutdown()
     manifest = json.loads((tmp_path / "out" / "info.json").read_text())
+    assert not list(home.iterdir())
     assert manifest["fingerprint"] == report.fingerprint and not (tmp_path / "out.parts").exists()
 
 

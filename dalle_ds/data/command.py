@@ -1,0 +1,89 @@
+"""The command line of `launchers/prepare_data.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dalle_ds.data.codes import cache_codes
+from dalle_ds.data.engine import prepare_with_ray
+from dalle_ds.data.parts import PartReport
+from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
+from dalle_ds.data.report import PreparationReport
+from dalle_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Preparation(PrepareOptions):
+    """Prepare a corpus (--corpus) into the folder --out, cache a dVAE's image codes there (--cache_codes), or both.
+
+    Several jobs can share the preparation: each does one part (--shard I --shards N), and one merges them (--merge True).
+    """
+
+    out: str = ""
+    """Folder of prepared data: made with --corpus, otherwise expected to be there."""
+    workers: int = 1
+    """Processes that judge captions and decode pictures."""
+    overwrite: bool = False
+    """Replace an earlier preparation, or earlier codes of the same dVAE."""
+    engine: Literal["ray"] | None = None
+    """Ray does the parts, on the cluster at RAY_ADDRESS or on this machine's cores; None does all in this process."""
+    shard: int | None = None
+    """Prepare only this part of the corpus, from 0."""
+    shards: int | None = None
+    """How many parts there are; with Ray, None takes as many as can be done at a time."""
+    merge: bool = False
+    """Put the parts together, once all are there; --corpus and what belongs to it may be left out."""
+    cache_codes: str | None = None
+    """Trained dVAE, its run directory or export, whose codes of all pictures are kept in the folder."""
+    views: int = 8
+    """Cached codes: augmented views of each training picture."""
+    batch_size: int = 64
+    """Cached codes: pictures encoded at a time."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what cannot be meant."""
+        if not self.out:
+            raise ConfigError("out is missing: give the folder of prepared data, --out DIR")
+        if self.corpus is None and self.cache_codes is None and not self.merge:
+            raise ConfigError("nothing to do: give --corpus, --cache_codes, or both")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, found {self.workers}")
+        if self.engine is not None and (self.corpus is None or self.shard is not None or self.merge):
+            raise ConfigError(
+                "engine prepares all parts of a corpus and merges them: give corpus, and neither shard nor merge"
+            )
+        if self.shard is not None and (self.shards is None or self.merge or self.cache_codes is not None):
+            raise ConfigError(
+                "shard needs shards, the number of parts, and goes neither with merge nor with cache_codes"
+            )
+        if self.shards is not None and self.shard is None and not self.merge and self.engine is None:
+            raise ConfigError("shards needs shard, the part to prepare, or merge True, or an engine")
+
+
+def carry_out(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
+    """Prepare, cache codes, or both; yields what there is to tell of each.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `prepare`, `cache_codes` and `DiscreteVAE.from_pretrained`.
+    """
+    options.check()
+    how: dict[str, Any] = {"workers": options.workers, "overwrite": options.overwrite}
+    if options.merge:
+        wanted = None if options.corpus is None else options
+        yield merge_parts(options.out, options.shards, options=wanted, overwrite=options.overwrite)
+    elif options.shard is not None and options.shards is not None:
+        yield prepare_part(options, options.out, options.shard, options.shards, **how)
+    elif options.engine is not None:
+        yield prepare_with_ray(options, options.out, options.shards, **how)
+    elif options.corpus is not None:
+        yield prepare(options, options.out, **how)
+    if options.cache_codes is not None:
+        from dalle_ds.models import DiscreteVAE  # imports torch's modules, which preparation does without
+
+        dvae = DiscreteVAE.from_pretrained(options.cache_codes)
+        report = cache_codes(
+            dvae, options.out, views=options.views, seed=options.seed, batch_size=options.batch_size, **how
+        )
+        yield str(report)
