@@ -25,14 +25,13 @@ from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples
+from dalle_ds.tasks.embeddings import at_places, collapse, spread
 from dalle_ds.tasks.flops import training_flops
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
 
 PREVIEW_MATCHES = 4
 START_ROWS = 32
 """Training pictures that the first weights are fitted to, each with a copy."""
-COLLAPSED = 0.01
-"""Mean of 1 − cosine over pairs of embeddings below which they are all but the same."""
 
 
 class DuplicatesTask(WholeBatchTask[DuplicateRun]):
@@ -78,7 +77,12 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
     def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
         image, copy = outputs["image"], outputs["copy"]
         logits = contrastive_logits(image, copy, self._scale(image), peers)
-        return logits.loss(), {"accuracy": logits.accuracy(), "spread": _spread(image.detach())}
+        sums = {"rows": image.new_full((1,), len(image)), "image_sum": image.detach().sum(dim=0)}
+        return logits.loss(), {"accuracy": logits.accuracy(), **sums}
+
+    def digest(self, sums: Metrics) -> dict[str, float]:
+        """Spread of the whole batch's embeddings: a process may have one row, of which there is none."""
+        return {"spread": spread(sums["image_sum"] / sums["rows"])}
 
     def _scale(self, embeddings: Tensor) -> Tensor:
         return torch.tensor(1 / self.run.objective.temperature, device=embeddings.device)
@@ -89,13 +93,11 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
         return min(self.run.report.validation_rows, len(self.samples("validation")))
 
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
-        """Embeddings of these rows, each at its place among zeros: added up, those of all rows."""
-        valid = batch["valid"]
-        sums = {"count": valid.sum()}
-        for name, rows in self.embed(model, batch).items():
-            whole = rows.new_zeros(self._validation_rows, rows.shape[1])
-            sums[name] = whole.index_add(0, batch["place"], rows * valid[:, None])
-        return sums
+        """Embeddings of these rows; see `at_places`."""
+        embedded = {
+            name: at_places(rows, batch, self._validation_rows) for name, rows in self.embed(model, batch).items()
+        }
+        return {"count": batch["valid"].sum(), **embedded}
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
         """Of all rows against each other: loss, share of copies that are nearest to their own picture, and mean cosines of
@@ -113,7 +115,7 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
             "accuracy": float(logits.accuracy()),
             "own": float(own.mean()),
             "other": float(cosines.amax(dim=1).mean()),
-            "spread": float(_spread(image)),
+            "spread": spread(image.mean(dim=0)),
         }
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
@@ -139,14 +141,4 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
         return training_flops(self.build_model, lambda model: model(torch.zeros(2, 3, size, size)))
 
     def alarm(self, metrics: Mapping[str, float], step: int) -> str | None:
-        if step < self.run.optim.warmup_steps or metrics["spread"] >= COLLAPSED:
-            return None
-        return (
-            f"embeddings are collapsing: on average, 1 − cosine of two of them is {metrics['spread']:.2g}; lower optim.lr, or "
-            "raise optim.warmup_steps"
-        )
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """() mean of 1 − cosine over all pairs of (N, D) rows of length 1."""
-    return 1 - rows.mean(dim=0).square().sum()
+        return None if step < self.run.optim.warmup_steps else collapse(metrics["spread"])

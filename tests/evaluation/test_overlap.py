@@ -21,13 +21,13 @@ from torch import Tensor
 from dalle_ds.data import PairDataset
 from dalle_ds.data.faults import RowError
 from dalle_ds.data.prepare import PrepareOptions, prepare
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.evaluation.overlap import OverlapOptions, find_overlap
 from dalle_ds.evaluation.overlap import embeddings as embeddings_module
 from dalle_ds.evaluation.overlap import neighbours as neighbours_module
 from dalle_ds.evaluation.overlap.embeddings import Embeddings, embed_split
 from dalle_ds.evaluation.overlap.neighbours import nearest
-from dalle_ds.evaluation.overlap.page import Pair, write_page
+from dalle_ds.evaluation.overlap.page import Pair, data_uri, write_page
 from dalle_ds.evaluation.sets import without_overlap
 
 SIDE = 16
@@ -143,7 +143,8 @@ def test_the_page_stands_alone_and_captions_are_text(sets: SimpleNamespace, tmp_
     find_overlap(options(sets, tmp_path, threshold=0.9), Pixels(), lambda line: None)
     text = (tmp_path / "pairs.html").read_text()
     assert "alert(1)" in text and "<script>alert" not in text and "<b>bold" not in text
-    assert not re.findall(r'(?:src|href)="(?!data:)', text) and "http" not in text
+    assert not re.findall(r'(?:src|href)="(?!data:)', text) and not re.findall("https?:", text)
+    assert "default-src 'none'" in text  # nor does a browser fetch or send anything
     content = page_content(tmp_path / "pairs.html")
     captions = {pair["row"]: pair["captions"][0] for pair in content["pairs"]}
     assert captions[sets.hostile] == PairDataset.open(sets.validation, "train").captions(sets.hostile)[0]
@@ -254,6 +255,31 @@ def test_damaged_embeddings_are_refused(name: str, content: bytes, sets: SimpleN
         embed_split(Pixels(), dataset, tmp_path)
 
 
+def test_two_searches_do_not_embed_into_one_folder(sets: SimpleNamespace, tmp_path: Path) -> None:
+    dataset = PairDataset.open(sets.train, "train")
+
+    class Meanwhile(Pixels):
+        def embed_images(self, images: Tensor) -> Tensor:
+            with pytest.raises(DataError, match="another process"):
+                embed_split(Pixels(), dataset, tmp_path)
+            return super().embed_images(images)
+
+    assert embed_split(Meanwhile(), dataset, tmp_path).readable.all()
+    assert embed_split(Pixels(), dataset, tmp_path).readable.all()
+
+
+def test_a_detector_that_diverged_is_told(sets: SimpleNamespace, tmp_path: Path) -> None:
+    class Diverged(Pixels):
+        def embed_images(self, images: Tensor) -> Tensor:
+            return super().embed_images(images) * float("nan")
+
+    with pytest.raises(CheckpointError, match="not numbers"):
+        find_overlap(options(sets, tmp_path, threshold=0.9), Diverged(), lambda line: None)
+    assert not (tmp_path / "overlap.json").exists()
+    # Nothing of it is kept.
+    assert len(find_overlap(options(sets, tmp_path), Pixels(), lambda line: None).rows) == 8
+
+
 # --- neighbours -----------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +337,7 @@ def test_nothing_to_look_up_and_nothing_to_find(vectors: tuple[np.ndarray, Embed
 def test_large_pictures_shrink_on_the_page(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
     texts = dict.fromkeys(("name", "nearest_name", "caption", "nearest_caption"), "x")
-    pair = Pair(row=0, nearest=0, similarity=0.5, picture=pixels, nearest_picture=pixels, **texts)
+    uri = data_uri(pixels)
+    pair = Pair(row=0, nearest=0, similarity=0.5, picture=uri, nearest_picture=uri, **texts)
     write_page(tmp_path / "page.html", {}, np.array([0]), np.array([0.5]), [pair], None)
     assert (tmp_path / "page.html").stat().st_size < 200_000

@@ -52,7 +52,16 @@ def test_the_loss_is_the_symmetric_cross_entropy_of_cosines(task: DuplicatesTask
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert metrics["accuracy"].item() == pytest.approx((logits.argmax(dim=0) == targets).double().mean().item())
     pairs = (a @ a.T).mean().item()
-    assert metrics["spread"].item() == pytest.approx(1 - pairs, abs=1e-6)
+    assert task.digest(metrics)["spread"] == pytest.approx(1 - pairs, abs=1e-6)
+
+
+def test_the_spread_is_that_of_the_batch_where_processes_have_one_row_each(task: DuplicatesTask) -> None:
+    torch.manual_seed(0)
+    image, copy = F.normalize(torch.randn(2, 6, 8), dim=2)
+    parts = [task.loss_of({"image": image[n : n + 1], "copy": copy[n : n + 1]})[1] for n in range(6)]
+    found = task.digest({name: sum(part[name] for part in parts) for name in ("rows", "image_sum")})["spread"]
+    assert found == pytest.approx(1 - (image @ image.T).mean().item(), abs=1e-6) and found > 0.5
+    assert task.alarm({"spread": found}, task.run.optim.warmup_steps) is None
 
 
 def test_validation_figures_are_those_of_all_rows_whatever_the_batches(task: DuplicatesTask) -> None:
@@ -102,7 +111,7 @@ def test_every_process_begins_with_the_same_weights(task: DuplicatesTask, monkey
     model.load_state_dict(weights)
     batch = task.prepare(next(evaluation_batches(task.samples("validation"), 10, rank=0, world_size=1, rows=10)))
     _, metrics = task.loss(model, batch, 0)
-    assert metrics["spread"] > 0.5
+    assert task.digest(metrics)["spread"] > 0.5
     # Pictures that cannot be read are left out.
     picture = PairDataset.picture
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +20,7 @@ from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.views import Views, collate
 from dalle_ds.data.workers import take, without_surprises
-from dalle_ds.errors import DataError
+from dalle_ds.errors import CheckpointError, DataError
 from dalle_ds.files import write_json
 from dalle_ds.parsing import parse_json
 
@@ -70,9 +73,23 @@ def embed_split(
         say: is told how far it is.
 
     Raises:
-        DataError: the folder holds embeddings of another detector or other data, or damaged ones; or the disk is full.
+        DataError: the folder holds embeddings of another detector or other data, or damaged ones; another process embeds into
+            it; or the disk is full.
         DataChangedError: the data was prepared again meanwhile.
+        CheckpointError: the detector gives something that is no number.
     """
+    with disk_full_is_a_data_error(folder), _alone(folder):
+        return _embed(embedder, dataset, folder, batch_size, workers, say)
+
+
+def _embed(
+    embedder: Embedder,
+    dataset: PairDataset,
+    folder: Path,
+    batch_size: int,
+    workers: int,
+    say: Callable[[str], None],
+) -> Embeddings:
     size, width = embedder.config.image_size, embedder.config.embed_dim
     identity = {
         "format_version": FORMAT_VERSION,
@@ -86,12 +103,16 @@ def embed_split(
     done = files.open(identity)
     pictures = Subset(Views(dataset, size, None, 0), range(done, len(dataset)))
     batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    with disk_full_is_a_data_error(folder), files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
+    with files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
         saved, loaded = done, without_surprises(lambda: iter(batches))
         for _ in range(len(batches)):
             views, could_read = take(loaded)
             embedded = embedder.embed_images(views.flatten(0, 1).float() / 255).float().cpu().numpy()
             embedded[~could_read] = 0
+            if not np.isfinite(embedded).all():  # which would be like nothing, and so be no duplicate
+                raise CheckpointError(
+                    "the detector gives embeddings that are not numbers: its training has diverged, train another one"
+                )
             vectors.write(embedded.astype(_KIND).tobytes())
             readable.write(could_read.astype(np.uint8).tobytes())
             done += len(views)
@@ -107,6 +128,23 @@ def embed_split(
     return files.read(len(dataset))
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it, where its file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another process embeds pictures into {folder}: wait for it, or name another --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        yield
+
+
 class _Files:
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = folder, width
@@ -119,7 +157,6 @@ class _Files:
     def open(self, identity: dict[str, Any]) -> int:
         """How many rows are there; what was written beyond them is cut off."""
         if not self.progress.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
             for path in (self.vectors, self.readable):
                 path.write_bytes(b"")
             write_json(self.progress, identity | {"done": 0})

@@ -23,13 +23,13 @@ _SHOWN_SIDE = 192
 
 @dataclass(frozen=True)
 class Pair:
-    """A validation picture and the training picture that is most similar to it."""
+    """A validation picture and the training picture that is most similar to it; pictures as `data_uri` gives them."""
 
     row: int
     nearest: int
     similarity: float
-    picture: Pixels
-    nearest_picture: Pixels
+    picture: str
+    nearest_picture: str
     name: str
     nearest_name: str
     caption: str
@@ -64,7 +64,7 @@ def write_page(
                 "row": pair.row,
                 "nearest": pair.nearest,
                 "similarity": pair.similarity,
-                "pictures": [_data_uri(pair.picture), _data_uri(pair.nearest_picture)],
+                "pictures": [pair.picture, pair.nearest_picture],
                 "names": [pair.name, pair.nearest_name],
                 "captions": [pair.caption, pair.nearest_caption],
             }
@@ -76,7 +76,8 @@ def write_page(
     write_text(path, PAGE.replace("@CONTENT@", text))
 
 
-def _data_uri(pixels: Pixels) -> str:
+def data_uri(pixels: Pixels) -> str:
+    """A picture for the page, with the address in it that shows it."""
     image = Image.fromarray(pixels)
     image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -88,7 +89,10 @@ def _data_uri(pixels: Pixels) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Overlap: pairs</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Overlap: pairs</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 0 auto 4em; padding: 0 1em; }
 header { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ccc; padding: .6em 0; }
@@ -137,7 +141,8 @@ function choice(content, marks, threshold) {
 }
 function show(content) {
   const find = name => document.getElementById(name);
-  const key = "overlap " + content.about.detector + " " + content.about.fingerprint + " " + content.about.split;
+  // Marks are of pairs: other training pictures, or another way to search them, make other pairs.
+  const key = "overlap " + JSON.stringify(content.about);
   let marks = {}, threshold = content.threshold;
   try { marks = JSON.parse(localStorage.getItem(key)) || {}; } catch (error) { /* a browser that keeps nothing */ }
   let least = Math.min(1, threshold), most = Math.max(-1, threshold);

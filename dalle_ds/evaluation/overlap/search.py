@@ -19,7 +19,7 @@ from dalle_ds.data.faults import RowError
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.overlap.embeddings import Embedder, embed_split
 from dalle_ds.evaluation.overlap.neighbours import IndexKind, nearest
-from dalle_ds.evaluation.overlap.page import Pair, write_page
+from dalle_ds.evaluation.overlap.page import Pair, data_uri, write_page
 from dalle_ds.files import write_json, write_text
 from dalle_ds.models.duplicates import DuplicateDetector
 
@@ -145,7 +145,7 @@ def find_overlap(
         similarity=np.asarray(np.round(cosines.astype(np.float64), _DIGITS), dtype=np.float64),
         training_unreadable=int((~embedded["train"].readable).sum()),
     )
-    about = {
+    about: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "split": validation.split,
         "fingerprint": validation.fingerprint,
@@ -155,6 +155,8 @@ def find_overlap(
         "train": {"split": train.split, "fingerprint": train.fingerprint},
         "index": options.index,
     }
+    if options.index == "ivf":
+        about |= {"lists": options.lists, "probes": options.probes}
     with disk_full_is_a_data_error(out):
         write_text(out / "neighbours.jsonl", _lines(found, train, validation))
         pairs = [_pair(found, place, train, validation) for place in _shown(found, options)]
@@ -201,8 +203,8 @@ def _pair(found: Overlap, place: int, train: PairDataset, validation: PairDatase
         row=row,
         nearest=other,
         similarity=float(found.similarity[place]),
-        picture=_picture(validation, row),
-        nearest_picture=_picture(train, other),
+        picture=data_uri(_picture(validation, row)),
+        nearest_picture=data_uri(_picture(train, other)),
         **_texts(validation, train, row, other),
     )
 
