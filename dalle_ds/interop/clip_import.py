@@ -67,7 +67,8 @@ def load_clip(
             other single file it takes for OpenAI's.
         tokenizer: file or folder that `ClipTokenizer.load` reads; None takes the one in the folder, if any.
         activation: of the MLPs; None takes what the folder's configuration says, and "quick_gelu" for a single file, which is
-            right for OpenAI's. A file of open_clip's weights alone does not say that its model has "gelu".
+            right for OpenAI's. A file of open_clip's weights alone does not say that its model has "gelu"; one with the
+            name that open_clip gives it is not read without.
 
     Raises:
         CheckpointError: a file that cannot be read or is not trusted, or a tensor or field that no CLIP of ours has, named.
@@ -82,6 +83,11 @@ def _load(
 ) -> tuple[Clip, Path]:
     """The model, and its file of weights."""
     chosen = _format(path) if format == "auto" else format
+    if format == "auto" and chosen == "openai" and path.name in OPEN_CLIP_WEIGHTS and activation is None:
+        raise ConfigError(
+            f"{path} does not say the activation of its model, and there is no {OPEN_CLIP_CONFIG} beside it: put it there, or "
+            "give --activation gelu, as most of open_clip's have, or quick_gelu"
+        )
     file = _weights_file(path, chosen)
     config, weights = _READERS[chosen](file, activation)
     if activation is not None and config.activation != activation:

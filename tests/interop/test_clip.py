@@ -159,6 +159,8 @@ def test_code_in_openais_archives_is_left_alone(tmp_path: Path, monkeypatch: pyt
     entries = {"data/0": bytes(24), "constants.pkl": b""}
     found = read_pickled_tensors(write_zip(tmp_path / "f", content, entries), scripted=True)
     assert set(found) == {"w", "inner.v"}
+    with pytest.raises(CheckpointError, match=r"'__torch__\.Net', which is not among"):
+        read_pickled_tensors(write_zip(tmp_path / "f", content), scripted=True)
     functions = [("os", "system"), ("__torch__", "system"), ("torch.jit._pickle", "build_intlist")]
     for function in (*functions, ("__torch__", "x" * 100_000), ("__torch__", "\x1b[2J")):
         content = program(call(name(*function), text("touch canary")))
@@ -194,12 +196,14 @@ def test_hugging_faces_folders_are_read(tmp_path: Path, writing: str, activation
 def test_open_clips_folders_are_read(tmp_path: Path, writing: str, custom: bool) -> None:
     module = reference("open_clip")
     torch.manual_seed(5)
-    fields = {
+    fields: dict[str, Any] = {
         "embed_dim": 24,
         "quick_gelu": custom,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 96, "head_width": 32, "patch_size": 8},
         "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 64, "heads": 4, "layers": 1},
     }
+    if custom:  # whose end token is 2 if nothing else is said
+        fields["text_cfg"]["pool_type"] = "eos"
     theirs = (module.CustomTextCLIP if custom else module.CLIP)(**fields).eval()
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.4, 0.5]}
     (tmp_path / "open_clip_config.json").write_text(
@@ -213,6 +217,7 @@ def test_open_clips_folders_are_read(tmp_path: Path, writing: str, custom: bool)
     found = load_clip(tmp_path)
     assert found.config.activation == ("quick_gelu" if custom else "gelu")
     assert (found.config.vision_heads, found.config.image_std) == (3, (0.3, 0.4, 0.5))
+    assert found.config.end == (2 if custom else 99)
     equal(found, theirs.encode_image, theirs.encode_text)
     with pytest.raises(ConfigError, match="leave it out"):
         load_clip(tmp_path, activation="gelu" if custom else "quick_gelu")
@@ -387,6 +392,24 @@ def test_pictures_that_are_made_otherwise_are_refused(tmp_path: Path, change: di
         load_clip(tmp_path / "hf")
 
 
+def test_the_newer_of_two_descriptions_of_pictures_is_taken(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    export_clip(clip(SMALL), tmp_path / "hf", "hf")
+    older = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    newer = tmp_path / "hf" / "processor_config.json"
+    for content, wanted in (
+        (
+            {"processor_class": "CLIPProcessor", "image_processor": {**older, "image_std": [0.5, 0.4, 0.3]}},
+            (0.5, 0.4, 0.3),
+        ),
+        ({"processor_class": "CLIPProcessor"}, SMALL.image_std),
+    ):
+        newer.write_text(json.dumps(content))
+        theirs = AutoImageProcessor.from_pretrained(tmp_path / "hf", backend="pil").image_std
+        assert load_clip(tmp_path / "hf").config.image_std == tuple(theirs) == wanted
+
+
 def test_a_folder_may_be_of_two_programs_and_its_files_keep_its_configuration(
     tmp_path: Path, merges_file: Path
 ) -> None:
@@ -406,9 +429,12 @@ def test_a_folder_may_be_of_two_programs_and_its_files_keep_its_configuration(
         same(models[format], found)
         assert found.tokenizer is not None
         assert json.loads((tmp_path / "ours" / "source.json").read_text())["file"] == file
-    # Elsewhere it is a file of weights alone.
-    shutil.copy(tmp_path / "both" / "open_clip_model.safetensors", tmp_path)
-    assert load_clip(tmp_path / "open_clip_model.safetensors").config == replace(config, activation="quick_gelu")
+    # Elsewhere it is a file of weights alone, which does not say what they are to be used with.
+    alone = Path(shutil.copy(tmp_path / "both" / "open_clip_model.safetensors", tmp_path))
+    with pytest.raises(ConfigError, match=r"no open_clip_config\.json beside it"):
+        load_clip(alone)
+    assert load_clip(alone, activation="gelu").config == config
+    assert load_clip(alone, "openai").config == replace(config, activation="quick_gelu")
 
 
 @pytest.mark.parametrize(
@@ -458,8 +484,16 @@ def test_sources_that_are_none_are_refused(tmp_path: Path, tokenizer_file: Path)
         import_clip(tmp_path / "hf", tmp_path)
     with pytest.raises(ConfigError, match="end_token is 2"):
         export_clip(clip(replace(SMALL, start_token=3, end_token=2)), tmp_path / "new", "hf")
-    with pytest.raises(ConfigError, match="text_heads is 2"):
-        export_clip(clip(replace(SMALL, text_heads=2)), tmp_path / "new", "openai")
+    for field, value in (
+        ("text_heads", 2),
+        ("vision_heads", 4),
+        ("end_token", 7),
+        ("image_mean", (0.5, 0.5, 0.5)),
+        ("image_std", (0.5, 0.5, 0.5)),
+    ):
+        with pytest.raises(ConfigError, match=f"{field} is "):
+            export_clip(clip(replace(SMALL, **{field: value})), tmp_path / "new", "openai")
+    assert not (tmp_path / "new").exists()
 
 
 # --- the command lines ---------------------------------------------------------------------------------------------------
