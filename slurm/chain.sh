@@ -39,7 +39,7 @@ stage() {
     if [[ -n ${CLIP:-} ]]; then
         stage clip --preset "$CLIP" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
             --data "$data" --tokenizer "$out/tokenizer.model" --run_dir "$out/clip" ${CLIP_ARGS:-}
-        judged=(--clip "$out/clip" --best_of 1,8,64)
+        judged=(--clip "$out/clip" --best_of "1,8,64")
     fi
     stage evaluate --data "$data" --dvae "$out/dvae" --transformer "$out/transformer" --out "$out/report" \
         ${judged[@]+"${judged[@]}"} ${EVALUATE_ARGS:-}

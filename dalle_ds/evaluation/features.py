@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ class FeatureNetwork:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) uint8 → (B, D) features and (B, C) logits, fp32."""
-        features, logits = self.module(pixels)
+        # TF32, PyTorch's default for convolutions on GPUs, keeps 10 bits of fp32's 23.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if pixels.is_cuda else nullcontext()
+        with exact:
+            features, logits = self.module(pixels)
         return features, logits
 
 
@@ -119,7 +123,8 @@ def _loaded(module: nn.Module, path: Path, device: torch.device | str) -> nn.Mod
             f"{path} cannot be read as weights of the feature network: {found}; for FID, name "
             "pt_inception-2015-12-05-6726825d.pth"
         ) from error
-    return module.requires_grad_(False).eval().to(device)
+    # Channels last: half of the time on CPUs.
+    return module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
 def _sha256(path: Path) -> str:

@@ -10,8 +10,9 @@ from dalle_ds.errors import DataError
 CUTOFFS = (1, 5, 10)
 BLOCK = 1024
 """Captions whose similarities to all pictures are in memory at once."""
-ROUNDING = 1e-9
-"""Cosines that differ by less count as equal: two equal pictures' may, by where they stand in a matrix."""
+ROUNDING = 1e-6
+"""Cosines that differ by less count as equal. Two equal pictures' embeddings differ by 1e-7 if they were computed in batches
+of different sizes, and a model that draws the same for every caption must not find any."""
 
 
 def clip_scores(image: Tensor, text: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, own: Tensor | None = None) -> T
         (N,) int64.
 
     Raises:
-        DataError: a value that is not a number, which would rank anywhere.
+        DataError: a value that is not finite, which would rank anywhere.
     """
     if not (image.isfinite().all() and text.isfinite().all()):
         raise DataError("the contrastive model gives embeddings that are not numbers: its weights are damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,13 @@ def evaluate(options: EvaluateOptions, mesh: Mesh) -> Result:
         ConfigError, DataError, CheckpointError: something is missing, or does not belong together.
     """
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out must be a folder, found {out}")
+    if mesh.is_main:
+        _prepare(out)  # before hours are spent
     if options.real is not None:
         result, context = compare_folders(options, mesh), None
     else:
         result, context = _evaluate_models(options, mesh, out)
     if mesh.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         write_page(out, result, context.sheets if context is not None else {})
         result.save(out / RESULT_NAME)
     return result
@@ -126,8 +126,18 @@ def _measure_drawn(
     choosing = ClipReranker(reranker) if reranker is not None and max(options.numbers) > 1 else None
     lines = measure_pictures(context, pipeline, candidates, options.numbers, choosing)
     if mesh.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / CAPTIONS_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _prepare(out: Path) -> None:
+    """Make the folder for what is found, or say why it cannot be used."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK)
+    except OSError as error:
+        raise ConfigError(f"--out {out} must be a folder, and cannot be made: {error.strerror}") from error
+    if not writable:
+        raise ConfigError(f"--out {out} cannot be written to: name another folder, or change its permissions")
 
 
 def _check_captions(context: Context) -> None:

@@ -7,6 +7,7 @@ one. Nothing of a picture is kept, so that a set may be of any size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,21 +57,31 @@ class Moments:
         mean = self.total / self.count
         return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
+    @cached_property
+    def root(self) -> Tensor:
+        """(D, r) whose product with its transpose is the covariance, of rank r: less than D where there are few pictures.
+
+        What rounding has moved off 0 is left out; it would count, since roots of small numbers are not small.
+        """
+        _, covariance = self.gaussian()
+        values, vectors = torch.linalg.eigh(covariance)
+        some = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        return vectors[:, some] * values[some].sqrt()
+
 
 def frechet_distance(one: Moments, other: Moments) -> float:
     """Squared Fréchet distance of the Gaussians with the moments of two sets (Heusel et al., 2017).
 
-    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½). The trace of the root is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½,
-    which is symmetric, so that they are real; those that rounding makes negative count as 0.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½). With Σ₁ = R Rᵀ, the trace of the root is the sum of the roots of the eigenvalues of
+    Rᵀ Σ₂ R, which is symmetric, so that they are real; those that rounding makes negative count as 0. R is kept with the first
+    set.
 
     Raises:
         DataError: a set of fewer than two pictures.
     """
     mean_1, covariance_1 = one.gaussian()
     mean_2, covariance_2 = other.gaussian()
-    values, vectors = torch.linalg.eigh(covariance_1)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = root @ covariance_2 @ root
+    product = one.root.T @ covariance_2 @ one.root
     roots = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
     return float((mean_1 - mean_2).square().sum() + covariance_1.trace() + covariance_2.trace() - 2 * roots)
 
@@ -130,5 +141,5 @@ def split_of_rows(rows: int) -> Tensor:
 
 
 def split_count(rows: int) -> int:
-    """10, or as many as there are pictures."""
-    return max(1, min(SPLITS, rows))
+    """10, or fewer where they would have fewer than two pictures: a split of one has a score of 1, whatever it shows."""
+    return max(1, min(SPLITS, rows // 2))

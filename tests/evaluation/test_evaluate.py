@@ -23,6 +23,7 @@ from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.evaluation.results import Result, compare
 from dalle_ds.evaluation.run import evaluate
 from dalle_ds.evaluation.sets import choose_captions, pictures_of
+from dalle_ds.evaluation.statistics import Predictions, inception_score, split_count, split_of_rows
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import TextToImage
@@ -111,8 +112,9 @@ def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: Non
     statistics = [fid.fid_features_to_statistics(NETWORK(each)[0].double()) for each in (real, fake)]
     distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert result.metrics["best_of_3/colour_distance/blur_0"] == pytest.approx(distance, rel=1e-4)
-    score = isc.isc_features_to_metric(NETWORK(fake)[1], 7, True, 2020)["inception_score_mean"]
+    score = isc.isc_features_to_metric(NETWORK(fake)[1], 3, True, 2020)["inception_score_mean"]
     assert result.metrics["best_of_3/colour_score/blur_0"] == pytest.approx(score, rel=1e-6)
+    assert score > 1.0001  # or any score would do
     cosines = (judge.embed_images(fake / 255) * judge.embed_texts(captions)).sum(dim=1)
     assert result.metrics["best_of_3/clip_score"] == pytest.approx(100 * float(cosines.clamp_min(0).mean()), rel=1e-4)
     vae = DiscreteVAE.from_pretrained(str(options.dvae))
@@ -214,6 +216,10 @@ def test_the_score_is_of_drawn_pictures_too(
     options: EvaluateOptions, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(of_pictures, "drawn_pixels", lambda pipeline, codes, size: _plain(len(codes), size))
+    dataset = PairDataset.open(str(options.data), "validation")
+    rows = [caption.row for caption in choose_captions(dataset, 5, 0)]
+    of_real = Predictions.of(NETWORK(pictures_of(dataset, rows, 16))[1], split_of_rows(5), split_count(5))
+    assert inception_score(of_real) > 1.0001
     result = evaluate(replace(options, dvae=None, best_of="1", captions=5), ALONE)
     assert result.metrics["best_of_1/colour_score/blur_0"] == pytest.approx(1)
     assert not any("score/blur" in name for name in result.metrics if not name.startswith("best_of"))
@@ -278,6 +284,16 @@ def test_one_caption_is_too_few_and_nothing_is_drawn(
     monkeypatch.delattr(TextToImage, "generate_codes")
     with pytest.raises(DataError, match="there are 1 captions to draw"):
         evaluate(replace(options, captions=1), ALONE)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
+    options: EvaluateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(run, "_evaluate_models")
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=f"{out} must be a folder"):
+            evaluate(replace(options, out=str(tmp_path / out)), ALONE)
 
 
 @pytest.mark.launch

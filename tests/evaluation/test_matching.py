@@ -39,6 +39,12 @@ def test_equal_pictures_are_no_retrieval() -> None:
     assert retrieval_ranks(image, text).tolist() == [19] * 20
 
 
+def test_pictures_that_are_equal_but_for_rounding_are_no_retrieval() -> None:
+    """Such as those of one picture that was embedded in batches of several sizes."""
+    noise = 1e-7 * torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    assert retrieval_ranks(unit(1, 3) + noise, unit(20, 4)).tolist() == [19] * 20
+
+
 def test_cutoffs_that_all_pictures_are_within_say_nothing() -> None:
     assert list(recalls(torch.zeros(5, dtype=torch.int64), 5)) == ["retrieval_at_1"]
 

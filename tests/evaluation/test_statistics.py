@@ -73,6 +73,25 @@ def test_equal_sets_have_no_distance() -> None:
     assert abs(frechet_distance(features, features)) < 1e-9
 
 
+def test_distance_of_few_pictures_is_exact() -> None:
+    """Against singular values of the features themselves: tr (Σ₁Σ₂)^½ is their sum, for centred A and B, of A Bᵀ."""
+    one, other = vectors(30, 200, 1).double(), vectors(41, 200, 2).double()
+    a, b = ((each - each.mean(dim=0)) / (len(each) - 1) ** 0.5 for each in (one, other))
+    expected = (one.mean(dim=0) - other.mean(dim=0)).square().sum() + a.square().sum() + b.square().sum()
+    expected -= 2 * torch.linalg.svdvals(a @ b.T).sum()
+    moments = Moments.of(one), Moments.of(other)
+    assert frechet_distance(*moments) == pytest.approx(float(expected), rel=1e-8)
+    assert frechet_distance(*moments[::-1]) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_pictures_that_are_all_alike_have_a_distance() -> None:
+    alike, others = torch.ones(5, 3), vectors(9, 3, 4)
+    mean, covariance = Moments.of(others).gaussian()
+    expected = float((mean - 1).square().sum() + covariance.trace())
+    for pair in ((alike, others), (others, alike)):
+        assert frechet_distance(*map(Moments.of, pair)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_one_picture_has_no_covariance() -> None:
     with pytest.raises(DataError, match="at least 2 pictures, found 1"):
         frechet_distance(Moments.of(vectors(1, 4, 8)), Moments.of(vectors(9, 4, 8)))
@@ -92,5 +111,6 @@ def test_score_of_certain_and_various_pictures_is_the_number_of_classes() -> Non
     logits = 100 * torch.eye(4).repeat(50, 1)
     one = Predictions.of(logits, torch.zeros(200, dtype=torch.int64), 1)
     assert inception_score(one) == pytest.approx(4, rel=1e-9)
+    assert [split_count(rows) for rows in (1, 3, 7, 19, 20, 999)] == [1, 1, 3, 9, 10, 10]
     same = Predictions.of(logits[:1].repeat(200, 1), torch.zeros(200, dtype=torch.int64), 1)
     assert inception_score(same) == pytest.approx(1, rel=1e-9)
