@@ -125,7 +125,7 @@ def rank_candidates(
         keep: pictures to keep for each prompt; None keeps all, sorted.
         chunk, sampling, seed, given, on_row: as in `draw_candidates`.
         known: scores of a prompt's first candidates, by the same `rerank` under the same settings. They are not drawn and not
-            scored again; those of them that are among the best are drawn again, and are the same.
+            scored again; those of them that are among the best are drawn again, and are the same (on GPUs, where batches are).
         on_scores: called after every chunk with all prompts; what they have of scores so far is complete from number 0 on.
 
     Returns:
