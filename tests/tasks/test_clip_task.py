@@ -124,6 +124,17 @@ def test_training_samples_depend_on_their_generator_alone(task: ClipTask) -> Non
     assert not np.array_equal(first["image"], other["image"])
 
 
+def test_training_pictures_are_the_views_that_the_objective_asks_for(run: ClipRun) -> None:
+    objective = ClipObjective(min_crop=0.3, mirror=True)
+    samples = ClipTask(dataclasses.replace(run, objective=objective)).samples("train")
+    dataset = PairDataset.open(run.data, "train")
+    for row in range(6):
+        rng = np.random.default_rng(row)
+        rng.integers(len(dataset.captions(row)))  # chooses the caption
+        view = random_view(dataset.picture(row, 32), 16, rng, 0.3, mirror=True)
+        assert np.array_equal(samples.sample(row, np.random.default_rng(row))["image"], view.transpose(2, 0, 1))
+
+
 # --- the loss
 
 

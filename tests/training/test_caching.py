@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import OptimConfig
 from dalle_ds.models.contrastive import contrastive_loss
+from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.tasks.base import Batch, Metrics
@@ -80,6 +81,31 @@ class Engine:
         self.steps += 1
 
 
+class SteppingEngine(Engine):
+    """What SAM uses besides: of stage 0, with an optimizer that steps after every two micro-batches."""
+
+    device, global_steps, global_samples = torch.device("cpu"), 0, 0
+
+    def __init__(self, module: Towers) -> None:
+        super().__init__(module)
+        group = {"name": "all", "params": list(module.parameters()), "weight_decay": 0.1}
+        self.optimizer = self.client_optimizer = AdamW([group], second_moment_clip=None)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def step(self) -> None:
+        if self.backwards % 2 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.global_steps += 1
+            self.global_samples += 12
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
+        self.backwards += 1
+        loss.backward()
+
+
 def batches(count: int, rows: int = 12) -> list[Batch]:
     rng = torch.Generator().manual_seed(5)
     image, text = torch.randn(rows, 5, generator=rng), torch.randn(rows, 3, generator=rng)
@@ -141,40 +167,29 @@ def test_only_one_micro_batch_has_a_graph_at_a_time() -> None:
     assert alive == [1, 1, 1, 1]
 
 
+def test_both_gradients_of_sam_are_under_the_same_noise() -> None:
+    from dalle_ds.training.sharpness import SharpPasses
+
+    engine = SteppingEngine(Towers(0.5))
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    seed_update(0, 0, 0)
+    passes = SharpPasses(CachingPasses(TowersTask(), engine, MESH), engine, MESH, rho=0.3)
+    passes.backward(batches(2), 0)
+    dropped = [embeddings == 0 for _, embeddings in engine.module.seen]
+    assert len(dropped) == 8, "two micro-batches, twice with caching, at two places"
+    assert all(map(torch.equal, dropped[:4], dropped[4:]))
+    assert not torch.equal(engine.module.seen[0][1], engine.module.seen[4][1]), "weights are other ones there"
+    assert all(map(torch.equal, before, engine.module.parameters()))
+
+
 def test_sam_is_the_papers_over_several_updates() -> None:
     """Twenty updates against SAM written out with torch's AdamW (arXiv 2010.01412, Algorithm 1)."""
-    from dalle_ds.optim import AdamW
     from dalle_ds.training.sharpness import SharpPasses
     from dalle_ds.training.update import Updater
 
     rho, lr = 0.3, 1e-2
     ours, theirs = Towers(0.0), Towers(0.0)
-    optimizer = AdamW(
-        [{"name": "all", "params": list(ours.parameters()), "weight_decay": 0.1}], second_moment_clip=None
-    )
-
-    class Plain(Engine):
-        device, global_steps, global_samples = torch.device("cpu"), 0, 0
-
-        def __init__(self, module: Towers, optimizer: AdamW) -> None:
-            super().__init__(module)
-            self.optimizer = self.client_optimizer = optimizer
-
-        def zero_optimization_stage(self) -> int:
-            return 0
-
-        def step(self) -> None:
-            if self.backwards % 2 == 0:  # of two micro-batches
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.global_steps += 1
-                self.global_samples += 12
-
-        def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
-            self.backwards += 1
-            loss.backward()
-
-    engine, task = Plain(ours, optimizer), TowersTask()
+    engine, task = SteppingEngine(ours), TowersTask()
     passes = SharpPasses(CachingPasses(task, engine, MESH), engine, MESH, rho)
     options: dict[str, Any] = {"scales": None, "scaling": None, "average": None, "numerics": None, "replicas": None}
     task.weight_of = lambda batch: torch.ones(())  # type: ignore[method-assign]
