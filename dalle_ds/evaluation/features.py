@@ -124,7 +124,8 @@ def _loaded(module: nn.Module, path: Path, device: torch.device | str) -> nn.Mod
             "pt_inception-2015-12-05-6726825d.pth"
         ) from error
     # Channels last: half of the time on CPUs.
-    return module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    module = module.requires_grad_(False).eval().to(device)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _sha256(path: Path) -> str:
