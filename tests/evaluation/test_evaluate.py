@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from dataclasses import replace
@@ -13,17 +14,27 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from dalle_ds.config import PADDING
 from dalle_ds.data import PairDataset
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.evaluation import folders, of_pictures, run
+from dalle_ds.evaluation import folders, of_pictures, page, run
 from dalle_ds.evaluation.command import compare_command
 from dalle_ds.evaluation.features import FeatureNetwork
+from dalle_ds.evaluation.likelihood import pixel_nats
 from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.evaluation.results import Result, compare
 from dalle_ds.evaluation.run import evaluate
 from dalle_ds.evaluation.sets import choose_captions, pictures_of
-from dalle_ds.evaluation.statistics import Predictions, inception_score, split_count, split_of_rows
+from dalle_ds.evaluation.statistics import (
+    Moments,
+    Predictions,
+    frechet_distance,
+    inception_score,
+    split_count,
+    split_of_rows,
+)
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import TextToImage
@@ -46,7 +57,8 @@ NETWORK = FeatureNetwork("colours", "00", "colour_distance", "colour_score", Col
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features that take no time."""
+    """Features that take no time, and no curves, which take seconds."""
+    monkeypatch.setattr(page, "best_of_curves", lambda _: "")
     for module in (run, folders):
         monkeypatch.setattr(module, "load_network", lambda *_: NETWORK)
 
@@ -122,6 +134,47 @@ def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: Non
     statistics = [fid.fid_features_to_statistics(NETWORK(each)[0].double()) for each in (real, restored)]
     distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert result.metrics["reconstruction/colour_distance/blur_0"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_likelihoods_and_what_real_pictures_reach_are_those_computed_by_hand(
+    options: EvaluateOptions, quick: None
+) -> None:
+    """And the drawn pictures' distance from the captions' own pictures only."""
+    options = replace(options, dvae=None, best_of="1", blur="0", reference="captions")
+    found = evaluate(options, ALONE).metrics
+    dataset = PairDataset.open(str(options.data), "validation")
+    pipeline, judge = TextToImage.from_pretrained(str(options.transformer)), Clip.from_pretrained(str(options.judge))
+    pixels = pictures_of(dataset, range(len(dataset)), 16)
+    codes = pipeline.dvae.encode(pixels / 255)
+    nats, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(2)
+    for row in range(len(dataset)):
+        text, image = pipeline.encode(dataset.captions(row)[:1]), codes[row].view(1, -1)
+        with torch.no_grad():
+            output = pipeline.model(text, image)
+        read = int((text != PADDING).sum())
+        nats[0] += cross_entropy(output.text_logits[0, :read], text[0, :read], reduction="sum")
+        nats[1] += cross_entropy(output.image_logits[0], image[0], reduction="sum")
+        counts += torch.tensor([read, image.numel()])
+    nats[2] = pixel_nats(pipeline.dvae, pixels, codes).sum()
+    assert found["likelihood/text_nats_per_token"] == pytest.approx(float(nats[0] / counts[0]), rel=1e-5)
+    assert found["likelihood/image_nats_per_token"] == pytest.approx(float(nats[1] / counts[1]), rel=1e-5)
+    of_codes, of_pixels = (nats[1:] / (pixels.numel() * math.log(2))).tolist()
+    assert found["likelihood/codes_bits_per_dimension"] == pytest.approx(of_codes, rel=1e-5)
+    assert found["likelihood/pixels_bits_per_dimension"] == pytest.approx(of_pixels, rel=1e-5)
+    assert found["likelihood/bits_per_dimension"] == pytest.approx(of_codes + of_pixels, rel=1e-5)
+
+    captions = choose_captions(dataset, 7, 0)
+    own = pixels[[caption.row for caption in captions]]
+    texts, images = judge.embed_texts([caption.text for caption in captions]), judge.embed_images(own / 255)
+    cosines = texts.double() @ images.double().T
+    first = [row.argmax() == index for index, row in enumerate(cosines)]
+    assert found["real/retrieval_at_1"] == pytest.approx(sum(map(float, first)) / 7)
+    assert found["real/clip_score"] == pytest.approx(100 * float(cosines.diag().clamp_min(0).mean()), rel=1e-5)
+
+    drawn = pipeline.generate([caption.text for caption in captions], num=1)
+    fake = torch.stack([torch.tensor(np.asarray(picture)) for (picture,) in drawn]).permute(0, 3, 1, 2)
+    distance = frechet_distance(*(Moments.of(NETWORK(each)[0]) for each in (own, fake)))
+    assert found["best_of_1/colour_distance/blur_0"] == pytest.approx(distance, rel=1e-6)
 
 
 def test_a_reranker_that_judges_itself_is_told(options: EvaluateOptions, quick: None) -> None:
