@@ -139,6 +139,22 @@ def test_without_a_threshold_there_is_only_the_page(sets: SimpleNamespace, tmp_p
     assert shown[:2] == sorted(content["similarity"], reverse=True)[:2] and shown[-1] == min(content["similarity"])
 
 
+def test_a_cosine_at_the_threshold_is_above_it(sets: SimpleNamespace, tmp_path: Path) -> None:
+    found = find_overlap(options(sets, tmp_path), Pixels(), lambda line: None)
+    row, cosine = int(found.rows[3]), float(found.similarity[3])
+    assert row in found.at_or_above(cosine) and row not in found.at_or_above(cosine + 1e-6)
+
+
+def test_the_page_shows_pairs_near_the_threshold(sets: SimpleNamespace, tmp_path: Path) -> None:
+    found = find_overlap(options(sets, tmp_path), Pixels(), lambda line: None)
+    near = np.argsort(-found.similarity)[[4, 5]]  # neither the most nor the least similar of 8
+    threshold = float(found.similarity[near].mean())
+    find_overlap(options(sets, tmp_path, pairs=3, threshold=threshold), Pixels(), lambda line: None)
+    content = page_content(tmp_path / "pairs.html")
+    assert content["threshold"] == threshold
+    assert {pair["row"] for pair in content["pairs"]} >= set(found.rows[near].tolist())
+
+
 def test_the_page_stands_alone_and_captions_are_text(sets: SimpleNamespace, tmp_path: Path) -> None:
     find_overlap(options(sets, tmp_path, threshold=0.9), Pixels(), lambda line: None)
     text = (tmp_path / "pairs.html").read_text()
@@ -161,12 +177,16 @@ def test_the_page_counts_and_saves_as_the_launcher_does(sets: SimpleNamespace, t
     (tmp_path / "given.json").write_text(json.dumps({"content": content, "marks": marks}))
     program = f"""{script}
     const given = JSON.parse(require("fs").readFileSync({json.dumps(str(tmp_path / "given.json"))}, "utf8"));
+    const others = {{...given.content, about: {{...given.content.about, train: {{split: "train", fingerprint: "other"}}}}}};
     console.log(JSON.stringify({{judged: judge(given.content, given.marks, 0.9),
+      keys: [keyOf(given.content), keyOf(given.content), keyOf(others)], at: share(given.content, {second["similarity"]}),
       safe: safeThreshold(given.content, given.marks), saved: choice(given.content, given.marks, 0.9)}}));"""
     done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     assert result["judged"] == {"same": 2, "different": 1, "missed": 1, "falseAlarms": 1}
     assert result["safe"] == last["similarity"]
+    assert second["row"] in result["at"]
+    assert result["keys"][0] == result["keys"][1] != result["keys"][2]  # marks are not those of other training pictures
     overlap = json.loads((tmp_path / "overlap.json").read_text())
     assert {name: value for name, value in result["saved"].items() if name != "marks"} == overlap
 
@@ -192,6 +212,13 @@ def test_pictures_that_cannot_be_read_are_left_out(
         assert not set(found.nearest) & lost[str(sets.train)]
     assert any("1 validation and 2 training pictures" in line for line in said)
     assert json.loads((tmp_path / "overlap.json").read_text())["unreadable"] == [copy]
+    # What is left keeps its own neighbours.
+    lost[str(sets.train)] = set()
+    found = find_overlap(options(sets, tmp_path / "whole_train", threshold=0.9), Pixels(), said.append)
+    rest = [row for row in sorted(sets.planted) if row != copy]
+    assert found.at_or_above(0.9) == rest
+    nearest_of = dict(zip(found.rows.tolist(), found.nearest.tolist(), strict=True))
+    assert [nearest_of[row] for row in rest] == [sets.planted[row] for row in rest]
 
 
 def test_both_sets_must_differ(data: Path, sets: SimpleNamespace, tmp_path: Path) -> None:

@@ -139,10 +139,12 @@ function safeThreshold(content, marks) {
 function choice(content, marks, threshold) {
   return {...content.about, threshold: threshold, rows: share(content, threshold), marks: marks};
 }
+function keyOf(content) { // marks are of pairs: other training pictures, or another way to search them, make other pairs
+  return "overlap " + JSON.stringify(content.about);
+}
 function show(content) {
   const find = name => document.getElementById(name);
-  // Marks are of pairs: other training pictures, or another way to search them, make other pairs.
-  const key = "overlap " + JSON.stringify(content.about);
+  const key = keyOf(content);
   let marks = {}, threshold = content.threshold;
   try { marks = JSON.parse(localStorage.getItem(key)) || {}; } catch (error) { /* a browser that keeps nothing */ }
   let least = Math.min(1, threshold), most = Math.max(-1, threshold);
