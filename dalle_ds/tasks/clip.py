@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +23,12 @@ from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples
+from dalle_ds.tasks.embeddings import at_places, collapse, spread
 from dalle_ds.tasks.flops import training_flops
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
 
 PREVIEW_MATCHES = 4
 RECALLS = (1, 5, 10)
-COLLAPSED = 0.01
-"""Mean of 1 − cosine over pairs of embeddings below which they are all but the same."""
 
 
 class ClipTask(WholeBatchTask[ClipRun]):
@@ -107,21 +105,15 @@ class ClipTask(WholeBatchTask[ClipRun]):
 
     def digest(self, sums: Metrics) -> dict[str, float]:
         """Spreads of the whole batch's embeddings: of those of one process, which may have one row, they would tell less."""
-        return {f"{name}_spread": _spread(sums[f"{name}_sum"] / sums["rows"]) for name in ("image", "text")}
-
-    @cached_property
-    def _validation_rows(self) -> int:
-        """Of one validation."""
-        return min(self.run.report.validation_rows, len(self.samples("validation")))
+        return {f"{name}_spread": spread(sums[f"{name}_sum"] / sums["rows"]) for name in ("image", "text")}
 
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
-        """Embeddings of these rows, each at its place among zeros: added up, those of all rows."""
+        """Embeddings of these rows; see `at_places`."""
         output = model(batch["image"], batch["text"])
         valid = batch["valid"]
         sums = {"count": valid.sum(), "scale": output.scale * valid.sum()}
         for name, rows in (("image", output.image_embeddings), ("text", output.text_embeddings)):
-            whole = rows.new_zeros(self._validation_rows, rows.shape[1])
-            sums[name] = whole.index_add(0, batch["place"], rows * valid[:, None])
+            sums[name] = at_places(rows, batch, self.validation_rows)
         return sums
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
@@ -135,7 +127,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
         figures = {"loss": float(logits.loss()), "scale": float(scale)}
         for name, similarities in (("recall", logits.text), ("image_recall", logits.image)):
             figures |= {f"{name}@{k}": value for k, value in recalls(similarities).items()}
-        return figures | {f"{name}_spread": _spread(sums[name].mean(dim=0)) for name in ("image", "text")}
+        return figures | {f"{name}_spread": spread(sums[name].mean(dim=0)) for name in ("image", "text")}
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         """Captions, each with its own picture and those of the batch that are most similar to it."""
@@ -169,11 +161,9 @@ class ClipTask(WholeBatchTask[ClipRun]):
         if step < self.run.optim.warmup_steps:
             return None
         for name in ("image", "text"):
-            if metrics[f"{name}_spread"] < COLLAPSED:
-                return (
-                    f"{name} embeddings are collapsing: on average, 1 − cosine of two of them is "
-                    f"{metrics[f'{name}_spread']:.2g}; lower optim.lr, or raise optim.warmup_steps"
-                )
+            alarm = collapse(metrics[f"{name}_spread"], f"{name} embeddings")
+            if alarm is not None:
+                return alarm
         if metrics["scale"] >= LARGEST_SCALE:
             return (
                 f"cosines are scaled by {LARGEST_SCALE:.0f}, the most that is allowed: the pairs are learned by heart, or "
@@ -201,11 +191,6 @@ def recalls(similarities: Tensor) -> dict[int, float]:
     own = similarities.diagonal()[:, None]
     better = (similarities >= own).sum(dim=1) - 1
     return {k: float((better < k).float().mean()) for k in RECALLS}
-
-
-def _spread(mean: Tensor) -> float:
-    """Mean of 1 − cosine over all pairs of rows of length 1, whose mean is given, (D,)."""
-    return 1 - float(mean.square().sum())
 
 
 def _check_same_shape(run: ClipRun, found: ClipConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,15 +86,10 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
     def _scale(self, embeddings: Tensor) -> Tensor:
         return torch.tensor(1 / self.run.objective.temperature, device=embeddings.device)
 
-    @cached_property
-    def _validation_rows(self) -> int:
-        """Of one validation."""
-        return min(self.run.report.validation_rows, len(self.samples("validation")))
-
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
         """Embeddings of these rows; see `at_places`."""
         embedded = {
-            name: at_places(rows, batch, self._validation_rows) for name, rows in self.embed(model, batch).items()
+            name: at_places(rows, batch, self.validation_rows) for name, rows in self.embed(model, batch).items()
         }
         return {"count": batch["valid"].sum(), **embedded}
 

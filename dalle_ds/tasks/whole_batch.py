@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -18,6 +19,11 @@ class WholeBatchTask(Task[RunConfig]):
 
     How many processes and micro-batches make up an update changes neither loss nor gradients (`training/caching.py`).
     """
+
+    @cached_property
+    def validation_rows(self) -> int:
+        """Rows of one validation, which are compared with each other."""
+        return min(self.run.report.validation_rows, len(self.samples("validation")))
 
     @abstractmethod
     def embed(self, model: nn.Module, batch: Batch) -> Outputs:
