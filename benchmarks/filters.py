@@ -24,10 +24,10 @@ from rich import print
 from rich.table import Table
 
 from dalle_ds.cli import parse_options
-from dalle_ds.data.copies import find_copies
 from dalle_ds.data.examine import Examined, examined_caption
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.language import foreign_margin
+from dalle_ds.data.filters.copies import find_copies
+from dalle_ds.data.filters.language import foreign_margin
 
 LANGUAGES = Path(__file__).with_name("languages.tsv")
 WORDS = tuple(

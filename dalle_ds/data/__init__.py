@@ -1,7 +1,8 @@
 """From corpora of captioned pictures to batches.
 
-Preparing, once: `corpora` reads pairs, `examine` judges each by itself (`filters`), `prepare` drops duplicates, divides
-(`splits`) and writes the folder that every later stage takes as `--data`; `parts` shares the work among jobs. Training:
+Preparing, once: `corpora` reads pairs, `examine` judges each by itself and `prepare` among all others (`filters`), divides
+(`splits`) and writes the folder that every later stage takes as `--data`; `parts` shares the work among jobs, `engine` among
+the machines of a Ray cluster, and `command` is all of it at the command line. Training:
 `dataset` reads that folder and `shards` its files, `augment` makes views, `samples` turns a row into arrays, `order` and
 `loader` decide which rows make up which batch, `workers` are the loader's processes. `codes` keeps image codes. `faults`
 counts what cannot be read, `stamps` notices what changes, `inspection` reads everything.

@@ -19,8 +19,8 @@ from typing import TypeVar
 
 from dalle_ds.data.corpora import Broken, RawPair, Unit
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
+from dalle_ds.data.filters.perceptual import perceptual_hash
 from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
-from dalle_ds.data.perceptual import perceptual_hash
 from dalle_ds.errors import DataError
 
 UNDECODABLE = "undecodable picture"

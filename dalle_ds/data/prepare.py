@@ -19,21 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dalle_ds.config.checks import sound
-from dalle_ds.data import corpora, parts, twemoji
-from dalle_ds.data.coco import read_coco
-from dalle_ds.data.conceptual import read_conceptual
-from dalle_ds.data.copies import Copies, find_copies
+from dalle_ds.data import corpora, parts
 from dalle_ds.data.corpora import Corpus
-from dalle_ds.data.cub import read_cub
+from dalle_ds.data.corpora.twemoji import ATTRIBUTION
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.examine import Examined, examine
 from dalle_ds.data.filters import FilterOptions, file_digest
+from dalle_ds.data.filters.copies import Copies, find_copies
 from dalle_ds.data.parts import Part, PartReport
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.shards import digest_of
 from dalle_ds.data.splits import compositional_holdout, unit_hash
-from dalle_ds.data.wit import read_wit
-from dalle_ds.data.yfcc import read_yfcc
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, remove_leftovers, write_json
 from dalle_ds.parsing import parse_json
@@ -170,7 +166,7 @@ def _examined(share: parts.Share, options: PrepareOptions, workers: int) -> Iter
     items = examine(share, options.filters, options.shrink, workers)
     if options.filters.duplicate_model is None:
         return items
-    from dalle_ds.data.likeness import embedded, picture_model
+    from dalle_ds.data.filters.likeness import embedded, picture_model
 
     return embedded(items, picture_model(options.filters.duplicate_model))
 
@@ -282,7 +278,7 @@ def _options_of(identity: dict[str, Any]) -> PrepareOptions:
 
 
 def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
-    notes = [twemoji.ATTRIBUTION] if options.corpus == "twemoji" else []
+    notes = [ATTRIBUTION] if options.corpus == "twemoji" else []
     if options.validation > 0 and not report.kept["validation"]:
         notes.append("The validation split is empty: the corpus has a single group of pictures.")
     return notes
@@ -303,15 +299,15 @@ def _corpus(options: PrepareOptions) -> Corpus:
         case "hf":
             return corpora.read_hf(source, *columns)
         case "coco":
-            return read_coco(source)
+            return corpora.read_coco(source)
         case "cub":
-            return read_cub(source)
+            return corpora.read_cub(source)
         case "conceptual":
-            return read_conceptual(source, options.pictures)
+            return corpora.read_conceptual(source, options.pictures)
         case "wit":
-            return read_wit(source, options.pictures, options.caption_column)
+            return corpora.read_wit(source, options.pictures, options.caption_column)
         case _:
-            return read_yfcc(source, options.pictures)
+            return corpora.read_yfcc(source, options.pictures)
 
 
 def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> PreparationReport:

@@ -14,12 +14,11 @@ import torch
 from PIL import Image, ImageEnhance
 
 from dalle_ds.config import ClipConfig
-from dalle_ds.data import copies, likeness, perceptual
-from dalle_ds.data.copies import CLOSE_PICTURE, DUPLICATE, LIKE_PICTURE, SAME_CAPTION, find_copies
 from dalle_ds.data.examine import Caption, Examined
-from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.likeness import close_embeddings, embedded, picture_model
-from dalle_ds.data.perceptual import close_hashes, perceptual_hash
+from dalle_ds.data.filters import FilterOptions, copies, likeness, perceptual
+from dalle_ds.data.filters.copies import CLOSE_PICTURE, DUPLICATE, LIKE_PICTURE, SAME_CAPTION, find_copies
+from dalle_ds.data.filters.likeness import close_embeddings, embedded, picture_model
+from dalle_ds.data.filters.perceptual import close_hashes, perceptual_hash
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.errors import ConfigError, DataError
 from tests.data.test_prepare import all_files

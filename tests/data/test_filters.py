@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data import filters, language
+from dalle_ds.data import filters
 from dalle_ds.data.filters import (
     FilterOptions,
     caption_problem,
     clean_caption,
     cut_caption,
     is_boilerplate,
+    language,
     picture_problem,
 )
 from dalle_ds.errors import ConfigError

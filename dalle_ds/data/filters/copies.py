@@ -20,8 +20,8 @@ import numpy.typing as npt
 import xxhash
 
 from dalle_ds.data.examine import Examined
-from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.perceptual import close_hashes
+from dalle_ds.data.filters.options import FilterOptions
+from dalle_ds.data.filters.perceptual import close_hashes
 
 DUPLICATE = "duplicate"
 SAME_CAPTION = "caption of other pictures"
@@ -130,7 +130,7 @@ def find_copies(items: Iterable[Examined], filters: FilterOptions, scratch: Path
         rows = np.flatnonzero(verdicts == 0)
         verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = REASONS.index(LIKE_PICTURE)
     if filters.duplicate_model is not None and embeddings_file.stat().st_size:
-        from dalle_ds.data.likeness import close_embeddings  # imports torch
+        from dalle_ds.data.filters.likeness import close_embeddings  # imports torch
 
         with_embedding = np.flatnonzero(found["embedded"])
         vectors = _mapped(embeddings_file, np.float16).reshape(len(with_embedding), -1)

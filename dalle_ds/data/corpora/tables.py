@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from dalle_ds.data.corpora import MAX_TEXT_BYTES, NO_CAPTION, Broken, Corpus, RawPair, Unit, pair_of
+from dalle_ds.data.corpora.downloads import DownloadShard, download_shards
+from dalle_ds.data.corpora.pairs import MAX_TEXT_BYTES, NO_CAPTION, Broken, Corpus, RawPair, Unit, pair_of
 from dalle_ds.data.disk import unreadable_is_a_data_error
-from dalle_ds.data.downloads import DownloadShard, download_shards
 from dalle_ds.errors import DataError
 
 NOT_IN_TABLE = "not in the table"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora import (
+from dalle_ds.data.corpora.pairs import (
     MAX_PICTURE_BYTES,
     NO_PICTURE,
     UNREADABLE,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import html
 import re
 
-from dalle_ds.data.corpora import Corpus
-from dalle_ds.data.tables import CaptionTable, Row, TableFormat, joined, plain_rows
+from dalle_ds.data.corpora.pairs import Corpus
+from dalle_ds.data.corpora.tables import CaptionTable, Row, TableFormat, joined, plain_rows
 
 _COLUMNS = 23
 _TITLE, _DESCRIPTION, _DOWNLOAD_URL, _MARKER = 6, 7, 14, 22  # of 23

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dalle_ds.data.corpora import Corpus
-from dalle_ds.data.tables import CaptionTable, Row, TableFormat, joined, plain_rows
+from dalle_ds.data.corpora.pairs import Corpus
+from dalle_ds.data.corpora.tables import CaptionTable, Row, TableFormat, joined, plain_rows
 
 _SCHEMES = ("http://", "https://")
 

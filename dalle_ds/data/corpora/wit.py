@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from dalle_ds.data.corpora import Corpus
-from dalle_ds.data.tables import CaptionTable, Row, TableFormat, joined, quoted_rows
+from dalle_ds.data.corpora.pairs import Corpus
+from dalle_ds.data.corpora.tables import CaptionTable, Row, TableFormat, joined, quoted_rows
 from dalle_ds.errors import DataError
 
 COLUMNS = (

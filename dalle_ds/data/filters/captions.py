@@ -1,0 +1,86 @@
+"""Cleaning of captions, and the reasons for which they are left out (DALL·E §2.3 and App. C; Sharma et al. 2018)."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+
+from dalle_ds.data.filters.boilerplate import is_boilerplate
+from dalle_ds.data.filters.language import foreign_margin
+from dalle_ds.data.filters.options import FilterOptions
+from dalle_ds.data.filters.words import word_list
+
+EMPTY = "empty caption"
+TOO_SHORT = "caption too short"
+TOO_FEW_WORDS = "too few words"
+BOILERPLATE = "boilerplate caption"
+NOT_ENGLISH = "not English"
+BLOCKED = "blocked words"
+NOT_REQUIRED = "no required words"
+REPETITIVE = "repeated words"
+CAPITALS = "too many capitals"
+DIGITS = "too many digits"
+
+_WORD = re.compile(r"\w+")
+
+
+def clean_caption(text: str) -> str:
+    """Unicode NFC, control characters and runs of white space as one space, none at the ends; all scripts are kept.
+
+    Lone surrogates, which no file could store, become "?".
+    """
+    if text.isascii() and text.isprintable():  # what most captions are, and as it should be but for spaces
+        return " ".join(text.split())
+    storable = text.encode("utf-8", "replace").decode("utf-8")
+    without_controls = "".join(" " if unicodedata.category(char) == "Cc" else char for char in storable)
+    return " ".join(unicodedata.normalize("NFC", without_controls).split())
+
+
+def cut_caption(caption: str, max_chars: int) -> str:
+    """The caption itself if it has at most `max_chars` characters, else as many whole words of it as fit (or as much of
+    its first word)."""
+    if len(caption) <= max_chars:
+        return caption
+    words, _, _ = caption[: max_chars + 1].rpartition(" ")
+    return words or caption[:max_chars]
+
+
+def caption_problem(caption: str, options: FilterOptions) -> str | None:
+    """Why a clean caption is dropped, or None; of several reasons, the one that is found first."""
+    return next(_caption_problems(caption, options), None)
+
+
+def _caption_problems(caption: str, options: FilterOptions) -> Iterator[str]:
+    """In the order of what they cost to find."""
+    if not caption:
+        yield EMPTY
+    if len(caption) < options.min_caption_chars:
+        yield TOO_SHORT
+    if options.min_caption_words is not None and len(caption.split()) < options.min_caption_words:
+        yield TOO_FEW_WORDS
+    if options.drop_boilerplate and is_boilerplate(caption):
+        yield BOILERPLATE
+    if options.block is not None and word_list(options.block).search(caption):
+        yield BLOCKED
+    if options.require is not None and not word_list(options.require).search(caption):
+        yield NOT_REQUIRED
+    if options.max_repeated_words is not None and repeated_words(caption) > options.max_repeated_words:
+        yield REPETITIVE
+    if _exceeds(options.max_capitals, caption, str.isupper, str.isalpha):
+        yield CAPITALS
+    if _exceeds(options.max_digits, caption, str.isdigit, str.isalnum):
+        yield DIGITS
+    if options.foreign_margin is not None and foreign_margin(caption) > options.foreign_margin:
+        yield NOT_ENGLISH
+
+
+def _exceeds(share: float | None, caption: str, part: Callable[[str], bool], whole: Callable[[str], bool]) -> bool:
+    """Whether more than this share of a kind of characters is of another kind, which it includes."""
+    return share is not None and sum(map(part, caption)) > share * sum(map(whole, caption))
+
+
+def repeated_words(caption: str) -> float:
+    """The share of words that stood in the caption before, in [0, 1)."""
+    words = _WORD.findall(caption.lower())
+    return 1 - len(set(words)) / len(words) if words else 0.0

@@ -1,0 +1,106 @@
+"""What is kept of a corpus.
+
+The paper names its filters but gives no thresholds; the ones here are options. Those it names that change what is kept of
+a corpus in other languages, or of one with short captions, are off until `paper` turns them on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dalle_ds.data.filters.language import foreign_margin
+from dalle_ds.data.filters.perceptual import perceptual_hash
+from dalle_ds.data.filters.words import word_list
+from dalle_ds.errors import ConfigError
+
+MAX_HASH_DISTANCE = 10
+"""Beyond it, of 64 bits, other pictures are found, and all pairs would have to be compared."""
+_PAPER = {"min_caption_words": 3, "foreign_margin": 12.0, "drop_boilerplate": True, "max_aspect_ratio": 2.0}
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """What is kept of a corpus."""
+
+    min_caption_chars: int = 1
+    """Shorter captions are dropped."""
+    max_caption_chars: int = 1000
+    """Longer captions are cut at the last space before this, and counted."""
+    drop_boilerplate: bool = True
+    """Drop captions that are mostly of the kind "photographed on 4 March 2012" (DALL·E App. C)."""
+    max_aspect_ratio: float | None = 2.0
+    """Drop pictures whose longer side is more than this many times the shorter: the square crop would lose what the
+    caption says (DALL·E App. C: 2). None keeps all."""
+    min_side: int = 1
+    """Drop pictures whose shorter side has fewer pixels."""
+    max_megapixels: float = 150.0
+    """Drop pictures with more pixels than this, before memory is spent on decoding them."""
+    paper: bool = False
+    """All that the paper names, where nothing else is given here: at least 3 words (Conceptual 12M's limit; the paper tells
+    none), English with a margin of 12, no boilerplate, an aspect ratio of at most 2."""
+    min_caption_words: int | None = None
+    """Drop captions of fewer words between spaces; of no use in scripts that write none."""
+    foreign_margin: float | None = None
+    """Drop captions that another language explains better than English, by more than this many nats (py3langid); 0 drops
+    all but those for which English is likeliest, 12 spares names and short captions."""
+    block: str | None = None
+    """File of phrases, and /regular expressions/ between slashes, one in a line: captions with any of them are dropped."""
+    require: str | None = None
+    """File as for `block`: captions without any of them are dropped."""
+    max_repeated_words: float | None = None
+    """Drop captions of which a larger share of words was there before (Sharma et al. 2018: "high token repetition")."""
+    max_capitals: float | None = None
+    """Drop captions of which a larger share of letters is capitals."""
+    max_digits: float | None = None
+    """Drop captions of which a larger share of letters and digits is digits."""
+    max_caption_copies: int | None = None
+    """Drop a caption where it was kept with this many pictures before, whatever its case; 1 keeps the first alone."""
+    max_hash_distance: int | None = None
+    """Drop pictures whose perceptual hash (64 bits; imagehash) differs from that of one kept before in at most this many
+    bits, 0 to 10."""
+    duplicate_model: str | None = None
+    """CLIP or duplicate detector, a run directory or export: drop pictures that are close to one kept before."""
+    duplicate_cosine: float = 0.95
+    """How close that is, for `duplicate_model`: the cosine of the embeddings."""
+
+    def __post_init__(self) -> None:
+        for name, value in _PAPER.items() if self.paper else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("min_caption_chars", "max_caption_chars", "min_side", "max_megapixels"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"filters.{name} must be greater than 0, found {getattr(self, name)}")
+        if self.max_caption_chars < self.min_caption_chars:
+            raise ConfigError(
+                f"filters.max_caption_chars={self.max_caption_chars} is less than "
+                f"filters.min_caption_chars={self.min_caption_chars}: no caption could be kept"
+            )
+        self._between("max_aspect_ratio", 1, None)
+        self._between("min_caption_words", 1, None)
+        self._between("max_caption_copies", 1, None)
+        self._between("max_hash_distance", 0, MAX_HASH_DISTANCE)
+        self._between("duplicate_cosine", 0, 1)
+        for name in ("max_repeated_words", "max_capitals", "max_digits"):
+            self._between(name, 0, 1)
+
+    def _between(self, name: str, least: float, most: float | None) -> None:
+        value = getattr(self, name)
+        if value is not None and (value < least or (most is not None and value > most)):
+            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ConfigError(f"filters.{name} must be {bounds}, found {value}")
+
+    @property
+    def max_pixels(self) -> int:
+        """`max_megapixels` in pixels."""
+        return int(self.max_megapixels * 1e6)
+
+    def check_files(self) -> None:
+        """Raises `ConfigError` for what would be missing in the midst of the work: word lists and packages."""
+        for path in filter(None, (self.block, self.require)):
+            word_list(path)
+        if self.foreign_margin is not None:
+            foreign_margin("a caption")
+        if self.max_hash_distance is not None:
+            perceptual_hash(np.zeros((8, 8, 3), dtype=np.uint8))
