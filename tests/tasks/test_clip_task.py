@@ -24,6 +24,8 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.clip_pixels import square_pixels
 from dalle_ds.models.contrastive import contrastive_loss
+from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.clip import ClipTask, recalls
 from dalle_ds.tokenizer import Tokenizer
 from dalle_ds.training.export import export_checkpoint
@@ -115,6 +117,21 @@ def test_samples_have_whole_captions_or_cut_ones_with_their_end(data: Path, toke
                 assert tokenizer.decode(text) == dataset.captions(row)[0]
             picture = center_view(dataset.picture(row, 16), 16)
             assert np.array_equal(sample["image"], picture.transpose(2, 0, 1))
+
+
+def test_training_takes_each_caption_of_several_and_validation_the_first(tokenizer_file: Path) -> None:
+    class Rows:
+        def captions(self, row: int) -> list[str]:
+            return ["red", "green", "blue"]
+
+        def picture(self, row: int, short_side: int) -> np.ndarray:
+            return pixels(16, 16)
+
+    tokenizer = ClipTokenizer.load(tokenizer_file, start=SHAPE.start, end=SHAPE.end)
+    for train, expected in ((True, {"red", "green", "blue"}), (False, {"red"})):
+        samples = ClipSamples(Rows(), tokenizer, text_len=10, image_size=16, train=train)  # type: ignore[arg-type]
+        texts = [samples.sample(0, np.random.default_rng(seed))["text"] for seed in range(30)]
+        assert {tokenizer.decode(np.asarray(text).tolist()) for text in texts} == expected
 
 
 def test_training_samples_depend_on_their_generator_alone(task: ClipTask) -> None:
@@ -253,11 +270,28 @@ def test_alarms(task: ClipTask) -> None:
         assert task.alarm({**healthy, name: value}, warm - 1) is None
 
 
-def test_the_preview_shows_captions_and_the_export_reads_back(task: ClipTask, tmp_path: Path) -> None:
+def test_the_preview_shows_captions_and_the_export_reads_back(
+    task: ClipTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = task.build_model().eval()
     batch = task.prepare(next(evaluation_batches(task.samples("validation"), 16, rank=0, world_size=1, rows=16)))
     assert task.preview(model, batch).height > 16 * 64
+    drawn: list[tuple[str, list[Image.Image]]] = []
+
+    def spy(rows: list[tuple[str, list[Image.Image]]], **options: object) -> Image.Image:
+        drawn.extend(rows)
+        return picture_grid(rows)
+
+    monkeypatch.setattr("dalle_ds.tasks.clip.picture_grid", spy)
+    task.preview(model, batch)
+    matches = (model.embed_texts(batch["text"]) @ model.embed_images(batch["image"]).T).argsort(dim=1, descending=True)
+    shown = [picture.tobytes() for picture in to_pictures(batch["image"])]
+    for number, (_, pictures) in enumerate(drawn):
+        expected = [shown[number], *(shown[found] for found in matches[number, :4].tolist())]
+        assert [picture.tobytes() for picture in pictures] == expected, (
+            "its own picture, then those nearest to the caption"
+        )
     task.export(model, tmp_path / "export")
     again = Clip.from_pretrained(tmp_path / "export")
     assert again.fingerprint == model.fingerprint and again.tokenizer is not None
