@@ -19,6 +19,7 @@ from dalle_ds.data.engine import prepare_with_ray, start_ray
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, prepare, prepare_part
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.files import built_beside, remove_leftovers
 from tests.data.conftest import picture_bytes
 from tests.data.test_prepare import all_files
 
@@ -210,3 +211,16 @@ def test_filters_that_leave_nothing_leave_no_parts(corpus: Path, tmp_path: Path)
     with pytest.raises(NothingKept, match=r"no pair that can be kept: dropped no required words \(120\)"):
         prepare(none, str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == [words]
+
+
+def test_only_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    """What is still built is not; nor what is to become something else, nor a file."""
+    for name in (".out.partial-dead", ".out.removed-dead", ".other.partial-dead", "out.partial-x"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    (tmp_path / ".out.partial-7").write_text("a file that is written")
+    with built_beside(tmp_path / "out") as alive:
+        remove_leftovers(tmp_path, "out")
+        found = {path.name for path in tmp_path.iterdir()}
+        assert found == {alive.name, ".other.partial-dead", "out.partial-x", ".out.partial-7"}
+        remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial-x", ".out.partial-7"}
