@@ -152,6 +152,7 @@ def test_the_papers_filters_are_off_until_asked_for_and_can_be_changed() -> None
         ({"max_repeated_words": 0.5}, "sale sale Sale today", None),
         ({"max_capitals": 0.5}, "BUY NOW, you", filters.CAPITALS),
         ({"max_capitals": 0.5}, "buy NOW please", None),
+        ({"max_capitals": 0.5}, "No We", None),  # as many as allowed
         ({"max_digits": 0.3}, "call 555 0199", filters.DIGITS),
         ({"max_digits": 0.3}, "a house at number 12", None),
     ],

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import corpora
-from dalle_ds.data.corpora import Corpus, RawPair, tables, wit
+from dalle_ds.data.corpora import Corpus, RawPair, downloads, tables, webdataset, wit
 from dalle_ds.data.corpora.conceptual import read_conceptual
 from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, UrlIndex, plain_rows
 from dalle_ds.data.corpora.wit import read_wit
@@ -230,3 +230,13 @@ def test_damaged_downloads_are_counted(tmp_path: Path, conceptual: str, form: st
     reason = corpora.TRUNCATED if form == "webdataset" else corpora.UNREADABLE
     assert [item.reason for item in items if not isinstance(item, RawPair)] == [reason]
     assert sum(isinstance(item, RawPair) for item in items) == (3 if form == "files" else 2)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_downloads_that_are_too_big_are_counted(
+    tmp_path: Path, conceptual: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reader in (downloads, webdataset):
+        monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
+    too_big = found(read_conceptual(conceptual, download(tmp_path / form, form, [1])))
+    assert too_big == {"000000000": corpora.TOO_BIG}

@@ -215,7 +215,7 @@ def test_filters_that_leave_nothing_leave_no_parts(corpus: Path, tmp_path: Path)
 
 def test_only_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     """What is still built is not; nor what is to become something else, nor a file."""
-    for name in (".out.partial-dead", ".out.removed-dead", ".other.partial-dead", "out.partial-x"):
+    for name in (".out.partial-dead", ".out.removed-long", ".other.partial-dead", "out.partial-x"):
         (tmp_path / name / "inside").mkdir(parents=True)
     (tmp_path / ".out.partial-7").write_text("a file that is written")
     with built_beside(tmp_path / "out") as alive:

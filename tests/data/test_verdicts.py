@@ -60,7 +60,7 @@ def test_precision_and_recall(
     ("name", "recall"),
     [
         ("boilerplate.jsonl", 0.95),  # of three lists that were written one after another, each of which showed gaps
-        ("boilerplate_unseen.jsonl", 0.85),  # written before words had kinds, but for the last 61
+        ("boilerplate_unseen.jsonl", 0.85),  # written before words had kinds, but for the last 64
     ],
 )
 def test_boilerplate_in_other_formats(name: str, recall: float, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +99,7 @@ def test_more_margin_keeps_more() -> None:
     kept = [sum(margin <= limit for margin in margins) for limit in (0, 4, 12, 30)]
     assert kept == sorted(kept) and kept[0] < kept[-1]
     assert foreign_margin("猫") == foreign_margin("красное платье") == float("inf")
+    assert foreign_margin("Łódź") < float("inf"), "most of it is no ASCII, but all of it Latin"
     assert foreign_margin("the cat sat on the mat with a hat") < 0 < foreign_margin("le chat est assis sur le tapis")
 
 
