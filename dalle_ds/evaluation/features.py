@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.evaluation.blur import BLUR
 from dalle_ds.evaluation.inception import InceptionV3
 from dalle_ds.evaluation.statistics import SPLITS
+from dalle_ds.interop.pickles import read_pickled_tensors
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,9 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
 def _loaded(module: nn.Module, path: Path, device: torch.device | str) -> nn.Module:
     """`module` with the weights of a state dict's file, for inference."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(weights)
-    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError, EOFError, ValueError) as error:
-        found = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        module.load_state_dict(read_pickled_tensors(path))
+    except (CheckpointError, RuntimeError) as error:
+        found = str(error).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as weights of the feature network: {found}; for FID, name "
             "pt_inception-2015-12-05-6726825d.pth"
