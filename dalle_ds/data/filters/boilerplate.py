@@ -105,7 +105,7 @@ _TIME_OF_LEAD = re.compile(
 _TIME_ALONE = re.compile(
     rf"{YEAR}|[{NOUN}{WEEKDAY}].*({MONTH}{_LITTLES}{DAY}|{DAY}{_LITTLES}{MONTH}|{RELATIVE}[{WEEKDAY}{SEASON}{UNIT}])"
 )
-_MAY_HAVE = re.compile(rf"\d|ties\b|undated|untitled|\.\w|{'|'.join(_WORDS[VERB].split())}", re.IGNORECASE)
+_MAY_HAVE = re.compile(rf"[0-9]|ties\b|undated|untitled|\.\w|{'|'.join(_WORDS[VERB].split())}")
 
 
 def is_boilerplate(caption: str) -> bool:
@@ -116,7 +116,7 @@ def is_boilerplate(caption: str) -> bool:
     them, and all where none does: what is seen may be of 1890, too.
     """
     rest = _PHRASES.sub(" ", caption)
-    if not _MAY_HAVE.search(rest):  # most have none, and are spared what takes longer
+    if not _MAY_HAVE.search(rest.lower()):  # most have none, and are spared what takes longer
         return len(rest) < len(caption) and 2 * _size(rest) < _size(caption)
     rest = _PICTURE_FILE.sub(" ", rest)
     sizes: Counter[str] = Counter()
