@@ -9,8 +9,7 @@ CPU := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 DVAE_ARGS ?=
 TRANSFORMER_ARGS ?=
 CLIP_ARGS ?=
-BEST_OF ?= 1,8,64
-CAPTIONS ?= 100
+EVALUATE_ARGS ?= --captions 100 --best_of 1,8,64
 DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --quiet --num_gpus 2
 
 .PHONY: demo demo-clip test lint setup clean
@@ -49,7 +48,7 @@ demo-clip: demo
 	DS_ACCELERATOR=cpu $(RUN) launchers/generate.py --model demo/transformer --prompt "flag of Iceland" \
 		--prompt "woman: dark skin tone" --num 64 --rerank demo/clip --keep 8 --out demo/best.png
 	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --dvae demo/dvae --transformer demo/transformer \
-		--clip demo/clip --judge demo/judge --captions $(CAPTIONS) --best_of $(BEST_OF) --out demo/evaluation
+		--clip demo/clip --judge demo/judge $(EVALUATE_ARGS) --out demo/evaluation
 
 test: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pytest -q

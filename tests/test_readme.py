@@ -21,7 +21,7 @@ FEW = "--steps 2 --report.validation_rows 4 --train.batch_size 4"
 DEMO = f"DVAE_ARGS={shlex.quote(FEW)} TRANSFORMER_ARGS={shlex.quote(FEW)} READY= VENV={shlex.quote(sys.prefix)}"
 # What a command gets in addition, so that it ends in seconds; by the words that it contains.
 SHORTER = {
-    "make demo-clip": f"{DEMO} CLIP_ARGS={shlex.quote(FEW)} BEST_OF=1,2 CAPTIONS=4",
+    "make demo-clip": f"{DEMO} CLIP_ARGS={shlex.quote(FEW)} EVALUATE_ARGS='--captions 4 --best_of 1,2 --blur 0'",
     "make demo": DEMO,
     "make test": f"--dry-run READY= VENV={shlex.quote(sys.prefix)}",  # this suite
     "train_dvae.py": FEW,
