@@ -13,8 +13,8 @@ import tyro
 from rich.console import Console
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.evaluation.study import MakeOptions, make_study
-from dalle_ds.evaluation.study_votes import CountOptions, count_study
+from dalle_ds.evaluation.study.pages import MakeOptions, make_study
+from dalle_ds.evaluation.study.votes import CountOptions, count_study
 
 
 def main() -> None:

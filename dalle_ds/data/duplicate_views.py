@@ -9,12 +9,11 @@ from dalle_ds.config.overlap import DistortionConfig
 from dalle_ds.data.augment import useful_short_side
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.distortions import distort
-from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import center_crop_resize, resize_short_side
-from dalle_ds.data.samples import channels_first
+from dalle_ds.data.samples import RowSamples, channels_first
 
 
-class DuplicateSamples:
+class DuplicateSamples(RowSamples):
     """Two views of a picture, `image` and `copy`, (3, R, R) uint8 each. The copy is always distorted.
 
     Both end in what the detector does to any picture: the shorter side resized to R, and the middle taken.
@@ -29,22 +28,10 @@ class DuplicateSamples:
     def __init__(
         self, dataset: PairDataset, image_size: int, distortions: DistortionConfig, *, both: bool = False
     ) -> None:
-        self._dataset = dataset
+        super().__init__(dataset)
         self._image_size = image_size
         self._distortions = distortions
         self._both = both
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """See `loader.Samples`."""
-        return self._dataset.faults
-
-    def check_unchanged(self) -> None:
-        """See `loader.Samples`."""
-        self._dataset.check_unchanged()
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""

@@ -32,19 +32,11 @@ class Tokenizer(Protocol):
         """Token ids, at most `max_tokens`."""
 
 
-class DvaeSamples:
-    """Pictures for the dVAE: `image`, (3, R, R) uint8.
+class RowSamples:
+    """What samples of any kind are drawn from: the rows of a dataset."""
 
-    Args:
-        dataset: rows.
-        image_size: R.
-        train: random views (DALL·E Listing 1); otherwise the central one.
-    """
-
-    def __init__(self, dataset: PairDataset, image_size: int, *, train: bool) -> None:
+    def __init__(self, dataset: PairDataset) -> None:
         self._dataset = dataset
-        self._image_size = image_size
-        self._train = train
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -58,6 +50,21 @@ class DvaeSamples:
         """See `loader.Samples`."""
         self._dataset.check_unchanged()
 
+
+class DvaeSamples(RowSamples):
+    """Pictures for the dVAE: `image`, (3, R, R) uint8.
+
+    Args:
+        dataset: rows.
+        image_size: R.
+        train: random views (DALL·E Listing 1); otherwise the central one.
+    """
+
+    def __init__(self, dataset: PairDataset, image_size: int, *, train: bool) -> None:
+        super().__init__(dataset)
+        self._image_size = image_size
+        self._train = train
+
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
         pixels = self._dataset.picture(row, useful_short_side(self._image_size))
@@ -66,7 +73,7 @@ class DvaeSamples:
         return {"image": channels_first(view)}
 
 
-class TextImageSamples:
+class TextImageSamples(RowSamples):
     """Captions with pictures for the transformer.
 
     `text` is (text_len,) int64, -1 after the caption's tokens, and `truncated` is 1 where they were more than fit. Beside
@@ -97,7 +104,7 @@ class TextImageSamples:
         bpe_dropout: float = 0.0,
         codes: CodesCache | None = None,
     ) -> None:
-        self._dataset = dataset
+        super().__init__(dataset)
         self._tokenizer = tokenizer
         self._text_len = text_len
         self._image_size = image_size
@@ -105,9 +112,6 @@ class TextImageSamples:
         self._caption_dropout = caption_dropout if train else 0.0
         self._bpe_dropout = bpe_dropout if train else 0.0
         self._codes = codes
-
-    def __len__(self) -> int:
-        return len(self._dataset)
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -118,7 +122,7 @@ class TextImageSamples:
 
     def check_unchanged(self) -> None:
         """See `loader.Samples`."""
-        self._dataset.check_unchanged()
+        super().check_unchanged()
         if self._codes is not None:
             self._codes.check_unchanged()
 
@@ -162,7 +166,7 @@ class CaptionTokens(Protocol):
         ...
 
 
-class ClipSamples:
+class ClipSamples(RowSamples):
     """Pictures with captions for CLIP.
 
     `image` is (3, S, S) uint8; `text` is (text_len,) int64, with start and end tokens and -1 behind them; `truncated` is 1
@@ -189,25 +193,13 @@ class ClipSamples:
         min_crop: float = 1.0,
         mirror: bool = False,
     ) -> None:
-        self._dataset = dataset
+        super().__init__(dataset)
         self._tokenizer = tokenizer
         self._text_len = text_len
         self._image_size = image_size
         self._train = train
         self._min_crop = min_crop
         self._mirror = mirror
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """See `loader.Samples`."""
-        return self._dataset.faults
-
-    def check_unchanged(self) -> None:
-        """See `loader.Samples`."""
-        self._dataset.check_unchanged()
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.data import PairDataset
-from dalle_ds.evaluation.appearance import Appearance
 from dalle_ds.evaluation.dealing import dealt
-from dalle_ds.evaluation.features import FeatureNetwork
+from dalle_ds.evaluation.metrics.appearance import Appearance
+from dalle_ds.evaluation.metrics.features import FeatureNetwork
 from dalle_ds.evaluation.sets import Caption, Selections, pictures_of
 from dalle_ds.models.clip import Clip
 from dalle_ds.parallel import Mesh

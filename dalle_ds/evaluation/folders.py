@@ -9,9 +9,9 @@ import torch
 
 import dalle_ds
 from dalle_ds.errors import ConfigError
-from dalle_ds.evaluation.appearance import Appearance, distances
 from dalle_ds.evaluation.dealing import Collected, dealt
-from dalle_ds.evaluation.features import FeatureNetwork, load_network
+from dalle_ds.evaluation.metrics.appearance import Appearance, distances
+from dalle_ds.evaluation.metrics.features import FeatureNetwork, load_network
 from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.evaluation.results import METHOD, Result
 from dalle_ds.evaluation.sets import RESIZE, PictureFolder, stacked

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from dalle_ds.data.images import Pixels, center_crop_resize
-from dalle_ds.evaluation.appearance import Appearance, distances
-from dalle_ds.evaluation.codebook import codebook_panel, codebook_usage
 from dalle_ds.evaluation.context import Context
 from dalle_ds.evaluation.dealing import Collected, dealt
-from dalle_ds.evaluation.reconstruction import psnr, ssim
+from dalle_ds.evaluation.metrics.appearance import Appearance, distances
+from dalle_ds.evaluation.metrics.codebook import codebook_panel, codebook_usage
+from dalle_ds.evaluation.metrics.reconstruction import psnr, ssim
 from dalle_ds.evaluation.sets import pictures_of, stacked, to_size
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling.grid import picture_grid

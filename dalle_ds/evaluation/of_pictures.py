@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.data.images import center_crop_resize
-from dalle_ds.evaluation.appearance import Appearance, distances
 from dalle_ds.evaluation.candidates import CAPTIONS, Candidates, best_of
 from dalle_ds.evaluation.context import Context
 from dalle_ds.evaluation.dealing import Collected, dealt
-from dalle_ds.evaluation.matching import clip_scores, recalls, retrieval_ranks
+from dalle_ds.evaluation.metrics.appearance import Appearance, distances
+from dalle_ds.evaluation.metrics.matching import clip_scores, recalls, retrieval_ranks
 from dalle_ds.evaluation.sets import pictures_of, stacked, to_size
 from dalle_ds.sampling import Reranker, TextToImage, picture_grid
 

@@ -9,7 +9,7 @@ import torch
 from dalle_ds.config import PADDING
 from dalle_ds.evaluation.context import Context
 from dalle_ds.evaluation.dealing import Collected, dealt
-from dalle_ds.evaluation.likelihood import pixel_nats, transformer_nats
+from dalle_ds.evaluation.metrics.likelihood import pixel_nats, transformer_nats
 from dalle_ds.evaluation.sets import pictures_of
 from dalle_ds.sampling import TextToImage
 

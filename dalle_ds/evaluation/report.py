@@ -17,7 +17,7 @@ from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.curves import Series, curves_svg, gradient_scales, read_metrics
-from dalle_ds.evaluation.ranking import ranking_accuracy
+from dalle_ds.evaluation.metrics.ranking import ranking_accuracy
 from dalle_ds.files import write_bytes, write_text
 from dalle_ds.sampling import TextToImage, picture_grid
 

@@ -14,8 +14,8 @@ from dalle_ds.data import PairDataset
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.candidates import Candidates, texts_sha256
 from dalle_ds.evaluation.context import Context
-from dalle_ds.evaluation.features import load_network
 from dalle_ds.evaluation.folders import compare_folders
+from dalle_ds.evaluation.metrics.features import load_network
 from dalle_ds.evaluation.of_dvae import measure_dvae
 from dalle_ds.evaluation.of_pictures import measure_pictures, measure_real_matching
 from dalle_ds.evaluation.of_transformer import measure_likelihood

@@ -17,7 +17,7 @@ Outputs = dict[str, Tensor]
 class WholeBatchTask(Task[RunConfig]):
     """A task in two parts: what the model makes of each row by itself, and the loss of all rows together.
 
-    How many processes and micro-batches make up an update changes neither loss nor gradients (`training/caching.py`).
+    How many processes and micro-batches make up an update changes neither loss nor gradients (`training/passes/caching.py`).
     """
 
     @cached_property

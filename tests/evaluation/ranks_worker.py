@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_ds.evaluation.appearance import Appearance, distances
 from dalle_ds.evaluation.dealing import Collected, dealt
-from dalle_ds.evaluation.features import FeatureNetwork
+from dalle_ds.evaluation.metrics.appearance import Appearance, distances
+from dalle_ds.evaluation.metrics.features import FeatureNetwork
 from dalle_ds.evaluation.sets import Selections
 from dalle_ds.parallel import Mesh
 

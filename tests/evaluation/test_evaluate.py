@@ -21,13 +21,9 @@ from dalle_ds.data import PairDataset
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.evaluation import folders, of_pictures, page, run
 from dalle_ds.evaluation.command import compare_command
-from dalle_ds.evaluation.features import FeatureNetwork
-from dalle_ds.evaluation.likelihood import pixel_nats
-from dalle_ds.evaluation.options import EvaluateOptions
-from dalle_ds.evaluation.results import Result, compare
-from dalle_ds.evaluation.run import evaluate
-from dalle_ds.evaluation.sets import choose_captions, pictures_of
-from dalle_ds.evaluation.statistics import (
+from dalle_ds.evaluation.metrics.features import FeatureNetwork
+from dalle_ds.evaluation.metrics.likelihood import pixel_nats
+from dalle_ds.evaluation.metrics.statistics import (
     Moments,
     Predictions,
     frechet_distance,
@@ -35,6 +31,10 @@ from dalle_ds.evaluation.statistics import (
     split_count,
     split_of_rows,
 )
+from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.results import Result, compare
+from dalle_ds.evaluation.run import evaluate
+from dalle_ds.evaluation.sets import choose_captions, pictures_of
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import TextToImage

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.evaluation.features import load_network
-from dalle_ds.evaluation.inception import InceptionV3, resize_like_tensorflow
+from dalle_ds.evaluation.metrics.features import load_network
+from dalle_ds.evaluation.metrics.inception import InceptionV3, resize_like_tensorflow
 from tests.references import reference
 
 

@@ -9,9 +9,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation import matching
-from dalle_ds.evaluation.matching import clip_scores, recalls, retrieval_ranks
-from dalle_ds.evaluation.reconstruction import psnr, ssim
+from dalle_ds.evaluation.metrics import matching
+from dalle_ds.evaluation.metrics.matching import clip_scores, recalls, retrieval_ranks
+from dalle_ds.evaluation.metrics.reconstruction import psnr, ssim
 
 
 def unit(count: int, seed: int) -> torch.Tensor:

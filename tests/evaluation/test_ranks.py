@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from dalle_ds.evaluation.blur import gaussian_blur
+from dalle_ds.evaluation.metrics.blur import gaussian_blur
 from dalle_ds.parallel import Mesh
 from tests.conftest import ROOT
 from tests.evaluation import ranks_worker as worker

@@ -24,8 +24,8 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.study import MakeOptions, make_study, pictures_of
-from dalle_ds.evaluation.study_votes import (
+from dalle_ds.evaluation.study.pages import MakeOptions, make_study, pictures_of
+from dalle_ds.evaluation.study.votes import (
     CountOptions,
     count_study,
     majority,

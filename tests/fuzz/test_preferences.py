@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.evaluation.study import MakeOptions, make_study, pictures_of
-from dalle_ds.evaluation.study_votes import CountOptions, count_study
+from dalle_ds.evaluation.study.pages import MakeOptions, make_study, pictures_of
+from dalle_ds.evaluation.study.votes import CountOptions, count_study
 from dalle_ds.sampling.scores import KIND, Scores
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_json

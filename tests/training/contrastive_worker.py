@@ -138,8 +138,8 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     from dalle_ds.training.engine import build_engine
     from dalle_ds.training.gradients import MasterGradients
     from dalle_ds.training.passes import passes_of
+    from dalle_ds.training.passes.sharpness import matched
     from dalle_ds.training.replicas import ReplicaReduction
-    from dalle_ds.training.sharpness import matched
     from dalle_ds.training.update import Updater
     from dalle_ds.training.weights import MasterWeights
 

@@ -17,7 +17,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.tasks.base import Batch, Metrics
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
-from dalle_ds.training.caching import CachingPasses
+from dalle_ds.training.passes.caching import CachingPasses
 from dalle_ds.training.randomness import seed_update
 
 MESH = Mesh(0, 1, torch.device("cpu"))
@@ -168,7 +168,7 @@ def test_only_one_micro_batch_has_a_graph_at_a_time() -> None:
 
 
 def test_both_gradients_of_sam_are_under_the_same_noise() -> None:
-    from dalle_ds.training.sharpness import SharpPasses
+    from dalle_ds.training.passes.sharpness import SharpPasses
 
     engine = SteppingEngine(Towers(0.5))
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
@@ -184,7 +184,7 @@ def test_both_gradients_of_sam_are_under_the_same_noise() -> None:
 
 def test_sam_is_the_papers_over_several_updates() -> None:
     """Twenty updates against SAM written out with torch's AdamW (arXiv 2010.01412, Algorithm 1)."""
-    from dalle_ds.training.sharpness import SharpPasses
+    from dalle_ds.training.passes.sharpness import SharpPasses
     from dalle_ds.training.update import Updater
 
     rho, lr = 0.3, 1e-2

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.evaluation.blur import BLUR
-from dalle_ds.evaluation.inception import InceptionV3
-from dalle_ds.evaluation.statistics import SPLITS
+from dalle_ds.evaluation.metrics.blur import BLUR
+from dalle_ds.evaluation.metrics.inception import InceptionV3
+from dalle_ds.evaluation.metrics.statistics import SPLITS
 from dalle_ds.interop.pickles import read_pickled_tensors
 
 

@@ -17,7 +17,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import Peers
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
-from dalle_ds.training.passes import EnginePasses
+from dalle_ds.training.passes.base import EnginePasses
 from dalle_ds.training.randomness import Generators
 
 

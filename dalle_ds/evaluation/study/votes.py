@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.study import KEY_NAME, KIND, study_name
+from dalle_ds.evaluation.study.pages import KEY_NAME, KIND, study_name
 from dalle_ds.files import write_json
 from dalle_ds.parsing import is_text, parse_json, shown
 

@@ -1,8 +1,7 @@
-"""Forward and backward passes of one update, on a plain engine or on a pipeline."""
+"""Passes through the stages of a pipeline."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,75 +10,9 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 from torch import Tensor, nn
 
-from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics, Task
-from dalle_ds.tasks.whole_batch import WholeBatchTask
-
-
-class Passes(ABC):
-    """How an engine computes gradients.
-
-    Args:
-        task: turns batches into losses.
-        engine: from `build_engine`.
-    """
-
-    def __init__(self, task: Task[Any], engine: Any) -> None:
-        self._task, self._engine = task, engine
-
-    @property
-    @abstractmethod
-    def model(self) -> Callable[..., Any]:
-        """Called as the plain model is, without gradients, by all processes of a model at a time."""
-
-    @abstractmethod
-    def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
-        """Leave the averaged gradients of update `step` in the engine; returns each micro-batch's loss and metrics."""
-
-    @abstractmethod
-    def step(self) -> None:
-        """Let the engine take its step."""
-
-
-def passes_of(task: Task[Any], engine: Any, mesh: Mesh, average: WeightAverage | None = None) -> Passes:
-    """The passes that fit an engine and its task.
-
-    Args:
-        average: to be told before weights change.
-    """
-    from dalle_ds.training.caching import CachingPasses  # both build on this module
-    from dalle_ds.training.sharpness import SharpPasses
-
-    passes: Passes
-    if mesh.size("pipe") > 1:
-        passes = PipelinePasses(task, engine, mesh)
-    elif isinstance(task, WholeBatchTask):
-        passes = CachingPasses(task, engine, mesh)
-    else:
-        passes = EnginePasses(task, engine)
-    return passes if task.rho is None else SharpPasses(passes, engine, mesh, task.rho, average)
-
-
-class EnginePasses(Passes):
-    """Micro-batch after micro-batch through a model that is all here."""
-
-    @property
-    def model(self) -> Callable[..., Any]:
-        return self._engine
-
-    def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
-        reported: list[Metrics] = []
-        for batch in micro_batches:
-            loss, metrics = self._task.loss(self._engine, batch, step)
-            self._engine.backward(loss)
-            reported.append({"loss": loss.detach(), **metrics})
-            if len(reported) < len(micro_batches):
-                self._engine.step()  # not yet: DeepSpeed counts micro-batches
-        return reported
-
-    def step(self) -> None:
-        self._engine.step()
+from dalle_ds.training.passes.base import Passes
 
 
 class PipelinePasses(Passes):

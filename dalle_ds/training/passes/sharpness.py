@@ -18,7 +18,7 @@ from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.training.gradients import MasterGradients
-from dalle_ds.training.passes import Passes
+from dalle_ds.training.passes.base import Passes
 from dalle_ds.training.randomness import Generators
 from dalle_ds.training.weights import MasterWeights
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dalle_ds.evaluation.blur import gaussian_blur
 from dalle_ds.evaluation.dealing import CHUNK
-from dalle_ds.evaluation.features import FeatureNetwork
-from dalle_ds.evaluation.sets import Selections
-from dalle_ds.evaluation.statistics import (
+from dalle_ds.evaluation.metrics.blur import gaussian_blur
+from dalle_ds.evaluation.metrics.features import FeatureNetwork
+from dalle_ds.evaluation.metrics.statistics import (
     Moments,
     Predictions,
     frechet_distance,
@@ -19,6 +18,7 @@ from dalle_ds.evaluation.statistics import (
     split_count,
     split_of_rows,
 )
+from dalle_ds.evaluation.sets import Selections
 from dalle_ds.parallel import Mesh
 
 Key = tuple[str, float]

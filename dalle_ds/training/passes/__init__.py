@@ -1,0 +1,32 @@
+"""Forward and backward passes of one update: on a plain engine, with cached gradients, in a pipeline, sharpness-aware."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dalle_ds.optim import WeightAverage
+from dalle_ds.parallel import Mesh
+from dalle_ds.tasks import Task
+from dalle_ds.tasks.whole_batch import WholeBatchTask
+from dalle_ds.training.passes.base import EnginePasses, Passes
+from dalle_ds.training.passes.caching import CachingPasses
+from dalle_ds.training.passes.pipeline import PipelinePasses
+from dalle_ds.training.passes.sharpness import SharpPasses
+
+__all__ = ["CachingPasses", "EnginePasses", "Passes", "PipelinePasses", "SharpPasses", "passes_of"]
+
+
+def passes_of(task: Task[Any], engine: Any, mesh: Mesh, average: WeightAverage | None = None) -> Passes:
+    """The passes that fit an engine and its task.
+
+    Args:
+        average: to be told before weights change.
+    """
+    passes: Passes
+    if mesh.size("pipe") > 1:
+        passes = PipelinePasses(task, engine, mesh)
+    elif isinstance(task, WholeBatchTask):
+        passes = CachingPasses(task, engine, mesh)
+    else:
+        passes = EnginePasses(task, engine)
+    return passes if task.rho is None else SharpPasses(passes, engine, mesh, task.rho, average)
