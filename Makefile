@@ -39,8 +39,11 @@ demo: $(READY)
 		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer $(TRANSFORMER_ARGS)
 	$(CPU) $(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
 
+demo/transformer/export/config.json:
+	$(MAKE) demo
+
 # A CLIP for the demo's pictures, and a second one that judges what the first has chosen; the best of 64 candidates; all figures.
-demo-clip: demo
+demo-clip: $(READY) demo/transformer/export/config.json
 	$(DEEPSPEED) launchers/train_clip.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \
 		--data demo/data --tokenizer demo/tokenizer.model --run_dir demo/clip $(CLIP_ARGS)
 	$(DEEPSPEED) launchers/train_clip.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \

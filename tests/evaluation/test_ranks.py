@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dalle_ds.evaluation.metrics.blur import gaussian_blur
+from dalle_ds.evaluation.metrics.statistics import split_count
 from dalle_ds.parallel import Mesh
 from tests.conftest import ROOT
 from tests.evaluation import ranks_worker as worker
@@ -26,7 +27,7 @@ def expected(rows: int, radius: float, chosen: torch.Tensor) -> tuple[float, flo
     fid, isc = reference("torch_fidelity.metric_fid"), reference("torch_fidelity.metric_isc")
     statistics = [fid.fid_features_to_statistics(each.double()) for each in (real, features[chosen])]
     distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    return distance, isc.isc_features_to_metric(logits[chosen], 10, True, 2020)["inception_score_mean"]
+    return distance, isc.isc_features_to_metric(logits[chosen], split_count(int(chosen.sum())), True, 2020)["inception_score_mean"]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
