@@ -27,7 +27,8 @@ def expected(rows: int, radius: float, chosen: torch.Tensor) -> tuple[float, flo
     fid, isc = reference("torch_fidelity.metric_fid"), reference("torch_fidelity.metric_isc")
     statistics = [fid.fid_features_to_statistics(each.double()) for each in (real, features[chosen])]
     distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    return distance, isc.isc_features_to_metric(logits[chosen], split_count(int(chosen.sum())), True, 2020)["inception_score_mean"]
+    score = isc.isc_features_to_metric(logits[chosen], split_count(int(chosen.sum())), True, 2020)
+    return distance, score["inception_score_mean"]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
