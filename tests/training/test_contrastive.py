@@ -43,7 +43,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     command = [sys.executable, str(WORKER), str(folder), *(str(free_port()) for _ in (2, 4))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    return cache(lambda processes: torch.load(folder / f"found-{processes}.pt", weights_only=False))
+    return cache(lambda processes: torch.load(folder / f"found-{processes}.pt", weights_only=True))
 
 
 def joint_loss(replicas: list[Clip]) -> Tensor:
