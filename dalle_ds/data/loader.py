@@ -6,8 +6,6 @@ Position p of the endless sequence of shuffled epochs (`order.rows_of`) is sampl
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.order import hash_integers, rows_of
-from dalle_ds.data.workers import start_worker, take, without_surprises
+from dalle_ds.data.workers import start_worker, take, without_surprises, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
 MAX_TRIES = 256
@@ -117,16 +115,13 @@ class BatchLoader:
             yield loaded.batch
 
     def _started(self) -> Iterator[_Loaded]:
-        # Forking a training process is what torch does by default on Linux: it starts at once and shares memory. It is
-        # safe because workers touch neither CUDA nor any process group. Elsewhere only spawn is dependable.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         loader = DataLoader(
             self._dataset,
             batch_sampler=self._positions,
             num_workers=self._workers,
             collate_fn=_as_it_is,
             worker_init_fn=start_worker if self._workers else None,
-            multiprocessing_context=context if self._workers else None,
+            multiprocessing_context=worker_context() if self._workers else None,
             generator=torch.Generator(),  # torch draws a seed for workers, by default from the global generator
         )
         return without_surprises(lambda: iter(loader))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawValue
 from typing import Any, TypeVar
 
 from dalle_ds.data.faults import WorkerError
@@ -40,6 +44,33 @@ def _wait_for_the_end(parent: int) -> None:
         if received is not None and received.si_pid == parent:
             break
     os._exit(128 + signal.SIGTERM)
+
+
+class Flag:
+    """What a DataLoader asks of its `multiprocessing.Event`, in one byte of shared memory, without a lock.
+
+    Workers look at the event before every batch, with a lock that one killed just then keeps for ever: the trainer, which
+    looks too when it finds the worker dead, would wait for it without end.
+    """
+
+    def __init__(self) -> None:
+        self._byte = RawValue("b", 0)
+
+    def set(self) -> None:
+        self._byte.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._byte.value)
+
+
+def worker_context() -> BaseContext:
+    """How a DataLoader starts its workers.
+
+    Forking a training process is what torch does by default on Linux: it starts at once and shares memory. It is safe
+    because workers touch neither CUDA nor any process group. Elsewhere only spawn is dependable.
+    """
+    kind = type(multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"))
+    return type("WorkerContext", (kind,), {"Event": lambda _context: Flag()})()
 
 
 def without_surprises(start: Callable[[], Any]) -> Any:

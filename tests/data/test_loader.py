@@ -18,7 +18,7 @@ import torch
 from dalle_ds.data.faults import WorkerError
 from dalle_ds.data.loader import BatchLoader, evaluation_batches
 from dalle_ds.data.order import rows_of
-from dalle_ds.data.workers import take
+from dalle_ds.data.workers import Flag, take, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
 
@@ -304,6 +304,29 @@ def test_a_worker_that_dies_does_not_interrupt_what_the_trainer_does() -> None:
     time.sleep(0.5)  # torch's handler of SIGCHLD would raise a RuntimeError here
     with pytest.raises(DataError, match=f"loader process {worker} was killed"):
         list(itertools.islice(batches, 100))
+
+
+def test_a_worker_killed_at_any_moment_keeps_no_lock_that_the_trainer_needs() -> None:
+    context = worker_context()
+    event = context.Event()
+
+    def look() -> None:
+        while not event.is_set():
+            pass
+
+    for number in range(20):
+        worker = context.Process(target=look, daemon=True)
+        worker.start()
+        time.sleep(0.01 + number * 1e-4)
+        worker.kill()
+        worker.join()
+    assert not event.is_set()  # multiprocessing's own waits here for ever
+    worker = context.Process(target=look, daemon=True)
+    worker.start()
+    event.set()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
+    assert isinstance(iter(loader(Rows(100), workers=1)._started())._workers_done_event, Flag)
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
