@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TextIO, TypeVar
@@ -48,21 +50,40 @@ def run_launcher(main: Callable[[], None]) -> None:
     """Call `main`; a `DalleError`, or a file that cannot be read or written, ends the process with status 1 and one line
     on standard error. What every process finds wrong with the configuration, only the first one tells."""
     warnings.showwarning = _show_warning
+    status = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except Interrupted as stopped:
         if _rank() == "0":
             print(stopped, flush=True)
-        sys.exit(EXIT_REQUEUE)
+        status = EXIT_REQUEUE
     except (DalleError, OSError) as error:
         words = explain(error)
         if words is None:
             raise
         if _rank() == "0" or not isinstance(error, ConfigError):
             _fail(words)
-        sys.exit(1)
+        status = 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(status)
+    if status:
+        sys.exit(status)
+
+
+def _leave(status: int) -> None:
+    """End one of several processes, without taking the interpreter down first.
+
+    gloo's threads outlive their process group. One that still has the tensor of the last collective to drop asks for the
+    interpreter, and where that is just going down, the C++ runtime aborts: a run that went well would end with status -6.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def explain(error: BaseException) -> str | None:
