@@ -1,0 +1,97 @@
+"""What a GPU computes, against the CPU: other kernels, the same numbers. Skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_ds.config import DalleConfig
+from dalle_ds.config.clip import CLIP_SHAPES
+from dalle_ds.evaluation.metrics.features import load_network
+from dalle_ds.models import Clip, Dalle, DiscreteVAE
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GPU = "cuda"
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖."""
+    difference = found.detach().cpu().double() - wanted.detach().double()
+    return float(difference.norm() / wanted.detach().double().norm())
+
+
+def tokens(config: DalleConfig) -> tuple[Tensor, Tensor]:
+    """Two captions, one of them half padding, and two pictures."""
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(config.text_vocab, (2, config.text_len), generator=generator)
+    text[1, config.text_len // 2 :] = -1
+    return text, torch.randint(config.image_vocab, (2, config.grid**2), generator=generator)
+
+
+def test_codes_and_pictures(dvae_export: Path) -> None:
+    dvae = DiscreteVAE.from_pretrained(dvae_export).eval()
+    there = copy.deepcopy(dvae).to(GPU)
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    codes = dvae.encode(images)
+    assert (there.encode(images.to(GPU)).cpu() == codes).float().mean() > 0.999  # of logits that tie, rounding decides
+    assert error(there.decode(codes.to(GPU)), dvae.decode(codes)) < 1e-5
+
+
+@pytest.mark.parametrize(("grid", "text_len"), [(8, 32), (32, 256)])
+def test_loss_and_gradients_of_every_kind_of_attention(grid: int, text_len: int) -> None:
+    config = DalleConfig(
+        width=128, depth=6, heads=2, text_len=text_len, grid=grid, text_vocab=1000, image_vocab=256
+    )  # row, column and conv layers
+    torch.manual_seed(1)
+    model = Dalle(config)
+    there = copy.deepcopy(model).to(GPU)
+    text, codes = tokens(config)
+    wanted, found = model(text, codes), there(text.to(GPU), codes.to(GPU))
+    assert error(found.loss, wanted.loss) < 1e-5
+    assert error(found.image_logits, wanted.image_logits) < 1e-4
+    wanted.loss.backward()
+    found.loss.backward()
+    for (name, ours), theirs in zip(there.named_parameters(), model.parameters(), strict=True):
+        assert theirs.grad is not None and ours.grad is not None, name
+        assert error(ours.grad, theirs.grad) < 1e-3, name
+
+
+def test_decoding_step_by_step() -> None:
+    config = DalleConfig(width=128, depth=6, heads=2, text_len=32, grid=8, text_vocab=1000, image_vocab=256)
+    torch.manual_seed(2)
+    model = Dalle(config).eval()
+    text, codes = tokens(config)
+    there = copy.deepcopy(model).to(GPU)
+    with torch.no_grad():
+        wanted = model(text, codes).image_logits
+        cache = there.new_cache(2)
+        logits = [there.prefill(text.to(GPU), cache)]
+        for step in range(config.grid**2 - 1):
+            logits.append(there.decode(codes[:, step].to(GPU), step, cache).clone())
+    found = torch.stack([step.reshape(2, -1) for step in logits], dim=1)
+    assert error(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("shape", ["toy", "ViT-B/32"])
+def test_embeddings(shape: str) -> None:
+    config = CLIP_SHAPES[shape]
+    torch.manual_seed(4)
+    clip = Clip(config).eval()
+    there = copy.deepcopy(clip).to(GPU)
+    images = torch.rand(4, 3, config.image_size, config.image_size)
+    text = torch.full((4, config.text_len), -1)
+    text[:, :10] = torch.randint(1, 1000, (4, 10))
+    text[:, 0], text[:, 10] = config.text_vocab - 2, config.text_vocab - 1
+    assert error(there.embed_images(images.to(GPU)), clip.embed_images(images)) < 1e-4
+    assert error(there.embed_texts(text.to(GPU)), clip.embed_texts(text)) < 1e-4
+
+
+def test_features() -> None:
+    pixels = torch.rand(8, 3, 64, 64)
+    for found, wanted in zip(load_network(device=GPU)(pixels.to(GPU)), load_network()(pixels), strict=True):
+        assert error(found, wanted) < 1e-4
