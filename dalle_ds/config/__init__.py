@@ -23,6 +23,7 @@ from dalle_ds.config.training import (
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
+    TransformerLoaderConfig,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "ScalingConfig",
     "SharpnessConfig",
     "TrainConfig",
+    "TransformerLoaderConfig",
     "TransformerRun",
     "differences",
     "from_dict",
