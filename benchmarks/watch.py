@@ -18,7 +18,7 @@ from pathlib import Path
 from rich import print
 from rich.table import Table
 
-from dalle_ds.cli import explain, parse_options
+from dalle_ds.cli import explain, parse_options, run_launcher
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.watch import Watch
@@ -91,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launcher(main)

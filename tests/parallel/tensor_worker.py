@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import DalleConfig, ParallelConfig, from_dict
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.dalle import ResidualBlock
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launcher(main)

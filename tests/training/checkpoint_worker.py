@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import OptimConfig, TrainConfig, TransformerRun
 from dalle_ds.models import Dalle
 from dalle_ds.optim import WeightAverage, resblock_groups
@@ -184,4 +185,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_launcher(main)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import (
     ClipConfig,
     ClipObjective,
@@ -279,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launcher(main)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import TransformerRun, from_dict
 from dalle_ds.errors import TrainingError
 from dalle_ds.models.dalle import Dalle, MlpBlock
@@ -78,4 +79,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_launcher(main)

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import DvaeRun, TransformerRun, from_dict
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks.dvae import DvaeTask
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launcher(main)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import DalleConfig, OptimConfig, ParallelConfig, PowerSGDConfig, TrainConfig, TransformerRun
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Dalle
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_launcher(main)

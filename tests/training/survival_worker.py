@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dalle_ds.cli import run_launcher
 from dalle_ds.config import TransformerRun, from_dict
 from dalle_ds.data.faults import RowError
 from dalle_ds.errors import DalleError
@@ -154,4 +155,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_launcher(main)

@@ -44,7 +44,13 @@ class Runs:
             "optim": {"lr": 1e-2, "warmup_steps": 3, "schedule": "cosine", "decay_steps": STEPS, "clip": 0.5},
             "train": {"batch_size": 8, "average_decay": 0.9},
             "loader": {"workers": 0},
-            "report": {"log_every": 1, "validate_every": 0, "preview_every": 0, "numerics_every": 5},
+            "report": {
+                "log_every": 1,
+                "validate_every": 0,
+                "preview_every": 0,
+                "numerics_every": 5,
+                "background_saves": False,  # one that is still being written would put off the next
+            },
         }
         jobs = [self.job(f"update-zero{stage}", stage, "fp16", {"gradients": GRADIENTS}) for stage in range(4)]
         jobs += [self.job("block", 3, "fp16", {"gradients": GRADIENTS}, skip="block")]
