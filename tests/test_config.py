@@ -10,7 +10,6 @@ import torch
 
 import dalle_ds.config
 from dalle_ds.config import (
-    ClipRun,
     DalleConfig,
     DiscreteVAEConfig,
     DvaeRun,
@@ -159,9 +158,6 @@ def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit):
         parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.widht", "3", *COMMAND])
     assert "Unrecognized options: --model.widht" in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # only the transformer's texts have it
-        parse_command(ClipRun, "clip", ["--preset", "toy", "--loader.bpe_dropout", "0.1", *COMMAND])
-    assert "--loader.bpe_dropout" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.image_size", "30", *COMMAND])
     assert "model.image_size=30 is not a multiple of 4" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -23,7 +23,6 @@ from dalle_ds.config.training import (
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
-    TransformerLoaderConfig,
 )
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "ScalingConfig",
     "SharpnessConfig",
     "TrainConfig",
-    "TransformerLoaderConfig",
     "TransformerRun",
     "differences",
     "from_dict",

@@ -18,7 +18,6 @@ from dalle_ds.config.training import (
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
-    TransformerLoaderConfig,
 )
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import ConfigError
@@ -89,8 +88,6 @@ class TransformerRun(Run):
     """Tokenizer file that `launchers/train_tokenizer.py` made."""
     model: DalleConfig = field(default_factory=DalleConfig)
     """Shape of the model."""
-    loader: TransformerLoaderConfig = field(default_factory=TransformerLoaderConfig)
-    """Data loading, codes and text."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
 

@@ -239,32 +239,23 @@ class LoaderConfig:
 
     workers: int = 4
     """Processes per rank that read, decode and augment; 0 does it in the training process. Batches do not depend on it."""
+    codes: Literal["auto", "cached", "live"] = "auto"
+    """Transformer only: `cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly
+    augmented pictures, `auto` takes the cache where one of this dVAE exists."""
+    caption_dropout: float = 0.0
+    """Transformer only: share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
+    bpe_dropout: float = 0.1
+    """Transformer only: share of BPE merges skipped at random in training (DALL·E App. B.2)."""
     max_unreadable: float = 0.1
     """Share of rows that may be unreadable, in [0, 1]: missing shards, damaged pictures. Other rows stand in for them; where
     there are more than chance explains, the run ends. 0 ends it at the first, 1 never."""
 
     def __post_init__(self) -> None:
+        fraction("loader", self, "caption_dropout", "bpe_dropout")
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ConfigError(f"loader.max_unreadable must lie in [0, 1], found {self.max_unreadable}")
         if self.workers < 0:
             raise ConfigError(f"loader.workers must not be negative, found {self.workers}")
-
-
-@dataclass(frozen=True)
-class TransformerLoaderConfig(LoaderConfig):
-    """How batches reach the transformer."""
-
-    codes: Literal["auto", "cached", "live"] = "auto"
-    """`cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly augmented pictures, `auto`
-    takes the cache where one of this dVAE exists."""
-    caption_dropout: float = 0.0
-    """Share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
-    bpe_dropout: float = 0.1
-    """Share of BPE merges skipped at random in training (DALL·E App. B.2)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fraction("loader", self, "caption_dropout", "bpe_dropout")
 
 
 @dataclass(frozen=True)
