@@ -47,7 +47,7 @@ class Options:
     workers: int = 2
     """Processes that filter."""
     detectors: bool = True
-    """Compare language detectors afterwards; lingua takes minutes."""
+    """Compare language detectors afterwards; lingua takes a gigabyte."""
     json: str | None = None
     """File that the figures are written to."""
 
