@@ -11,7 +11,6 @@ against the paper's 1 − r (m + 2) / (2 d m), for a replica of m processes (DAL
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +183,7 @@ def compression(options: Options, plain: dict[str, Any], compressed: dict[str, A
 def main() -> None:
     """Count both, print a table."""
     # The deepspeed launcher tells the rank here, and in the environment.
-    options = parse_options(Options, [word for word in sys.argv[1:] if not word.startswith("--local_rank")])
+    options = parse_options(Options)
     check_flags(options, "width", "depth", "heads", "replicas", "tensor", "micro_batch")
     mesh = Mesh.start(options.device)
     if mesh.world_size % (options.replicas * options.tensor):

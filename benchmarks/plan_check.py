@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -344,7 +343,7 @@ def tensors_behind(root: Any) -> list[Tensor]:
 def main() -> None:
     """Check everything, print a table."""
     # The deepspeed launcher tells the rank here, and in the environment.
-    options = parse_options(Options, [word for word in sys.argv[1:] if not word.startswith("--local_rank")])
+    options = parse_options(Options)
     mesh = Mesh.start("cpu")
     checks: list[Check] = []
     if "activations" in options.parts and mesh.is_main:

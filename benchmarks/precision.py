@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -151,7 +150,7 @@ def measure(options: Options, stage: int, precision: str, optim: OptimConfig, me
 def main() -> None:
     """Measure every setting at every stage, print a table."""
     # The deepspeed launcher tells the rank here, and in the environment.
-    options = parse_options(Options, [word for word in sys.argv[1:] if not word.startswith("--local_rank")])
+    options = parse_options(Options)
     check_flags(options, "width", "depth", "batch", "updates")
     mesh = Mesh.start(options.device)
     table = Table(title=f"{mesh.world_size} processes, per parameter", title_justify="left")

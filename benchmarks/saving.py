@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -147,7 +146,7 @@ def measure(options: Options, mesh: Mesh, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and tell."""
-    options = parse_options(Options, [word for word in sys.argv[1:] if not word.startswith("--local_rank")])
+    options = parse_options(Options)
     mesh = Mesh.start(options.device)
     folder = Path(mesh.decide(lambda: tempfile.mkdtemp(prefix="saving-", dir=options.folder)))
     figures = measure(options, mesh, folder)

@@ -30,9 +30,12 @@ def parse_options(
     mistake prints what was found and ends the process with status 2; of several processes, the first one prints.
 
     Args:
+        arguments: None takes the process's own. --local_rank=N, which the deepspeed launcher adds, is left out.
         default: what the options start from.
         description: what the help begins with; None takes the docstring of `kind`.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
     markers = (tyro.conf.FlagConversionOff,)
     with contextlib.ExitStack() as silence:
         if _rank() != "0":

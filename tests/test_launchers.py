@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import runpy
 import shutil
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
+from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling.command import GenerateOptions
 from dalle_ds.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE
 
@@ -109,6 +113,39 @@ def test_drawing_writes_one_picture_and_warns_of_a_long_prompt(
     status, error = call("generate.py", arguments, monkeypatch, capsys)
     assert status == 0 and [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert error.startswith("warning: the prompt is longer than 8 tokens and was cut")
+
+
+def test_the_deepspeed_command_takes_every_option(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It looks for its own options, abbreviated too, among those behind the script's name; --num could be three of them."""
+    from deepspeed.launcher.runner import parse_args
+
+    kinds = (ClipRun, DvaeRun, EvaluateOptions, GenerateOptions, TransformerRun)
+    names = {entry.name for kind in kinds for entry in dataclasses.fields(kind)} - {"num"}
+    for name in names:
+        assert parse_args(["script.py", f"--{name}", "1"]).user_args == [f"--{name}", "1"]
+    out = tmp_path / "drawn"
+    arguments = ["--model", str(export), "--prompt", "a", "--num_images_per_prompt", "3", "--out", str(out)]
+    passed_on = parse_args(["--num_gpus", "1", "launchers/generate.py", *arguments]).user_args
+    assert call("generate.py", ["--local_rank=0", *passed_on], monkeypatch, capsys)[0] == 0
+    assert len(list(out.glob("*.png"))) == 3
+
+
+def test_a_run_that_was_stopped_is_exported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command to type is in the message, but only where there is a checkpoint that it could be given."""
+    run = tmp_path / "my run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    drawing = ["--model", str(run), "--prompt", "a", "--out", str(tmp_path / "a.png")]
+    command = f"python launchers/export.py --run_dir '{run}'"
+    status, error = call("generate.py", drawing, monkeypatch, capsys)
+    assert status == 1 and "first checkpoint" in error and command not in error
+    (run / "checkpoints" / "step-20").mkdir()
+    status, error = call("generate.py", drawing, monkeypatch, capsys)
+    assert status == 1 and command in error
 
 
 def test_an_export_with_a_foreign_tokenizer_is_refused(

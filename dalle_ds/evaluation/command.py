@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,9 +26,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: as `evaluate`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--local_rank", type=int)  # the deepspeed launcher adds it; the environment says the rank
-    options = parse_options(EvaluateOptions, first.parse_known_args(arguments)[1])
+    options = parse_options(EvaluateOptions, arguments)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and (options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())):
         keep_freed_memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,8 +58,12 @@ def export_folder(path: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"no model at {path}: there is no such folder; name a run directory or an exported model")
     if (path / "config.yaml").is_file():
+        export = f"python launchers/export.py --run_dir {shlex.quote(str(path))}"
+        advice = "let it reach its first checkpoint"
+        if next((path / "checkpoints").glob("step-*"), None) is not None:
+            advice = f"make one of its newest checkpoint with {export}"
         raise CheckpointError(
-            f"the run in {path} has exported no model yet (no {path / 'export'}): let it reach its last step"
+            f"the run in {path} has exported no model yet (no {path / 'export'}): {advice}, or let it reach its last step"
         )
     raise CheckpointError(
         f"no model at {path}: it has neither {CONFIG_NAME} and {WEIGHTS_NAME} nor an export folder; "

@@ -50,8 +50,8 @@ class GenerateOptions:
     """What to draw; given again, another row of pictures."""
     prompts: str | None = None
     """Text file with a prompt on each line, besides those of --prompt."""
-    num: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 8
-    """Pictures for each prompt. Launchers of several processes take --num for an option of theirs: call it --pictures."""
+    num: Annotated[int, tyro.conf.arg(aliases=["--num_images_per_prompt", "--pictures"])] = 8
+    """Images for each prompt. The deepspeed command refuses --num as an unclear one of its own: give it the longer name."""
     seed: int = 0
     """Picture i of a prompt depends on the seed, i and the prompt only."""
     temperature: float = 1.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -26,7 +30,8 @@ def picture_grid(
     """Draw rows of pictures, each row with its label at the left.
 
     Args:
-        rows: (label, pictures) pairs; rows may differ in length, and labels of any length and script are wrapped.
+        rows: (label, pictures) pairs; rows may differ in length. Labels of any length are wrapped. A character that no font
+            here has stands there as its code point, "[U+1F3F4]".
         cell: side in pixels of the square that each picture gets. Smaller pictures grow by the greatest whole factor
             that fits, pixel by pixel; larger ones shrink.
         titles: one above each column.
@@ -43,7 +48,7 @@ def picture_grid(
     columns = max((len(pictures) for _, pictures in rows), default=0)
     if columns == 0:
         raise DataError("a picture grid needs at least one picture")
-    font = ImageFont.load_default(font_size)
+    font = LabelFont(font_size)
     line_height = round(font_size * 1.35)
     labels = [_wrap(label, font, label_width) for label, _ in rows]
     heading = [_wrap(title, font, cell) for title in (titles or [])[:columns]]
@@ -84,26 +89,91 @@ def _fit(picture: Image.Image, cell: int) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+class LabelFont:
+    """DejaVu Sans, which comes with matplotlib, and for what it lacks the Chinese, Japanese and Korean font in `fonts/`.
+
+    Args:
+        size: in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._ascent = _font(0, size).getmetrics()[0]
+
+    def getlength(self, text: str) -> float:
+        """Width in pixels of a line of text."""
+        return sum(font.getlength(run) for run, font in self._runs(text))
+
+    def write(self, pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, ink: tuple[int, int, int]) -> None:
+        """Draw a line of text whose top left corner is `corner`."""
+        x, baseline = float(corner[0]), corner[1] + self._ascent
+        for run, font in self._runs(text):
+            pen.text((x, baseline), run, fill=ink, font=font, anchor="ls")
+            x += font.getlength(run)
+
+    def _runs(self, text: str) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+        """The text in pieces of one font each."""
+        return [
+            ("".join(characters), _font(number, self._size)) for number, characters in groupby(text, key=_font_number)
+        ]
+
+
+@cache
+def _font_file(number: int) -> Path:
+    if number:
+        return Path(__file__).parent / "fonts" / "cjk.ttf"
+    import matplotlib  # most uses of this package do without
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@cache
+def _font(number: int, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_file(number), size)
+
+
+@cache
+def _characters(number: int) -> frozenset[int]:
+    """Code points that a font has a picture of."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(_font_file(number))).get_charmap())
+
+
+def _font_number(character: str) -> int:
+    """0 for DejaVu Sans, also for what no font has; 1 for the other font."""
+    code = ord(character)
+    return int(code not in _characters(0) and code in _characters(1))
+
+
+def _drawable(text: str) -> str:
+    """The text in characters that there are fonts for; what has no shape of its own is left out where it is unknown."""
+    shown = []
+    for character in unicodedata.normalize("NFC", text):
+        if any(ord(character) in _characters(number) for number in (0, 1)):
+            shown.append(character)
+        elif unicodedata.category(character) not in ("Cf", "Mn"):
+            shown.append(f"[U+{ord(character):04X}]")
+    return "".join(shown)
 
 
 def _write(
     pen: ImageDraw.ImageDraw,
     lines: Sequence[str],
     corner: tuple[int, int],
-    font: Font,
+    font: LabelFont,
     line_height: int,
     ink: tuple[int, int, int],
 ) -> None:
     for index, line in enumerate(lines):
-        pen.text((corner[0], corner[1] + index * line_height), line, fill=ink, font=font)
+        font.write(pen, (corner[0], corner[1] + index * line_height), line, ink)
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def _wrap(text: str, font: LabelFont, width: int) -> list[str]:
     """Lines of at most `width` pixels, broken between words, and inside words that are wider than that."""
     lines: list[str] = []
     line = ""
-    for word in text.split():
+    for word in _drawable(" ".join(text.split())).split():
         if line and font.getlength(f"{line} {word}") <= width:
             line = f"{line} {word}"
             continue

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from dalle_ds.errors import DataError
 from dalle_ds.sampling import picture_grid
-from dalle_ds.sampling.grid import _wrap
+from dalle_ds.sampling.grid import LabelFont, _wrap
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -72,13 +72,44 @@ def test_a_row_grows_with_its_label() -> None:
 
 
 def test_wrapped_lines_fit_and_lose_nothing() -> None:
-    font = ImageFont.load_default(14)
+    font = LabelFont(14)
     for text in ("a corgi wearing a red hat " * 5, "x" * 300, "東京タワー" * 30, "short"):
         lines = _wrap(text, font, 120)
         assert all(font.getlength(line) <= 120 for line in lines)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert _wrap("one two", font, 1000) == ["one two"]
     assert _wrap("", font, 100) == []
+
+
+def label_pixels(label: str) -> np.ndarray:
+    """What `picture_grid` draws of a label, as dark or not, without white around it."""
+    dark = np.asarray(picture_grid([(label, [Image.new("RGB", (8, 8), "white")])], cell=8))[:, :190].min(-1) < 128
+    rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
+    return dark[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+@pytest.mark.parametrize(
+    "letters", ["ôãéÅçßłğ", "ữệΩђяЖ", "只红鸟鶴髮東", "タワあぱ", "한국고양", "חתול", "قطة", "“’–…→№♥"]
+)
+def test_every_letter_has_a_shape_of_its_own(letters: str) -> None:
+    """What a font lacks is drawn as a box, the same for all: no two letters may look alike."""
+    shapes = {(*(pixels := label_pixels(letter)).shape, pixels.tobytes()) for letter in letters}
+    assert len(shapes) == len(letters)
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("\U0001f3f4\u200d\ufe0f", "[U+1F3F4]"),
+        ("\ud800", "[U+D800]"),
+        ("a\x07", "a[U+0007]"),
+        ("e\u0301", "é"),
+        ("ca\u00adt\ufeff", "cat"),
+    ],
+)
+def test_what_no_font_has_is_shown_as_its_code_point(label: str, shown: str) -> None:
+    """Marks and joiners that are invisible by themselves are left out where no font has them."""
+    assert np.array_equal(label_pixels(label), label_pixels(shown))
 
 
 @pytest.mark.parametrize(
