@@ -57,11 +57,35 @@ class SharpnessConfig:
     """Sharpness-aware minimization (SAM): gradients are taken where a small step has made the loss higher."""
 
     rho: float | None = None
-    """Length of that step, over all weights of a replica, each replica having its own (unCLIP App. C: 0.1); None makes none.
-    An update then takes twice the time, and room for the weights once more."""
+    """Length of that step, over all weights (unCLIP App. C: 0.1); None makes none. An update then takes two to three
+    times as long (docs/clip.md)."""
+    pairs: int | None = None
+    """Consecutive pairs of the batch that share a step, whatever processes and micro-batches they lie in (unCLIP App. C: 64);
+    None takes all of an update."""
 
     def __post_init__(self) -> None:
-        positive("sharpness", self, "rho")
+        positive("sharpness", self, "rho", "pairs")
+
+    def span(self, batch: int, micro_batch: int, processes: int) -> int:
+        """How many data-parallel processes share a step. An update's positions run through the first micro-batches of all
+        processes, then the second ones, and so on.
+
+        Raises:
+            ConfigError: groups of pairs do not fit.
+        """
+        pairs = self.pairs or batch
+        if batch % pairs:
+            raise ConfigError(f"train.batch_size={batch} is not a multiple of sharpness.pairs={pairs}: set it to one")
+        if micro_batch % pairs == 0:
+            return 1
+        parts, rest = divmod(pairs, micro_batch)
+        span = min(parts, processes)
+        if rest or parts % span or processes % span:
+            raise ConfigError(
+                f"sharpness.pairs={pairs} cannot be made up of micro-batches of {micro_batch} on {processes} processes: set "
+                f"train.micro_batch to {pairs}, or to another multiple or divisor of it"
+            )
+        return span
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,14 @@ def contrastive_logits(
     """Scaled similarities behind `contrastive_loss`, whose arguments these are. Collective."""
     peers = group or ALONE
     # At its limit, the scale's gradient is dropped or not by its sign, which is to be that of the whole batch's.
-    image, text, scale = image.float(), text.float(), peers.shared(scale.float())
+    image, text, scale = image.float(), text.float(), peers.shared(scale.float()).reshape(-1, 1)
     all_images, all_texts = peers.gather(image, alike=not local), peers.gather(text, alike=not local)
     first = peers.rank * len(image)
     if not local:
         image, text, first = all_images, all_texts, 0
+        scale = peers.gather(scale, alike=True) if len(scale) > 1 else scale
     targets = torch.arange(first, first + len(image), device=image.device)
-    if image is all_images:  # one matrix, seen from both sides
+    if image is all_images and len(scale) == 1:  # one matrix, seen from both sides
         similarities = scale * image @ all_texts.T
         return ContrastiveLogits(similarities, similarities.T, targets)
     return ContrastiveLogits(scale * image @ all_texts.T, scale * text @ all_images.T, targets)
@@ -60,7 +61,7 @@ def contrastive_loss(
     Args:
         image, text: (n, D), this process's rows of a batch, L2-normalized; row i of one belongs to row i of the other. All
             processes have equally many.
-        scale: (), what cosines are multiplied by.
+        scale: () or (n,), what cosines of all these rows, or of each, are multiplied by.
         group: the processes that have the batch's other rows; None where there are none.
         local: compute this process's 2 · n rows of N only; embeddings' gradients then cross between processes. Otherwise each
             process computes all of N × N, and only embeddings cross. Loss (in the mean) and gradients are the same.

@@ -39,8 +39,8 @@ class Task(ABC, Generic[RunConfig]):
     def build_model(self, tensor: TensorGroup = WHOLE) -> nn.Module:
         """The model, or this process's part of it, with fresh weights drawn from torch's global generator."""
 
-    def check_layout(self, mesh: Mesh) -> None:
-        """Raise a `ConfigError` where the model cannot be divided so."""
+    def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
+        """Raise a `ConfigError` where the model, or an update in micro-batches of so many rows, cannot be divided so."""
         for name in ("tensor", "pipe"):
             degree = getattr(mesh.degrees, name)
             if degree > 1:
@@ -69,11 +69,6 @@ class Task(ABC, Generic[RunConfig]):
     def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """Those residual blocks that this process's model has; each has its `number` and `use(BranchPrecision)`."""
         return ()
-
-    @property
-    def rho(self) -> float | None:
-        """Length of the perturbation of sharpness-aware minimization; None for a task that does not ask for it."""
-        return None
 
     def initial_weights(self) -> Mapping[str, Tensor] | None:
         """The plain model's state dict for the first update, on the CPU, or None to begin with those of `build_model`."""

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle_ds.clip_tokenizer import ClipTokenizer
-from dalle_ds.config import ClipConfig, ClipRun, to_dict
+from dalle_ds.config import ClipConfig, ClipRun, SharpnessConfig, to_dict
 from dalle_ds.data import ClipSamples, PairDataset
 from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import LARGEST_SCALE, Clip
 from dalle_ds.models.contrastive import contrastive_logits
 from dalle_ds.models.pretrained import load_model
-from dalle_ds.parallel import WHOLE, TensorGroup
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
@@ -68,8 +68,13 @@ class ClipTask(WholeBatchTask[ClipRun]):
         return load_model(self.run.init, "clip", ClipConfig)[1] if self.run.init else None
 
     @property
-    def rho(self) -> float | None:
-        return self.run.sharpness.rho
+    def sharpness(self) -> SharpnessConfig | None:
+        return None if self.run.sharpness.rho is None else self.run.sharpness
+
+    def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
+        super().check_layout(mesh, micro_batch)
+        if self.sharpness is not None:
+            self.sharpness.span(self.run.train.batch_size, micro_batch, mesh.size("data"))
 
     def samples(self, split: str) -> Samples:
         return ClipSamples(
@@ -99,7 +104,11 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
         image, text, scale = outputs["image"], outputs["text"], outputs["scale"]
         logits = contrastive_logits(image, text, scale, peers, self.run.objective.local_loss)
-        metrics = {"scale": scale.detach(), "accuracy": logits.accuracy(), "rows": image.new_full((1,), len(image))}
+        metrics = {
+            "scale": scale.detach().mean(),
+            "accuracy": logits.accuracy(),
+            "rows": image.new_full((1,), len(image)),
+        }
         metrics |= {f"{name}_sum": outputs[name].detach().float().sum(0) for name in ("image", "text")}
         return logits.loss(), metrics
 
@@ -176,8 +185,11 @@ class ClipTask(WholeBatchTask[ClipRun]):
         lines = [f"text: {pieces:,} pieces, of {room:,} that model.text_vocab has room for"]
         if self.run.init:
             lines.append(f"begins with the weights in {self.run.init}")
-        if self.rho is not None:
-            lines.append(f"sharpness-aware: each update takes its gradient {self.rho:g} away from the weights")
+        if self.sharpness is not None:
+            pairs = self.sharpness.pairs or self.run.train.batch_size
+            lines.append(
+                f"sharpness-aware: each {pairs:,} pairs take their gradient {self.sharpness.rho:g} away from the weights"
+            )
         return lines
 
 

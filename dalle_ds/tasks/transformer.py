@@ -95,7 +95,7 @@ class TransformerTask(Task[TransformerRun]):
     def build_model(self, tensor: TensorGroup = WHOLE) -> Dalle:
         return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
 
-    def check_layout(self, mesh: Mesh) -> None:
+    def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
         mesh.check(self.run.model)
 
     def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from dalle_ds.config import SharpnessConfig
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.tasks.base import Batch, Metrics, RunConfig, Task
 
@@ -24,6 +25,11 @@ class WholeBatchTask(Task[RunConfig]):
     def validation_rows(self) -> int:
         """Rows of one validation, which are compared with each other."""
         return min(self.run.report.validation_rows, len(self.samples("validation")))
+
+    @property
+    def sharpness(self) -> SharpnessConfig | None:
+        """Sharpness-aware minimization; None for a task, or a run, without."""
+        return None
 
     @abstractmethod
     def embed(self, model: nn.Module, batch: Batch) -> Outputs:

@@ -125,7 +125,7 @@ class Loop:
         self._skipped_in_a_row = 0
         self._stopping = False
         self._untold = 0
-        self._passes = passes_of(self.task, self.engine, self.mesh, self.average)
+        self._passes = passes_of(self.task, self.engine, self.mesh)
         every = self.run.report.numerics_every
         self._numerics_lines = LineFile(self.directory.numerics_file) if every and self.mesh.is_main else None
         self._updater = Updater(

@@ -65,7 +65,7 @@ class Trainer:
         self.mesh = mesh = mesh.divide(run.parallel)
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
-        self.task.check_layout(mesh)
+        self.task.check_layout(mesh, self.config.micro_batch)
         if self.task.scaling is not None and self.task.scaling.in_fp32 and self.config.precision != "fp32":
             raise ConfigError(
                 f"scaling.in_fp32 is for fp32 runs, and this is {self.config.precision}: leave it out, or give a "

@@ -371,7 +371,7 @@ def test_a_run_begins_with_another_clip_and_goes_on_bit_for_bit(
     shape += [f"--model.text_len={SHAPE.text_len}", f"--model.text_vocab={SHAPE.text_vocab}"]
     common = ["--deepspeed_config", "ds_configs/zero3_fp32.json", "--preset", "toy", "--data", run.data, *shape]
     common += ["--init", str(tmp_path / "init"), "--train.batch_size", "16", "--train.micro_batch", "4"]
-    common += ["--sharpness.rho", "0.001", "--save_every", "2", "--report.log_every", "1"]
+    common += ["--sharpness.rho", "0.001", "--sharpness.pairs", "4", "--save_every", "2", "--report.log_every", "1"]
     common += ["--train.average_decay", "None", "--optim.warmup_steps", "1"]
 
     def launch(name: str, *options: str) -> str:

@@ -30,7 +30,7 @@ from dalle_ds.config import (
     TrainConfig,
 )
 from dalle_ds.models.clip import Clip
-from dalle_ds.parallel import Mesh
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.tasks.base import Batch, Task
 from dalle_ds.tasks.clip import ClipTask
 
@@ -62,7 +62,8 @@ class Case:
     local: bool = True
     recompute: str = "none"
     precision: str = "fp32"
-    sharp: bool = False
+    sharp: int = 0
+    """Pairs that share a perturbation; 0 makes none."""
     limit: bool = False
     """Whether the scale begins above its limit."""
     broken: bool = False
@@ -80,15 +81,16 @@ CASES: dict[str, Case] = {  # of two processes
     "zero3 bf16": Case(3, 2, precision="bf16"),
     "zero1 at the limit": Case(1, limit=True),
     "zero1 replicas cached": Case(1, 2, replicas=2),
-    "zero0 sharp": Case(0, sharp=True),
-    "zero2 sharp cached": Case(2, 2, sharp=True),
-    "zero3 sharp cached": Case(3, 2, sharp=True),
-    "zero2 sharp offloaded": Case(2, 2, sharp=True, offload=True),
-    "zero1 sharp replicas": Case(1, replicas=2, sharp=True),
-    "zero3 sharp replicas": Case(3, 2, replicas=2, sharp=True, persistent=True),
-    "zero1 sharp broken": Case(1, 2, sharp=True, broken=True),
-    "zero3 sharp broken": Case(3, 2, sharp=True, broken=True),
-    "zero1 sharp bf16": Case(1, sharp=True, precision="bf16"),
+    "zero0 sharp": Case(0, sharp=4),
+    "zero1 sharp whole": Case(1, sharp=4, local=False),
+    "zero2 sharp cached": Case(2, 2, sharp=4),
+    "zero3 sharp cached": Case(3, 2, sharp=8),
+    "zero2 sharp offloaded": Case(2, 2, sharp=BATCH, offload=True),
+    "zero1 sharp replicas": Case(1, replicas=2, sharp=8),
+    "zero3 sharp replicas": Case(3, 2, replicas=2, sharp=4, persistent=True),
+    "zero1 sharp broken": Case(1, 2, sharp=4, broken=True),
+    "zero3 sharp broken": Case(3, 2, sharp=4, broken=True),
+    "zero1 sharp bf16": Case(1, sharp=4, precision="bf16"),
 }
 OF_BOTH = ("zero0 cached", "zero1 at the limit", "zero2 cached", "zero3 cached")
 """Those that two processes go through, and four as well."""
@@ -106,6 +108,9 @@ class BareTask(ClipTask):
 
     def __init__(self, run: ClipRun) -> None:
         Task.__init__(self, run)
+
+    def build_model(self, tensor: TensorGroup = WHOLE) -> Clip:
+        return Clip(SHAPE, checkpointing=self.run.train.activation_checkpointing)
 
 
 def plain_model(case: Case | None = None) -> Clip:
@@ -139,7 +144,6 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     from dalle_ds.training.engine import build_engine
     from dalle_ds.training.gradients import MasterGradients
     from dalle_ds.training.passes import passes_of
-    from dalle_ds.training.passes.sharpness import matched
     from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.update import Updater
     from dalle_ds.training.weights import MasterWeights
@@ -151,10 +155,10 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     run = ClipRun(
         model=SHAPE,
         parallel=parallel,
-        train=TrainConfig(batch_size=BATCH, micro_batch=micro),
+        train=TrainConfig(batch_size=BATCH, micro_batch=micro, activation_checkpointing=case.recompute),  # type: ignore[arg-type]
         optim=OptimConfig(clip=None, second_moment_clip=None),
         objective=ClipObjective(local_loss=case.local),
-        sharpness=SharpnessConfig(rho=RHO if case.sharp else None),
+        sharpness=SharpnessConfig(rho=RHO, pairs=case.sharp) if case.sharp else SharpnessConfig(),
     )
     zero: dict[str, Any] = {"stage": case.stage}
     if not case.persistent:
@@ -172,8 +176,8 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     if case.replicas > 1:
         reduction = ReplicaReduction(engine, gradients, mesh, run.powersgd, 0)
     before = [shard.detach().clone() for shard in weights.shards]
-    first = own * mesh.index("data")
-    batches = [rows(first + number * micro, micro) for number in range(case.micro_batches)]
+    size, index = mesh.size("data"), mesh.index("data")
+    batches = [rows((number * size + index) * micro, micro) for number in range(case.micro_batches)]
     if case.broken and mesh.rank == mesh.world_size - 1:
         batches[-1]["image"][0, 0, 0, 0] = math.inf
     found: dict[str, Any] = {}
@@ -226,6 +230,29 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     found["everywhere"] = every
     engine.destroy()
     return found
+
+
+def matched(weights: Any, gradients: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """This process's fp32 weights in pieces, 1-D views, and the gradient of each.
+
+    Of every parameter group, both lie end to end in the same order, however they are cut; only weights have padding.
+    """
+    pieces: list[Tensor] = []
+    theirs: list[Tensor] = []
+    shards = list(zip(weights.shards, weights.group_of, strict=True))
+    for number, group in enumerate(gradients.groups()):
+        waiting = [piece.reshape(-1) for piece in reversed(group)]
+        for shard, owner in shards:
+            rest = shard.detach().view(-1)[: shard.numel() if owner == number else 0]
+            while len(rest) and waiting:
+                length = min(len(rest), len(waiting[-1]))
+                pieces.append(rest[:length])
+                theirs.append(waiting[-1][:length])
+                rest, waiting[-1] = rest[length:], waiting[-1][length:]
+                if not len(waiting[-1]):
+                    waiting.pop()
+        assert not waiting, "gradients without weights"
+    return pieces, theirs
 
 
 def peers_sum(processes: Mesh) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.config import OptimConfig
+from dalle_ds.config import DvaeRun, OptimConfig, SharpnessConfig, TrainConfig
+from dalle_ds.errors import ConfigError
 from dalle_ds.models.contrastive import contrastive_loss
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
@@ -18,6 +20,7 @@ from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.tasks.base import Batch, Metrics
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
 from dalle_ds.training.passes.caching import CachingPasses
+from dalle_ds.training.passes.sharpness import SharpPasses, _rounded_at_random
 from dalle_ds.training.randomness import seed_update
 
 MESH = Mesh(0, 1, torch.device("cpu"))
@@ -42,6 +45,8 @@ class Towers(nn.Module):
 
 class TowersTask(WholeBatchTask[Any]):
     """The parts of a task that passes use."""
+
+    sharpness: SharpnessConfig | None = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         pass
@@ -82,9 +87,9 @@ class Engine:
 
 
 class SteppingEngine(Engine):
-    """What SAM uses besides: of stage 0, with an optimizer that steps after every two micro-batches."""
+    """What SAM uses besides: of stage 0, with an optimizer that steps after every backward pass."""
 
-    device, global_steps, global_samples = torch.device("cpu"), 0, 0
+    device, global_steps, micro_batch = torch.device("cpu"), 0, 12
 
     def __init__(self, module: Towers) -> None:
         super().__init__(module)
@@ -94,22 +99,42 @@ class SteppingEngine(Engine):
     def zero_optimization_stage(self) -> int:
         return 0
 
-    def step(self) -> None:
-        if self.backwards % 2 == 0:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.global_steps += 1
-            self.global_samples += 12
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.micro_batch
 
-    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
-        self.backwards += 1
-        loss.backward()
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        assert is_boundary
+
+    def _backward_prologue(self) -> None:
+        pass
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.global_steps += 1
+
+
+def sharp_passes(engine: SteppingEngine, rho: float, pairs: int | None, count: int) -> SharpPasses:
+    """SAM of 12 rows in so many micro-batches."""
+    engine.micro_batch = 12 // count
+    task = TowersTask()
+    task.sharpness = SharpnessConfig(rho=rho, pairs=pairs)
+    task.run = DvaeRun(train=TrainConfig(batch_size=12))
+    task.build_model = lambda: Towers(engine.module.dropout)  # type: ignore[method-assign]
+    task.weight_of = lambda batch: torch.ones(())  # type: ignore[method-assign]
+    return SharpPasses(task, engine, MESH)
 
 
 def batches(count: int, rows: int = 12) -> list[Batch]:
     rng = torch.Generator().manual_seed(5)
     image, text = torch.randn(rows, 5, generator=rng), torch.randn(rows, 3, generator=rng)
-    return [{"image": i, "text": t} for i, t in zip(image.chunk(count), text.chunk(count), strict=True)]
+    keys = torch.arange(rows)
+    parts = zip(image.chunk(count), text.chunk(count), keys.chunk(count), strict=True)
+    return [{"image": i, "text": t, "key": k} for i, t, k in parts]
+
+
+def _inputs(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch["image"], batch["text"]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -131,7 +156,7 @@ def test_a_cached_gradient_is_that_of_the_whole_batch_at_once(count: int) -> Non
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(cached)[name], gradient, rtol=1e-5, atol=1e-7)
     # A loss of each micro-batch for itself would be another.
-    assert abs(float(contrastive_loss(*plain(**batches(count)[0])).detach()) - float(whole["loss"])) > 0.01
+    assert abs(float(contrastive_loss(*plain(*_inputs(batches(count)[0]))).detach()) - float(whole["loss"])) > 0.01
 
 
 def test_both_passes_over_a_micro_batch_draw_the_same_noise() -> None:
@@ -168,37 +193,116 @@ def test_only_one_micro_batch_has_a_graph_at_a_time() -> None:
 
 
 def test_both_gradients_of_sam_are_under_the_same_noise() -> None:
-    from dalle_ds.training.passes.sharpness import SharpPasses
-
     engine = SteppingEngine(Towers(0.5))
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
     seed_update(0, 0, 0)
-    passes = SharpPasses(CachingPasses(TowersTask(), engine, MESH), engine, MESH, rho=0.3)
+    passes = sharp_passes(engine, 0.3, None, 2)
     passes.backward(batches(2), 0)
-    dropped = [embeddings == 0 for _, embeddings in engine.module.seen]
+    assert isinstance(passes._moved, Towers)
+    seen = passes._moved.seen
+    dropped = [embeddings == 0 for _, embeddings in seen]
     assert len(dropped) == 8, "two micro-batches, twice with caching, at two places"
     assert all(map(torch.equal, dropped[:4], dropped[4:]))
-    assert not torch.equal(engine.module.seen[0][1], engine.module.seen[4][1]), "weights are other ones there"
+    assert not torch.equal(seen[0][1], seen[4][1]), "weights are other ones there"
     assert all(map(torch.equal, before, engine.module.parameters()))
+
+
+def towers_loss(models: list[Towers]) -> Tensor:
+    """Symmetric cross-entropy of 12 rows, each group of which has weights and a logit scale of its own."""
+    (batch,) = batches(1)
+    parts = zip(
+        models, batch["image"].double().chunk(len(models)), batch["text"].double().chunk(len(models)), strict=True
+    )
+    outputs = [model(image, text) for model, image, text in parts]
+    image, text = torch.cat([output[0] for output in outputs]), torch.cat([output[1] for output in outputs])
+    scale = torch.cat([output[2].expand(12 // len(models)) for output in outputs])[:, None]
+    targets = torch.arange(12)
+    return (F.cross_entropy(scale * image @ text.T, targets) + F.cross_entropy(scale * text @ image.T, targets)) / 2
+
+
+def towers_gradients(models: list[Towers]) -> list[dict[str, Tensor]]:
+    """Of each group's weights; all rows pull at the logarithm's exp, the scale, of all groups alike."""
+    for model in models:
+        model.zero_grad()
+    towers_loss(models).backward()
+    found = [gradients(model) for model in models]
+    pull = torch.stack([each["scale"] / m.scale.detach().exp() for each, m in zip(found, models, strict=True)]).mean()
+    return [{**each, "scale": pull * m.scale.detach().exp()} for each, m in zip(found, models, strict=True)]
+
+
+def sharp_reference(model: Towers, rho: float, groups: int) -> dict[str, Tensor]:
+    """The definition at the head of `sharpness.py`, in float64 and without engines."""
+    moved = [deepcopy(model).double() for _ in range(groups)]
+    for copy, ascent in zip(moved, towers_gradients([deepcopy(model).double() for _ in range(groups)]), strict=True):
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in ascent.values()))
+        with torch.no_grad():
+            for name, parameter in copy.named_parameters():
+                parameter.add_(ascent[name], alpha=rho / norm)
+    each = towers_gradients(moved)
+    return {name: torch.stack([gradient[name] for gradient in each]).sum(0) for name in each[0]}
+
+
+@pytest.mark.parametrize("pairs", [2, 4, 12, None])
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_sam_perturbs_each_group_of_pairs_by_itself_however_the_batch_is_cut(count: int, pairs: int | None) -> None:
+    engine = SteppingEngine(Towers(0.0))
+    (first, *_) = sharp_passes(engine, 0.3, pairs, count).backward(batches(count), 0)
+    expected = sharp_reference(Towers(0.0), 0.3, 12 // (pairs or 12))
+    for name, gradient in gradients(engine.module).items():
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6)
+    assert float(first["loss"]) == pytest.approx(float(towers_loss([Towers(0.0).double()]).detach()), rel=1e-5)
+    # Groups matter: the gradient is another one than that of another number of them.
+    other = sharp_reference(Towers(0.0), 0.3, 3 if pairs != 4 else 1)
+    assert max(float((expected[name] - other[name]).abs().max()) for name in other) > 1e-3
+
+
+def test_a_group_that_is_not_finite_makes_the_gradient_so_and_leaves_the_weights() -> None:
+    engine, cut = SteppingEngine(Towers(0.0)), batches(3)
+    before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+    cut[1]["image"][0, 0] = math.inf
+    sharp_passes(engine, 0.3, 4, 3).backward(cut, 0)
+    assert not all(torch.isfinite(gradient).all() for gradient in gradients(engine.module).values())
+    assert all(map(torch.equal, before, engine.module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "micro_batch", "processes", "span"),
+    [(64, 64, 512, 1), (64, 128, 4, 1), (64, 32, 4, 2), (64, 16, 2, 2), (64, 16, 4, 4), (None, 64, 4, 4)],
+)
+def test_processes_that_share_a_perturbation(pairs: int | None, micro_batch: int, processes: int, span: int) -> None:
+    assert SharpnessConfig(rho=0.1, pairs=pairs).span(32_768, micro_batch, processes) == span
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "processes"), [(100, 50, 1), (384, 48, 2), (384, 32, 3), (384, 96, 1)]
+)
+def test_groups_that_do_not_fit_are_refused(batch: int, micro_batch: int, processes: int) -> None:
+    with pytest.raises(ConfigError, match=r"sharpness\.pairs=64"):
+        SharpnessConfig(rho=0.1, pairs=64).span(batch, micro_batch, processes)
+
+
+def test_what_bf16_cannot_hold_of_a_perturbation_is_right_in_the_mean() -> None:
+    exact = torch.full((100_000,), 1 + 2**-11)  # a sixteenth of a step above 1
+    rounded = _rounded_at_random(exact, torch.Generator().manual_seed(0)).float()
+    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
+    assert float(rounded.mean() - 1) == pytest.approx(2**-11, rel=0.05)
 
 
 def test_sam_is_the_papers_over_several_updates() -> None:
     """Twenty updates against SAM written out with torch's AdamW (arXiv 2010.01412, Algorithm 1)."""
-    from dalle_ds.training.passes.sharpness import SharpPasses
     from dalle_ds.training.update import Updater
 
     rho, lr = 0.3, 1e-2
     ours, theirs = Towers(0.0), Towers(0.0)
-    engine, task = SteppingEngine(ours), TowersTask()
-    passes = SharpPasses(CachingPasses(task, engine, MESH), engine, MESH, rho)
+    engine = SteppingEngine(ours)
+    passes = sharp_passes(engine, rho, None, 2)
     options: dict[str, Any] = {"scales": None, "scaling": None, "average": None, "numerics": None, "replicas": None}
-    task.weight_of = lambda batch: torch.ones(())  # type: ignore[method-assign]
-    updater = Updater(task, engine, passes, MESH, OptimConfig(clip=None), **options)
+    updater = Updater(passes._task, engine, passes, MESH, OptimConfig(clip=None), **options)
     reference = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.1)
     (batch,) = batches(1)
     for step in range(20):
         figures = updater.update(batches(2), step, lr).figures
-        loss = contrastive_loss(*theirs(**batch))
+        loss = contrastive_loss(*theirs(*_inputs(batch)))
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))
         kept = [parameter.detach().clone() for parameter in theirs.parameters()]
@@ -206,7 +310,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
             for parameter in theirs.parameters():
                 parameter.add_(rho * parameter.grad / norm)
         reference.zero_grad()
-        there = contrastive_loss(*theirs(**batch))
+        there = contrastive_loss(*theirs(*_inputs(batch)))
         there.backward()
         with torch.no_grad():
             for parameter, value in zip(theirs.parameters(), kept, strict=True):
@@ -215,6 +319,6 @@ def test_sam_is_the_papers_over_several_updates() -> None:
         reference.zero_grad()
         assert figures["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
         assert figures["sharpness"] == pytest.approx(float((there - loss).detach()), rel=1e-2, abs=1e-5)
-    assert engine.global_steps == 20 and engine.global_samples == 20 * 12
+    assert engine.global_steps == 20
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -46,11 +46,11 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     return cache(lambda processes: torch.load(folder / f"found-{processes}.pt", weights_only=True))
 
 
-def joint_loss(replicas: list[Clip]) -> Tensor:
-    """Symmetric cross-entropy of the whole batch, each replica with weights of its own for its run of rows."""
-    batch, share = rows(0, BATCH), BATCH // len(replicas)
+def joint_loss(groups: list[Clip]) -> Tensor:
+    """Symmetric cross-entropy of the whole batch, each group of pairs with weights of its own."""
+    batch, share = rows(0, BATCH), BATCH // len(groups)
     outputs = []
-    for number, model in enumerate(replicas):
+    for number, model in enumerate(groups):
         part = slice(number * share, (number + 1) * share)
         outputs.append(model(batch["image"][part], batch["text"][part]))
     image = torch.cat([output.image_embeddings for output in outputs]).double()
@@ -60,17 +60,18 @@ def joint_loss(replicas: list[Clip]) -> Tensor:
     return (F.cross_entropy(scale * image @ text.T, targets) + F.cross_entropy(scale * text @ image.T, targets)) / 2
 
 
-def gradients_of(replicas: list[Clip]) -> list[dict[str, Tensor]]:
-    """What each replica's processes have on average: rows of others count through theirs only; the scale is common."""
-    for model in replicas:
+def gradients_of(groups: list[Clip]) -> list[dict[str, Tensor]]:
+    """Of each group's weights, as many times as there are groups; rows of others count through theirs only, the scale is
+    common."""
+    for model in groups:
         model.zero_grad()
-    joint_loss(replicas).backward()
+    joint_loss(groups).backward()
     each = [
-        {name: len(replicas) * p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
-        for model in replicas
+        {name: len(groups) * p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+        for model in groups
     ]
-    # All rows pull at one scale, though each replica has its own value of it where the weights are perturbed.
-    scales = [model.logit_scale.detach().exp().clamp(max=100) for model in replicas]
+    # All rows pull at one scale, though each group has its own value of it where the weights are perturbed.
+    scales = [model.logit_scale.detach().exp().clamp(max=100) for model in groups]
     pull = torch.stack([gradients["logit_scale"] / s for gradients, s in zip(each, scales, strict=True)]).mean(0)
     return [{**gradients, "logit_scale": pull * scale} for gradients, scale in zip(each, scales, strict=True)]
 
@@ -78,18 +79,18 @@ def gradients_of(replicas: list[Clip]) -> list[dict[str, Tensor]]:
 @cache
 def reference(case: Case) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of the whole batch on one process; with SAM, the gradient where it is taken."""
-    replicas = [plain_model(case).double() for _ in range(case.replicas)]
-    loss = float(joint_loss(replicas).detach())
+    groups = [plain_model(case).double() for _ in range(BATCH // case.sharp if case.sharp else 1)]
+    loss = float(joint_loss(groups).detach())
     if case.sharp:
         moved = []
-        for model, gradients in zip(replicas, gradients_of(replicas), strict=True):
+        for model, gradients in zip(groups, gradients_of(groups), strict=True):
             norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
             moved.append(deepcopy(model))
             with torch.no_grad():
                 for name, parameter in moved[-1].named_parameters():
                     parameter.add_(gradients[name], alpha=RHO / norm)
-        replicas = moved
-    each = gradients_of(replicas)
+        groups = moved
+    each = gradients_of(groups)
     return loss, {name: torch.stack([gradients[name] for gradients in each]).mean(0) for name in each[0]}
 
 

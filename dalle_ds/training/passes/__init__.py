@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.whole_batch import WholeBatchTask
@@ -16,17 +15,10 @@ from dalle_ds.training.passes.sharpness import SharpPasses
 __all__ = ["CachingPasses", "EnginePasses", "Passes", "PipelinePasses", "SharpPasses", "passes_of"]
 
 
-def passes_of(task: Task[Any], engine: Any, mesh: Mesh, average: WeightAverage | None = None) -> Passes:
-    """The passes that fit an engine and its task.
-
-    Args:
-        average: to be told before weights change.
-    """
-    passes: Passes
+def passes_of(task: Task[Any], engine: Any, mesh: Mesh) -> Passes:
+    """The passes that fit an engine and its task."""
     if mesh.size("pipe") > 1:
-        passes = PipelinePasses(task, engine, mesh)
-    elif isinstance(task, WholeBatchTask):
-        passes = CachingPasses(task, engine, mesh)
-    else:
-        passes = EnginePasses(task, engine)
-    return passes if task.rho is None else SharpPasses(passes, engine, mesh, task.rho, average)
+        return PipelinePasses(task, engine, mesh)
+    if isinstance(task, WholeBatchTask):
+        return CachingPasses(task, engine, mesh) if task.sharpness is None else SharpPasses(task, engine, mesh)
+    return EnginePasses(task, engine)

@@ -55,7 +55,7 @@ class CachingPasses(EnginePasses):
             again = self._task.embed(self._engine, batch)
             # Its gradient with respect to the weights is the loss's through these rows.
             through = sum(
-                (value * _part(gradients[name], number, len(micro_batches))).sum() for name, value in again.items()
+                (value * part_of(gradients[name], number, len(micro_batches))).sum() for name, value in again.items()
             )
             self._engine.backward(through, scale_wrt_gas=False)
             if number + 1 < len(micro_batches):
@@ -71,6 +71,6 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(values)) if values[0].ndim else values[0]
 
 
-def _part(gradient: Tensor, number: int, count: int) -> Tensor:
+def part_of(gradient: Tensor, number: int, count: int) -> Tensor:
     """Of a gradient of what `_joined` returned, micro-batch `number`'s part; what all share is shared out."""
     return gradient.chunk(count)[number] if gradient.ndim else gradient / count

@@ -1,124 +1,200 @@
 """Sharpness-aware minimization (SAM, arXiv 2010.01412): the gradient where the loss nearby is highest, to first order.
 
-An update computes the gradient g, moves the weights by ρ · g / ‖g‖, computes the gradient there, moves them back and steps
-with that. g is the mean over the processes that share one set of weights: each replica has its own perturbation, as in
-unCLIP App. C.
+The pairs of an update are divided into G groups of consecutive ones, each of which stands for one of the paper's replicas
+(unCLIP App. C: 64 pairs). Let L(w_1, …, w_G) be the loss of the whole batch where the pairs of group g are embedded with
+weights of their own, w_g. With all of them at w, a group's ascent gradient is a_g = ∂L/∂w_g, and its perturbed weights are
+w + ρ · a_g / ‖a_g‖. The update's gradient is the sum of all ∂L/∂w_g at all perturbed weights: negatives come from every group.
+
+All groups pull at the one logit scale alike: its part of every ∂L/∂w_g is the whole batch's, divided by G.
+
+Perturbed weights are in a second, plain module on each process. That makes a perturbation local, so that how the run is
+divided changes nothing. Engines see one backward pass, of the finished gradient; their own weights are never moved.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dalle_ds.optim import WeightAverage
+from dalle_ds.data.order import hash_integers
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics
-from dalle_ds.training.gradients import MasterGradients
-from dalle_ds.training.passes.base import Passes
+from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
+from dalle_ds.training.passes.caching import CachingPasses, part_of
 from dalle_ds.training.randomness import Generators
-from dalle_ds.training.weights import MasterWeights
 
 
-class SharpPasses(Passes):
-    """Passes that leave the gradient at perturbed weights; the weights themselves are as before, bit for bit.
+class SharpPasses(CachingPasses):
+    """Passes of a `WholeBatchTask` that leave the gradient at perturbed weights.
 
-    Where a gradient is not finite on some process, it is left as it is, and nobody makes a second pass.
+    What is not finite in one group makes the whole gradient so.
 
     Args:
-        passes: the engine's.
+        task: turns rows into embeddings, and all of them into a loss; has ρ and the size of groups.
         engine: from `build_engine`.
-        mesh: divided as the engine is.
-        rho: ρ, length of the perturbation.
-        average: told before weights change.
+        mesh: whose data-parallel processes share out the batch.
+
+    Raises:
+        ConfigError: groups do not fit the micro-batches of these processes.
     """
 
-    def __init__(
-        self, passes: Passes, engine: Any, mesh: Mesh, rho: float, average: WeightAverage | None = None
-    ) -> None:
-        self._passes, self._engine, self._mesh, self._rho, self._average = passes, engine, mesh, rho, average
-        self._weights, self._gradients = MasterWeights(engine), MasterGradients(engine)
-
-    @property
-    def model(self) -> Callable[..., Any]:
-        return self._passes.model
+    def __init__(self, task: WholeBatchTask[Any], engine: Any, mesh: Mesh) -> None:
+        super().__init__(task, engine, mesh)
+        sharpness, batch, micro_batch = (
+            task.sharpness,
+            task.run.train.batch_size,
+            engine.train_micro_batch_size_per_gpu(),
+        )
+        assert sharpness is not None and sharpness.rho is not None
+        self._rho = sharpness.rho
+        self._span = sharpness.span(batch, micro_batch, mesh.size("data"))
+        pairs = sharpness.pairs or batch
+        self._rows = min(pairs, micro_batch)
+        self._pieces = pairs // (self._rows * self._span)
+        self._group = _neighbours(mesh, self._span)
+        self._moved = task.build_model().to(engine.device, next(engine.module.parameters()).dtype)
+        self._weights = list(self._moved.parameters())
+        # One backward pass per update, whatever the number of micro-batches.
+        engine.set_gradient_accumulation_boundary(True)
 
     def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
         """As `Passes.backward`; losses and metrics are those of the weights as they are, and "sharpness" is what the
         perturbation adds to the loss."""
-        generators = Generators.now()
-        reported = self._passes.backward(micro_batches, step)
-        norm = self._norm()
-        if not math.isfinite(norm):
-            return reported
-        kept = [shard.detach().clone() for shard in self._weights.shards]
-        if self._average is not None:
-            self._average.before_step()
-        self._perturb(self._rho / (norm + 1e-12))
-        self._publish()
-        generators.restore()
-        perturbed = self._passes.backward(micro_batches, step)
-        with torch.no_grad():
-            torch._foreach_copy_([shard.detach() for shard in self._weights.shards], kept)
-        # The step, which follows even where it changes nothing, brings the module's weights in line with these.
-        return [
-            {**metrics, "sharpness": there["loss"] - metrics["loss"]}
-            for metrics, there in zip(reported, perturbed, strict=True)
-        ]
+        pieces = [piece for batch in micro_batches for piece in _cut(batch, self._rows)]
+        groups = [range(first, first + self._pieces) for first in range(0, len(pieces), self._pieces)]
+        alone = len(pieces) == 1
+        generators: list[Generators] = []
 
-    def step(self) -> None:
-        self._passes.step()
+        def embed(number: int) -> Outputs:
+            """A piece, at the weights as they are moved; with the same noise every time."""
+            if len(generators) == number:
+                generators.append(Generators.now())
+            generators[number].restore()
+            return self._task.embed(self._moved, pieces[number])
 
-    def _norm(self) -> float:
-        """Of this replica's gradient; NaN if that of any replica is not finite. Collective."""
-        square = self._gradients.squared_norms().sum()
-        if self._gradients.sharded:
-            square = self._mesh.sum(square, "shard")
-        # One that is not finite makes all sums so.
-        everywhere = self._mesh.sum(square, "world")
-        own, total = torch.stack([square.to(everywhere.device), everywhere]).tolist()
-        return math.sqrt(own) if math.isfinite(total) else math.nan
+        def through(group: range, known: Sequence[Outputs], cotangents: dict[str, Tensor]) -> list[Tensor]:
+            """The gradient of a group's weights through its embeddings, whose gradients are given."""
+            total = [torch.zeros_like(weight, dtype=torch.float32) for weight in self._weights]
+            for number in group:
+                outputs = known[number] if alone else embed(number)
+                inner = sum(
+                    (value * part_of(cotangents[name], number, len(pieces))).sum() for name, value in outputs.items()
+                )
+                gradients = torch.autograd.grad(inner, self._weights, materialize_grads=True)  # type: ignore[arg-type]
+                torch._foreach_add_(total, [gradient.float() for gradient in gradients])
+            return total
+
+        def move(number: int) -> None:
+            self._follow()
+            seed = hash_integers(step, number, self._peers.rank // self._span)
+            self._perturb(through(groups[number], outputs, here), seed)
+
+        self._follow()
+        with torch.set_grad_enabled(alone):  # otherwise there is no room for what the backward pass needs
+            outputs = [embed(number) for number in range(len(pieces))]
+        loss, metrics, here = self._loss(outputs)
+        there: list[Outputs] = []
+        for number, group in enumerate(groups):
+            move(number)
+            with torch.set_grad_enabled(alone):
+                there += [embed(piece) for piece in group]
+        perturbed, _, cotangents = self._loss(there)
+        total: list[Tensor] = []
+        for number, group in enumerate(groups):
+            if len(groups) > 1:
+                move(number)
+            gradient = through(group, there, cotangents)
+            total = list(torch._foreach_add(total, gradient)) if total else gradient
+        self._give(total)
+        count = len(micro_batches)
+        metrics = {name: value / count if value.ndim else value for name, value in metrics.items()}
+        return [{"loss": loss, **metrics, "sharpness": perturbed - loss} for _ in micro_batches]
+
+    def _loss(self, outputs: Sequence[Outputs]) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
+        """Loss of the whole batch, figures, and its gradient with respect to this process's rows. Collective."""
+        common = {name for name, value in outputs[0].items() if value.ndim == 0}
+        whole: dict[str, Tensor] = {}
+        for name in outputs[0]:
+            values = [output[name].detach() for output in outputs]
+            # What all rows have in common, perturbed groups do not: a value for each row.
+            whole[name] = torch.cat([v.expand(self._rows) if name in common else v for v in values]).requires_grad_()
+        loss, metrics = self._task.loss_of(whole, self._peers)
+        gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
+        return loss.detach(), metrics, {name: g.sum() if name in common else g for name, g in gradients.items()}
+
+    def _follow(self) -> None:
+        """Put the weights as they are into the module. Collective."""
+        with self._whole_weights() as weights, torch.no_grad():
+            torch._foreach_copy_([mine.data for mine in self._weights], [weight.data for weight in weights])
 
     @torch.no_grad()
-    def _perturb(self, factor: float) -> None:
-        weights, gradients = matched(self._weights, self._gradients)
-        moves = [gradient.to(weight.device, weight.dtype) for weight, gradient in zip(weights, gradients, strict=True)]
-        torch._foreach_add_(weights, moves, alpha=factor)
+    def _perturb(self, ascent: list[Tensor], seed: int) -> None:
+        """Move the module's weights by ρ along a group's ascent gradient, of which this process has a part; uses it up."""
+        if self._span > 1:
+            for gradient in ascent:
+                dist.all_reduce(gradient, group=self._group)
+        norm = torch.stack(torch._foreach_norm(ascent)).norm()
+        generator = torch.Generator(ascent[0].device).manual_seed(seed >> 1)
+        for weight, gradient in zip(self._weights, ascent, strict=True):
+            exact = gradient.mul_(self._rho / (norm + 1e-12)).add_(weight)
+            weight.data.copy_(exact if weight.dtype == torch.float32 else _rounded_at_random(exact, generator))
 
-    def _publish(self) -> None:
-        """Bring the module's weights in line with the perturbed ones, and forget the gradient.
+    def _give(self, gradient: list[Tensor]) -> None:
+        """Let the engine take this process's gradient as that of a backward pass. Collective."""
+        with self._whole_weights() as weights:
+            loss = _Given.apply(self._engine._backward_prologue, gradient, *weights)
+            self._engine.backward(loss, scale_wrt_gas=False)
 
-        A step in which the optimizer does nothing is all of that, at every ZeRO stage.
-        """
-        engine = self._engine
-        counted = engine.global_steps, engine.global_samples
-        self._gradients.clear(range(len(engine.client_optimizer.param_groups)))
-        engine.client_optimizer.skip = True
-        self._passes.step()
-        engine.global_steps, engine.global_samples = counted  # it was no update
+    @contextmanager
+    def _whole_weights(self) -> Iterator[list[torch.nn.Parameter]]:
+        """The engine's parameters, with ZeRO-3 gathered from all processes."""
+        from deepspeed import zero
+
+        parameters = list(self._engine.module.parameters())
+        with zero.GatheredParameters(parameters, enabled=self._engine.zero_optimization_stage() == 3):
+            yield parameters
 
 
-def matched(weights: MasterWeights, gradients: MasterGradients) -> tuple[list[Tensor], list[Tensor]]:
-    """This process's fp32 weights in pieces, 1-D views, and the gradient of each.
+class _Given(torch.autograd.Function):
+    """A loss whose gradient is known."""
 
-    Of every parameter group, both lie end to end in the same order, however they are cut; only weights have padding.
-    """
-    pieces: list[Tensor] = []
-    theirs: list[Tensor] = []
-    shards = list(zip(weights.shards, weights.group_of, strict=True))
-    for number, group in enumerate(gradients.groups()):
-        waiting = [piece.reshape(-1) for piece in reversed(group)]
-        for shard, owner in shards:
-            rest = shard.detach().view(-1)[: shard.numel() if owner == number else 0]
-            while len(rest) and waiting:
-                length = min(len(rest), len(waiting[-1]))
-                pieces.append(rest[:length])
-                theirs.append(waiting[-1][:length])
-                rest, waiting[-1] = rest[length:], waiting[-1][length:]
-                if not len(waiting[-1]):
-                    waiting.pop()
-        assert not waiting, "gradients without weights"
-    return pieces, theirs
+    @staticmethod
+    def forward(ctx: Any, begin: Any, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.begin, ctx.gradients, ctx.dtype = begin, gradients, weights[0].dtype
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_one: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.begin()  # which the engine's forward pass would have seen to
+        return None, None, *(gradient.to(ctx.dtype) for gradient in ctx.gradients)
+
+
+def _cut(batch: Batch, rows: int) -> list[Batch]:
+    """Runs of so many rows."""
+    count = len(batch["key"]) // rows
+    parts = {name: value.chunk(count) if value.ndim else [value] * count for name, value in batch.items()}
+    return [{name: values[number] for name, values in parts.items()} for number in range(count)]
+
+
+def _neighbours(mesh: Mesh, span: int) -> Any:
+    """The process group of those `span` data-parallel processes in a row that share a perturbation. Collective."""
+    if span == mesh.size("data"):
+        return mesh.group("data")
+    ranks, found = mesh.ranks("data"), None
+    for first in range(0, len(ranks) if span > 1 else 0, span):
+        group = dist.new_group(ranks[first : first + span])  # every process must take part in making every group
+        found = group if mesh.rank in ranks[first : first + span] else found
+    return found
+
+
+def _rounded_at_random(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """bf16, up or down at random and right in the mean: most of a perturbation is far less than half a step of bf16."""
+    noise = torch.randint(2**16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32)
+    return exact.view(torch.int32).add(noise).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
