@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.command import GenerateOptions
 from dalle_ds.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE
+from tests.processes import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +186,15 @@ def test_what_is_found_in_the_process_group_is_told_once(
     json: str, source: str, words: str, tmp_path: Path, data: Path
 ) -> None:
     """Beyond the command line, and with no run directory left."""
-    command = [sys.executable, str(ROOT / "launchers" / "train_dvae.py"), "--preset", "toy"]
-    command += ["--deepspeed_config", str(ROOT / "ds_configs" / json), "--data", source.format(data=data)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--run_dir", str(tmp_path / "run")], capture_output=True, text=True, env=environment, timeout=120
-    )
+    arguments = [
+        "--preset",
+        "toy",
+        "--deepspeed_config",
+        ROOT / "ds_configs" / json,
+        "--data",
+        source.format(data=data),
+    ]
+    done = run_ranks("launchers/train_dvae.py", *arguments, "--run_dir", tmp_path / "run")
     assert done.returncode == 1
     assert f"error: {words}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_ds.models.attention import attention_mask
 from tests.conftest import ROOT
+from tests.processes import run_ranks
 
 
 @pytest.fixture
@@ -26,10 +25,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "attention.py"), *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    return run_ranks("benchmarks/attention.py", *flags)
 
 
 def test_table_and_json(tmp_path: Path) -> None:

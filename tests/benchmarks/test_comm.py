@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, deepspeed_command
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -21,21 +19,8 @@ WIDTH, RANK = 124, 28
 def count(folder: Path, processes: int, *options: str) -> dict[str, Any]:
     """Figures of the benchmark."""
     shape = ["--width", str(WIDTH), "--depth", "2", "--rank", str(RANK), "--text_vocab", "64", "--image_vocab", "64"]
-    done = subprocess.run(
-        [
-            *deepspeed_command(processes),
-            "benchmarks/comm.py",
-            *shape,
-            *options,
-            "--json",
-            str(folder / "figures.json"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = [*shape, *options, "--json", folder / "figures.json"]
+    done = run_ranks("benchmarks/comm.py", *arguments, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compression at rank 28" in done.stdout
     return json.loads((folder / "figures.json").read_text())

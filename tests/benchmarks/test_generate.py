@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.processes import run_ranks
 
 SHAPE = {
     "width": 32,
@@ -26,14 +24,7 @@ SHAPE = {
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     shape = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
-    return subprocess.run(
-        [sys.executable, "benchmarks/generate.py", *shape, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_ranks("benchmarks/generate.py", *shape, *arguments)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

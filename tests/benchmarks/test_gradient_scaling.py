@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.processes import run_ranks
 
 SHAPE = {"depth": 6, "batch": 16, "rise": 3, "steps": 4, "settle": 34, "first_unit": -17, "last_unit": 15}
 
@@ -26,14 +25,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch):
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     shape = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
-    return subprocess.run(
-        [sys.executable, "benchmarks/gradient_scaling.py", *shape, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_ranks("benchmarks/gradient_scaling.py", *shape, *arguments)
 
 
 def test_figures(tmp_path: Path) -> None:

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, deepspeed_command
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
 
 def test_bytes_per_parameter(tmp_path: Path) -> None:
     small = ["--width", "64", "--depth", "4", "--batch", "4", "--updates", "5", "--stages", "3"]
-    done = subprocess.run(
-        [*deepspeed_command(2), "benchmarks/precision.py", *small, "--json", str(tmp_path / "figures.json")],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_ranks("benchmarks/precision.py", *small, "--json", tmp_path / "figures.json", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     fp32, fp16 = figures["zero3, fp32"], figures["zero3, fp16 blocks"]

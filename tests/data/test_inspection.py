@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dalle_ds.data.inspection import DataOptions, inspect_data
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import DataError
 from tests.data.test_samples import FINGERPRINT, CornerCodes
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,8 +81,7 @@ def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
 
 def test_the_command(data: Path) -> None:
     def doctor() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launchers/doctor.py", "data", str(data), "--all", "True"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return run_ranks("launchers/doctor.py", "data", data, "--all", "True")
 
     sound = doctor()
     assert sound.returncode == 0, sound.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.curves import curves_figure, gradient_scales, numerics_panels, read_metrics
 from tests.conftest import ROOT
+from tests.processes import run_ranks
 
 
 @pytest.fixture
@@ -49,12 +48,8 @@ def test_a_run_without_scales_has_no_panel_of_them(tmp_path: Path) -> None:
     ],
 )
 def test_the_launcher(run_dir: Path, arguments: tuple[str, ...], status: int, words: str) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "launchers" / "curves.py"),
-        *(a.replace("RUN", str(run_dir)) for a in arguments),
-    ]
-    done = subprocess.run(command, cwd=run_dir, capture_output=True, text=True, check=False)
+    words_given = (word.replace("RUN", str(run_dir)) for word in arguments)
+    done = run_ranks(ROOT / "launchers" / "curves.py", *words_given, cwd=run_dir)
     assert done.returncode == status and words in done.stdout + done.stderr
     if status == 0:
         with Image.open(run_dir / "curves.png") as picture:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +36,7 @@ from dalle_ds.evaluation.sets import choose_captions, pictures_of
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import TextToImage
-from tests.conftest import ROOT, deepspeed_command
+from tests.processes import run_ranks
 from tests.references import reference
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
@@ -355,11 +353,10 @@ def test_two_processes_find_the_same_and_results_are_compared(
 ) -> None:
     """By the launcher, with the real feature network."""
     options = replace(options, captions=6, best_of="1,2", blur="0", split="validation")
-    command = ["launchers/evaluate.py", "--out", str(tmp_path / "two")]
+    command = ["--out", str(tmp_path / "two")]
     for name in ("data", "transformer", "dvae", "clip", "judge", "captions", "best_of", "blur", "device"):
         command += [f"--{name}", str(getattr(options, name))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*deepspeed_command(2), *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_ranks("launchers/evaluate.py", *command, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = evaluate(options, ALONE), Result.load(tmp_path / "two" / "result.json")
     figures = compare(one, two)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.parallel import Split, TensorGroup, split_of
 from dalle_ds.sampling import TextToImage
 from dalle_ds.tokenizer import Tokenizer
-from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+from tests.conftest import TINY_DALLE
+from tests.processes import run_ranks
 
 WORKER = Path(__file__).with_name("tensor_worker.py")
 CONFIG = dataclasses.replace(
@@ -86,9 +85,7 @@ def divided(tmp_path_factory: pytest.TempPathFactory, dvae_export: Path, tokeniz
     job |= {"dvae": str(dvae_export), "tokenizer": str(tokenizer_file)}
     (folder / "job.json").write_text(json.dumps(job))
     for processes in (2, 4):
-        command = [*deepspeed_command(processes), str(WORKER), str(folder / "job.json")]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = run_ranks(WORKER, folder / "job.json", processes=processes)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 

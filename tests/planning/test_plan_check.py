@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, deepspeed_command
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -17,24 +15,8 @@ pytestmark = pytest.mark.launch
 def test_formulas_hold_in_engines_of_every_kind(tmp_path: Path) -> None:
     """ZeRO 1 to 3, precisions, moments, accumulation; tensor groups, pipelines, replicas with and without PowerSGD."""
     figures = tmp_path / "figures.json"
-    done = subprocess.run(
-        [
-            *deepspeed_command(2),
-            "benchmarks/plan_check.py",
-            "--few",
-            "True",
-            "--parts",
-            "engines",
-            "parallel",
-            "--json",
-            figures,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ["--few", "True", "--parts", "engines", "parallel", "--json", figures]
+    done = run_ranks("benchmarks/plan_check.py", *arguments, processes=2)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     checks = json.loads(figures.read_text())
     assert len({check["setting"] for check in checks}) == 9

@@ -18,6 +18,7 @@ from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import TextToImage
 from dalle_ds.tokenizer import Tokenizer
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,9 +220,7 @@ def test_many_pictures_are_reranked_in_batches_that_fit(pipe: TextToImage) -> No
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launchers" / "generate.py"), *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return run_ranks("launchers/generate.py", *arguments)
 
 
 def test_launcher_writes_a_labelled_grid(run_directory: Path, tmp_path: Path, pipe: TextToImage) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -40,7 +38,8 @@ from dalle_ds.sampling import (
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.tokenizer import Tokenizer
-from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+from tests.conftest import ROOT, TINY_DALLE
+from tests.processes import run_ranks
 from tests.sampling.two_processes import results
 
 WORKER = Path(__file__).with_name("two_processes.py")
@@ -445,9 +444,7 @@ def test_a_tensor_group_ranks_as_one_process_does(folders: Path, tmp_path: Path)
     job = {"export": "transformer", "clip": "clip", "picture": "red.png"}
     job = {name: str(folders / path) for name, path in job.items()} | {"out": str(tmp_path)}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    command = [*deepspeed_command(2), str(WORKER), str(tmp_path / "job.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = run_ranks(WORKER, tmp_path / "job.json", processes=2)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,8 @@ from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.clip import ClipTask, recalls
 from dalle_ds.tokenizer import Tokenizer
 from dalle_ds.training.export import export_checkpoint
-from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+from tests.conftest import TINY_DALLE
+from tests.processes import run_ranks
 
 SHAPE = ClipConfig(
     embed_dim=16,
@@ -375,16 +374,8 @@ def test_a_run_begins_with_another_clip_and_goes_on_bit_for_bit(
     common += ["--train.average_decay", "None", "--optim.warmup_steps", "1"]
 
     def launch(name: str, *options: str) -> str:
-        command = [
-            *deepspeed_command(2),
-            "launchers/train_clip.py",
-            *common,
-            "--run_dir",
-            str(tmp_path / name),
-            *options,
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+        arguments = [*common, "--run_dir", tmp_path / name, *options]
+        done = run_ranks("launchers/train_clip.py", *arguments, processes=2)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +28,8 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.duplicates import DuplicateDetector
 from dalle_ds.tasks.duplicates import DuplicatesTask
 from dalle_ds.training.export import export_checkpoint
-from tests.conftest import ROOT, deepspeed_command
+from tests.conftest import ROOT
+from tests.processes import run_ranks
 
 TINY = DuplicateDetectorConfig(image_size=16, width=4, blocks=(1, 1), stem_halvings=1, embed_dim=8)
 STEPS = 6
@@ -177,8 +176,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     for name, (stage, processes, micro_batch) in layouts.items():
         path = folder / f"{name}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage, **(shared if stage == 3 else {})}}))
-        command = deepspeed_command(processes) if processes > 1 else [sys.executable]
-        command += [str(ROOT / "launchers" / "train_duplicates.py"), "--deepspeed_config", str(path), "--preset", "toy"]
+        command = ["--deepspeed_config", str(path), "--preset", "toy"]
         command += ["--data", str(data), "--run_dir", str(folder / name), "--steps", str(STEPS), "--seed", "1"]
         command += [
             "--model.image_size",
@@ -193,8 +191,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         ]
         command += ["--train.batch_size", "12", "--train.micro_batch", str(micro_batch), "--optim.warmup_steps", "1"]
         command += ["--report.log_every", "1", "--report.validate_every", "0"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = run_ranks("launchers/train_duplicates.py", *command, processes=processes)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return SimpleNamespace(folder=folder, one=folder / "one", divided=folder / "divided")
 

@@ -6,15 +6,12 @@ Three launches: two processes write checkpoints of engines of every kind; two an
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, deepspeed_command
+from tests.processes import run_ranks
 from tests.training.checkpoint_worker import LAYOUTS
 
 pytestmark = pytest.mark.launch
@@ -41,14 +38,7 @@ ALONE = [(name, beyond(name, 3)) for name in MOVING]
 def launch(processes: int, mode: str, folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     file = folder / f"{mode}-{processes}.json"
     file.write_text(json.dumps(pairs))
-    command = deepspeed_command(processes) if processes > 1 else [sys.executable]
-    done = subprocess.run(
-        [*command, str(WORKER), mode, str(folder), str(file)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=550,
-    )
+    done = run_ranks(WORKER, mode, folder, file, processes=processes)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     return json.loads(file.read_text())
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from dalle_ds.config import to_dict
-from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+from tests.conftest import TINY_DALLE
+from tests.processes import run_ranks
 from tests.training.test_layouts import deepspeed_json, metrics
 
 pytestmark = pytest.mark.launch
@@ -80,14 +79,7 @@ class Runs:
         jobs += [self.job("early", 3, "fp32", {"losses": [0, 1, 2]}, guard={"patience": 3})]
         description = folder / "jobs.json"
         description.write_text(json.dumps(jobs))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*deepspeed_command(2), str(WORKER), str(description)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=550,
-        )
+        done = run_ranks(WORKER, description, processes=2)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
         self.output = done.stdout
 

@@ -6,9 +6,6 @@ Three launches do everything: one process alone, two processes under every layou
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from safetensors.torch import load_file
 
 from dalle_ds.config import to_dict
 from dalle_ds.sampling import TextToImage
-from tests.conftest import ROOT, TINY_DALLE, TINY_DVAE, deepspeed_command
+from tests.conftest import TINY_DALLE, TINY_DVAE
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -43,11 +41,7 @@ def launch(jobs: list[dict[str, Any]], processes: int, folder: Path) -> str:
     """Run the worker and return what it printed; fails the test with its output if it fails."""
     description = folder / f"jobs-{processes}-{len(jobs)}.json"
     description.write_text(json.dumps(jobs))
-    command = deepspeed_command(processes) if processes > 1 else [sys.executable]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(WORKER), str(description)], capture_output=True, text=True, env=environment, timeout=550
-    )
+    done = run_ranks(WORKER, description, processes=processes)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return done.stdout
 

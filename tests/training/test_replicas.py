@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, deepspeed_command
+from tests.processes import run_ranks
 from tests.training.replicas_worker import CASES
 
 pytestmark = pytest.mark.launch
@@ -26,9 +24,7 @@ LOW = [name for name in CASES if name.startswith("low rank")]
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four processes found."""
     folder = tmp_path_factory.mktemp("replicas")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*deepspeed_command(4), str(WORKER), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    done = run_ranks(WORKER, folder, processes=4)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(4)]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import pytest
 
 from dalle_ds.config import to_dict
 from dalle_ds.metrics import read_records
-from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
+from tests.conftest import TINY_DALLE
+from tests.processes import run_ranks
 from tests.training.test_layouts import deepspeed_json
 
 pytestmark = pytest.mark.launch
@@ -59,13 +58,7 @@ class Runs:
         jobs += [self.job("changed", ["changed", 5], data=str(changing), report={"background_saves": False})]
         description = folder / "jobs.json"
         description.write_text(json.dumps(jobs))
-        done = subprocess.run(
-            [*deepspeed_command(2), str(WORKER), str(description)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            timeout=550,
-        )
+        done = run_ranks(WORKER, description, processes=2)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
         self.output = " ".join(done.stdout.split())
 
