@@ -10,9 +10,10 @@ DVAE_ARGS ?=
 TRANSFORMER_ARGS ?=
 CLIP_ARGS ?=
 EVALUATE_ARGS ?= --captions 100 --best_of 1,8,64
+PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --quiet --num_gpus 2
 
-.PHONY: demo demo-clip test lint setup clean
+.PHONY: demo demo-clip test test-all lint setup clean
 
 setup: $(READY)
 
@@ -53,8 +54,14 @@ demo-clip: $(READY) demo/transformer/export/config.json
 	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --dvae demo/dvae --transformer demo/transformer \
 		--clip demo/clip --judge demo/judge $(EVALUATE_ARGS) --out demo/evaluation
 
+# One test a core for those that start no training of several processes; then the others, one after the other.
 test: $(READY)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pytest -q
+	$(PYTEST) -n 2 --dist loadfile -m "not launch and not alone"
+	$(PYTEST) -m "launch or alone"
+
+# Whole matrices of layouts, a real SLURM cluster, the README's commands at work, kill storms: an hour.
+test-all:
+	TEST_ALL=1 $(MAKE) test
 
 lint: $(READY)
 	$(RUN) -m ruff check .

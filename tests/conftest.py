@@ -20,8 +20,11 @@ from dalle_ds.tokenizer import Tokenizer
 # Launched processes share two cores; more threads only make them wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read it already
 
 ROOT = Path(__file__).parent.parent
+EVERYTHING = os.environ.get("TEST_ALL") == "1"
+"""Whether this is `make test-all`: whole matrices, where `make test` takes a half that has every value of every axis."""
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "triangle")
 
@@ -29,6 +32,19 @@ TINY_DVAE = DiscreteVAEConfig(
     image_size=16, groups=3, blocks_per_group=1, encoder_width=8, decoder_width=8, decoder_input=8, vocab_size=32
 )
 TINY_DALLE = DalleConfig(width=32, depth=4, heads=2, text_len=8, grid=4, text_vocab=400, image_vocab=32)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `slow`, unless everything is asked for."""
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    if slow and not EVERYTHING:
+        items[:] = [item for item in items if item not in set(slow)]
+        config.hook.pytest_deselected(items=slow)
+
+
+def thorough(*names: str) -> list[str]:
+    """These, in `make test-all`; nothing otherwise."""
+    return list(names) if EVERYTHING else []
 
 
 def free_port() -> int:

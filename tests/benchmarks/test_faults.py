@@ -31,6 +31,7 @@ def runs(faults: ModuleType, tmp_path: Path, data: Path, dvae_export: Path, toke
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_short_storm_and_a_damaged_file(faults: ModuleType, runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     options = faults.Options(kills=4, steps=150, seed=5)
@@ -43,6 +44,7 @@ def test_a_short_storm_and_a_damaged_file(faults: ModuleType, runs: Any, capsys:
     assert (damage.tried, damage.passed) == (1, 1), capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_run_that_is_not_the_same_is_told_apart(faults: ModuleType, runs: Any, tmp_path: Path) -> None:
     for name, more in (("one", ()), ("other", ("--optim.lr", "1e-3"))):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes import run_ranks
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 
 def test_bytes_per_parameter(tmp_path: Path) -> None:

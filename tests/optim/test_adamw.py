@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import adamw
 from dalle_ds.optim.adamw import AdamW
 from dalle_ds.precision.codecs import FLOAT_0_6_10, FLOAT_1_6_9
-from tests.conftest import ROOT
+from tests.conftest import EVERYTHING
+from tests.processes import run_ranks
 
 SIXTEEN = pytest.mark.parametrize("moments", ["fp32", "16-bit"])
 
@@ -608,14 +607,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     )
     for stage in stages
 }
+if not EVERYTHING:
+    LAYOUTS = {name: LAYOUTS[name] for name in ("zero0", "zero3", "offload2")}
 
 
 @pytest.fixture(scope="module")
 def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("deepspeed")
-    command = [sys.executable, "-m", "tests.optim.test_adamw", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
+    done = run_ranks(__file__, folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((folder / "found.json").read_text())
 

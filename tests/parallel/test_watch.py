@@ -298,6 +298,7 @@ WITHOUT_DATA = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_training_run_ends_when_one_of_its_processes_gets_no_data(
     tmp_path: Path, data: Path, dvae_export: Path, tokenizer_file: Path

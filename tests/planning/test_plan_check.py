@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes import run_ranks
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 
 def test_formulas_hold_in_engines_of_every_kind(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.slurm.conftest import REQUEUE_LIMIT, STANDIN, Desk
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 WAIT = ("wait,wait", "0,0")
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.conftest import Desk
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 
 def test_shares_prepared_by_an_array_are_the_corpus_prepared_at_once(desk: Desk, corpus: Path, data: Path) -> None:

@@ -17,7 +17,7 @@ from dalle_ds.config import to_dict
 from tests.conftest import TINY_DALLE, TINY_DVAE
 from tests.slurm.conftest import Desk
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.slow]
 
 STAGES = ("tokenizer", "dvae", "codes", "transformer", "evaluate")
 STEPS = 180

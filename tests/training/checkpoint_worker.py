@@ -22,7 +22,7 @@ from dalle_ds.config import OptimConfig, TrainConfig, TransformerRun
 from dalle_ds.models import Dalle
 from dalle_ds.optim import WeightAverage, resblock_groups
 from dalle_ds.parallel import Mesh
-from tests.conftest import TINY_DALLE
+from tests.conftest import EVERYTHING, TINY_DALLE
 
 ROWS = 8
 BEFORE, AFTER = (0, 1), (2, 3)
@@ -50,6 +50,19 @@ LAYOUTS = {
 }
 LAYOUTS |= {f"noise-{stage}": Layout("fp32", stage, optim=NOISE) for stage in range(4)}
 LAYOUTS |= {f"codes-{stage}": Layout("fp32", stage, optim=CODES) for stage in (0, 1, 3)}
+if not EVERYTHING:
+    QUICK = (
+        "fp32-0",
+        "fp32-1",
+        "fp32-2-offloaded",
+        "fp32-3",
+        "bf16-1",
+        "bf16-3-offloaded",
+        "noise-1",
+        "noise-3",
+        "codes-1",
+    )
+    LAYOUTS = {name: LAYOUTS[name] for name in QUICK}
 
 
 class Training:

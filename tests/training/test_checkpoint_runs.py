@@ -24,7 +24,7 @@ from dalle_ds.sampling import TextToImage
 from dalle_ds.training.checkpoints.fragments import Rectangle, matrix_size
 from dalle_ds.training.checkpoints.storage import Index, Pieces
 from dalle_ds.training.export import export_checkpoint
-from tests.conftest import ROOT, TINY_DALLE, TINY_DVAE
+from tests.conftest import EVERYTHING, ROOT, TINY_DALLE, TINY_DVAE, thorough
 from tests.training.by_hand import write_checkpoint
 from tests.training.test_layouts import deepspeed_json, launch, metrics
 
@@ -59,10 +59,11 @@ class Runs:
         }
         for name in from_one:
             shutil.copytree(folder / "one", folder / f"one-{name}")
+        tensor = self.job("tensor-one", 3, steps=STOPPED, parallel={"tensor": 2})
+        pipe = self.job("pipe-one", 1, steps=STOPPED, parallel={"pipe": 2})
         to_one = [
             self.job("zero3-one", 3, steps=STOPPED),
-            self.job("tensor-one", 3, steps=STOPPED, parallel={"tensor": 2}),
-            self.job("pipe-one", 1, steps=STOPPED, parallel={"pipe": 2}),
+            *([tensor, pipe] if EVERYTHING else []),
             self.job("squeezed-one", 3, steps=STOPPED, **replicas),
             self.job("scaled-one", 2, "fp16", steps=STOPPED),
             self.job("dvae-one", 3, steps=STOPPED, stage="dvae"),
@@ -78,7 +79,7 @@ class Runs:
         launch([*straight, *to_one, *from_one.values(), again], 2, folder)
         shutil.copytree(folder / "zero3-one", folder / "unfinished")
         shutil.copytree(folder / "zero3-one", folder / "bf16")
-        back = [self.job(f"{name}-one", 0) for name in ("zero3", "tensor", "pipe", "squeezed")]
+        back = [self.job(f"{name}-one", 0) for name in ("zero3", "squeezed", *thorough("tensor", "pipe"))]
         back += [self.job("scaled-one", 1, "fp16"), self.job("dvae-one", 2, stage="dvae")]
         self.one = launch(back, 1, folder)
 
@@ -105,7 +106,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path
     return Runs(tmp_path_factory.mktemp("runs"), data, dvae_export, tokenizer_file)
 
 
-MOVED = ["one-zero3", "one-tensor", "one-pipe", "one-replicas", "zero3-one", "tensor-one", "pipe-one", "dvae-one"]
+MOVED = ["one-zero3", "one-tensor", "one-pipe", "one-replicas", "zero3-one", "dvae-one"]
+MOVED += thorough("tensor-one", "pipe-one")
 
 
 @pytest.mark.launch
@@ -152,7 +154,8 @@ def test_error_sums_are_kept_dropped_and_begun(runs: Runs) -> None:
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    "name", ["straight", "dvae-straight", "one-tensor", "one-pipe", "squeezed-straight", "pipe-one", "scaled-one"]
+    "name",
+    ["dvae-straight", "one-tensor", "one-pipe", "scaled-one", *thorough("straight", "squeezed-straight", "pipe-one")],
 )
 def test_an_export_from_a_checkpoint_is_that_of_training(runs: Runs, name: str, tmp_path: Path) -> None:
     folder, step = export_checkpoint(runs[name], out=tmp_path / "export")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dalle_ds.config import to_dict
-from tests.conftest import TINY_DALLE
+from tests.conftest import EVERYTHING, TINY_DALLE, thorough
 from tests.processes import run_ranks
 from tests.training.test_layouts import deepspeed_json, metrics
 
@@ -23,6 +23,11 @@ WORKER = Path(__file__).with_name("faults_worker.py")
 FIRST, SECOND = 1, 3
 """Blocks whose gradients are poisoned."""
 WINDOW = 3
+STAGES = (0, 1, 2, 3) if EVERYTHING else (0, 3)
+OFFLOADED = (2, 3) if EVERYTHING else (2,)
+LOSS_RUNS = ["fp32-zero0", "fp32-zero2", "bf16-zero1", "bf16-zero3", "fp16-zero3", "bf16-offloaded2"]
+LOSS_RUNS += thorough("fp32-zero1", "fp32-zero3", "bf16-zero0", "bf16-zero2", "fp16-zero0", "fp16-zero1", "fp16-zero2")
+LOSS_RUNS += thorough("bf16-offloaded1", "bf16-offloaded3")
 GRADIENTS = {"2": FIRST, "3": FIRST, "4": SECOND, "6": FIRST}
 """In the third update the first block's; within the window again; then the second's; and the first's after the window."""
 
@@ -51,15 +56,12 @@ class Runs:
                 "background_saves": False,  # one that is still being written would put off the next
             },
         }
-        jobs = [self.job(f"update-zero{stage}", stage, "fp16", {"gradients": GRADIENTS}) for stage in range(4)]
+        jobs = [self.job(f"update-zero{stage}", stage, "fp16", {"gradients": GRADIENTS}) for stage in STAGES]
         jobs += [self.job("block", 3, "fp16", {"gradients": GRADIENTS}, skip="block")]
         jobs += [self.job("clean", 3, "fp16", {})]
-        for stage in (2, 3):
+        for stage in OFFLOADED:
             faults = {"gradients": GRADIENTS}
             jobs += [self.job(f"block-offloaded{stage}", stage, "fp16", faults, skip="block", offload=True)]
-        for stage in (1, 2, 3):
-            faults = {"losses": [0, 5, 6]}
-            jobs += [self.job(f"loss-bf16-offloaded{stage}", stage, "bf16", faults, offload=True)]
         # Ended in the midst of bad updates, and taken up again: the second of them leads back past that checkpoint.
         jobs += [self.job("prolonged", 3, "bf16", {"losses": [7]}, guard={"patience": 2}, steps=8)]
         jobs += [self.job("prolonged", 3, "bf16", {"losses": [0]}, guard={"patience": 2})]
@@ -67,12 +69,14 @@ class Runs:
         # At the floor from the beginning: no scale can help.
         always = {"gradients": {str(call): FIRST for call in range(99)}}
         jobs += [self.job("floor", 1, "fp16", always, guard={"patience": 4}, scaling={"initial_log2": 7.0})]
-        for precision in ("fp32", "bf16", "fp16"):
-            for stage in range(4):
-                # The very first update too: nothing has any state yet.
-                jobs.append(self.job(f"loss-{precision}-zero{stage}", stage, precision, {"losses": [0, 5, 6]}))
+        for layout in LOSS_RUNS:
+            precision, stage = layout.split("-")[0], int(layout[-1])
+            # The very first update too: nothing has any state yet.
+            faults = {"losses": [0, 5, 6]}
+            jobs.append(self.job(f"loss-{layout}", stage, precision, faults, offload="offloaded" in layout))
         jobs += [self.job("back", 3, "fp16", {"losses": [5, 6]}, guard={"patience": 2})]
-        jobs += [self.job("back-dense", 0, "fp32", {"losses": [5, 6]}, guard={"patience": 2})]
+        for _ in thorough("back-dense"):
+            jobs += [self.job("back-dense", 0, "fp32", {"losses": [5, 6]}, guard={"patience": 2})]
         jobs += [self.job("spikes", 1, "bf16", {"spikes": [9, 10]}, guard={"patience": 2, "window": 4})]
         forever = {"losses": list(range(5, 99))}
         jobs += [self.job("hopeless", 2, "bf16", forever, guard={"patience": 2, "rollbacks": 2})]
@@ -120,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path
     return Runs(tmp_path_factory.mktemp("faults"), data, dvae_export, tokenizer_file)
 
 
-@pytest.mark.parametrize("name", [*(f"update-zero{stage}" for stage in range(4)), "block", "block-offloaded2"])
+@pytest.mark.parametrize("name", [*(f"update-zero{stage}" for stage in STAGES), "block", "block-offloaded2"])
 def test_the_right_scale_drops_once_in_its_window_and_no_other_moves(runs: Runs, name: str) -> None:
     grown = 1 / 1000
     for block in range(BLOCKS):
@@ -135,7 +139,7 @@ def test_the_right_scale_drops_once_in_its_window_and_no_other_moves(runs: Runs,
         assert runs.scales(name, block) == pytest.approx(expected, abs=1e-9), block
 
 
-@pytest.mark.parametrize("name", [f"update-zero{stage}" for stage in range(4)])
+@pytest.mark.parametrize("name", [f"update-zero{stage}" for stage in STAGES])
 def test_an_update_with_non_finite_gradients_is_skipped_and_training_goes_on(runs: Runs, name: str) -> None:
     records = metrics(runs[name])
     assert records[STEPS]["skipped_updates_total"] == len(GRADIENTS)
@@ -148,7 +152,7 @@ def test_an_update_with_non_finite_gradients_is_skipped_and_training_goes_on(run
 
 def test_skipping_does_not_depend_on_the_zero_stage(runs: Runs) -> None:
     expected = [figures["loss"] for figures in metrics(runs["update-zero0"]).values()]
-    for stage in range(1, 4):
+    for stage in STAGES[1:]:
         found = [figures["loss"] for figures in metrics(runs[f"update-zero{stage}"]).values()]
         assert found == pytest.approx(expected, rel=1e-3)
 
@@ -164,7 +168,7 @@ def test_under_the_block_policy_all_other_blocks_are_updated(runs: Runs) -> None
         assert bool(value.isfinite().all()), weight
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", OFFLOADED)
 def test_offload_changes_nothing_of_the_block_policy(runs: Runs, stage: int) -> None:
     expected = [figures["loss"] for figures in metrics(runs["block"]).values()]
     found = [figures["loss"] for figures in metrics(runs[f"block-offloaded{stage}"]).values()]
@@ -179,10 +183,6 @@ def test_no_checkpoint_is_written_while_updates_are_bad(runs: Runs) -> None:
 
 def test_overflow_that_no_scale_can_help_ends_the_run(runs: Runs) -> None:
     assert "floor rank 0 TrainingError: 4 updates in a row went wrong, up to update 4" in runs.output
-
-
-LOSS_RUNS = [f"{precision}-zero{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)]
-LOSS_RUNS += [f"bf16-offloaded{stage}" for stage in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("layout", LOSS_RUNS)
@@ -202,7 +202,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(runs: Ru
 
 
 @pytest.mark.parametrize(
-    ("name", "went_wrong", "back_to"), [("back", 7, 4), ("back-dense", 7, 4), ("spikes", 11, 8), ("prolonged", 9, 4)]
+    ("name", "went_wrong", "back_to"),
+    [("back", 7, 4), ("spikes", 11, 8), ("prolonged", 9, 4), *((name, 7, 4) for name in thorough("back-dense"))],
 )
 def test_a_run_goes_back_to_its_last_good_checkpoint_and_leaves_out_the_data(
     runs: Runs, name: str, went_wrong: int, back_to: int

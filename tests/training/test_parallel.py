@@ -25,7 +25,7 @@ from dalle_ds.data import evaluation_batches
 from dalle_ds.models import Dalle
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.batches import PREVIEW_ROWS
-from tests.conftest import ROOT, TINY_DALLE
+from tests.conftest import EVERYTHING, ROOT, TINY_DALLE, thorough
 from tests.training.test_layouts import deepspeed_json, launch, metrics
 
 pytestmark = pytest.mark.launch
@@ -57,16 +57,33 @@ FOUR: dict[str, dict[str, Any]] = {
     "replicas-fp16": {"zero": 3, "replicas": 2, "precision": "fp16"},
 }
 ONE: dict[str, dict[str, Any]] = {"reference": {"zero": 0}, "dropout": {"zero": 0, "model": DROPOUT}}
-RESUMED = [  # written by, resumed as, processes
-    ("tensor", "pipe", 2),
-    ("pipe-tensor-sequence", "zero3", 2),
-    ("replicas", "tensor", 2),
-    ("zero3", "pipe-tensor-sequence", 4),
-    ("pipe", "tensor-zero3", 4),
-    ("tensor", "tensor", 2),
-    ("pipe", "pipe", 2),
-    ("replicas-full-rank", "replicas-full-rank", 4),
-]
+QUICK = (
+    "zero3",
+    "tensor",
+    "pipe",
+    "tensor-sequence-selective",
+    "tensor-dropout",
+    "pipe-dropout",
+    "pipe-fp16",
+    "tensor-bf16",
+)
+QUICK += ("replicas-full-rank", "replicas-tensor", "pipe-tensor-sequence", "replicas-fp16")
+if not EVERYTHING:
+    TWO, FOUR = ({name: kinds[name] for name in QUICK if name in kinds} for kinds in (TWO, FOUR))
+RESUMED = (
+    [  # written by, resumed as, processes
+        ("tensor", "pipe", 2),
+        ("pipe-tensor-sequence", "zero3", 2),
+        ("replicas", "tensor", 2),
+        ("zero3", "pipe-tensor-sequence", 4),
+        ("pipe", "tensor-zero3", 4),
+        ("tensor", "tensor", 2),
+        ("pipe", "pipe", 2),
+        ("replicas-full-rank", "replicas-full-rank", 4),
+    ]
+    if EVERYTHING
+    else []
+)  # runs that move are tested in test_checkpoint_runs.py too
 
 
 class Runs:
@@ -81,6 +98,8 @@ class Runs:
             pairs = [pair for pair in RESUMED if pair[2] == processes]
             for source, target, _ in pairs:
                 self.halve(source, f"{source}-to-{target}")
+            if not pairs:
+                continue
             layouts = TWO | FOUR
             launch([self.job(f"{a}-to-{b}", **layouts[b]) for a, b, _ in pairs], processes, folder)
 
@@ -154,11 +173,10 @@ def test_dropout_does_something(runs: Runs) -> None:
     assert abs(metrics(runs["dropout"])[1]["loss"] - metrics(runs["reference"])[1]["loss"]) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "loss", "norm"), [("fp16", 1e-3, 5e-3), ("bf16", 2e-2, 5e-2)])
-@pytest.mark.parametrize("layout", ["tensor", "pipe", "replicas"])
-def test_16_bits_follow_fp32(runs: Runs, layout: str, name: str, loss: float, norm: float) -> None:
-    if f"{layout}-{name}" not in TWO | FOUR:
-        pytest.skip("one of the two is enough for replicas, which see gradients in fp32 in both")
+@pytest.mark.parametrize("layout", [name for name in TWO | FOUR if name.endswith("16")])
+def test_16_bits_follow_fp32(runs: Runs, layout: str) -> None:
+    layout, _, name = layout.partition("-")
+    loss, norm = {"fp16": (1e-3, 5e-3), "bf16": (2e-2, 5e-2)}[name]
     expected, found = metrics(runs["reference"]), metrics(runs[f"{layout}-{name}"])
     for step, figures in expected.items():
         assert found[step]["loss"] == pytest.approx(figures["loss"], rel=loss)
@@ -185,7 +203,7 @@ def test_validation_is_that_of_one_process(runs: Runs) -> None:
             assert found == pytest.approx(expected, abs=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["zero3", "tensor", "pipe", "pipe-tensor-sequence", "replicas"])
+@pytest.mark.parametrize("name", ["zero3", "pipe-tensor-sequence", *thorough("tensor", "pipe", "replicas")])
 def test_the_preview_is_what_the_exported_model_draws(runs: Runs, name: str) -> None:
     job = runs.job(name, **(TWO | FOUR)[name])
     task = TransformerTask(from_dict(TransformerRun, job["run"], "test"))

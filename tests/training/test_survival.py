@@ -12,7 +12,7 @@ import pytest
 
 from dalle_ds.config import to_dict
 from dalle_ds.metrics import read_records
-from tests.conftest import TINY_DALLE
+from tests.conftest import TINY_DALLE, thorough
 from tests.processes import run_ranks
 from tests.training.test_layouts import deepspeed_json
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.launch
 
 STEPS = 12
 WORKER = Path(__file__).with_name("survival_worker.py")
-DISKS = ("tensors", "rest", "folder", "metrics")
+DISKS = ("tensors", "metrics", *thorough("rest", "folder"))
+WAITING = thorough("disk-waits")
 
 
 class Runs:
@@ -42,7 +43,8 @@ class Runs:
         }
         jobs = [self.job("straight"), self.job("workers", ["workers", 4], loader={"workers": 1})]
         jobs += [self.job(f"disk-{kind}", [kind, 5]) for kind in DISKS]
-        jobs += [self.job("disk-waits", ["tensors", 5], report={"background_saves": False})]
+        for name in WAITING:
+            jobs += [self.job(name, ["tensors", 5], report={"background_saves": False})]
         jobs += [self.job("disk-at-the-end", ["for ever", 9]), self.job("disk-at-the-end")]
         jobs += [self.job("by-the-clock", save_every=1000, save_minutes=1e-6)]
         jobs += [self.job("kept", save_every=1, report={"keep_checkpoints": 1, "keep_every": 5})]
@@ -90,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, dvae_export: Path
     return Runs(tmp_path_factory.mktemp("runs"), data, dvae_export, tokenizer_file)
 
 
-@pytest.mark.parametrize("name", [*(f"disk-{kind}" for kind in DISKS), "disk-waits"])
+@pytest.mark.parametrize("name", [*(f"disk-{kind}" for kind in DISKS), *WAITING])
 def test_a_disk_that_fails_for_a_while_costs_nothing(runs: Runs, name: str) -> None:
     assert runs.weights(name) == runs.weights("straight")
     assert runs.records(name) == runs.records("straight")
