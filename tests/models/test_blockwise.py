@@ -157,10 +157,12 @@ def test_bf16_gradients_of_confident_attention(kind: str, depth: int, scale: flo
     _, exact = differentiate(case.reference, qkv.double(), keep, gradient.double())
     _, ours = differentiate(case.blockwise, qkv, keep, gradient)
     _, theirs = differentiate(case.torchs_own, qkv, keep, gradient)
+    # Where one key has all of the attention, gradients of queries and keys cancel to nothing, and what is left is rounding.
+    rounding = torch.finfo(torch.bfloat16).eps ** 2 * torch.linalg.vector_norm(gradient.double())
     for part in range(3):
         size = torch.linalg.vector_norm(exact[:, :, part])
-        off, torchs = (torch.linalg.vector_norm((it - exact)[:, :, part]) / size for it in (ours, theirs))
-        assert off < 1.5 * torchs + 0.01
+        off, torchs = (torch.linalg.vector_norm((it - exact)[:, :, part]) for it in (ours, theirs))
+        assert off < 1.5 * torchs + 0.01 * size + rounding
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
