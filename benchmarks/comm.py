@@ -25,7 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.config import DalleConfig, OptimConfig, ParallelConfig, PowerSGDConfig, TrainConfig, TransformerRun
+from dalle_ds.config import (
+    DalleConfig,
+    OptimConfig,
+    ParallelConfig,
+    PowerSGDConfig,
+    RecomputingTrainConfig,
+    TransformerRun,
+)
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.powersgd import paper_rank
@@ -120,7 +127,7 @@ def run_of(options: Options, world_size: int, *, compressed: bool) -> Transforme
         powersgd=PowerSGDConfig(
             enabled=compressed, rank=options.rank, storage=options.storage, transport=options.transport
         ),
-        train=TrainConfig(
+        train=RecomputingTrainConfig(
             batch_size=options.micro_batch * world_size // options.tensor,
             micro_batch=options.micro_batch,
             average_decay=None,

@@ -31,8 +31,8 @@ from dalle_ds.config import (
     OptimConfig,
     ParallelConfig,
     PowerSGDConfig,
+    RecomputingTrainConfig,
     ScalingConfig,
-    TrainConfig,
     TransformerRun,
 )
 from dalle_ds.models import Dalle
@@ -227,7 +227,7 @@ def _check_engine(setting: Setting, mesh: Mesh) -> list[Check]:
         model=model,
         parallel=setting.degrees,
         powersgd=setting.powersgd,
-        train=TrainConfig(
+        train=RecomputingTrainConfig(
             batch_size=readers * setting.accumulation,
             micro_batch=1,
             activation_checkpointing=setting.checkpointing,  # type: ignore[arg-type]

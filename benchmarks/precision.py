@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.config import DalleConfig, OptimConfig, TrainConfig, TransformerRun
+from dalle_ds.config import DalleConfig, OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.parallel import Mesh
 
 BUCKET = 50_000
@@ -104,7 +104,7 @@ def measure(options: Options, stage: int, precision: str, optim: OptimConfig, me
     model = DalleConfig(
         width=options.width, depth=options.depth, heads=2, text_len=4, grid=4, text_vocab=32, image_vocab=32
     )
-    train = TrainConfig(batch_size=options.batch, activation_checkpointing="full")
+    train = RecomputingTrainConfig(batch_size=options.batch, activation_checkpointing="full")
     run = TransformerRun(model=model, train=train, optim=replace(optim, warmup_steps=0))
     zero = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if stage == 3:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.config import OptimConfig, TrainConfig, TransformerRun
+from dalle_ds.config import OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
@@ -62,7 +62,9 @@ class Bench:
         rows = options.batch * mesh.world_size
         self.model = shape(options)
         run = TransformerRun(
-            model=self.model, train=TrainConfig(batch_size=rows, average_decay=0.99), optim=OptimConfig(warmup_steps=1)
+            model=self.model,
+            train=RecomputingTrainConfig(batch_size=rows, average_decay=0.99),
+            optim=OptimConfig(warmup_steps=1),
         )
         json_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": options.zero}}
         self.engine, self.updater = build_updater(run, json_config, mesh)

@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.config import Checkpointing, DalleConfig, OptimConfig, TrainConfig, TransformerRun
+from dalle_ds.config import Checkpointing, DalleConfig, OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.errors import ConfigError
 from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.dalle import Dalle
@@ -127,7 +127,7 @@ def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
     mesh = Mesh.start(options.device)
     run = TransformerRun(
         model=config,
-        train=TrainConfig(
+        train=RecomputingTrainConfig(
             batch_size=options.batch * mesh.world_size, activation_checkpointing=options.activation_checkpointing
         ),
     )

@@ -10,8 +10,10 @@ import torch
 
 import dalle_ds.config
 from dalle_ds.config import (
+    ClipRun,
     DalleConfig,
     DiscreteVAEConfig,
+    DuplicateRun,
     DvaeRun,
     OptimConfig,
     TransformerRun,
@@ -21,6 +23,7 @@ from dalle_ds.config import (
     preset_names,
     to_dict,
 )
+from dalle_ds.config.plain import flatten
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Dalle
 from dalle_ds.tokenizer import TokenizerConfig
@@ -145,6 +148,26 @@ def test_the_command_line_changes_any_field_of_the_preset(monkeypatch: pytest.Mo
     assert command.device == "auto"
 
 
+STAGES = {"dvae": DvaeRun, "transformer": TransformerRun, "clip": ClipRun, "duplicates": DuplicateRun}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_of_a_stage_is_read_by_code_that_runs_in_it(stage: str) -> None:
+    """Not of the model's shape, which `build_model` hands on as a whole."""
+    package = Path(dalle_ds.config.__file__).parents[1]
+    rooms = ("training", "optim", "parallel", "precision", "data")
+    files = [file for room in rooms for file in (package / room).rglob("*.py")]
+    files += [package / "planning" / "check.py"]
+    files += [package / "tasks" / f"{name}.py" for name in ("base", "whole_batch", stage)]
+    read: set[str] = set()
+    for file in files:
+        if file.name not in ("samples.py", "codes.py", "command.py"):  # whose arguments have names of settings
+            nodes = list(ast.walk(ast.parse(file.read_text())))
+            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names = [name for name in dict(flatten(to_dict(STAGES[stage]()))) if not name.startswith("model.")]
+    assert [name for name in names if name.rpartition(".")[2] not in read] == []
+
+
 def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(ConfigError, match=r"unknown preset 'toi': known are.*did you mean toy"):
@@ -158,6 +181,14 @@ def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit):
         parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.widht", "3", *COMMAND])
     assert "Unrecognized options: --model.widht" in capsys.readouterr().err
+    for kind, stage, option in (
+        (ClipRun, "clip", "--loader.bpe_dropout"),  # only the transformer's texts have it
+        (DvaeRun, "dvae", "--loader.codes"),
+        (DvaeRun, "dvae", "--train.activation_checkpointing"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_command(kind, stage, ["--preset", "toy", option, "0.1", *COMMAND])
+        assert option in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.image_size", "30", *COMMAND])
     assert "model.image_size=30 is not a multiple of 4" in " ".join(capsys.readouterr().err.replace("│", " ").split())

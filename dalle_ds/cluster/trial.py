@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.cluster.links import synchronize
-from dalle_ds.config import DalleConfig, TrainConfig, TransformerRun
+from dalle_ds.config import DalleConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.models import Dalle
 from dalle_ds.models.dalle import ResidualBlock
 from dalle_ds.optim import resblock_groups
@@ -74,7 +74,7 @@ def _together(config: DalleConfig, rows: tuple[Tensor, Tensor], mesh: Mesh, loss
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         return resblock_groups(model, [part for part in model.modules() if isinstance(part, ResidualBlock)], run.optim)
 
-    run = TransformerRun(model=config, train=TrainConfig(batch_size=BATCH * mesh.world_size))
+    run = TransformerRun(model=config, train=RecomputingTrainConfig(batch_size=BATCH * mesh.world_size))
     json: dict[str, Any] = {"bf16": {"enabled": mesh.device.type == "cuda"}, "zero_optimization": {"stage": 3}}
     engine = build_engine(lambda: Dalle(config), groups, run.optim, resolve(json, run, mesh.world_size), mesh)
 

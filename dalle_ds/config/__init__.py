@@ -19,10 +19,12 @@ from dalle_ds.config.training import (
     GuardConfig,
     LoaderConfig,
     OptimConfig,
+    RecomputingTrainConfig,
     ReportConfig,
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
+    TransformerLoaderConfig,
 )
 
 __all__ = [
@@ -46,11 +48,13 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PowerSGDConfig",
+    "RecomputingTrainConfig",
     "ReportConfig",
     "Run",
     "ScalingConfig",
     "SharpnessConfig",
     "TrainConfig",
+    "TransformerLoaderConfig",
     "TransformerRun",
     "differences",
     "from_dict",

@@ -77,7 +77,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Fields, as dotted names, in which two configurations of one kind differ: name → (old value, new value)."""
-    old_fields, new_fields = dict(_flatten(to_dict(old))), dict(_flatten(to_dict(new)))
+    old_fields, new_fields = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
     names = {**old_fields, **new_fields}
     return {
         name: (old_fields.get(name), new_fields.get(name))
@@ -86,9 +86,10 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Fields of nested mappings by their dotted names."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -14,10 +14,12 @@ from dalle_ds.config.training import (
     GuardConfig,
     LoaderConfig,
     OptimConfig,
+    RecomputingTrainConfig,
     ReportConfig,
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
+    TransformerLoaderConfig,
 )
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import ConfigError
@@ -88,6 +90,10 @@ class TransformerRun(Run):
     """Tokenizer file that `launchers/train_tokenizer.py` made."""
     model: DalleConfig = field(default_factory=DalleConfig)
     """Shape of the model."""
+    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
+    """How updates are made."""
+    loader: TransformerLoaderConfig = field(default_factory=TransformerLoaderConfig)
+    """Data loading, codes and text."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
 
@@ -102,6 +108,8 @@ class ClipRun(Run):
     """Trained or imported CLIP to begin with: its run directory or export; empty begins with random weights."""
     model: ClipConfig = field(default_factory=ClipConfig)
     """Shape of the model."""
+    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
+    """How updates are made."""
     objective: ClipObjective = field(default_factory=ClipObjective)
     """Loss and pictures."""
     sharpness: SharpnessConfig = field(default_factory=SharpnessConfig)

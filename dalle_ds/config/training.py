@@ -9,7 +9,7 @@ from dalle_ds.config.checks import fraction, positive
 from dalle_ds.errors import ConfigError
 
 Checkpointing = Literal["none", "selective", "full"]
-"""What a model computes again in the backward pass; see `TrainConfig.activation_checkpointing`."""
+"""What a model computes again in the backward pass; see `RecomputingTrainConfig.activation_checkpointing`."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,6 @@ class TrainConfig:
     computes in fp16 inside the transformer's residual blocks, and scales each block's gradients (docs/precision.md)."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; None takes the DeepSpeed JSON's."""
-    activation_checkpointing: Checkpointing = "none"
-    """What the transformer or CLIP computes again in the backward pass instead of keeping it: `full` each residual block,
-    `selective` (transformer only) its normalized and its activated vectors, which takes little time."""
     average_decay: float | None = 0.999
     """Decay of the exponential average of the weights, which is what is validated, drawn and exported; None keeps no
     average."""
@@ -191,6 +188,15 @@ class TrainConfig:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} is not a multiple of train.micro_batch={self.micro_batch}"
             )
+
+
+@dataclass(frozen=True)
+class RecomputingTrainConfig(TrainConfig):
+    """How updates of the transformer and of CLIP are made."""
+
+    activation_checkpointing: Checkpointing = "none"
+    """What is computed again in the backward pass instead of kept: `full` each residual block, `selective` (transformer only)
+    its normalized and its activated vectors, which takes little time."""
 
 
 @dataclass(frozen=True)
@@ -263,23 +269,32 @@ class LoaderConfig:
 
     workers: int = 4
     """Processes per rank that read, decode and augment; 0 does it in the training process. Batches do not depend on it."""
-    codes: Literal["auto", "cached", "live"] = "auto"
-    """Transformer only: `cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly
-    augmented pictures, `auto` takes the cache where one of this dVAE exists."""
-    caption_dropout: float = 0.0
-    """Transformer only: share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
-    bpe_dropout: float = 0.1
-    """Transformer only: share of BPE merges skipped at random in training (DALL·E App. B.2)."""
     max_unreadable: float = 0.1
     """Share of rows that may be unreadable, in [0, 1]: missing shards, damaged pictures. Other rows stand in for them; where
     there are more than chance explains, the run ends. 0 ends it at the first, 1 never."""
 
     def __post_init__(self) -> None:
-        fraction("loader", self, "caption_dropout", "bpe_dropout")
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ConfigError(f"loader.max_unreadable must lie in [0, 1], found {self.max_unreadable}")
         if self.workers < 0:
             raise ConfigError(f"loader.workers must not be negative, found {self.workers}")
+
+
+@dataclass(frozen=True)
+class TransformerLoaderConfig(LoaderConfig):
+    """How batches reach the transformer."""
+
+    codes: Literal["auto", "cached", "live"] = "auto"
+    """`cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly augmented pictures, `auto`
+    takes the cache where one of this dVAE exists."""
+    caption_dropout: float = 0.0
+    """Share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
+    bpe_dropout: float = 0.1
+    """Share of BPE merges skipped at random in training (DALL·E App. B.2)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction("loader", self, "caption_dropout", "bpe_dropout")
 
 
 @dataclass(frozen=True)
@@ -295,7 +310,8 @@ class ReportConfig:
     preview_every: int = 5_000
     """Updates between preview pictures in RUN_DIR/samples; 0 draws at the end only."""
     numerics_every: int = 0
-    """Updates between histograms of gradient exponents per residual block in RUN_DIR/numerics.jsonl; 0 makes none."""
+    """Updates between histograms of gradient exponents in RUN_DIR/numerics.jsonl, of the transformer per residual block; 0
+    makes none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept in RUN_DIR/checkpoints."""
     keep_every: int | None = None

@@ -289,7 +289,7 @@ class Dalle(nn.Module):
 
     Args:
         config: shape of the model.
-        checkpointing: what each residual block keeps for the backward pass, as `TrainConfig.activation_checkpointing`.
+        checkpointing: what each residual block keeps for the backward pass: `RecomputingTrainConfig.activation_checkpointing`.
         tensor: the processes that divide the layers. Each of them has a `Dalle` of its own, which must be called with the same
             batch, at the same time; all get the same results.
     """

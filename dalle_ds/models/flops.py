@@ -78,7 +78,7 @@ def executed_flops(
     """What a training step executes, with what it computes again and what blocks of scores hold too much.
 
     Args:
-        checkpointing: as `TrainConfig.activation_checkpointing`.
+        checkpointing: as `RecomputingTrainConfig.activation_checkpointing`.
         text_tokens: text positions without padding; None takes all.
         dtype: of the weights.
         device: type of device.

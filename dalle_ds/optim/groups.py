@@ -13,14 +13,30 @@ from dalle_ds.parallel import split_of
 Groups = list[dict[str, Any]]
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
+def decay_groups(model: nn.Module, weight_decay: float, compact: Sequence[nn.Module] = ()) -> Groups:
     """Weight matrices and kernels with `weight_decay`; gains, biases and embeddings with none.
 
     Works on modules that ZeRO-3 has partitioned, whose tensors are empty, by their recorded shapes. Each group has a "name".
+
+    Args:
+        compact: residual blocks of `model` whose matrices and kernels have 16-bit moments.
     """
+    inside = {module for block in compact for module in block.modules()}
     matrices, others = _split(model.modules())
+    within, _ = _split(inside)
+    small = {id(parameter) for parameter in within}
     return _present(
-        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
+        {
+            "name": "block matrices",
+            "params": [parameter for parameter in matrices if id(parameter) in small],
+            "weight_decay": weight_decay,
+            "moments": "16-bit",
+        },
+        {
+            "name": "matrices",
+            "params": [parameter for parameter in matrices if id(parameter) not in small],
+            "weight_decay": weight_decay,
+        },
         {"name": "others", "params": others, "weight_decay": 0.0},
     )
 

@@ -115,7 +115,7 @@ class Layout:
             zero_stage=engine.zero_stage,
             micro_batch=engine.micro_batch,
             accumulation=engine.accumulation,
-            checkpointing=run.train.activation_checkpointing,
+            checkpointing=getattr(run.train, "activation_checkpointing", "none"),
             moments=run.optim.moments,
             average="none" if run.train.average_decay is None else run.train.average_device,
             average_every=run.train.average_every,

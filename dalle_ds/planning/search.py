@@ -97,9 +97,10 @@ def _best(
     zero = {**json_config.get("zero_optimization", {}), "stage": arrangement.zero_stage}
     json_config = {**json_config, "zero_optimization": zero}
     powersgd = run.powersgd if arrangement.degrees.replicas > 1 else replace(run.powersgd, enabled=False)
-    for recompute in _RECOMPUTE if isinstance(run, TransformerRun) else ("none",):
+    recomputations = [{"activation_checkpointing": kind} for kind in _RECOMPUTE]
+    for recompute in recomputations if isinstance(run, TransformerRun) else [{}]:
         for micro_batch in _micro_batches(run, arrangement, cluster):
-            train = replace(run.train, activation_checkpointing=recompute, micro_batch=micro_batch)
+            train = replace(run.train, micro_batch=micro_batch, **recompute)  # type: ignore[arg-type]
             changed = replace(run, parallel=arrangement.degrees, powersgd=powersgd, train=train)
             plan = make_plan(changed, json_config, cluster, device)
             least = plan.lacking if least is None else min(least, plan.lacking)

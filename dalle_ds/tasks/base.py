@@ -58,8 +58,23 @@ class Task(ABC, Generic[RunConfig]):
         raise NotImplementedError
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer parameter groups."""
-        return decay_groups(model, self.run.optim.weight_decay)
+        """Optimizer parameter groups.
+
+        Raises:
+            ConfigError: 16-bit moments, which are for residual blocks, of a model without any.
+        """
+        compact: Sequence[nn.Module] = ()
+        if self.run.optim.moments == "16-bit":
+            compact = self.residual_blocks(model)
+            if not compact:
+                raise ConfigError(
+                    f"optim.moments=16-bit is for matrices of residual blocks, which a {self.name} has none of: leave it out"
+                )
+        return decay_groups(model, self.run.optim.weight_decay, compact)
+
+    def residual_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Blocks of the model whose matrices `optim.moments` is for."""
+        return ()
 
     @property
     def scaling(self) -> ScalingConfig | None:

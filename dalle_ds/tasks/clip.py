@@ -63,6 +63,10 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def build_model(self, tensor: TensorGroup = WHOLE) -> Clip:
         return Clip(self.run.model, tokenizer=self.tokenizer, checkpointing=self.run.train.activation_checkpointing)
 
+    def residual_blocks(self, model: nn.Module) -> list[nn.Module]:
+        clip = cast(Clip, model)
+        return [*clip.vision_model.encoder.layers, *clip.text_model.encoder.layers]
+
     def initial_weights(self) -> Mapping[str, Tensor] | None:
         # As they lie in the file: a process reads the parts that it keeps, and memory for all is that of the system's cache.
         return load_model(self.run.init, "clip", ClipConfig)[1] if self.run.init else None

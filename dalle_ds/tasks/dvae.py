@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle_ds.config import DvaeRun
 from dalle_ds.data import DvaeSamples, PairDataset
 from dalle_ds.data.prepare import read_info
-from dalle_ds.models.dvae import DiscreteVAE, kl_to_uniform
+from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.optim import half_cosine
@@ -34,6 +34,9 @@ class DvaeTask(Task[DvaeRun]):
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> DiscreteVAE:
         return DiscreteVAE(self.run.model)
+
+    def residual_blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [module for module in model.modules() if isinstance(module, ResidualBlock)]
 
     def samples(self, split: str) -> Samples:
         return DvaeSamples(PairDataset.open(self.run.data, split), self.run.model.image_size, train=split == "train")

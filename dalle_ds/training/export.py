@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.config import ClipRun, DuplicateRun, DvaeRun, Run, TransformerRun, from_dict
+from dalle_ds.config import ClipRun, DuplicateRun, DvaeRun, Run, TransformerRun
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
@@ -25,7 +25,7 @@ from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT,
 from dalle_ds.training.checkpoints.folder import require_whole
 from dalle_ds.training.checkpoints.storage import Index
 from dalle_ds.training.checkpoints.writing import write_safetensors
-from dalle_ds.training.run_directory import RunDirectory, read_config
+from dalle_ds.training.run_directory import RunDirectory, read_config, run_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["average", "raw"]
@@ -47,7 +47,7 @@ def read_run(path: Path) -> tuple[str, Run]:
     stage, values = read_config(path)
     if stage not in _STAGES:
         raise CheckpointError(f"{path} holds a run of stage {stage!r}: this version knows {', '.join(_STAGES)}")
-    return stage, from_dict(_STAGES[stage][0], values, str(path))
+    return stage, run_of(_STAGES[stage][0], values, str(path))
 
 
 def export_checkpoint(

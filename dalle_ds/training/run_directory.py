@@ -11,17 +11,20 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import yaml
 
 from dalle_ds.config import Run, differences, from_dict, to_dict
+from dalle_ds.config.plain import flatten
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
 from dalle_ds.parsing import parse_json, parse_yaml
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
 from dalle_ds.training.lines import LineFile
+
+RunKind = TypeVar("RunKind", bound=Run)
 
 # Fields that may differ when a run is resumed: they change no weight but for rounding (paths are held against fingerprints
 # instead), or are there to be changed by hand.
@@ -39,7 +42,10 @@ _FREE = (
     "loader.workers",
     "loader.max_unreadable",
     "optim.halve_at",
+    "optim.moments",  # of a checkpoint, which says so where they are others
 )
+# Settings that every stage once took, and that only some stages use.
+_TAKEN_ONCE = ("loader.codes", "loader.caption_dropout", "loader.bpe_dropout", "train.activation_checkpointing")
 _FREE_SECTIONS = ("report.", "guard.", "watch.", "parallel.", "powersgd.")
 _CONFIG_NAME = "config.yaml"
 _IDENTITY_NAME = "identity.json"
@@ -61,6 +67,21 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     if not (isinstance(saved, dict) and isinstance(saved.get("stage"), str) and isinstance(saved.get("run"), dict)):
         raise CheckpointError(f"{file} is not a run's configuration: name another --run_dir")
     return saved["stage"], saved["run"]
+
+
+def run_of(kind: type[RunKind], saved: dict[str, Any], where: str) -> RunKind:
+    """A run's configuration from the plain values that `read_config` returns.
+
+    Raises:
+        ConfigError: as `from_dict`.
+    """
+    used = dict(flatten(to_dict(kind())))
+    kept = dict(saved)
+    for name in _TAKEN_ONCE:
+        section, field = name.split(".")
+        if name not in used and isinstance(kept.get(section), dict):
+            kept[section] = {key: value for key, value in kept[section].items() if key != field}
+    return from_dict(kind, kept, where)
 
 
 class RunDirectory:
@@ -139,7 +160,7 @@ class RunDirectory:
             raise CheckpointError(
                 f"--run_dir {self.path} holds a {stage} run, this is {self.stage}: name another folder"
             )
-        old = from_dict(type(self.run), began_with, str(self.config_file))
+        old = run_of(type(self.run), began_with, str(self.config_file))
         changed = {
             name: values
             for name, values in differences(old, self.run).items()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dalle_ds.config import OptimConfig
-from dalle_ds.models import Dalle, DiscreteVAE
-from dalle_ds.optim import WeightAverage, decay_groups, resblock_groups
+from dalle_ds.config import ClipConfig, ClipRun, DuplicateRun, DvaeRun, OptimConfig
+from dalle_ds.errors import ConfigError
+from dalle_ds.models import Clip, Dalle, DiscreteVAE
+from dalle_ds.optim import AdamW, WeightAverage, decay_groups, resblock_groups
+from dalle_ds.tasks.clip import ClipTask
+from dalle_ds.tasks.duplicates import DuplicatesTask
+from dalle_ds.tasks.dvae import DvaeTask
 from tests.conftest import TINY_DALLE, TINY_DVAE
 
 
@@ -132,3 +139,34 @@ def test_each_residual_block_has_its_own_groups_and_only_its_matrices_have_16_bi
         assert group["weight_decay"] == (OptimConfig().weight_decay if is_matrix and not embeds else 0.0)
     assert seen == {name for name, _ in model.named_parameters()}
     assert [group["block"] for group in groups] == [n // 2 for n in range(2 * len(model.blocks))] + [None, None]
+
+
+def test_16_bit_moments_are_those_of_the_matrices_of_residual_blocks_in_every_task() -> None:
+    optim = OptimConfig(moments="16-bit")
+    small_clip = ClipConfig(embed_dim=8, image_size=8, patch_size=4, vision_width=16, vision_depth=2, vision_heads=2,
+                            text_width=16, text_depth=2, text_heads=2, text_len=6, text_vocab=30)  # fmt: skip
+    dvae, clip = DvaeTask(DvaeRun(model=TINY_DVAE, optim=optim)), ClipTask.__new__(ClipTask)
+    clip.run = ClipRun(model=small_clip, optim=optim)
+    for task, model, inside in (
+        (dvae, DiscreteVAE(TINY_DVAE), r"\.block_\d+\..*\.w$"),
+        (clip, Clip(small_clip), r"\.layers\.\d+\..*weight$"),
+    ):
+        groups = task.parameter_groups(model)
+        small = [name for group in groups if group.get("moments") == "16-bit" for name in names(model, group)]
+        expected = {n for n, p in model.named_parameters() if re.search(inside, n) and p.ndim >= 2}
+        assert expected and sorted(small) == sorted(expected)
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+        optimizer = AdamW(groups, second_moment_clip=None)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+        halves = {n for n, p in model.named_parameters() if optimizer.state[p]["exp_avg"].element_size() == 2}
+        assert halves == expected
+        task.run = dataclasses.replace(task.run, optim=OptimConfig())
+        assert not any(group.get("moments", "fp32") == "16-bit" for group in task.parameter_groups(model))
+
+
+def test_16_bit_moments_of_a_model_without_residual_blocks_are_refused() -> None:
+    task = DuplicatesTask(DuplicateRun(optim=OptimConfig(moments="16-bit")))
+    with pytest.raises(ConfigError, match=r"optim\.moments=16-bit"):
+        task.parameter_groups(nn.Linear(2, 2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle_ds.config import DalleConfig, DvaeObjective, DvaeRun, LoaderConfig, TransformerRun
+from dalle_ds.config import DalleConfig, DvaeObjective, DvaeRun, TransformerLoaderConfig, TransformerRun
 from dalle_ds.data import PairDataset, evaluation_batches
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
@@ -31,7 +31,7 @@ def transformer_run(data: Path, dvae_export: Path, tokenizer_file: Path) -> Tran
         dvae=str(dvae_export),
         tokenizer=str(tokenizer_file),
         model=TINY_DALLE,
-        loader=LoaderConfig(codes="live"),
+        loader=TransformerLoaderConfig(codes="live"),
     )
 
 
@@ -143,7 +143,7 @@ def test_live_and_cached_codes_agree_on_validation_pictures(
     shutil.copytree(data, copy)
     live = TransformerTask(dataclasses.replace(transformer_run, data=str(copy)))
     expected = validation_batch(live)
-    automatic = dataclasses.replace(transformer_run, data=str(copy), loader=LoaderConfig())
+    automatic = dataclasses.replace(transformer_run, data=str(copy), loader=TransformerLoaderConfig())
     assert TransformerTask(automatic).codes_source == "live"
     cache_codes(
         DiscreteVAE.from_pretrained(dvae_export), str(copy), views=2, seed=0, batch_size=8, workers=0, overwrite=False
@@ -178,7 +178,7 @@ def test_flops_are_those_of_the_model(transformer_run: TransformerRun) -> None:
         ({"model": dataclasses.replace(TINY_DALLE, text_vocab=300)}, r"pieces but model.text_vocab is only 300"),
         ({"dvae": ""}, "--dvae is missing"),
         ({"tokenizer": ""}, "--tokenizer is missing"),
-        ({"loader": LoaderConfig(codes="cached")}, "has no codes of the dVAE.*--cache_codes"),
+        ({"loader": TransformerLoaderConfig(codes="cached")}, "has no codes of the dVAE.*--cache_codes"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(transformer_run: TransformerRun, change: dict, words: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.config import OptimConfig, TrainConfig, TransformerRun
+from dalle_ds.config import OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.models import Dalle
 from dalle_ds.optim import WeightAverage, resblock_groups
 from dalle_ds.parallel import Mesh
@@ -77,7 +77,7 @@ class Training:
         zero: dict[str, Any] = {"stage": layout.stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 2_000}
         if layout.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
-        run = TransformerRun(model=TINY_DALLE, train=TrainConfig(batch_size=ROWS), optim=layout.optim)
+        run = TransformerRun(model=TINY_DALLE, train=RecomputingTrainConfig(batch_size=ROWS), optim=layout.optim)
         config = resolve(
             {"zero_optimization": zero, "bf16": {"enabled": layout.precision == "bf16"}}, run, mesh.world_size
         )

@@ -26,8 +26,8 @@ from dalle_ds.config import (
     ClipRun,
     OptimConfig,
     ParallelConfig,
+    RecomputingTrainConfig,
     SharpnessConfig,
-    TrainConfig,
 )
 from dalle_ds.models.clip import Clip
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
@@ -155,7 +155,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     run = ClipRun(
         model=SHAPE,
         parallel=parallel,
-        train=TrainConfig(batch_size=BATCH, micro_batch=micro, activation_checkpointing=case.recompute),  # type: ignore[arg-type]
+        train=RecomputingTrainConfig(batch_size=BATCH, micro_batch=micro, activation_checkpointing=case.recompute),  # type: ignore[arg-type]
         optim=OptimConfig(clip=None, second_moment_clip=None),
         objective=ClipObjective(local_loss=case.local),
         sharpness=SharpnessConfig(rho=RHO, pairs=case.sharp) if case.sharp else SharpnessConfig(),

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.config import DalleConfig, OptimConfig, ParallelConfig, PowerSGDConfig, TrainConfig, TransformerRun
+from dalle_ds.config import (
+    DalleConfig,
+    OptimConfig,
+    ParallelConfig,
+    PowerSGDConfig,
+    RecomputingTrainConfig,
+    TransformerRun,
+)
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Dalle
 from dalle_ds.optim import decay_groups, resblock_groups
@@ -76,7 +83,9 @@ class Replica:
         self.mesh = processes.divide(parallel)
         self.shape = shape
         compression = powersgd or PowerSGDConfig()
-        run = TransformerRun(model=shape, parallel=parallel, train=TrainConfig(batch_size=BATCH), powersgd=compression)
+        run = TransformerRun(
+            model=shape, parallel=parallel, train=RecomputingTrainConfig(batch_size=BATCH), powersgd=compression
+        )
         zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
         if offload:
             zero["offload_optimizer"] = {"device": "cpu"}

@@ -14,9 +14,21 @@ import pytest
 import torch
 import yaml
 
-from dalle_ds.config import DvaeRun, OptimConfig, ParallelConfig, ReportConfig, TrainConfig
+from dalle_ds.config import (
+    ClipRun,
+    DvaeRun,
+    OptimConfig,
+    ParallelConfig,
+    RecomputingTrainConfig,
+    ReportConfig,
+    Run,
+    TrainConfig,
+    TransformerLoaderConfig,
+    TransformerRun,
+)
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
+from dalle_ds.training.export import read_run
 from dalle_ds.training.run_directory import RunDirectory
 from tests.conftest import ROOT
 
@@ -42,6 +54,44 @@ def test_the_same_run_is_taken_up_again_and_free_fields_may_differ(tmp_path: Pat
     )
     claimed(tmp_path / "run", longer).release()
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["steps"] == 20
+
+
+@pytest.mark.parametrize(("stage", "run"), [("dvae", RUN), ("clip", ClipRun(data="data", run_dir="run", steps=10))])
+def test_a_run_of_when_every_stage_took_all_settings_is_taken_up_again(tmp_path: Path, stage: str, run: Run) -> None:
+    """They were in every `config.yaml`, whatever was done with them; nothing else is forgiven."""
+    file = tmp_path / "run" / "config.yaml"
+    directory = RunDirectory(tmp_path / "run", stage, run)
+    directory.claim()
+    directory.write_config({})
+    directory.release()
+    content = yaml.safe_load(file.read_text())
+    content["run"]["loader"] |= {"codes": "auto", "caption_dropout": 0.1, "bpe_dropout": 0.1}
+    content["run"]["train"] |= {"activation_checkpointing": "full"}
+    content["run"]["optim"]["moments"] = "16-bit"  # did nothing; a checkpoint says which it has
+    file.write_text(yaml.safe_dump(content))
+    if stage == "clip":
+        run = dataclasses.replace(run, train=RecomputingTrainConfig(activation_checkpointing="full"))
+    assert read_run(tmp_path / "run")[0] == stage
+    directory = RunDirectory(tmp_path / "run", stage, run)
+    directory.claim()
+    directory.write_config({})
+    directory.release()
+    saved = yaml.safe_load(file.read_text())["run"]
+    assert "bpe_dropout" not in saved["loader"]
+    content["run"]["loader"]["max_reading"] = 3
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="max_reading"):
+        RunDirectory(tmp_path / "run", stage, run)
+
+
+def test_a_transformer_keeps_the_settings_that_only_it_has(tmp_path: Path) -> None:
+    run = TransformerRun(data="data", run_dir="run", loader=TransformerLoaderConfig(bpe_dropout=0.2))
+    directory = RunDirectory(tmp_path / "run", "transformer", run)
+    directory.claim()
+    directory.write_config({})
+    directory.release()
+    with pytest.raises(CheckpointError, match=r"loader\.bpe_dropout: 0\.2 in the run, 0\.1 now"):
+        RunDirectory(tmp_path / "run", "transformer", dataclasses.replace(run, loader=TransformerLoaderConfig()))
 
 
 def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -> None:

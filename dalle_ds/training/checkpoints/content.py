@@ -178,7 +178,9 @@ def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> Non
         group = optimizer.param_groups[weights.group_of[number]]
         wrong = next((stored for stored in parameters if stored["moments"] != group["moments"]), None)
         if wrong is not None:
-            raise CheckpointError(f"its moments are {wrong['moments']}, and optim.moments is {group['moments']}")
+            raise CheckpointError(
+                f"its moments are {wrong['moments']}, not {group['moments']}: set optim.moments to {wrong['moments']}"
+            )
         step = max((stored["step"] for stored in parameters), default=0)
         if step == 0:
             optimizer.state.pop(shard, None)  # not updated yet
