@@ -4,9 +4,10 @@
 #
 #   slurm/chain.sh PRESET DATA OUT
 #
-# DATA is what launchers/prepare_data.py made. OUT gets tokenizer.model, dvae/, transformer/, report/ and logs/. What the
-# launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, CLIP_ARGS, EVALUATE_ARGS; sbatch, for all
-# stages: SBATCH_ARGS. CLIP=PRESET also trains the CLIP of that preset, into clip/, and evaluates the best of 1, 8 and 64 by it.
+# DATA is what launchers/prepare_data.py made, or makes first, given PREPARE_ARGS='--corpus C --source S', in SHARES jobs
+# at a time; for the paper's presets (dalle-*) with the paper's filters. OUT gets tokenizer.model, dvae/, transformer/, report/
+# and logs/. What the launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, CLIP_ARGS,
+# EVALUATE_ARGS; sbatch, for all stages: SBATCH_ARGS. CLIP=PRESET also trains the CLIP of that preset, into clip/, and evaluates the best of 1, 8 and 64 by it.
 # AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
 (($# == 3)) || { sed -n '2,/^[^#]/{/^#/p}' "$0" >&2; exit 2; }
 mkdir -p "$3" && out=$(CDPATH='' cd "$3" && pwd) || exit
@@ -29,6 +30,13 @@ stage() {
 
 # shellcheck disable=SC2086
 {
+    if [[ -n ${PREPARE_ARGS:-} && ! -f $data/info.json ]]; then
+        filters=() && [[ $preset != dalle-* ]] || filters=(--filters.paper True)
+        last=$(SBATCH_ARGS="${SBATCH_ARGS:-} --nodes=1 ${last:+--dependency=afterok:$last}" "$DALLE_ROOT/slurm/prepare.sh" \
+            "${SHARES:-1}" --out "$data" ${filters[@]+"${filters[@]}"} ${PREPARE_ARGS})
+        jobs+=("$last")
+        printf '%-12s %s\n' prepare_data "$last"
+    fi
     [[ -f $out/tokenizer.model ]] || stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model" \
         ${TOKENIZER_ARGS:-}
     stage dvae --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \

@@ -262,7 +262,9 @@ def _identity(options: PrepareOptions) -> dict[str, Any]:
         from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder
 
         files[filters.duplicate_model] = digest_of(export_folder(filters.duplicate_model) / WEIGHTS_NAME)
-    return {**identity, "filters": dataclasses.asdict(filters), "files": files}
+    settings = dataclasses.asdict(filters)
+    del settings["none"]  # said by the others
+    return {**identity, "filters": settings, "files": files}
 
 
 def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:

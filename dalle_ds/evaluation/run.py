@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 import dalle_ds
 from dalle_ds.data import PairDataset
+from dalle_ds.data.filters import FilterOptions
+from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.candidates import Candidates, texts_sha256
 from dalle_ds.evaluation.context import Context
@@ -164,7 +167,12 @@ def _protocol(options: EvaluateOptions, context: Context) -> dict[str, Any]:
     overlap = None if context.kept is None else (~context.kept).nonzero()[:, 0].tolist()
     return {
         "method": METHOD,
-        "set": {"split": dataset.split, "fingerprint": dataset.fingerprint, "rows": len(dataset)},
+        "set": {
+            "split": dataset.split,
+            "fingerprint": dataset.fingerprint,
+            "rows": len(dataset),
+            **_filtered(options.data),
+        },
         "without": None if overlap is None else {"rows": len(overlap), "sha256": texts_sha256(map(str, overlap))},
         "pictures": {"size": context.size, "resize": RESIZE},
         "captions": {
@@ -175,6 +183,22 @@ def _protocol(options: EvaluateOptions, context: Context) -> dict[str, Any]:
         "features": context.network.protocol(options.radii) if context.network is not None else None,
         "judge": context.judge.fingerprint if context.judge is not None else None,
     }
+
+
+def _filtered(data: str | None) -> dict[str, Any]:
+    """The filters that the set was prepared with, and how many pairs were dropped for each reason; "unknown" where an older
+    preparation does not tell."""
+    info = read_info(Path(data or ""))
+    try:
+        settings, files = info["options"]["filters"], info["options"].get("files", {})
+        known = {entry.name for entry in fields(FilterOptions)}
+        active = FilterOptions(**{name: value for name, value in settings.items() if name in known}).active
+        # Of files their content's digest, not their place.
+        filters = {name: files.get(value, value) if isinstance(value, str) else value for name, value in active.items()}
+        dropped = {reason: entry["count"] for reason, entry in info["dropped"].items()}
+    except (KeyError, TypeError, AttributeError, ConfigError):
+        return {"filters": "unknown", "dropped": "unknown"}
+    return {"filters": filters or "none", "dropped": dropped or "none"}
 
 
 def _generation(options: EvaluateOptions) -> dict[str, Any]:

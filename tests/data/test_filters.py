@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dalle_ds.data.filters import (
     language,
     picture_problem,
 )
+from dalle_ds.data.filters.options import _OFF
 from dalle_ds.errors import ConfigError
 
 
@@ -133,6 +135,22 @@ def test_picture_filters_include_their_bounds() -> None:
 def test_options_that_cannot_work(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"filters.{field}"):
         FilterOptions(**{field: value})
+
+
+def test_all_filters_can_be_switched_off_at_once_and_are_told_where_they_are_on() -> None:
+    assert FilterOptions(none=True).active == {}
+    assert FilterOptions().active == {"drop_boilerplate": True, "max_aspect_ratio": 2.0}
+    assert FilterOptions(paper=True).active == {
+        **FilterOptions().active,
+        "min_caption_words": 3,
+        "foreign_margin": 12.0,
+    }
+    # Every filter that there is can be told, and is off with `none`: what is listed here drops nothing.
+    unlisted = {entry.name for entry in dataclasses.fields(FilterOptions)} - set(_OFF)
+    assert unlisted == {"none", "max_caption_chars", "max_megapixels", "duplicate_cosine"}
+    for field, value in (("min_caption_words", 3), ("paper", True), ("max_aspect_ratio", 3.0)):
+        with pytest.raises(ConfigError, match=f"filters.none and filters.{field}"):
+            FilterOptions(none=True, **{field: value})  # type: ignore[arg-type]
 
 
 def test_the_papers_filters_are_off_until_asked_for_and_can_be_changed() -> None:

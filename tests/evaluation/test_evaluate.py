@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from dalle_ds.config import PADDING
 from dalle_ds.data import PairDataset
+from dalle_ds.data.filters import FilterOptions
+from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.evaluation import folders, of_pictures, page, run
 from dalle_ds.evaluation.command import compare_command
@@ -98,6 +101,36 @@ def test_all_parts_are_measured_and_written(options: EvaluateOptions, quick: Non
     chosen = choose_captions(PairDataset.open(str(options.data), "validation"), 7, 0)
     assert [(line["caption"], line["row"]) for line in lines] == [(caption.text, caption.row) for caption in chosen]
     assert all(line["best"]["1"] == 0 and 0 <= line["best"]["3"] < 3 for line in lines)
+
+
+def test_the_protocol_says_how_the_set_was_filtered(
+    options: EvaluateOptions, quick: None, corpus: Path, tmp_path: Path
+) -> None:
+    def measured(data: Path) -> Result:
+        only = replace(options, data=str(data), split="train", transformer=None, clip=None, judge=None)
+        return evaluate(only, ALONE)
+
+    def prepared(name: str, **filters: Any) -> Path:
+        out = tmp_path / name
+        prepare(PrepareOptions("folder", str(corpus), validation=0, filters=FilterOptions(**filters)), str(out))
+        return out
+
+    words = tmp_path / "words.txt"
+    words.write_text("red\n")
+    whole = measured(prepared("whole", none=True))
+    assert whole.protocol["set"]["filters"] == "none" and whole.protocol["set"]["dropped"] == "none"
+    fewer = measured(prepared("fewer", block=str(words))).protocol["set"]
+    assert fewer["filters"]["max_aspect_ratio"] == 2.0 and len(fewer["filters"]["block"]) == 64
+    assert fewer["rows"] + sum(fewer["dropped"].values()) == whole.protocol["set"]["rows"]
+    # An older preparation, and one with the same rows and other filters.
+    old = prepared("old", none=True)
+    info = json.loads((old / "info.json").read_text())
+    del info["dropped"]
+    (old / "info.json").write_text(json.dumps(info))
+    unknown = measured(old)
+    assert unknown.protocol["set"] == {**whole.protocol["set"], "filters": "unknown", "dropped": "unknown"}
+    with pytest.raises(ConfigError, match=r"set\.filters"):
+        compare(whole, unknown)
 
 
 def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: None) -> None:

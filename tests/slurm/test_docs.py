@@ -13,6 +13,7 @@ import pytest
 from dalle_ds.cli import parse_options
 from dalle_ds.cluster.command import ClusterOptions
 from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
+from dalle_ds.data.command import Preparation
 from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.training.launch import parse_command
 from tests.conftest import ROOT
@@ -83,12 +84,12 @@ def test_stages_wait_for_each_other(calls: list[Call]) -> None:
     judged = [*chain[:-1], "clip", "evaluate"]
     assert [call.stage for call in calls] == [
         *("doctor", "prepare_data", "prepare_data"),
-        *(*chain, *chain, *judged, "transformer"),
+        *(*chain, "prepare_data", "prepare_data", *chain, *judged, "transformer"),
     ]
     waits = {number: call.options.get("dependency") for number, call in enumerate(calls, 101)}
     assert waits == {
-        **dict.fromkeys((101, 102, 104, 109, 114, 120)),
-        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 114), *range(115, 120))},
+        **dict.fromkeys((101, 102, 104, 109, 116, 122)),
+        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 116), *range(117, 122))},
     }
 
 
@@ -103,6 +104,29 @@ def test_stages_that_train_get_all_nodes_and_a_warning(calls: list[Call]) -> Non
     assert [call.options["nodes"] for call in calls if call.stage == "transformer"] == ["1", "4", "1", "8"]
     assert [call.options["nodes"] for call in calls if call.stage == "evaluate"] == ["1", "4", "1"]
     assert calls[1].options["array"] == "0-15" and "%A_%a" in calls[1].options["output"]
+
+
+def test_the_papers_presets_are_trained_on_data_with_the_papers_filters(place: Path, tmp_path: Path) -> None:
+    (place / "there").mkdir()
+    (place / "there" / "info.json").touch()
+    prepared = "PREPARE_ARGS='--corpus webdataset --source my_tars' AFTER=7 slurm/chain.sh {} {} runs/{}; "
+    for preset, data, filtered, jobs in (
+        ("dalle-3b", "new", True, 7),
+        ("small", "new", False, 7),
+        ("dalle-3b", "there", None, 5),
+    ):
+        before = len(noted(place))
+        assert shell(prepared.format(preset, data, f"{preset}-{data}"), place)[0] == 0
+        new = noted(place)[before:]
+        assert len(new) == jobs
+        first, second = new[:2]
+        assert first.options["dependency"] == "afterok:7"
+        if filtered is not None:
+            assert [call.stage for call in new[:3]] == ["prepare_data", "prepare_data", "tokenizer"]
+            assert second.options["array" if "array" in second.options else "dependency"] == f"afterok:{before + 101}"
+            for call in (first, second):
+                assert parse_options(Preparation, call.launcher).filters.paper == filtered
+                assert call.options["nodes"] == "1"
 
 
 def test_launchers_understand_what_they_are_given(

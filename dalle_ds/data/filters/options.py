@@ -7,6 +7,7 @@ a corpus in other languages, or of one with short captions, are off until `paper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,16 @@ from dalle_ds.errors import ConfigError
 
 MAX_HASH_DISTANCE = 10
 """Beyond it, of 64 bits, other pictures are found, and all pairs would have to be compared."""
+_OFF: dict[str, Any] = {
+    "min_caption_chars": 1,
+    "drop_boilerplate": False,
+    "max_aspect_ratio": None,
+    "min_side": 1,
+    "paper": False,
+    **dict.fromkeys(("min_caption_words", "foreign_margin", "block", "require", "max_repeated_words", "max_capitals")),
+    **dict.fromkeys(("max_digits", "max_caption_copies", "max_hash_distance", "duplicate_model")),
+}
+"""Filters, and what switches each off. Pictures too large to be decoded are left out in any case."""
 _PAPER = {"min_caption_words": 3, "foreign_margin": 12.0, "drop_boilerplate": True, "max_aspect_ratio": 2.0}
 
 
@@ -40,6 +51,8 @@ class FilterOptions:
     paper: bool = False
     """All that the paper names, where nothing else is given here: at least 3 words (Conceptual 12M's limit; the paper tells
     none), English with a margin of 12, no boilerplate, an aspect ratio of at most 2."""
+    none: bool = False
+    """No filter at all, for sets that models are measured on: what can be read is kept, but for equal pairs."""
     min_caption_words: int | None = None
     """Drop captions of fewer words between spaces; of no use in scripts that write none."""
     foreign_margin: float | None = None
@@ -66,6 +79,8 @@ class FilterOptions:
     """How close that is, for `duplicate_model`: the cosine of the embeddings."""
 
     def __post_init__(self) -> None:
+        if self.none:
+            self._switch_off()
         for name, value in _PAPER.items() if self.paper else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -84,6 +99,19 @@ class FilterOptions:
         self._between("duplicate_cosine", 0, 1)
         for name in ("max_repeated_words", "max_capitals", "max_digits"):
             self._between(name, 0, 1)
+
+    def _switch_off(self) -> None:
+        for name, off in _OFF.items():
+            if getattr(self, name) not in (off, getattr(FilterOptions, name)):
+                raise ConfigError(f"filters.none and filters.{name}={getattr(self, name)}: leave one of them out")
+            object.__setattr__(self, name, off)
+
+    @property
+    def active(self) -> dict[str, Any]:
+        """The filters that may leave a pair out, with their settings."""
+        return {
+            name: getattr(self, name) for name, off in _OFF.items() if name != "paper" and getattr(self, name) != off
+        }
 
     def _between(self, name: str, least: float, most: float | None) -> None:
         value = getattr(self, name)
