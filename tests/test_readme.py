@@ -1,20 +1,22 @@
-"""Every command and every piece of Python in the README, run as a newcomer would, only with fewer updates."""
+"""Every command of the README and of the docs is understood; `make test-all` runs the README's as a newcomer would, with fewer
+updates."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 from PIL import Image
 
 from tests.conftest import ROOT
-
-pytestmark = pytest.mark.launch
 
 README = (ROOT / "README.md").read_text()
 FEW = "--steps 2 --report.validation_rows 4 --train.batch_size 4"
@@ -37,6 +39,45 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = [line.strip() for block in blocks("sh") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#") and not line.startswith("source ")]
+
+
+def documented() -> list[str]:
+    """Calls of launchers and benchmarks in all pages, each once, with lines that go on joined; not those cut short by …"""
+    pages = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
+    found: dict[str, None] = {}
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", "\n".join(pages), re.DOTALL):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            if re.match(r"(deepspeed .*|python |torchrun .*)(launchers|benchmarks)/\w+\.py", line) and "…" not in line:
+                found[line.partition("  #")[0].strip()] = None
+    return list(found)
+
+
+class Understood(BaseException):
+    """The command line has been parsed."""
+
+
+@pytest.mark.parametrize("command", documented())
+def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)
+    (script,) = (n for n, word in enumerate(words) if re.match(r"(launchers|benchmarks)/", word))
+    parse = tyro.cli
+
+    def understood(*arguments: Any, **options: Any) -> Any:
+        parse(*arguments, **options)
+        raise Understood
+
+    monkeypatch.setattr(tyro, "cli", understood)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / Path(words[script]).parent))
+    monkeypatch.setattr(sys, "argv", words[script:])
+    with pytest.raises(Understood):
+        runpy.run_path(words[script], run_name="__main__")
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make ([\w-]+)$", README, re.MULTILINE))
+def test_every_target_is_there(target: str) -> None:
+    done = subprocess.run(["make", "--dry-run", target, "READY="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def shortened(command: str) -> str:
@@ -74,6 +115,8 @@ def run(command: str, place: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.launch
 def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
     assert len(commands()) == 15
     for command in commands():
@@ -93,6 +136,8 @@ def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
     assert "demo/dvae is done" in again and "demo/transformer is done" in again
 
 
+@pytest.mark.slow
+@pytest.mark.launch
 def test_the_readmes_python_works_after_them(place: Path) -> None:
     pieces = blocks("python")
     assert len(pieces) == 2
