@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import os
@@ -26,8 +27,9 @@ def parse_options(
 ) -> Options:
     """Command-line options as a `kind`; the docstring under each field is its help.
 
-    Options are written as the field is and take a value: `--out DIR`, `--train.batch_size 64`, `--overwrite True`. A
-    mistake prints what was found and ends the process with status 2; of several processes, the first one prints.
+    Options are written as the field is and take a value: `--out DIR`, `--train.batch_size 64`, `--overwrite True`; `--data`
+    may be given several times. A mistake prints what was found and ends the process with status 2; of several processes, the
+    first one prints.
 
     Args:
         arguments: None takes the process's own. --local_rank=N, which the deepspeed launcher adds, is left out.
@@ -35,7 +37,7 @@ def parse_options(
         description: what the help begins with; None takes the docstring of `kind`.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
+    arguments = _gathered([argument for argument in given if not argument.startswith("--local_rank=")])
     markers = (tyro.conf.FlagConversionOff,)
     with contextlib.ExitStack() as silence:
         if _rank() != "0":
@@ -47,6 +49,16 @@ def parse_options(
         return tyro.cli(
             kind, args=arguments, default=default, description=description, config=markers, use_underscores=True
         )
+
+
+def _gathered(arguments: Sequence[str]) -> Sequence[str]:
+    """`--data A … --data B` as `… --data A B`, since of an option that is given twice tyro takes the last."""
+    if sum(argument.split("=")[0] == "--data" for argument in arguments) < 2:
+        return arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", nargs="+", action="extend")
+    known, rest = parser.parse_known_args(arguments)
+    return [*rest, "--data", *known.data]
 
 
 def run_launcher(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Train the text tokenizer on the captions of a prepared data folder's train split."""
+"""Train the text tokenizer on the captions of a prepared data's train split."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dalle_ds.tokenizer import Tokenizer, TokenizerConfig
 class Options:
     """Train the byte-pair encoding of captions (DALL·E §2.2)."""
 
-    data: str
-    """Folder that launchers/prepare_data.py made; the captions of its train split are used."""
+    data: tuple[str, ...]
+    """Folders that launchers/prepare_data.py made; the captions of their train splits are used."""
     out: str
     """Model file to write, in sentencepiece's format."""
     vocab_size: int | None = None
@@ -31,8 +31,8 @@ def main() -> None:
     # Imported once the options are read, so that --help and mistakes in them are quick.
     from dalle_ds.data.dataset import PairDataset
 
-    pairs = PairDataset.open(options.data, "train")
-    captions = (caption for row in range(len(pairs)) for caption in pairs.captions(row))
+    corpora = [PairDataset.open(folder, "train") for folder in options.data]
+    captions = (caption for pairs in corpora for row in range(len(pairs)) for caption in pairs.captions(row))
     report = Tokenizer.train(captions, options.out, config.vocab_size)
     print(f"{options.out}: {report}")
 

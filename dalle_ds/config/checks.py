@@ -35,7 +35,10 @@ def sound(config: Any, where: str = "") -> None:
             sound(value, f"{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, found {value}")
-        elif isinstance(value, str) and _CREDENTIALS.search(value):
+        elif any(
+            isinstance(item, str) and _CREDENTIALS.search(item)
+            for item in (value if isinstance(value, tuple) else [value])
+        ):
             raise ConfigError(
                 f"{name} is a URL with a user name or password before its host, which files and logs would show: leave these "
                 "out of it"

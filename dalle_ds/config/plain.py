@@ -56,7 +56,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in choices:
             return None
-        return _convert(next(choice for choice in choices if choice is not type(None)), value, where)
+        is_list = isinstance(value, (list, tuple))
+        choices = tuple(choice for choice in choices if choice is not type(None))
+        fitting = (choice for choice in choices if is_list == (typing.get_origin(choice) is tuple))
+        return _convert(next(fitting, choices[0]), value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
     if origin is tuple and isinstance(value, (list, tuple)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from dalle_ds.config.checks import positive, sound
@@ -24,13 +25,18 @@ from dalle_ds.config.training import (
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import ConfigError
 
+_MOST_TURNS = 10_000  # after which all corpora have had their shares; loaders lay out that many at a time
+
 
 @dataclass(frozen=True)
 class Run:
     """What every stage's run has. Paths and counts stand at the top level of the command line."""
 
-    data: str = ""
-    """Folder that `launchers/prepare_data.py` made."""
+    data: str | tuple[str, ...] = ""
+    """Folder that `launchers/prepare_data.py` made, or several: `--data A --data B`, or `--data A B`."""
+    data_weights: tuple[int, ...] = ()
+    """How often each of several folders is drawn from, as whole numbers: `--data_weights 2 1` takes two of three samples from
+    the first. None draws from all equally often, whatever their sizes."""
     run_dir: str = ""
     """Folder of this run; naming an existing one resumes it."""
     steps: int = 1_000
@@ -63,10 +69,31 @@ class Run:
         positive("run", self, "steps", "save_every", "save_minutes")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must lie in [0, 2^63), found {self.seed}")
+        self._check_weights()
         if self.powersgd.enabled and self.parallel.replicas == 1:
             raise ConfigError(
                 "powersgd.enabled compresses what crosses between replicas, and parallel.replicas is 1: raise it, or leave "
                 "powersgd out"
+            )
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """The folders of `data`: at least one, empty where none is named."""
+        return (self.data,) if isinstance(self.data, str) else self.data or ("",)
+
+    def _check_weights(self) -> None:
+        weights, folders = self.data_weights, len(self.corpora)
+        if not weights:
+            return
+        if folders == 1 or len(weights) != folders:
+            raise ConfigError(
+                f"data_weights has {len(weights)} weights, and data {folders} folder{'s' * (folders != 1)}: give one for each "
+                "of several folders, or leave data_weights out"
+            )
+        if min(weights) < 1 or sum(weights) // math.gcd(*weights) > _MOST_TURNS:
+            raise ConfigError(
+                f"data_weights must be whole numbers greater than 0 with a sum of at most {_MOST_TURNS:,}, found "
+                f"{' '.join(map(str, weights))}"
             )
 
 

@@ -286,7 +286,7 @@ class TransformerLoaderConfig(LoaderConfig):
 
     codes: Literal["auto", "cached", "live"] = "auto"
     """`cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly augmented pictures, `auto`
-    takes the cache where one of this dVAE exists."""
+    takes the cache where one of this dVAE exists, for each of several corpora."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
     bpe_dropout: float = 0.1

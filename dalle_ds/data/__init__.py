@@ -3,14 +3,15 @@
 Preparing, once: `corpora` reads pairs, `examine` judges each by itself and `prepare` among all others (`filters`), divides
 (`splits`) and writes the folder that every later stage takes as `--data`; `parts` shares the work among jobs, `engine` among
 the machines of a Ray cluster, and `command` is all of it at the command line. Training:
-`dataset` reads that folder and `shards` its files, `augment` makes views, `samples` turns a row into arrays, `order` and
-`loader` decide which rows make up which batch, `workers` are the loader's processes. `codes` keeps image codes. `faults`
-counts what cannot be read, `stamps` notices what changes, `inspection` reads everything.
+`dataset` reads that folder and `shards` its files, `augment` makes views, `samples` turns a row into arrays, `mixture` makes
+one of several corpora, `order` and `loader` decide which rows make up which batch, `workers` are the loader's processes.
+`codes` keeps image codes. `faults` counts what cannot be read, `stamps` notices what changes, `inspection` reads everything.
 """
 
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.loader import BatchLoader, evaluation_batches
+from dalle_ds.data.mixture import Mixture
 from dalle_ds.data.samples import ClipSamples, DvaeSamples, TextImageSamples
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ClipSamples",
     "CodesCache",
     "DvaeSamples",
+    "Mixture",
     "PairDataset",
     "TextImageSamples",
     "evaluation_batches",

@@ -115,17 +115,23 @@ class Unreadable:
     Args:
         limit: largest share, in [0, 1].
         log: faults met by this process, for the message.
-        data: the data folder, for the message.
+        data: the data folder or folders, for the message.
         window: the share is that of about this many rows tried last.
         at_least: nothing is concluded from fewer rows, unless the limit is 0.
     """
 
     def __init__(
-        self, limit: float, log: FaultLog, data: str, *, window: int = _WINDOW, at_least: int = _AT_LEAST
+        self,
+        limit: float,
+        log: FaultLog,
+        data: str | tuple[str, ...],
+        *,
+        window: int = _WINDOW,
+        at_least: int = _AT_LEAST,
     ) -> None:
         self._limit = limit
         self._log = log
-        self._data = data
+        self._data = (data,) if isinstance(data, str) else data
         self._window = window
         self._at_least = at_least
         self._updates: deque[tuple[int, int]] = deque()
@@ -189,7 +195,8 @@ class Unreadable:
         if commonest is not None:
             reason, rows, example = commonest
             why = f"; most often: {reason} ({rows:,} times), such as {example}"
+        looks = " and ".join(f"python launchers/doctor.py data {folder}" for folder in self._data)
         return DataError(
             f"{found}, {share:.1%}, which is more than loader.max_unreadable={self._limit:g} allows{why}. Look at all of "
-            f"the data with python launchers/doctor.py data {self._data}, and put back what is missing, or raise the limit"
+            f"the data with {looks}, and put back what is missing, or raise the limit"
         )

@@ -1,7 +1,8 @@
 """Batches as a pure function of (seed, step): whatever the number of processes, workers or the size of micro-batches.
 
-Position p of the endless sequence of shuffled epochs (`order.rows_of`) is sample p of training. Step s takes positions
-[s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run resumes by starting at its next step.
+Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `order.turns_of`) is
+sample p of training. Step s takes positions [s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run
+resumes by starting at its next step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dalle_ds.data.faults import Fault, FaultLog
-from dalle_ds.data.order import hash_integers, rows_of
+from dalle_ds.data.mixture import Mixture
+from dalle_ds.data.order import hash_integers
 from dalle_ds.data.workers import start_worker, take, without_surprises, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
@@ -145,6 +147,7 @@ def evaluation_batches(
     Raises:
         DataError: no rows, or 256 rows in turn that cannot be read.
     """
+    samples = _mixture(samples)
     if len(samples) == 0:
         raise DataError("the evaluation split has no rows: prepare more data, or raise the share of validation")
     count = len(samples) if rows is None else min(rows, len(samples))
@@ -206,12 +209,12 @@ class _TrainingBatches(Dataset[_Loaded]):
     """The micro-batch at a list of positions."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
-        self._samples = samples
+        self._samples = _mixture(samples)
         self._seed = seed
 
     def __getitems__(self, positions: list[int]) -> _Loaded:
         loaded = _Loaded()
-        rows = rows_of(np.array(positions, dtype=np.int64), self._seed, len(self._samples))
+        rows = self._samples.rows_at(np.array(positions, dtype=np.int64), self._seed)
         samples = []
         for row, position in zip(rows, positions, strict=True):
             seed = (self._seed, position)
@@ -224,19 +227,24 @@ class _TrainingBatches(Dataset[_Loaded]):
         return loaded
 
 
-def _evaluation_sample(samples: Samples, row: int) -> Arrays:
+def _mixture(samples: Samples) -> Mixture:
+    return samples if isinstance(samples, Mixture) else Mixture([samples])
+
+
+def _evaluation_sample(samples: Mixture, row: int) -> Arrays:
     return _readable_sample(samples, row, (_EVALUATION_SEED, row), [])
 
 
-def _readable_sample(samples: Samples, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:
-    """The sample of a row, or of the first row of a pseudorandom sequence that can be read.
+def _readable_sample(samples: Mixture, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:
+    """The sample of a row, or of the first row of a pseudorandom sequence from the same corpus that can be read.
 
     Args:
         seed: of all randomness, further integers being appended.
         faults: gets the errors of rows that could not be read.
     """
+    others = samples.rows_like(row)
     for attempt in range(MAX_TRIES):
-        candidate = row if attempt == 0 else hash_integers(*seed, 0, attempt) % len(samples)
+        candidate = row if attempt == 0 else others[hash_integers(*seed, 0, attempt) % len(others)]
         try:
             arrays = samples.sample(candidate, np.random.default_rng(hash_integers(*seed, 0, attempt)))
         except DataError as error:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from dalle_ds.config import Run, ScalingConfig
 from dalle_ds.data.loader import Batch, Samples
-from dalle_ds.errors import ConfigError
+from dalle_ds.data.mixture import Mixture
+from dalle_ds.data.prepare import read_info
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
@@ -94,9 +96,40 @@ class Task(ABC, Generic[RunConfig]):
         """Residual blocks of the whole model."""
         return 0
 
-    @abstractmethod
     def samples(self, split: str) -> Samples:
-        """The rows of "train" (augmented) or "validation" (not)."""
+        """The rows of "train" (augmented) or "validation" (not), of all of the run's corpora.
+
+        Raises:
+            DataError: a folder or split cannot be read, or one of several corpora has no rows to train on.
+        """
+        corpora = [self.corpus_samples(folder, split) for folder in self.run.corpora]
+        if len(corpora) == 1:
+            return corpora[0]
+        for folder, corpus in zip(self.run.corpora, corpora, strict=True):
+            if split == "train" and len(corpus) == 0:
+                raise DataError(f"{folder} has no training rows: prepare more data, or leave it out of --data")
+        return Mixture(corpora, self.run.data_weights)
+
+    @abstractmethod
+    def corpus_samples(self, folder: str, split: str) -> Samples:
+        """The rows of one prepared folder, as `samples` wants them."""
+
+    def data_identity(self) -> dict[str, str]:
+        """The part of `identity` that is of the prepared folders.
+
+        Raises:
+            ConfigError: two of them hold the same rows.
+        """
+        found: dict[str, str] = {}
+        for folder in self.run.corpora:
+            fingerprint = read_info(Path(folder))["fingerprint"]
+            if fingerprint in found:
+                raise ConfigError(
+                    f"--data names {found[fingerprint]} and {folder}, which hold the same rows: leave one out; "
+                    "--data_weights says how often each corpus is drawn from"
+                )
+            found[fingerprint] = folder
+        return numbered("data", list(found))
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
@@ -161,3 +194,11 @@ class Task(ABC, Generic[RunConfig]):
     def items_per_sample(self) -> tuple[str, int]:
         """What throughput counts besides samples: ("tokens", tokens in a sample)."""
         return "pixels", 0
+
+
+def numbered(name: str, fingerprints: Sequence[str]) -> dict[str, str]:
+    """`{name: fingerprint}`; of several corpora, how many there are, and each under a name of its own for errors to tell."""
+    if len(fingerprints) == 1:
+        return {name: fingerprints[0]}
+    each = {f"{name} {number}": fingerprint for number, fingerprint in enumerate(fingerprints, 1)}
+    return {name: f"{len(each)} corpora", **each}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig, ClipRun, SharpnessConfig, to_dict
 from dalle_ds.data import ClipSamples, PairDataset
-from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import LARGEST_SCALE, Clip
 from dalle_ds.models.contrastive import contrastive_logits
@@ -80,9 +79,9 @@ class ClipTask(WholeBatchTask[ClipRun]):
         if self.sharpness is not None:
             self.sharpness.span(self.run.train.batch_size, micro_batch, mesh.size("data"))
 
-    def samples(self, split: str) -> Samples:
+    def corpus_samples(self, folder: str, split: str) -> Samples:
         return ClipSamples(
-            PairDataset.open(self.run.data, split),
+            PairDataset.open(folder, split),
             self.tokenizer,
             text_len=self.run.model.text_len,
             image_size=self.run.model.image_size,
@@ -93,7 +92,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
 
     def identity(self) -> dict[str, str]:
         return {
-            "data": read_info(Path(self.run.data))["fingerprint"],
+            **self.data_identity(),
             "tokenizer": self.tokenizer.fingerprint,
             "init": self._begins_with,
         }

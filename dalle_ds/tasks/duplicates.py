@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dalle_ds.config.overlap import DuplicateRun
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.duplicate_views import DuplicateSamples
-from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import DataError
 from dalle_ds.models.contrastive import contrastive_logits
 from dalle_ds.models.duplicates import DuplicateDetector
@@ -57,14 +56,14 @@ class DuplicatesTask(WholeBatchTask[DuplicateRun]):
             model.fit_start(torch.stack(views).float() / 255)
         return model.state_dict()
 
-    def samples(self, split: str) -> Samples:
+    def corpus_samples(self, folder: str, split: str) -> Samples:
         """Validation compares copies with the pictures themselves, whatever training does: so does the search for overlap."""
         both = split == "train" and self.run.objective.views == "distorted"
-        dataset = PairDataset.open(self.run.data, split)
+        dataset = PairDataset.open(folder, split)
         return DuplicateSamples(dataset, self.run.model.image_size, self.run.distortions, both=both)
 
     def identity(self) -> dict[str, str]:
-        return {"data": read_info(Path(self.run.data))["fingerprint"]}
+        return self.data_identity()
 
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "image": batch["image"].float() / 255, "copy": batch["copy"].float() / 255}

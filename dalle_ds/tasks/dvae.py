@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun
 from dalle_ds.data import DvaeSamples, PairDataset
-from dalle_ds.data.prepare import read_info
 from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
@@ -38,11 +37,11 @@ class DvaeTask(Task[DvaeRun]):
     def residual_blocks(self, model: nn.Module) -> list[nn.Module]:
         return [module for module in model.modules() if isinstance(module, ResidualBlock)]
 
-    def samples(self, split: str) -> Samples:
-        return DvaeSamples(PairDataset.open(self.run.data, split), self.run.model.image_size, train=split == "train")
+    def corpus_samples(self, folder: str, split: str) -> Samples:
+        return DvaeSamples(PairDataset.open(folder, split), self.run.model.image_size, train=split == "train")
 
     def identity(self) -> dict[str, str]:
-        return {"data": read_info(Path(self.run.data))["fingerprint"]}
+        return self.data_identity()
 
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "image": batch["image"].float() / 255}

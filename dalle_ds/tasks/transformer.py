@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, ScalingConfig, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
-from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import Dalle, ResidualBlock
 from dalle_ds.models.dvae import DiscreteVAE
@@ -26,7 +25,7 @@ from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
-from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
+from dalle_ds.tasks.base import Batch, Metrics, Samples, Task, numbered
 from dalle_ds.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 6
@@ -69,28 +68,37 @@ class TransformerTask(Task[TransformerRun]):
             )
 
     @cached_property
-    def _cache(self) -> CodesCache | None:
-        """The cached codes of the training split, or None where codes are made live.
+    def _found(self) -> list[CodesCache | None]:
+        """Of each corpus the cached codes of the training split, or None where there are none."""
+        return [CodesCache.find(folder, self.dvae.fingerprint, "train") for folder in self.run.corpora]
+
+    @cached_property
+    def _caches(self) -> list[CodesCache]:
+        """The cached codes of all corpora's training splits, or none where codes are made live.
 
         Raises:
-            ConfigError: `loader.codes` is "cached" and there is no cache of this dVAE.
+            ConfigError: `loader.codes` is "cached" and a corpus has no cache of this dVAE.
         """
         choice = self.run.loader.codes
         if choice == "live":
-            return None
-        cache = CodesCache.find(self.run.data, self.dvae.fingerprint, "train")
-        if cache is None and choice == "cached":
+            return []
+        lacking = self._lacking()
+        if lacking and choice == "cached":
             raise ConfigError(
-                f"loader.codes=cached but {self.run.data} has no codes of the dVAE in {self.run.dvae}: make them with "
-                f"python launchers/prepare_data.py --out {self.run.data} --cache_codes {self.run.dvae}, or set "
+                f"loader.codes=cached but {' and '.join(lacking)} has no codes of the dVAE in {self.run.dvae}: make them with "
+                f"python launchers/prepare_data.py --out {lacking[0]} --cache_codes {self.run.dvae}, or set "
                 "loader.codes live"
             )
-        return cache
+        return [] if lacking else [cache for cache in self._found if cache is not None]
+
+    def _lacking(self) -> list[str]:
+        """Corpora without cached codes."""
+        return [folder for folder, cache in zip(self.run.corpora, self._found, strict=True) if cache is None]
 
     @property
     def codes_source(self) -> str:
         """ "cached" or "live": where the codes of this run come from."""
-        return "live" if self._cache is None else "cached"
+        return "cached" if self._caches else "live"
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> Dalle:
         return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
@@ -118,12 +126,12 @@ class TransformerTask(Task[TransformerRun]):
     def resblock_count(self) -> int:
         return 2 * self.run.model.depth
 
-    def samples(self, split: str) -> Samples:
+    def corpus_samples(self, folder: str, split: str) -> Samples:
         cache = None
         if self.codes_source == "cached":
-            cache = CodesCache.open(self.run.data, self.dvae.fingerprint, split)
+            cache = CodesCache.open(folder, self.dvae.fingerprint, split)
         return TextImageSamples(
-            PairDataset.open(self.run.data, split),
+            PairDataset.open(folder, split),
             self.tokenizer,
             text_len=self.run.model.text_len,
             image_size=self.dvae.config.image_size,
@@ -135,10 +143,10 @@ class TransformerTask(Task[TransformerRun]):
 
     def identity(self) -> dict[str, str]:
         return {
-            "data": read_info(Path(self.run.data))["fingerprint"],
+            **self.data_identity(),
             "dvae": self.dvae.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
-            "codes": self._cache.fingerprint if self._cache is not None else "live",
+            **(numbered("codes", [cache.fingerprint for cache in self._caches]) if self._caches else {"codes": "live"}),
         }
 
     def prepare(self, batch: Batch) -> Batch:
@@ -207,8 +215,10 @@ class TransformerTask(Task[TransformerRun]):
 
     def describe(self) -> list[str]:
         pieces, room = self.tokenizer.vocab_size, self.run.model.text_vocab
+        lacking = self._lacking() if self.codes_source == "live" and len(self.run.corpora) > 1 else []
         return [
-            f"image codes: {self.codes_source}, of the dVAE {self.dvae.fingerprint[:12]}",
+            f"image codes: {self.codes_source}, of the dVAE {self.dvae.fingerprint[:12]}"
+            + (f"; {' and '.join(lacking)} has no cached ones" if lacking else ""),
             f"text: {pieces:,} pieces"
             + (f", fewer than the {room:,} that model.text_vocab has room for" if pieces < room else ""),
         ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dalle_ds.config import Run
-from dalle_ds.data import BatchLoader, evaluation_batches
+from dalle_ds.data import BatchLoader, Mixture, evaluation_batches
 from dalle_ds.data.faults import FaultLog
 from dalle_ds.errors import DataError
 from dalle_ds.parallel import Mesh
@@ -30,7 +30,9 @@ class Batches:
         self.train_samples = task.samples("train")
         self.validation_samples = task.samples("validation")
         if len(self.validation_samples) == 0:
-            raise DataError(f"{run.data} has no validation rows: prepare it again with a greater --validation")
+            raise DataError(
+                f"{' and '.join(run.corpora)} has no validation rows: prepare it again with a greater --validation"
+            )
         self.faults = FaultLog()
         """What could not be read of training batches, on this process."""
         self._task = task
@@ -50,6 +52,20 @@ class Batches:
         """Raise a `DataChangedError` where the data is not what the run began with."""
         for samples in (self.train_samples, self.validation_samples):
             samples.check_unchanged()
+
+    def describe(self) -> list[str]:
+        """Lines for the user on each of several corpora."""
+        train, validation = self.train_samples, self.validation_samples
+        if not (isinstance(train, Mixture) and isinstance(validation, Mixture)):
+            return []
+        batch = self._run.train.batch_size
+        return [
+            f"data: {share:.1%} of the samples from {folder} ({len(rows):,} training rows, an epoch of them every "
+            f"{len(rows) / (share * batch):,.1f} updates; {len(held_out):,} validation rows)"
+            for folder, share, rows, held_out in zip(
+                self._run.corpora, train.shares, train.corpora, validation.corpora, strict=True
+            )
+        ]
 
     def _loaded(self, start_step: int) -> Iterable[Batch]:
         loader = BatchLoader(

@@ -66,11 +66,11 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
     if known.deepspeed_config is not None:
         json_config = load_deepspeed_json(known.deepspeed_config)
     run = parse_options(kind, rest, default, f"{kind.__doc__}\n\n{_USAGE.format(presets=', '.join(preset_names()))}")
-    for name, what in (
-        ("data", "the folder that launchers/prepare_data.py made"),
-        ("run_dir", "the folder of this run"),
+    for name, given, what in (
+        ("data", all(run.corpora), "the folder that launchers/prepare_data.py made"),
+        ("run_dir", run.run_dir, "the folder of this run"),
     ):
-        if not getattr(run, name):
+        if not given:
             raise ConfigError(f"--{name} is missing: name {what}")
     return Command(run, json_config, known.device)
 

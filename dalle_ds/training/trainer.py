@@ -230,6 +230,6 @@ class Trainer:
             f"ZeRO-{self.config.zero_stage}, {self.config.precision}, {self.config.accumulation} × "
             f"{self.config.micro_batch} × {self.mesh.size('data')} = {self.run.train.batch_size} pictures per update"
         )
-        for line in self.task.describe():
+        for line in [*self.batches.describe(), *self.task.describe()]:
             tracker.say(line)
         return tracker
