@@ -4,14 +4,16 @@
 #
 #   slurm/chain.sh PRESET DATA OUT
 #
-# DATA is what launchers/prepare_data.py made, or makes first, given PREPARE_ARGS='--corpus C --source S', in SHARES jobs
-# at a time; for the paper's presets (dalle-*) with the paper's filters. OUT gets tokenizer.model, dvae/, transformer/, report/
-# and logs/. What the launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, CLIP_ARGS,
-# EVALUATE_ARGS; sbatch, for all stages: SBATCH_ARGS. CLIP=PRESET also trains the CLIP of that preset, into clip/, and evaluates the best of 1, 8 and 64 by it.
+# DATA is what launchers/prepare_data.py made, or several of these with commas between; evaluation is on the first. Given
+# PREPARE_ARGS='--corpus C --source S', the first is made where it is not there, in SHARES jobs at a time; for the paper's
+# presets (dalle-*) with the paper's filters. OUT gets tokenizer.model, dvae/, transformer/, report/ and logs/. What the
+# launchers get besides: TOKENIZER_ARGS, DVAE_ARGS, CODES_ARGS, TRANSFORMER_ARGS, CLIP_ARGS, EVALUATE_ARGS; sbatch, for all
+# stages: SBATCH_ARGS. CLIP=PRESET also trains the CLIP of that preset, into clip/, and evaluates the best of 1, 8 and 64 by it.
 # AFTER=JOB waits for a job first, such as the last one of slurm/prepare.sh. Prints stages and job numbers.
 (($# == 3)) || { sed -n '2,/^[^#]/{/^#/p}' "$0" >&2; exit 2; }
 mkdir -p "$3" && out=$(CDPATH='' cd "$3" && pwd) || exit
-preset=$1 data=$2
+preset=$1
+IFS=, read -ra data <<< "$2"
 export DALLE_LOGS=$out/logs
 source "$(dirname "$0")/common.sh"
 
@@ -30,26 +32,28 @@ stage() {
 
 # shellcheck disable=SC2086
 {
-    if [[ -n ${PREPARE_ARGS:-} && ! -f $data/info.json ]]; then
+    if [[ -n ${PREPARE_ARGS:-} && ! -f ${data[0]}/info.json ]]; then
         filters=() && [[ $preset != dalle-* ]] || filters=(--filters.paper True)
         last=$(SBATCH_ARGS="${SBATCH_ARGS:-} --nodes=1 ${last:+--dependency=afterok:$last}" "$DALLE_ROOT/slurm/prepare.sh" \
-            "${SHARES:-1}" --out "$data" ${filters[@]+"${filters[@]}"} ${PREPARE_ARGS})
+            "${SHARES:-1}" --out "${data[0]}" ${filters[@]+"${filters[@]}"} ${PREPARE_ARGS})
         jobs+=("$last")
         printf '%-12s %s\n' prepare_data "$last"
     fi
-    [[ -f $out/tokenizer.model ]] || stage tokenizer --preset "$preset" --data "$data" --out "$out/tokenizer.model" \
+    [[ -f $out/tokenizer.model ]] || stage tokenizer --preset "$preset" --data "${data[@]}" --out "$out/tokenizer.model" \
         ${TOKENIZER_ARGS:-}
     stage dvae --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
-        --data "$data" --run_dir "$out/dvae" ${DVAE_ARGS:-}
-    stage codes --out "$data" --cache_codes "$out/dvae" ${CODES_ARGS:-}
+        --data "${data[@]}" --run_dir "$out/dvae" ${DVAE_ARGS:-}
+    for folder in "${data[@]}"; do
+        stage codes --out "$folder" --cache_codes "$out/dvae" ${CODES_ARGS:-}
+    done
     stage transformer --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero3_bf16.json" \
-        --data "$data" --dvae "$out/dvae" --tokenizer "$out/tokenizer.model" --run_dir "$out/transformer" ${TRANSFORMER_ARGS:-}
+        --data "${data[@]}" --dvae "$out/dvae" --tokenizer "$out/tokenizer.model" --run_dir "$out/transformer" ${TRANSFORMER_ARGS:-}
     if [[ -n ${CLIP:-} ]]; then
         stage clip --preset "$CLIP" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \
-            --data "$data" --tokenizer "$out/tokenizer.model" --run_dir "$out/clip" ${CLIP_ARGS:-}
+            --data "${data[@]}" --tokenizer "$out/tokenizer.model" --run_dir "$out/clip" ${CLIP_ARGS:-}
         judged=(--clip "$out/clip" --best_of "1,8,64")
     fi
-    stage evaluate --data "$data" --dvae "$out/dvae" --transformer "$out/transformer" --out "$out/report" \
+    stage evaluate --data "${data[0]}" --dvae "$out/dvae" --transformer "$out/transformer" --out "$out/report" \
         ${judged[@]+"${judged[@]}"} ${EVALUATE_ARGS:-}
 }
 trap - EXIT

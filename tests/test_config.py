@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dalle_ds.config
+from dalle_ds.cli import parse_options
 from dalle_ds.config import (
     ClipRun,
     DalleConfig,
@@ -25,6 +26,7 @@ from dalle_ds.config import (
 )
 from dalle_ds.config.plain import flatten
 from dalle_ds.errors import ConfigError
+from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.models import Dalle
 from dalle_ds.tokenizer import TokenizerConfig
 from dalle_ds.training.launch import parse_command
@@ -192,3 +194,54 @@ def test_mistakes_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit):
         parse_command(DvaeRun, "dvae", ["--preset", "toy", "--model.image_size", "30", *COMMAND])
     assert "model.image_size=30 is not a multiple of 4" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+BUT_DATA = ["--preset", "toy", "--deepspeed_config", "ds_configs/zero1_fp32.json", "--run_dir", "r"]
+
+
+@pytest.mark.parametrize(
+    ("given", "data"),
+    [
+        (["--data", "a"], "a"),
+        (["--data", "a", "b"], ("a", "b")),
+        (["--data", "a", "--seed", "1", "--data", "b"], ("a", "b")),
+        (["--data=a", "--data=b", "--data", "c"], ("a", "b", "c")),
+    ],
+)
+def test_data_is_one_folder_or_several(monkeypatch: pytest.MonkeyPatch, given: list[str], data: object) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    run = parse_command(DvaeRun, "dvae", [*BUT_DATA, *given]).run
+    assert run.data == data
+    assert run.corpora == ((data,) if isinstance(data, str) else data)
+    plain = to_dict(run)
+    assert plain["data"] == (data if isinstance(data, str) else list(data)), "one folder is kept as it always was"
+    assert from_dict(DvaeRun, plain, "x") == run
+
+
+def test_weights_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    run = parse_command(DvaeRun, "dvae", [*BUT_DATA, "--data", "a", "--data_weights", "2", "1", "--data", "b"]).run
+    assert (run.data, run.data_weights) == (("a", "b"), (2, 1))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"data": "a", "data_weights": (1,)},
+        {"data": ("a", "b"), "data_weights": (1,)},
+        {"data": ("a", "b"), "data_weights": (1, 2, 3)},
+        {"data": ("a", "b"), "data_weights": (1, 0)},
+        {"data": ("a", "b"), "data_weights": (2, -1)},
+        {"data": ("a", "b"), "data_weights": (1, 10_000)},
+    ],
+)
+def test_weights_that_say_nothing_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError, match="data_weights"):
+        DvaeRun(**values)
+    assert DvaeRun(data=("a", "b"), data_weights=(10**6, 2 * 10**6)).data_weights == (10**6, 2 * 10**6)
+
+
+def test_an_option_of_one_folder_does_not_take_the_last_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(EvaluateOptions, ["--data", "a", "--data", "b", "--out", "o"])
+    assert "b" in capsys.readouterr().err

@@ -185,3 +185,16 @@ def test_a_chain_that_is_given_again_keeps_its_tokenizer(place: Path) -> None:
     new = noted(place)[before:]
     assert [call.stage for call in new] == ["dvae", "codes", "transformer", "evaluate"]
     assert "dependency" not in new[0].options
+
+
+def test_a_chain_trains_on_several_corpora(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(noted(place))
+    assert shell("slurm/chain.sh small my_data,more_data several", place)[0] == 0
+    calls = noted(place)[before:]
+    assert [call.stage for call in calls] == ["tokenizer", "dvae", "codes", "codes", "transformer", "evaluate"]
+    assert [call.launcher[1] for call in calls if call.stage == "codes"] == ["my_data", "more_data"]
+    monkeypatch.chdir(place)
+    for kind, stage in ((DvaeRun, "dvae"), (TransformerRun, "transformer")):
+        (launcher,) = (call.launcher for call in calls if call.stage == stage)
+        assert parse_command(kind, stage, launcher).run.data == ("my_data", "more_data")
+    assert parse_options(EvaluateOptions, calls[-1].launcher).data == "my_data"
