@@ -151,6 +151,8 @@ def test_evaluation_takes_rows_of_all_corpora() -> None:
     samples = Mixture([Rows(40), Rows(0), Rows(20)])
     (batch,) = evaluation_batches(samples, 6, rank=0, world_size=1, rows=6)
     assert batch["row"].tolist() == [0, 10, 20, 30, 0, 10]
+    rng = np.random.default_rng(0)
+    assert [mixed().sample(row, rng)["row"] for row in range(65)] == [*range(40), *range(25)]
 
 
 # --- prepared folders -----------------------------------------------------------------------------------------------
