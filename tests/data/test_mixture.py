@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle_ds.config import ClipConfig, ClipRun, DvaeRun, LoaderConfig, TransformerRun, to_dict
+from dalle_ds.config import ClipConfig, ClipRun, DvaeRun, TransformerLoaderConfig, TransformerRun, to_dict
 from dalle_ds.data import BatchLoader, CodesCache, Mixture, PairDataset, evaluation_batches
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.data.order import rows_of, turns_of
@@ -259,7 +259,7 @@ def test_codes_are_cached_ones_where_all_corpora_have_them(
     folders = [Path(shutil.copytree(folder, tmp_path / folder.parent.name)) for folder in (data, more_data)]
     run = dataclasses.replace(runs[1], data=tuple(map(str, folders)))
     dvae = DiscreteVAE.from_pretrained(run.dvae)
-    cached = dataclasses.replace(run, loader=LoaderConfig(codes="cached"))
+    cached = dataclasses.replace(run, loader=TransformerLoaderConfig(codes="cached"))
     cache_codes(dvae, folders[0], views=2)
     task = TransformerTask(run)
     assert task.codes_source == "live" and task.identity()["codes"] == "live"
