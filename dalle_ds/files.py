@@ -1,18 +1,22 @@
-"""Files and folders that are whole or absent: written beside their place, forced to the disk, renamed."""
+"""Files and folders that are whole or absent: written beside their place, forced to the disk, renamed; by one process."""
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import glob
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from dalle_ds.errors import DataError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -81,6 +85,57 @@ def remove_leftovers(parent: Path, name: str | None = None) -> None:
                 os.close(found)
     for removed in parent.glob(f".{names}.removed-*"):
         shutil.rmtree(removed, ignore_errors=True)
+
+
+@contextmanager
+def only_process(target: Path, lock_name: str) -> Iterator[None]:
+    """Keep other processes from making `target` meanwhile, where the file system has locks.
+
+    Args:
+        target: what is made, for the message.
+        lock_name: of the file beside `target` that is locked, and says by whom; it is removed at the end.
+
+    Raises:
+        DataError: another process is making it.
+    """
+    path = target.parent / lock_name
+    lock = _locked_file(target, path)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with suppress(OSError):
+                path.unlink()
+            os.close(lock)
+
+
+def _locked_file(target: Path, path: Path) -> int | None:
+    """The open file, locked; None where that cannot be."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # what is to be written there fails, too, and says why
+            return None
+        try:
+            # Of the kind that forked workers do not inherit: one that outlives this process must not hold it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                os.ftruncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
+                return lock
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            holder = os.read(lock, 1000).decode(errors="replace") or "another process"
+            os.close(lock)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise DataError(
+                f"{target} is being made by {holder}: wait for it, then the same command finds it done; or name another folder"
+            ) from error
+        os.close(lock)  # of another process, which has just removed it
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,11 +30,15 @@ def main() -> None:
         config = TokenizerConfig(options.vocab_size)
     # Imported once the options are read, so that --help and mistakes in them are quick.
     from dalle_ds.data.dataset import PairDataset
+    from dalle_ds.data.faults import FaultLog
 
+    faults = FaultLog()
     corpora = [PairDataset.open(folder, "train") for folder in options.data]
-    captions = (caption for pairs in corpora for row in range(len(pairs)) for caption in pairs.captions(row))
+    captions = (caption for pairs in corpora for caption in pairs.all_captions(faults))
     report = Tokenizer.train(captions, options.out, config.vocab_size)
     print(f"{options.out}: {report}")
+    if left_out := faults.left_out():
+        print(left_out)
 
 
 if __name__ == "__main__":

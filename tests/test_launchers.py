@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import runpy
 import shutil
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
+from dalle_ds.data import PairDataset
+from dalle_ds.data.faults import RowError
 from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.sampling import TextToImage
@@ -145,6 +148,52 @@ def test_a_run_that_was_stopped_is_exported_first(
     (run / "checkpoints" / "step-20").mkdir()
     status, error = call("generate.py", drawing, monkeypatch, capsys)
     assert status == 1 and command in error
+
+
+@pytest.fixture
+def two_broken_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 0 and 5 of every split cannot be read."""
+    value = PairDataset._value
+
+    def broken(self: PairDataset, row: int, column: str) -> object:
+        if row in (0, 5):
+            raise RowError(f"row {row} is damaged", "damaged shard", f"row {row}")
+        return value(self, row, column)
+
+    monkeypatch.setattr(PairDataset, "_value", broken)
+
+
+@pytest.mark.usefixtures("two_broken_rows")
+def test_a_tokenizer_is_trained_on_the_captions_that_can_be_read(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tokenizer.model"
+    rows = len(PairDataset.open(data, "train"))
+    monkeypatch.setattr(sys, "argv", ["", "--data", str(data), "--out", str(out)])
+    runpy.run_path(str(ROOT / "launchers" / "train_tokenizer.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert (
+        out.is_file() and f"in {rows - 2} captions" in said and "2 rows could not be read" in said and "row 0" in said
+    )
+
+
+@pytest.mark.usefixtures("two_broken_rows")
+def test_a_report_shows_the_rows_that_can_be_read(
+    tmp_path: Path, data: Path, export: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("psnr", "perplexity", "codes_used", "image_loss", "code_entropy", "caption_gain", "text_loss")
+    for run in ("dvae", "transformer"):
+        (tmp_path / run).mkdir()
+        record = {"step": 1, **{f"validation/{name}": 1.0 for name in names}}
+        (tmp_path / run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    shutil.copytree(export, tmp_path / "transformer" / "export")
+    runs = ["--dvae", str(tmp_path / "dvae"), "--transformer", str(tmp_path / "transformer")]
+    arguments = ["--data", str(data), *runs, "--out", str(tmp_path / "page"), "--num", "1"]
+    status, error = call("report.py", arguments, monkeypatch, capsys)
+    # Two of validation, all of which are read for the ranking, and one of the four training rows that are shown.
+    assert status == 0 and "3 rows could not be read" in error and "damaged shard" in error
+    assert (tmp_path / "page" / "pictures.png").is_file()
+    assert "ranking_accuracy_16" in (tmp_path / "page" / "report.html").read_text()
 
 
 def test_an_export_with_a_foreign_tokenizer_is_refused(

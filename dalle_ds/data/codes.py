@@ -34,7 +34,7 @@ from dalle_ds.data.stamps import Stamps, may_pass
 from dalle_ds.data.views import Views, collate
 from dalle_ds.data.workers import take, without_surprises
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
-from dalle_ds.files import built_beside, write_json
+from dalle_ds.files import built_beside, only_process, write_json
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 2
@@ -93,7 +93,8 @@ def write_codes(
 
     Raises:
         ConfigError: views or batch_size is not positive.
-        DataError: no prepared folder, another cache of this dVAE is there, the disk is full, or a worker was killed.
+        DataError: no prepared folder, another cache of this dVAE is there, the disk is full, a worker was killed, or another
+            process caches these codes.
     """
     if views <= 0 or batch_size <= 0:
         raise ConfigError(f"views and batch_size must be greater than 0, found {views} and {batch_size}")
@@ -108,30 +109,33 @@ def write_codes(
         "views": views,
         "seed": seed,
     }
-    if (folder / "codes.json").is_file() and not overwrite:
-        return _existing_report(folder, identity)
-    grids: dict[str, list[int]] = {}
-    unreadable: dict[str, int] = {}
-    with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
-        for split in info["splits"]:
-            pictures = Views(PairDataset.open(data, split), image_size, views if split == "train" else None, seed)
-            rows_per_batch = max(1, batch_size // pictures.views)
-            batches = DataLoader(pictures, batch_size=rows_per_batch, num_workers=workers, collate_fn=collate)
-            grids[split], unreadable[split] = _write_split(encode, batches, partial / split, len(pictures), vocab_size)
-        filled = [grid for grid in grids.values() if grid]
-        manifest = {
-            **identity,
-            "grid": filled[0],
-            "vocab_size": vocab_size,
-            "rows": info["splits"],
-            "unreadable": unreadable,
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "xxh3_128": digest_of(path)}
-                for path in sorted(partial.glob("*.npy"))
-            },
-        }
-        write_json(partial / "codes.json", manifest)
-    return CodesReport(str(folder), info["splits"], unreadable)
+    with only_process(folder, f".{folder.name}.lock"):
+        if (folder / "codes.json").is_file() and not overwrite:
+            return _existing_report(folder, identity)
+        grids: dict[str, list[int]] = {}
+        unreadable: dict[str, int] = {}
+        with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
+            for split in info["splits"]:
+                pictures = Views(PairDataset.open(data, split), image_size, views if split == "train" else None, seed)
+                rows_per_batch = max(1, batch_size // pictures.views)
+                batches = DataLoader(pictures, batch_size=rows_per_batch, num_workers=workers, collate_fn=collate)
+                grids[split], unreadable[split] = _write_split(
+                    encode, batches, partial / split, len(pictures), vocab_size
+                )
+            filled = [grid for grid in grids.values() if grid]
+            manifest = {
+                **identity,
+                "grid": filled[0],
+                "vocab_size": vocab_size,
+                "rows": info["splits"],
+                "unreadable": unreadable,
+                "files": {
+                    path.name: {"bytes": path.stat().st_size, "xxh3_128": digest_of(path)}
+                    for path in sorted(partial.glob("*.npy"))
+                },
+            }
+            write_json(partial / "codes.json", manifest)
+        return CodesReport(str(folder), info["splits"], unreadable)
 
 
 class ImageCodec(Protocol):

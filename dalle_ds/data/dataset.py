@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.faults import BAD_PICTURE, Fault, RowError
+from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
 from dalle_ds.data.prepare import read_info
 from dalle_ds.data.shards import Shard, Shards
@@ -111,6 +112,14 @@ class PairDataset:
     def captions(self, row: int) -> list[str]:
         """The captions of a row, at least one. Raises `RowError` where they cannot be read."""
         return self._value(row, "captions")
+
+    def all_captions(self, faults: FaultLog) -> Iterator[str]:
+        """The captions of all rows that can be read; the others are added to `faults`."""
+        for row in range(len(self)):
+            try:
+                yield from self.captions(row)
+            except RowError as error:
+                faults.add(error)
 
     def name(self, row: int) -> str:
         """Where the row came from, for people. Raises `RowError` where it cannot be read."""

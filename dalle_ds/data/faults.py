@@ -101,6 +101,18 @@ class FaultLog:
         news, self._news = self._news, []
         return news
 
+    def left_out(self) -> str | None:
+        """How many rows could not be read, and why, for who goes on without them; None where all could."""
+        found = self.commonest()
+        if found is None:
+            return None
+        reason, rows, example = found
+        count = self._rows.total()
+        return (
+            f"{count:,} row{'s' * (count != 1)} could not be read and {'were' if count != 1 else 'was'} left out; most often: "
+            f"{reason} ({rows:,} times), such as {example}"
+        )
+
     def commonest(self) -> tuple[str, int, str] | None:
         """(reason, rows, example) of the commonest kind, or None where nothing was unreadable."""
         if not self._rows:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.mixture import Mixture
 from dalle_ds.data.order import hash_integers
+from dalle_ds.data.prepare import FOR_TRAINING
 from dalle_ds.data.workers import start_worker, take, without_surprises, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
@@ -96,7 +97,7 @@ class BatchLoader:
                 f"{world_size} processes"
             )
         if len(samples) == 0:
-            raise DataError("the training split has no rows: prepare more data, or lower the share of validation")
+            raise DataError(f"the training split has no rows: {FOR_TRAINING}")
         self.micro_batches_per_step = batch_size // (micro_batch * world_size)
         """Micro-batches of one rank that make up one step."""
         self._positions = _Positions(start_step * batch_size, micro_batch, rank, world_size)

@@ -31,14 +31,15 @@ from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.shards import digest_of
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, remove_leftovers, write_json
+from dalle_ds.files import built_beside, only_process, remove_leftovers, write_json
 from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
     from dalle_ds.data.arrow import SplitWriter, StoredPair
 
 FORMAT_VERSION = 2
-
+FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
+"""What helps where all images of a small corpus fell into the validation split."""
 
 Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -115,7 +116,8 @@ def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: b
 
     Raises:
         ConfigError: no corpus given, or a filter lacks a file or a package.
-        DataError: the source or `out` cannot be used, nothing of the corpus is kept, or the disk is full.
+        DataError: the source or `out` cannot be used, nothing of the corpus is kept, the disk is full, or another process
+            prepares it.
     """
     done = prepare_part(options, out, 0, 1, workers=workers, overwrite=overwrite)
     if isinstance(done, PreparationReport):
@@ -142,24 +144,25 @@ def prepare_part(
 
     Raises:
         ConfigError: no such part, or as `prepare`.
-        DataError: as `prepare`, or the part that is there belongs to another preparation.
+        DataError: as `prepare`, or the part that is there belongs to another preparation, or another process is doing it.
     """
     parts.check_part(shard, shards)
     if options.corpus is None:
         raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
     folder, identity = Path(out), _identity(options)
-    existing = _existing_report(identity, folder, overwrite)
-    if existing is not None:
-        return existing
-    part = parts.part_folder(folder, shard, shards)
-    if overwrite:
-        parts.remove_part(part)
-    there = parts.existing_part(part, identity)
-    if there is not None:
-        return there
-    options.filters.check_files()
-    share = parts.Share(_corpus(options).units(), shard, shards)
-    return parts.write_part(lambda share: _examined(share, options, workers), share, part, identity)
+    with only_process(folder, f".{folder.name}.{shard}-of-{shards}.lock"):
+        existing = _existing_report(identity, folder, overwrite)
+        if existing is not None:
+            return existing
+        part = parts.part_folder(folder, shard, shards)
+        if overwrite:
+            parts.remove_part(part)
+        there = parts.existing_part(part, identity)
+        if there is not None:
+            return there
+        options.filters.check_files()
+        share = parts.Share(_corpus(options).units(), shard, shards)
+        return parts.write_part(lambda share: _examined(share, options, workers), share, part, identity)
 
 
 def _examined(share: parts.Share, options: PrepareOptions, workers: int) -> Iterable[Examined]:
@@ -186,6 +189,11 @@ def merge_parts(
         DataError: a part is missing or damaged, or parts do not belong together; or as `prepare`.
     """
     folder = Path(out)
+    with only_process(folder, f".{folder.name}.merge.lock"):
+        return _merge(folder, shards, options, overwrite)
+
+
+def _merge(folder: Path, shards: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
     parts.clear_merged(folder)
     if not parts.parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
         # A job that was started again after it was done.
@@ -283,6 +291,8 @@ def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
     notes = [ATTRIBUTION] if options.corpus == "twemoji" else []
     if options.validation > 0 and not report.kept["validation"]:
         notes.append("The validation split is empty: the corpus has a single group of pictures.")
+    if not report.kept["train"]:
+        notes.append(f"The training split is empty: {FOR_TRAINING}.")
     return notes
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 
 import dalle_ds
 from dalle_ds.data import PairDataset
-from dalle_ds.data.images import center_crop_resize
+from dalle_ds.data.faults import FaultLog, RowError
+from dalle_ds.data.images import Pixels, center_crop_resize
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.curves import Series, curves_svg, gradient_scales, read_metrics
@@ -21,6 +24,8 @@ from dalle_ds.evaluation.metrics.ranking import ranking_accuracy
 from dalle_ds.files import write_bytes, write_text
 from dalle_ds.sampling import TextToImage, picture_grid
 
+Pair = tuple[str, Pixels]
+"""A caption, and its image as the models see it."""
 CANDIDATES = 16
 TITLES = ["picture", "dVAE", "samples"]
 
@@ -28,7 +33,7 @@ TITLES = ["picture", "dVAE", "samples"]
 def write_report(
     data: str, dvae_run: str, transformer_run: str, out: str, *, num: int = 4, seed: int = 0
 ) -> dict[str, float]:
-    """Draw `OUT/pictures.png` and write `OUT/report.html`.
+    """Draw `OUT/pictures.png` and write `OUT/report.html`. A warning counts the rows that cannot be read; they are left out.
 
     Args:
         data: prepared data folder.
@@ -45,49 +50,64 @@ def write_report(
     dvae, transformer = read_metrics(dvae_run), read_metrics(transformer_run)
     figures = _figures(dvae, dvae_run, transformer, transformer_run)
     pipeline = TextToImage.from_pretrained(transformer_run)
+    faults = FaultLog()
+    size = pipeline.dvae.config.image_size
+    train, validation = PairDataset.open(data, "train"), PairDataset.open(data, "validation")
+    unseen = _readable(validation, range(len(validation)), size, faults)
+    seen = _readable(train, _spread(len(train), 4), size, faults)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = _pictures(pipeline, data, num, seed)
+    chosen = [unseen[row] for row in _spread(len(unseen), 10)]
+    sheet = _pictures(pipeline, {"validation": chosen, "seen in training": seen}, num, seed)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_bytes(folder / "pictures.png", buffer.getvalue())
-    if len(PairDataset.open(data, "validation")) >= CANDIDATES:
-        figures["ranking_accuracy_16"] = _ranking(pipeline, data)
+    if len(unseen) >= CANDIDATES:
+        figures["ranking_accuracy_16"] = _ranking(pipeline, unseen)
+    if left_out := faults.left_out():
+        warnings.warn(f"{data}: {left_out}", stacklevel=2)
     write_text(folder / "report.html", _page(buffer.getvalue(), figures, dvae, transformer))
     return figures
 
 
-def _pictures(pipeline: TextToImage, data: str, num: int, seed: int) -> Image.Image:
-    """Validation rows, then training rows: caption, real picture, reconstruction, samples."""
-    size = pipeline.dvae.config.image_size
+def _spread(rows: int, count: int) -> list[int]:
+    """At most `count` of the rows, far from each other: neighbouring rows are often of one family."""
+    return [index * rows // count for index in range(min(count, rows))]
+
+
+def _readable(dataset: PairDataset, rows: Iterable[int], size: int, faults: FaultLog) -> list[Pair]:
+    """Those of the rows that can be read; the others are added to `faults`."""
+    pairs: list[Pair] = []
+    for row in rows:
+        try:
+            pairs.append((dataset.captions(row)[0], center_crop_resize(dataset.picture(row), size)))
+        except RowError as error:
+            faults.add(error)
+    return pairs
+
+
+def _pictures(pipeline: TextToImage, pairs: dict[str, list[Pair]], num: int, seed: int) -> Image.Image:
+    """Rows of caption, real picture, reconstruction, samples; beside each caption stands what its pairs are called."""
     rows: list[tuple[str, list[Image.Image]]] = []
-    for split, count in (("validation", 10), ("train", 4)):
-        dataset = PairDataset.open(data, split)
-        # Spread over the split: neighbouring rows are often of one family.
-        chosen = [index * len(dataset) // count for index in range(min(count, len(dataset)))]
-        captions = [dataset.captions(row)[0] for row in chosen]
-        drawn = pipeline.generate(captions, num=num, seed=seed)
-        for row, caption, samples in zip(chosen, captions, drawn, strict=True):
-            pixels = center_crop_resize(dataset.picture(row), size)
+    for name, of_split in pairs.items():
+        if not of_split:
+            continue
+        drawn = pipeline.generate([caption for caption, _ in of_split], num=num, seed=seed)
+        for (caption, pixels), samples in zip(of_split, drawn, strict=True):
             tensor = torch.tensor(channels_first(pixels))[None].float() / 255
             restored = pipeline.decode(pipeline.dvae.encode(tensor.to(pipeline.device)).flatten(1))
-            label = f"{caption} [validation]" if split == "validation" else f"{caption} [seen in training]"
-            rows.append((label, [Image.fromarray(pixels), *restored, *samples]))
+            rows.append((f"{caption} [{name}]", [Image.fromarray(pixels), *restored, *samples]))
     return picture_grid(rows, titles=[*TITLES, *[""] * (num - 1)], cell=96, label_width=240)
 
 
-def _ranking(pipeline: TextToImage, data: str) -> float:
+def _ranking(pipeline: TextToImage, pairs: Sequence[Pair]) -> float:
     """`ranking_accuracy` on the validation split, in an order that does not put one family into one group."""
-    dataset = PairDataset.open(data, "validation")
-    size = pipeline.dvae.config.image_size
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    pixels = torch.stack(
-        [torch.tensor(channels_first(center_crop_resize(dataset.picture(row), size))) for row in order]
-    )
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    pixels = torch.stack([torch.tensor(channels_first(pairs[row][1])) for row in order])
     codes: Tensor = torch.cat(
         [pipeline.dvae.encode(chunk.to(pipeline.device).float() / 255).flatten(1) for chunk in pixels.split(64)]
     )
-    text = pipeline.encode([dataset.captions(row)[0] for row in order])
+    text = pipeline.encode([pairs[row][0] for row in order])
     return ranking_accuracy(pipeline.model, text, codes, CANDIDATES)
 
 
@@ -98,7 +118,10 @@ def _figures(
 
     def last(metrics: dict[str, Series], run: str, name: str) -> float:
         if f"validation/{name}" not in metrics:
-            raise DataError(f"{run} has no validation figure {name!r}: name a run of the other stage, or let it finish")
+            raise DataError(
+                f"{run} has no validation figure {name!r}: name a run of the other stage, let it finish, or train on data "
+                "with validation rows"
+            )
         return metrics[f"validation/{name}"][-1][1]
 
     image_loss = last(transformer, transformer_run, "image_loss")

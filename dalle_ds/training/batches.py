@@ -8,7 +8,6 @@ from typing import Any
 from dalle_ds.config import Run
 from dalle_ds.data import BatchLoader, Mixture, evaluation_batches
 from dalle_ds.data.faults import FaultLog
-from dalle_ds.errors import DataError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.tasks import Batch, Task
@@ -23,16 +22,12 @@ class Batches:
         micro_batch: rows of one batch of one rank.
 
     Raises:
-        DataError: a split is missing or empty.
+        DataError: a split is missing. That of validation may be empty: data of one image, or of --validation 0.
     """
 
     def __init__(self, task: Task[Any], run: Run, micro_batch: int, mesh: Mesh) -> None:
         self.train_samples = task.samples("train")
         self.validation_samples = task.samples("validation")
-        if len(self.validation_samples) == 0:
-            raise DataError(
-                f"{' and '.join(run.corpora)} has no validation rows: prepare it again with a greater --validation"
-            )
         self.faults = FaultLog()
         """What could not be read of training batches, on this process."""
         self._task = task

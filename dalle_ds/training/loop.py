@@ -426,6 +426,8 @@ class Loop:
             self.weights.publish()
 
     def _validate(self) -> None:
+        if len(self.batches.validation_samples) == 0:
+            return
         sums: Metrics = {}
         skipped = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
         with self._long("validating"), self._averaged() as model:
@@ -479,7 +481,7 @@ class Loop:
     def _preview(self, model: nn.Module | None) -> None:
         """Draw with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
         with self._long("drawing"):
-            if model is not None:
+            if model is not None and len(self.batches.validation_samples) > 0:
                 path = self.directory.samples / f"step-{self.step}.png"
                 dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
                 try:

@@ -232,4 +232,8 @@ class Trainer:
         )
         for line in [*self.batches.describe(), *self.task.describe()]:
             tracker.say(line)
+        if len(self.batches.validation_samples) == 0:
+            tracker.say(
+                f"{' and '.join(self.run.corpora)} has no validation rows: nothing is validated, and no previews are drawn"
+            )
         return tracker

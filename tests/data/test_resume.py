@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import socket
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -88,6 +89,31 @@ def test_killed_at_random_and_started_again_the_bytes_are_the_same(corpus: Path,
     prepare(PrepareOptions(corpus="folder", source=str(corpus), validation=0.2, filters=FILTERS), str(out))
     assert all_files(out) == all_files(whole)
     assert list(tmp_path.iterdir()) == [out], "what killed processes left would fill the disk"
+
+
+@pytest.mark.parametrize("rows", [1, 150])
+def test_of_two_preparations_at_once_the_second_is_told_of_the_first(corpus: Path, tmp_path: Path, rows: int) -> None:
+    """While pairs are looked at, and while they are put together; once the first is gone, nothing is in the way."""
+    steps, far_end = multiprocessing.get_context("forkserver").Pipe()
+    out = tmp_path / "out"
+    first = multiprocessing.get_context("forkserver").Process(
+        target=step_by_step, args=(far_end, str(corpus), str(out))
+    )
+    first.start()
+    far_end.close()
+    for _ in range(rows):
+        assert steps.recv() == "row"
+        steps.send("go")
+    assert steps.recv() == "row"
+    options = PrepareOptions(corpus="folder", source=str(corpus), validation=0.2, filters=FILTERS)
+    with pytest.raises(DataError) as told:
+        prepare(options, str(out))
+    for word in (str(out), f"process {first.pid} on {socket.gethostname()}", "since 2"):
+        assert word in str(told.value)
+    first.kill()
+    first.join()
+    prepare(options, str(out))
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_what_is_done_is_not_looked_at_again(

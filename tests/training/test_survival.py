@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dalle_ds.config import to_dict
+from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.metrics import read_records
 from tests.conftest import TINY_DALLE, thorough
 from tests.processes import run_ranks
@@ -56,6 +58,7 @@ class Runs:
         jobs += [self.job("unread", ["rows", 1], train={"batch_size": 40})]
         tolerant = {"workers": 0, "max_unreadable": 0.7}
         jobs += [self.job("unread-allowed", ["rows", 1], train={"batch_size": 40}, loader=tolerant)]
+        jobs += [self.job("one-image", data=str(one_image(folder)))]
         changing = shutil.copytree(data, folder / "changing-data")
         jobs += [self.job("changed", ["changed", 5], data=str(changing), report={"background_saves": False})]
         description = folder / "jobs.json"
@@ -85,6 +88,15 @@ class Runs:
         found = re.search(rf"{name} rank {rank} (\w+Error|Interrupted): (.*?)(?= \S+ rank \d |$)", self.output)
         assert found is not None, f"{name} has not failed: {self.output[-3000:]}"
         return found[0]
+
+
+def one_image(folder: Path) -> Path:
+    """Data of one image: it is trained on, so there is none for validation."""
+    (folder / "corpus").mkdir()
+    Image.new("RGB", (24, 24), "red").save(folder / "corpus" / "red.png")
+    (folder / "corpus" / "red.txt").write_text("a red square")
+    prepare(PrepareOptions(corpus="folder", source=str(folder / "corpus")), str(folder / "one-image-data"))
+    return folder / "one-image-data"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +147,13 @@ def test_checkpoints_by_the_clock(runs: Runs) -> None:
     steps = sorted(int(path.name.removeprefix("step-")) for path in lines if path.name != "latest")
     assert steps[-1] == STEPS and len(steps) == 2  # the one before was written by the clock
     assert runs.weights("by-the-clock") == runs.weights("straight")
+
+
+def test_one_image_is_enough_to_train_on(runs: Runs) -> None:
+    """Nothing is validated, and the run says so."""
+    records = runs.records("one-image")
+    assert records[-1]["step"] == STEPS and not any("validation" in name for line in records for name in line)
+    assert runs.weights("one-image") and "one-image-data has no validation rows" in runs.output
 
 
 def test_which_checkpoints_are_kept(runs: Runs) -> None:
