@@ -36,7 +36,7 @@ demo: $(READY)
 	$(DEEPSPEED) launchers/train_dvae.py --deepspeed_config ds_configs/zero1_fp32.json --preset toy \
 		--data demo/data --run_dir demo/dvae $(DVAE_ARGS)
 	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_codes demo/dvae --views 8
-	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_bf16.json --preset toy \
+	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
 		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer $(TRANSFORMER_ARGS)
 	$(CPU) $(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
 

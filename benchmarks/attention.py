@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measure import DTYPES, ShapeOptions, check_flags, matmul_rate, median_seconds, read_bandwidth, shape, synchronize
+from measure import (
+    RATE_SECONDS,
+    ShapeOptions,
+    check_flags,
+    median_seconds,
+    read_bandwidth,
+    shape,
+    synchronize,
+    with_precision,
+)
 from rich import print
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -32,6 +41,7 @@ from dalle_ds.models.attention.blockwise import block_pairs, blockwise_attention
 from dalle_ds.models.attention.flex import Layout, Refused, flex_attention, flex_pairs
 from dalle_ds.models.attention.pattern import KERNELS, dense_attention
 from dalle_ds.models.flops import BACKWARD_PRODUCTS
+from dalle_ds.precision.rates import DTYPES, matmul_rate
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,8 @@ class Options:
     """Side of the conv kind's kernel; odd."""
     batch: int = 2
     """Sequences."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto takes what the device computes fastest."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     repeats: int = 5
@@ -197,7 +207,8 @@ def main() -> None:
     check_flags(options, "batch", "repeats", "heads", "head_size")
     if device.type == "cpu":
         keep_freed_memory()
-    rate = matmul_rate(DTYPES[options.dtype], device)
+    options = with_precision(options)
+    rate = matmul_rate(DTYPES[options.dtype], device, RATE_SECONDS)
     bandwidth = read_bandwidth(device)
     rows = list(measure(options, rate))
     rates = f"matrix products at {rate / 1e9:,.0f} GFLOP/s, memory read at {bandwidth / 1e9:,.0f} GB/s"

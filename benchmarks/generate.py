@@ -18,16 +18,16 @@ from typing import Any, Literal
 
 import torch
 from measure import (
-    DTYPES,
+    RATE_SECONDS,
     ShapeOptions,
     check_flags,
     forget_peak_memory,
-    matmul_rate,
     median_seconds,
     peak_memory,
     read_bandwidth,
     shape,
     synchronize,
+    with_precision,
 )
 from rich import print
 from rich.table import Table
@@ -40,6 +40,7 @@ from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, bytes_per_step
 from dalle_ds.models.flops import decoding_flops
+from dalle_ds.precision.rates import DTYPES, matmul_rate
 from dalle_ds.sampling.codes import even_batches, pictures_at_once
 from dalle_ds.sampling.draw import Sampling, draw
 
@@ -57,8 +58,8 @@ class Options(ShapeOptions):
     """Distinct prompts."""
     tokens: int = 64
     """Codes measured, spread evenly over the picture."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the blocks' weights."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the blocks' weights; auto takes what the device computes fastest."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     no_cache_tokens: int = 0
@@ -75,6 +76,7 @@ def main() -> None:
         raise ConfigError(f"--no_cache_tokens must be 0 or more, found {options.no_cache_tokens}")
     if options.device == "cpu":
         keep_freed_memory()
+    options = with_precision(options)
     figures = measure(options)
     table = Table("figure", "value", title=f"{options.dtype}, {options.device}, bound by {figures['bound']}")
     for name, value in figures.items():
@@ -104,7 +106,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds, drawing = (sum(each) for each in zip(*measured, strict=True))
     # Of decoding: the machine's own rates take memory too.
     peak = peak_memory(device)
-    bandwidth, rate = read_bandwidth(device), matmul_rate(dtype, device)
+    bandwidth, rate = read_bandwidth(device), matmul_rate(dtype, device, RATE_SECONDS)
     rows = [filled(size)] * len(batches)
     read = read_by_step(config, dtype, rows, [len(set(batch)) for batch in batches], options.tokens)
     measured_at = positions(config, options.tokens)

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 
 from dalle_ds.config import DalleConfig, TransformerRun, load_preset
 from dalle_ds.errors import ConfigError
+from dalle_ds.parallel import Mesh
+from dalle_ds.precision.rates import settle
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RATE_SECONDS = 2.0
+"""How long a rate is measured that figures are held against."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,9 @@ def seconds(function: Callable[[], Any], repeats: int, device: torch.device, war
     return taken
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Highest FLOP/s seen of square matrix multiplication: 2048² on a CPU, 8192² on a GPU."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
-    return 2 * size**3 / min(seconds(lambda: left @ right, 11, device))
+def with_precision(options: Any) -> Any:
+    """The options with a precision for `dtype`, where it is "auto"; `device` is what they compute on."""
+    return replace(options, dtype=settle(options.dtype, Mesh(0, 1, torch.device(options.device))))
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from counting import Allocations, Exchanges
 from engines import build_updater
-from measure import DTYPES
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -43,6 +42,7 @@ from dalle_ds.planning.memory import Memory, heaviest, stage_memory
 from dalle_ds.planning.stages import stages_of
 from dalle_ds.planning.traffic import Transfer, traffic
 from dalle_ds.precision import GradientScales
+from dalle_ds.precision.rates import DTYPES
 from dalle_ds.training.deepspeed_config import resolve
 
 BUCKET = 50_000

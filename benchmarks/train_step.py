@@ -20,15 +20,15 @@ import torch
 from baselines import DallePytorch, DenseTransformer
 from engines import build_updater
 from measure import (
-    DTYPES,
+    RATE_SECONDS,
     ShapeOptions,
     check_flags,
     forget_peak_memory,
-    matmul_rate,
     peak_memory,
     read_bandwidth,
     shape,
     synchronize,
+    with_precision,
 )
 from rich import print
 from rich.table import Table
@@ -41,6 +41,7 @@ from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.flops import executed_flops, model_flops
 from dalle_ds.optim import decay_groups
+from dalle_ds.precision.rates import DTYPES, matmul_rate
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Options(ShapeOptions):
 
     batch: int = 2
     """Sequences per step."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic. In bf16 our weights are bf16 beside fp32 ones that the optimizer updates; the baselines use autocast."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic; auto takes the JSON's, or what the device computes fastest. In bf16 our weights are bf16 beside fp32 ones
+    that the optimizer updates; the baselines use autocast."""
     steps: int = 5
     """Steps measured, after two that are not."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -122,7 +124,8 @@ def plain_step(config: DalleConfig, options: Options, device: torch.device) -> S
 def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
     """A step of the engine that training uses, gradient clipping included."""
     from dalle_ds.parallel import Mesh
-    from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
+    from dalle_ds.training.deepspeed_config import is_auto, load_deepspeed_json, resolve
+    from dalle_ds.training.deepspeed_config import with_precision as with_precision_of
 
     mesh = Mesh.start(options.device)
     run = TransformerRun(
@@ -132,6 +135,8 @@ def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
         ),
     )
     json_config = load_deepspeed_json(json_path)
+    if is_auto(json_config, run):
+        json_config = with_precision_of(json_config, options.dtype)
     precision = resolve(json_config, run, mesh.world_size).precision
     if precision != options.dtype:
         raise ConfigError(f"--dtype {options.dtype}, but {json_path} trains in {precision}")
@@ -144,6 +149,17 @@ def batch(config: DalleConfig, size: int, device: torch.device) -> tuple[Tensor,
     """Random captions without padding, and codes."""
     text = torch.randint(0, config.text_vocab, (size, config.text_len), device=device)
     return text, torch.randint(0, config.image_vocab, (size, config.image_len), device=device)
+
+
+def settled(options: Options) -> Options:
+    """The options with the arithmetic that "auto" stands for."""
+    from dalle_ds.training.deepspeed_config import is_auto, load_deepspeed_json, resolve
+
+    if options.dtype == "auto" and options.deepspeed_config is not None:
+        run, json_config = TransformerRun(), load_deepspeed_json(options.deepspeed_config)
+        if not is_auto(json_config, run):
+            return replace(options, dtype=resolve(json_config, run, 1).precision)
+    return with_precision(options)
 
 
 def check(options: Options) -> None:
@@ -188,7 +204,7 @@ def measure(options: Options) -> dict[str, float]:
             seconds.append(time.perf_counter() - start)
     memory = peak_memory(device)
     median = statistics.median(seconds)
-    rate, bandwidth = matmul_rate(DTYPES[options.dtype], device), read_bandwidth(device)
+    rate, bandwidth = matmul_rate(DTYPES[options.dtype], device, RATE_SECONDS), read_bandwidth(device)
     figures = {
         "step_seconds": median,
         "tokens_per_second": options.batch * config.total_len / median,
@@ -221,7 +237,7 @@ def count(options: Options, config: DalleConfig, device: torch.device) -> dict[s
 
 def main() -> None:
     """Measure, show, write."""
-    options = parse_options(Options)
+    options = settled(parse_options(Options))
     figures = measure(options)
     table = Table("figure", "value", title=f"{options.model}, {options.dtype}, batch {options.batch}, {options.device}")
     for name, value in figures.items():

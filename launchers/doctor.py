@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from dalle_ds.cli import parse_options, run_launcher
+from dalle_ds.cluster.environment import EnvOptions, describe_environment
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,20 @@ class Checkpoint:
 
 def main() -> None:
     """Parse, look, tell."""
+    console = Console(width=None if sys.stdout.isatty() else 127)
+    # The deepspeed launcher adds it; the environment says the rank.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    if arguments == ["env"]:  # before anything is imported that may be missing
+        console.print(describe_environment())
+        return
     from dalle_ds.cluster.command import ClusterOptions, check_cluster
     from dalle_ds.data.inspection import DataOptions, inspect_data
 
     checkpoint = Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
     data = Annotated[DataOptions, tyro.conf.subcommand("data")]
-    # The deepspeed launcher adds it; the environment says the rank.
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    options = parse_options(checkpoint | cluster | data, arguments, description=__doc__)
+    env = Annotated[EnvOptions, tyro.conf.subcommand("env")]
+    options = parse_options(checkpoint | cluster | data | env, arguments, description=__doc__)
     if isinstance(options, ClusterOptions):
         report, faults = check_cluster(options)
     elif isinstance(options, DataOptions):
@@ -43,7 +49,7 @@ def main() -> None:
         inspection = inspect(options.path)
         report, faults = inspection.report(), inspection.faults
     if report is not None:
-        Console(width=None if sys.stdout.isatty() else 127).print(report)
+        console.print(report)
     if faults:
         sys.exit(1)
 

@@ -46,7 +46,7 @@ stage() {
     for folder in "${data[@]}"; do
         stage codes --out "$folder" --cache_codes "$out/dvae" ${CODES_ARGS:-}
     done
-    stage transformer --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero3_bf16.json" \
+    stage transformer --preset "$preset" --deepspeed_config "$DALLE_ROOT/ds_configs/zero3_auto.json" \
         --data "${data[@]}" --dvae "$out/dvae" --tokenizer "$out/tokenizer.model" --run_dir "$out/transformer" ${TRANSFORMER_ARGS:-}
     if [[ -n ${CLIP:-} ]]; then
         stage clip --preset "$CLIP" --deepspeed_config "$DALLE_ROOT/ds_configs/zero1_fp32.json" \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import socket
 import statistics
 import time
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import dalle_ds
+from dalle_ds.cluster.environment import processor_name, said
 from dalle_ds.parallel import Mesh
 
 Value = TypeVar("Value")
@@ -49,12 +49,12 @@ def facts_here(mesh: Mesh) -> Facts:
         "torch": torch.__version__,
         "DeepSpeed": str(deepspeed.__version__),
     }
-    device = _processor()
+    device = processor_name()
     if mesh.device.type == "cuda":
         nccl: Any = torch.cuda.nccl.version()
         versions["NCCL"] = ".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl)
         versions["CUDA"] = str(torch.version.cuda)
-        versions["NVIDIA driver"] = _driver()
+        versions["NVIDIA driver"] = said(Path("/proc/driver/nvidia/version"), r"Module\s+([\d.]+)") or "unknown"
         device = torch.cuda.get_device_name(mesh.device)
     return Facts(socket.gethostname(), device, versions)
 
@@ -73,20 +73,3 @@ def offsets(times: Sequence[Sequence[float]]) -> list[float]:
     """`times[rank][round]`, read at one moment in each round → how far each rank is ahead of the median rank."""
     middle = [statistics.median(round_) for round_ in zip(*times, strict=True)]
     return [statistics.median(time - at for time, at in zip(own, middle, strict=True)) for own in times]
-
-
-def _processor() -> str:
-    return _said(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.machine()
-
-
-def _driver() -> str:
-    return _said(Path("/proc/driver/nvidia/version"), r"Module\s+([\d.]+)") or "unknown"
-
-
-def _said(file: Path, pattern: str) -> str | None:
-    """What a system's file says; None where it says nothing of the kind."""
-    try:
-        found = re.search(pattern, file.read_text())
-    except OSError:
-        return None
-    return found[1] if found else None

@@ -70,8 +70,9 @@ class EvaluateOptions:
     """Folder of generated pictures, to be compared with those in --real."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs where there are any."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the transformer when it draws; its likelihoods are computed in the same."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the transformer when it draws, and of its likelihoods; auto takes what the device computes fastest.
+    Results of different ones are not compared."""
 
     def __post_init__(self) -> None:
         sound(self)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import dalle_ds
 from dalle_ds.data import PairDataset
@@ -30,9 +28,9 @@ from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
+from dalle_ds.precision.rates import DTYPES, settle
 from dalle_ds.sampling import ClipReranker, TextToImage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
 JUDGED_BY_ITSELF = (
     "The CLIP that chose among candidates also judged them: CLIP score and retrieval grow with n by that alone. Name another "
@@ -49,6 +47,8 @@ def evaluate(options: EvaluateOptions, mesh: Mesh) -> Result:
     out = Path(options.out)
     if mesh.is_main:
         _prepare(out)  # before hours are spent
+    if options.transformer is not None:
+        options = replace(options, dtype=settle(options.dtype, mesh))
     if options.real is not None:
         result, context = compare_folders(options, mesh), None
     else:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from dalle_ds.config.checks import positive
 from dalle_ds.errors import ConfigError
+from dalle_ds.precision.rates import Precision
 
 GB = 10**9
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

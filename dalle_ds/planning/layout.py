@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, Run
 from dalle_ds.errors import ConfigError
+from dalle_ds.precision.rates import Precision
 from dalle_ds.training.deepspeed_config import EngineConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -42,7 +43,7 @@ class Layout:
     shards: int = 1
     tensor: int = 1
     sequence: bool = False
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     zero_stage: int = 0
     micro_batch: int = 1
     accumulation: int = 1

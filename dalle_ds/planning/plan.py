@@ -18,7 +18,7 @@ from dalle_ds.planning.stages import Stage, stages_of
 from dalle_ds.planning.steptime import StepTime, step_time
 from dalle_ds.planning.traffic import Transfer, compression, traffic
 from dalle_ds.planning.work import Work, work_of
-from dalle_ds.training.deepspeed_config import resolve
+from dalle_ds.training.deepspeed_config import is_auto, resolve, with_precision
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,10 @@ def make_plan(run: Run, json_config: dict[str, Any], cluster: Cluster, device: s
         ConfigError: whatever training would refuse, and a precision that the cluster has no units for.
     """
     shards_of(run.parallel, cluster.gpus)
+    if is_auto(json_config, run):
+        json_config = with_precision(
+            json_config, "bf16" if (cluster.bf16_tflops or 0) > cluster.fp32_tflops else "fp32"
+        )
     engine = resolve(json_config, run, cluster.gpus)
     if isinstance(run, TransformerRun):
         Mesh(0, cluster.gpus, torch.device("cpu"), run.parallel).check(run.model)

@@ -13,8 +13,7 @@ from dalle_ds.models import DiscreteVAE
 from dalle_ds.models.flops import Flops, executed_flops, layer_flops, model_flops
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.stages import Stage
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dalle_ds.precision.rates import DTYPES
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def _transformer(config: DalleConfig, stages: Sequence[Stage], layout: Layout, d
 
 @functools.lru_cache(maxsize=64)
 def _flops(config: DalleConfig, checkpointing: str, precision: str, device: str) -> tuple[Flops, Flops]:
-    return _needed(config), executed_flops(config, checkpointing, dtype=_DTYPES[precision], device=device)
+    return _needed(config), executed_flops(config, checkpointing, dtype=DTYPES[precision], device=device)
 
 
 @functools.lru_cache(maxsize=16)

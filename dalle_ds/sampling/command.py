@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import is_text
+from dalle_ds.precision.rates import DTYPES, settle
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
@@ -28,7 +29,6 @@ from dalle_ds.sampling.prompts import read_prompts
 from dalle_ds.sampling.rerank import ClipReranker, Ranking, rank_candidates
 from dalle_ds.sampling.scores import Scores
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIST_NAME = "pictures.json"
 """In a folder of pictures: a list of {"caption", "picture", "number"}, and "score" where there are scores."""
 _OURS = re.compile(r"pictures\.json|[0-9]{5,}-[0-9]{3,}\.png")
@@ -77,8 +77,8 @@ class GenerateOptions:
     """Pictures drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the transformer; bf16 is the faster."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the transformer; auto takes what the device computes fastest."""
 
     def check(self) -> None:
         """Refuse, with a ConfigError, what cannot be written or belongs to something that was not asked for."""
@@ -143,6 +143,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
     options.check()
     sampling, prompts = options.sampling, options.all_prompts()
     tensor = Mesh.tensor_group(options.device)
+    options = replace(options, dtype=settle(options.dtype, Mesh(tensor.rank, tensor.size, _first_device(options))))
     pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype], tensor=tensor)
     grid = pipe.model.config.grid
     init, given = _initial(pipe, options)
@@ -181,6 +182,11 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
     picture_grid(list(zip(prompts, pictures, strict=True)), notes=notes).save(buffer, format="PNG")
     write_bytes(files[0], buffer.getvalue())
     return files
+
+
+def _first_device(options: GenerateOptions) -> torch.device:
+    """One that computes, of those that auto spreads a transformer over."""
+    return torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def _is_ours(folder: Path) -> bool:

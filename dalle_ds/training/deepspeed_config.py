@@ -6,11 +6,12 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dalle_ds.config import Run
 from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json, shown
+from dalle_ds.precision.rates import Precision
 
 _OURS = {
     "optimizer": "the optim section",
@@ -38,7 +39,7 @@ class EngineConfig:
 
     deepspeed: dict[str, Any]
     """The complete DeepSpeed configuration, no "auto" left in it."""
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     """Arithmetic; fp16 is an fp32 engine around blocks that cast (docs/precision.md)."""
     zero_stage: int
     """ZeRO stage."""
@@ -66,8 +67,25 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def is_auto(json_config: dict[str, Any], run: Run) -> bool:
+    """Whether precision is left to the device (`"bf16": {"enabled": "auto"}`), and somebody has to settle it.
+
+    Raises:
+        ConfigError: the JSON contradicts itself.
+    """
+    is_open = _section(json_config, "bf16").get("enabled") == "auto"
+    return is_open and run.train.precision is None and _json_precision(json_config) in (None, "fp32")
+
+
+def with_precision(json_config: dict[str, Any], precision: Precision) -> dict[str, Any]:
+    """The DeepSpeed JSON with a precision stated instead of "auto"."""
+    states = {name: {**_section(json_config, name), "enabled": precision == name} for name in ("bf16", "fp16")}
+    return {**json_config, **states}
+
+
 def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineConfig:
-    """Check the DeepSpeed JSON against the run and fill in what it leaves out or calls "auto".
+    """Check the DeepSpeed JSON against the run and fill in what it leaves out or calls "auto", but for precision, which
+    depends on the device: `is_auto`, `with_precision`.
 
     `run.parallel` must divide `world_size` processes (`Mesh.divide`).
 
@@ -89,6 +107,10 @@ def resolve(json_config: dict[str, Any], run: Run, world_size: int) -> EngineCon
     degrees = run.parallel
     readers = world_size // (degrees.pipe * degrees.tensor)
     micro_batch, accumulation = _batch(json_config, run, readers)
+    if is_auto(json_config, run):
+        raise ConfigError(
+            '"bf16.enabled" in the DeepSpeed JSON is "auto", which is not settled yet: set it to true or false'
+        )
     precision = _agree("precision", run.train.precision, _json_precision(json_config), "fp32")
     stage = _agree("zero_stage", run.train.zero_stage, _json_stage(json_config), 1 if degrees.pipe > 1 else 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):

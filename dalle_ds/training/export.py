@@ -16,6 +16,7 @@ from dalle_ds.config import ClipRun, DuplicateRun, DvaeRun, Run, TransformerRun
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
+from dalle_ds.precision.rates import DTYPES, Precision
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.duplicates import DuplicatesTask
@@ -27,9 +28,7 @@ from dalle_ds.training.checkpoints.storage import Index
 from dalle_ds.training.checkpoints.writing import write_safetensors
 from dalle_ds.training.run_directory import RunDirectory, read_config, run_of
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Weights = Literal["average", "raw"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STAGES: dict[str, tuple[type[Run], Callable[[Any], Task[Any]]]] = {
     "clip": (ClipRun, ClipTask),
     "duplicates": (DuplicateRun, DuplicatesTask),

@@ -23,7 +23,7 @@ RunConfig = TypeVar("RunConfig", bound=Run)
 
 _USAGE = """Besides the options below, whose defaults are those of the preset:
 
---deepspeed_config FILE: DeepSpeed JSON, such as ds_configs/zero3_bf16.json (precision, ZeRO stage, offload)
+--deepspeed_config FILE: DeepSpeed JSON, such as ds_configs/zero3_auto.json (precision, ZeRO stage, offload)
 
 --preset NAME: one of {presets}
 
@@ -61,7 +61,7 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
     if known.preset is None and not wants_help:
         raise ConfigError(f"--preset is missing: give one of {', '.join(preset_names())}")
     if known.deepspeed_config is None and not wants_help:
-        raise ConfigError("--deepspeed_config is missing: give a DeepSpeed JSON, such as ds_configs/zero3_bf16.json")
+        raise ConfigError("--deepspeed_config is missing: give a DeepSpeed JSON, such as ds_configs/zero3_auto.json")
     default = load_preset(known.preset, stage, kind) if known.preset is not None else kind()
     if known.deepspeed_config is not None:
         json_config = load_deepspeed_json(known.deepspeed_config)

@@ -21,6 +21,8 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.metrics import read_records
 from dalle_ds.parsing import parse_json, parse_yaml
+from dalle_ds.precision.rates import Choice, Precision
+from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
 from dalle_ds.training.lines import LineFile
 
@@ -47,6 +49,7 @@ _FREE = (
 # Settings that every stage once took, and that only some stages use.
 _TAKEN_ONCE = ("loader.codes", "loader.caption_dropout", "loader.bpe_dropout", "train.activation_checkpointing")
 _FREE_SECTIONS = ("report.", "guard.", "watch.", "parallel.", "powersgd.")
+_PRECISION: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _CONFIG_NAME = "config.yaml"
 _IDENTITY_NAME = "identity.json"
 _WANDB_NAME = "wandb_id.json"
@@ -82,6 +85,27 @@ def run_of(kind: type[RunKind], saved: dict[str, Any], where: str) -> RunKind:
         if name not in used and isinstance(kept.get(section), dict):
             kept[section] = {key: value for key, value in kept[section].items() if key != field}
     return from_dict(kind, kept, where)
+
+
+def kept_precision(path: Path) -> Choice | None:
+    """The precision that the run in folder `path` began in, whatever it was chosen by; None where there is no run yet.
+
+    Raises:
+        CheckpointError: its configuration cannot be read.
+    """
+    file = path / _CONFIG_NAME
+    if not file.exists():
+        return None
+    read_config(path)  # says what is wrong with it
+    try:
+        kept = parse_yaml(file.read_text())["precision"]
+        return Choice(_PRECISION[kept["chosen"]], str(kept["why"]))
+    except (KeyError, TypeError):  # of a version that did not note it
+        pass
+    for checkpoint in reversed(CheckpointFolder(path / "checkpoints").all()):
+        with suppress(CheckpointError, KeyError, TypeError):  # a damaged one is dealt with later
+            return Choice(_PRECISION[load_state(checkpoint)["layout"]["precision"]], f"that of {checkpoint}")
+    return None
 
 
 class RunDirectory:
@@ -194,19 +218,21 @@ class RunDirectory:
                 raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
             print(f"{self.path} is on a file system without locks: see to it that no other run is training there")
 
-    def write_config(self, identity: Mapping[str, str]) -> None:
+    def write_config(self, identity: Mapping[str, str], precision: Choice) -> None:
         """Write the configuration and what the run learns from, make the folders and remove what killed runs left unfinished.
         Main process only.
 
         Args:
             identity: fingerprints, which later starts must find again.
+            precision: what the run computes in, which later starts keep where theirs is "auto".
 
         Raises:
             CheckpointError: it cannot be written.
         """
         try:
             # First: a folder with anything else in it and no configuration is not taken for a run's.
-            content = {"stage": self.stage, "run": to_dict(self.run)}
+            chosen = {"chosen": precision.precision, "why": precision.why}
+            content = {"stage": self.stage, "precision": chosen, "run": to_dict(self.run)}
             write_text(self.config_file, yaml.safe_dump(content, sort_keys=False))
             write_json(self.path / _IDENTITY_NAME, dict(identity))
             self.samples.mkdir(exist_ok=True)

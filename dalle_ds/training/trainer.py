@@ -15,17 +15,18 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.check import check_plan
+from dalle_ds.precision.rates import Choice, choose, slow_warning
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
-from dalle_ds.training.deepspeed_config import EngineConfig, resolve
+from dalle_ds.training.deepspeed_config import EngineConfig, is_auto, resolve, with_precision
 from dalle_ds.training.engine import build_engine, scale_gradients
 from dalle_ds.training.gradients import MasterGradients
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
-from dalle_ds.training.run_directory import RunDirectory
+from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.weights import MasterWeights
@@ -63,6 +64,10 @@ class Trainer:
         self.signals = signals or StopSignals()
         self.pulse = pulse or (lambda step, phase, minutes=0.0: None)
         self.mesh = mesh = mesh.divide(run.parallel)
+        self.choice: Choice | None = None
+        if is_auto(json_config, run):
+            self.choice = mesh.decide(lambda: kept_precision(Path(run.run_dir)) or choose(mesh.device))
+            json_config = with_precision(json_config, self.choice.precision)
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
         self.task.check_layout(mesh, self.config.micro_batch)
@@ -88,7 +93,10 @@ class Trainer:
             raise ConfigError(
                 f"--steps {run.steps} is less than the {self.step} updates that {run.run_dir} has done already"
             )
-        mesh.decide(lambda: self.directory.write_config(self.state["identity"]))
+        mesh.decide(lambda: self.directory.write_config(self.state["identity"], self._precision()))
+
+    def _precision(self) -> Choice:
+        return self.choice or Choice(self.config.precision, "stated by the run or its DeepSpeed JSON")
 
     def _load_state(self) -> dict[str, Any]:
         identity = self.task.identity()
@@ -230,7 +238,10 @@ class Trainer:
             f"ZeRO-{self.config.zero_stage}, {self.config.precision}, {self.config.accumulation} × "
             f"{self.config.micro_batch} × {self.mesh.size('data')} = {self.run.train.batch_size} pictures per update"
         )
-        for line in [*self.batches.describe(), *self.task.describe()]:
+        slow = slow_warning(self.config.precision, self.mesh.device) if self.mesh.is_main else None
+        precision = [str(self.choice)] if self.choice is not None else []
+        precision += [f"warning: {slow}"] if slow is not None else []
+        for line in [*precision, *self.batches.describe(), *self.task.describe()]:
             tracker.say(line)
         if len(self.batches.validation_samples) == 0:
             tracker.say(

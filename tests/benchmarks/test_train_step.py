@@ -34,7 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("--dtype", "fp32", "--activation_checkpointing", "full", "--batch", "3"),
         ("--dtype", "fp32", "--model", "dense"),
         ("--dtype", "bf16", "--blocks_only", "True"),
-        ("--dtype", "bf16", "--deepspeed_config", "ds_configs/zero1_bf16.json"),
+        ("--deepspeed_config", "ds_configs/zero1_bf16.json"),
     ],
     ids=" ".join,
 )

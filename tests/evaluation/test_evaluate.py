@@ -80,6 +80,7 @@ def options(
         best_of="1,3",
         blur="0,2",
         device="cpu",
+        dtype="fp32",
     )
 
 

@@ -226,6 +226,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_launcher_writes_a_labelled_grid(run_directory: Path, tmp_path: Path, pipe: TextToImage) -> None:
     out = tmp_path / "cats.png"
     arguments = ["--model", str(run_directory), "--prompt", "a red cat", "--prompt", "a blue dog", "--out", str(out)]
+    arguments += ["--dtype", "fp32"]
     done = launch(*arguments, "--num", "2", "--seed", "7", "--top_k", "9", "--temperature", "0.9", "--guidance", "2")
     assert done.returncode == 0, done.stderr
     sheet = np.asarray(Image.open(out))

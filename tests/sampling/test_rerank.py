@@ -245,6 +245,7 @@ def launch(
     def run(*options: str, out: str = "cats.png", clip: str | None = "clip") -> tuple[int, str]:
         command = ["generate.py", "--model", str(folders / "transformer"), "--out", str(tmp_path / out)]
         command += [] if clip is None else ["--rerank", str(folders / clip)]
+        command += [] if "--dtype" in options else ["--dtype", "fp32"]
         monkeypatch.setattr(sys, "argv", [*command, *options])
         try:
             runpy.run_path(str(ROOT / "launchers" / "generate.py"), run_name="__main__")

@@ -10,7 +10,7 @@ import pytest
 
 from dalle_ds.config import OptimConfig, ParallelConfig, PowerSGDConfig, Run, TrainConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.training.deepspeed_config import load_deepspeed_json, resolve
+from dalle_ds.training.deepspeed_config import is_auto, load_deepspeed_json, resolve, with_precision
 from tests.conftest import ROOT
 
 UNKNOWN_TO_US = {"wall_clock_breakdown": True, "comms_logger": {"enabled": False}, "communication_data_type": "fp32"}
@@ -111,8 +111,11 @@ def test_every_json_of_a_stage_and_a_precision_works_with_one_and_two_processes(
     for file in files:
         stage, precision = file.stem.split("_")
         for world_size in (1, 2):
-            config = resolve(load_deepspeed_json(file), run(), world_size)
-            assert (f"zero{config.zero_stage}", config.precision) == (stage, precision)
+            json_config = load_deepspeed_json(file)
+            assert is_auto(json_config, run()) == (precision == "auto")
+            for chosen in ("bf16", "fp32") if precision == "auto" else (precision,):
+                config = resolve(with_precision(json_config, chosen), run(), world_size)
+                assert (f"zero{config.zero_stage}", config.precision) == (stage, chosen)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path) -> None:

@@ -221,7 +221,7 @@ def test_processes_that_divide_a_model_draw_what_one_draws(runs: Runs) -> None:
         torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(processes)]
         command = torchrun if processes > 1 else [sys.executable]
         command += [str(ROOT / "launchers" / "generate.py"), "--model", str(runs["reference"]), "--out", str(out)]
-        command += ["--prompt", "a red circle", "--prompt", "a blue square", "--pictures", "3"]
+        command += ["--prompt", "a red circle", "--prompt", "a blue square", "--pictures", "3", "--dtype", "fp32"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

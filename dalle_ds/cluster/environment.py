@@ -1,0 +1,195 @@
+"""What this machine and this installation are: `launchers/doctor.py env`, the first thing to paste into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+"""Of processors, by their names in /proc/cpuinfo: what matrix products are fast by. The last three are those of ARM."""
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "triton",
+    "numpy",
+    "datasets",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+)
+"""Whose versions are told, besides those of the extras."""
+LIMITS = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables that hold a process back."""
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """Tell what this machine and this installation are, and how fast it computes in which precision; takes seconds. Paste it
+    into a bug report."""
+
+
+def describe_environment() -> RenderableType:
+    """For a terminal."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts():
+        table.add_row(name, Text(value))  # brackets are no markup
+    return table
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """Names and what there is to say; whatever is missing is said to be."""
+    from dalle_ds import __version__
+
+    yield "dalle_ds", __version__
+    yield (
+        "Python",
+        f"{platform.python_version()}, {platform.system()} {platform.release()}, {platform.libc_ver()[1] or '?'}",
+    )
+    yield "packages", ", ".join(f"{name} {version_of(name) or 'missing'}" for name in PACKAGES)
+    yield from _missing()
+    yield "compiler", _compilers()
+    yield from _processor()
+    yield "memory", _memory()
+    yield "disk", _disk(Path.cwd())
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield "torch", f"cannot be imported: {error}"
+        return
+    yield "kernels", f"PyTorch's are those for {torch.backends.cpu.get_cpu_capability()}"
+    yield from _gpus()
+    threads = torch.get_num_threads()
+    for count in sorted({1, len(_cores())}):
+        yield f"{count} thread{'s' if count > 1 else ''}", _rates(count)
+    torch.set_num_threads(threads)
+    yield f"auto, {threads} threads" if threads > 1 else "auto, 1 thread", _chosen()
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def missing_of_extras(requires: list[str]) -> dict[str, list[str]]:
+    """Extra → packages of it that are not installed, of requirements as a package's metadata lists them."""
+    found: dict[str, list[str]] = {}
+    for requirement in requires:
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", requirement)
+        name = _NAME.match(requirement)
+        if extra is not None and extra[1] != "dev" and name is not None:
+            missing = found.setdefault(extra[1], [])
+            if version_of(name[0]) is None:
+                missing.append(name[0])
+    return found
+
+
+def _missing() -> Iterator[tuple[str, str]]:
+    try:
+        requires = metadata.requires("dalle-ds") or []
+    except metadata.PackageNotFoundError:
+        yield "extras", "unknown, since dalle_ds is not installed (pip install --editable .)"
+        return
+    for extra, missing in missing_of_extras(requires).items():
+        yield (
+            f"extra {extra}",
+            f"lacks {', '.join(missing)}: pip install 'dalle-ds[{extra}]'" if missing else "installed",
+        )
+
+
+def _compilers() -> str:
+    """Nothing here needs one on a CPU; on GPUs, flex attention is compiled by Triton, which needs a C compiler."""
+    found = [name for name in ("cc", "gcc", "clang", "g++", "nvcc") if shutil.which(name)]
+    return ", ".join(found) if found else "none, which flex attention needs on a GPU (not on a CPU)"
+
+
+def _processor() -> Iterator[tuple[str, str]]:
+    try:
+        told = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        told = ""
+    flags = set(" ".join(re.findall(r"(?:flags|Features)\s*:\s*(.+)", told)).split())
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    yield "processor", f"{processor_name()}, {len(_cores())} cores for this process"
+    has = [feature for feature in FEATURES if feature in flags]
+    yield "features", ", ".join([*has, *limits]) if flags else "unknown here"
+
+
+def processor_name() -> str:
+    """As its maker calls it, where the system says so."""
+    return said(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.machine()
+
+
+def said(file: Path, pattern: str) -> str | None:
+    """What a system's file says; None where it says nothing of the kind."""
+    try:
+        found = re.search(pattern, file.read_text(errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _memory() -> str:
+    kilobytes = (said(Path("/proc/meminfo"), rf"{name}:\s+(\d+) kB") for name in ("MemTotal", "MemAvailable"))
+    total, free = (f"{int(count) * 1024 / 1e9:.1f} GB" if count else "unknown" for count in kilobytes)
+    return f"{total}, {free} available"
+
+
+def _disk(folder: Path) -> str:
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return f"{folder}: {usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free"
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for CPUs"
+        yield "GPUs", f"none ({built})"
+        return
+    nccl = torch.cuda.nccl.version()
+    yield "CUDA", f"{torch.version.cuda}, NCCL {'.'.join(map(str, nccl)) if isinstance(nccl, tuple) else nccl}"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}", f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
+
+
+def _rates(threads: int) -> str:
+    import torch
+
+    from dalle_ds.precision.rates import DTYPES, matmul_rate
+
+    torch.set_num_threads(threads)
+    rates = {name: matmul_rate(dtype, torch.device("cpu")) for name, dtype in DTYPES.items()}
+    return ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in rates.items())
+
+
+def _chosen() -> str:
+    import torch
+
+    from dalle_ds.precision.rates import choose
+
+    return str(choose(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
