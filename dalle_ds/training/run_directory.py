@@ -100,7 +100,7 @@ def kept_precision(path: Path) -> Choice | None:
     try:
         kept = parse_yaml(file.read_text())["precision"]
         return Choice(_PRECISION[kept["chosen"]], str(kept["why"]))
-    except (KeyError, TypeError):  # of a version that did not note it
+    except (KeyError, TypeError):  # it was stated
         pass
     for checkpoint in reversed(CheckpointFolder(path / "checkpoints").all()):
         with suppress(CheckpointError, KeyError, TypeError):  # a damaged one is dealt with later
@@ -218,21 +218,22 @@ class RunDirectory:
                 raise CheckpointError(f"--run_dir {self.path} cannot be written: {error}") from error
             print(f"{self.path} is on a file system without locks: see to it that no other run is training there")
 
-    def write_config(self, identity: Mapping[str, str], precision: Choice) -> None:
+    def write_config(self, identity: Mapping[str, str], precision: Choice | None = None) -> None:
         """Write the configuration and what the run learns from, make the folders and remove what killed runs left unfinished.
         Main process only.
 
         Args:
             identity: fingerprints, which later starts must find again.
-            precision: what the run computes in, which later starts keep where theirs is "auto".
+            precision: what "auto" stands for, to be kept by later starts; None where precision is stated.
 
         Raises:
             CheckpointError: it cannot be written.
         """
         try:
             # First: a folder with anything else in it and no configuration is not taken for a run's.
-            chosen = {"chosen": precision.precision, "why": precision.why}
-            content = {"stage": self.stage, "precision": chosen, "run": to_dict(self.run)}
+            content: dict[str, Any] = {"stage": self.stage, "run": to_dict(self.run)}
+            if precision is not None:
+                content["precision"] = {"chosen": precision.precision, "why": precision.why}
             write_text(self.config_file, yaml.safe_dump(content, sort_keys=False))
             write_json(self.path / _IDENTITY_NAME, dict(identity))
             self.samples.mkdir(exist_ok=True)

@@ -93,10 +93,7 @@ class Trainer:
             raise ConfigError(
                 f"--steps {run.steps} is less than the {self.step} updates that {run.run_dir} has done already"
             )
-        mesh.decide(lambda: self.directory.write_config(self.state["identity"], self._precision()))
-
-    def _precision(self) -> Choice:
-        return self.choice or Choice(self.config.precision, "stated by the run or its DeepSpeed JSON")
+        mesh.decide(lambda: self.directory.write_config(self.state["identity"], self.choice))
 
     def _load_state(self) -> dict[str, Any]:
         identity = self.task.identity()

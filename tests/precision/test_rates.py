@@ -138,7 +138,7 @@ def test_a_plan_takes_what_the_cluster_is_faster_in() -> None:
         assert make_plan(run, AUTO, named_cluster(cluster)).layout.precision == precision
 
 
-def written(folder: Path, choice: rates.Choice) -> None:
+def written(folder: Path, choice: rates.Choice | None) -> None:
     directory = RunDirectory(folder, "dvae", RUN)
     directory.claim()
     directory.write_config({}, choice)
@@ -155,11 +155,11 @@ def test_a_run_keeps_what_it_began_in(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("noted", [None, "bf16", {"chosen": "fp8", "why": ""}, {"chosen": ["bf16"], "why": ""}])
-def test_a_run_of_an_earlier_version_keeps_that_of_its_checkpoints(noted: Any, tmp_path: Path) -> None:
-    written(tmp_path, rates.Choice("bf16", "stated"))
+def test_a_run_whose_precision_was_stated_keeps_that_of_its_checkpoints(noted: Any, tmp_path: Path) -> None:
+    written(tmp_path, None)
     file = tmp_path / "config.yaml"
     content = yaml.safe_load(file.read_text())
-    del content["precision"]
+    assert "precision" not in content
     file.write_text(yaml.safe_dump(content if noted is None else {**content, "precision": noted}))
     assert kept_precision(tmp_path) is None, "nothing is learned before a checkpoint"
     for step in (1, 2):
@@ -181,7 +181,9 @@ def test_a_trainer_decides_once_and_resumes_in_the_same_on_another_machine(
     model = DiscreteVAEConfig(
         image_size=16, groups=2, blocks_per_group=1, encoder_width=8, decoder_width=8, vocab_size=16
     )
-    run = DvaeRun(str(data), str(tmp_path / "run"), steps=2, model=model, train=TrainConfig(batch_size=4))
+    run = DvaeRun(
+        data=str(data), run_dir=str(tmp_path / "run"), steps=2, model=model, train=TrainConfig(batch_size=4)
+    )
 
     monkeypatch.setattr(Mesh, "divide", lambda mesh, degrees: mesh)  # which needs a process group
 

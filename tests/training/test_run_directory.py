@@ -28,7 +28,6 @@ from dalle_ds.config import (
 )
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import Choice
 from dalle_ds.training.export import read_run
 from dalle_ds.training.run_directory import RunDirectory
 from tests.conftest import ROOT
@@ -42,7 +41,7 @@ RUN = DvaeRun(data="data", run_dir="run", steps=10)
 def claimed(path: Path, run: DvaeRun = RUN) -> RunDirectory:
     directory = RunDirectory(path, "dvae", run)
     directory.claim()
-    directory.write_config({}, Choice("fp32", "stated"))
+    directory.write_config({})
     return directory
 
 
@@ -149,7 +148,7 @@ def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path: Path, monkeypatc
 
         full.setattr("dalle_ds.files.os.fsync", no_space)
         with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
-            directory.write_config({}, Choice("fp32", "stated"))
+            directory.write_config({})
     directory.release()
     claimed(tmp_path / "run").release()
 
@@ -196,7 +195,7 @@ def test_what_a_run_learns_from_and_its_name_elsewhere_are_kept(tmp_path: Path) 
     directory = RunDirectory(tmp_path / "run", "dvae", RUN)
     assert directory.identity() is None and directory.wandb_id() is None
     directory.claim()
-    directory.write_config({"data": "abc"}, Choice("fp32", "stated"))
+    directory.write_config({"data": "abc"})
     directory.keep_wandb_id(None)
     assert directory.wandb_id() is None
     directory.keep_wandb_id("x1")
