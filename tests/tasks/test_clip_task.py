@@ -340,6 +340,7 @@ SHAPES = {
     "medium": "ViT-B/32",
     "dalle-1b": "ViT-B/16",
     "dalle-3b": "ViT-L/14",
+    "dalle-6b": "ViT-L/14",
     "dalle-12b": "unclip-H/16",
 }
 
