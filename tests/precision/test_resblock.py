@@ -87,18 +87,21 @@ def test_a_scale_saves_gradients_that_fp16_would_lose() -> None:
     assert gradient(24) == pytest.approx(torch.full((4, 4), 1e-9) * x.sum(0), rel=1e-2, abs=1e-11)
 
 
-def test_inf_and_nan_stay_in_their_block() -> None:
+@pytest.mark.parametrize("values", [(math.nan, math.inf, -math.inf, 1.0), (math.inf, 1.0), (-math.inf, 1.0)])
+def test_inf_and_nan_stay_in_their_block(values: tuple[float, ...]) -> None:
     """They reach the block's own weights, nothing before it, and nothing on the identity path."""
     torch.manual_seed(0)
     model = Dalle(CONFIG)
     scales = GradientScales(ScalingConfig(**FREE), len(model.blocks), 1)
     for number, block in enumerate(model.blocks):
         block.use(scales.precision(number, torch.float16))
-    poison = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
+    poison = torch.tensor(values)
     broken = 3
     model.blocks[broken].down.register_forward_hook(
         lambda _module, _inputs, output: (
-            output.register_hook(lambda gradient: gradient + poison.repeat(output.shape[-1] // 4).to(gradient.dtype))
+            output.register_hook(
+                lambda gradient: gradient + poison.repeat(output.shape[-1] // len(poison)).to(gradient.dtype)
+            )
             and None
         )
     )
@@ -108,6 +111,15 @@ def test_inf_and_nan_stay_in_their_block() -> None:
     assert all(name.startswith(f"blocks.{broken}.") for name in nonfinite)
     assert not any("norm" in name for name in nonfinite)
     assert all(bool(p.grad.count_nonzero()) for p in model.blocks[0].parameters()), "the identity path goes on"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_not_finite_leaves_a_branch_as_nothing(dtype: torch.dtype, poison: float) -> None:
+    """And not as the greatest number of the type, which would move all blocks before it (DALL·E Fig. 4)."""
+    x = torch.zeros(4, requires_grad=True)
+    enter_branch(x, precision(dtype, 3)).backward(torch.tensor([poison, 2.0, poison, -4.0], dtype=dtype))
+    assert x.grad is not None and x.grad.tolist() == [0.0, 0.25, 0.0, -0.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from dalle_ds.config import DalleConfig, DvaeObjective, DvaeRun, TransformerLoaderConfig, TransformerRun
 from dalle_ds.data import PairDataset, evaluation_batches
+from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Dalle, DiscreteVAE
@@ -49,6 +51,59 @@ def test_what_names_the_data_of_a_run_is_its_manifest(
     fingerprint = PairDataset.open(dvae_run.data, "train").fingerprint
     monkeypatch.setattr(PairDataset, "open", None)
     assert {task.identity()["data"] for task in tasks} == {fingerprint}
+
+
+def test_training_pictures_of_the_dvae_are_listing_1s_and_live_ones_of_the_transformer_listing_2s(
+    dvae_run: DvaeRun, transformer_run: TransformerRun
+) -> None:
+    """By the same generator, byte for byte; the captions' dropout draws from it first."""
+    dataset = PairDataset.open(dvae_run.data, "train")
+    dvae, transformer = DvaeTask(dvae_run).samples("train"), TransformerTask(transformer_run)
+    live, length = transformer.samples("train"), transformer_run.model.text_len
+    rows = range(0, len(dataset), 7)
+    lopsided = 0
+    for row in rows:
+        pixels = dataset.picture(row, useful_short_side(16))
+        view = dvae.sample(row, np.random.default_rng(row))["image"]
+        expected = augment_for_dvae(pixels, 16, np.random.default_rng(row))
+        assert np.array_equal(view, expected.transpose(2, 0, 1))
+        sample, rng = live.sample(row, np.random.default_rng(row)), np.random.default_rng(row)
+        assert rng.random() >= transformer_run.loader.caption_dropout
+        captions = dataset.captions(row)
+        transformer.tokenizer.encode(
+            captions[int(rng.integers(len(captions)))], dropout=0.1, rng=rng, max_tokens=length + 1
+        )
+        expected = augment_for_transformer(pixels, 16, rng)
+        assert np.array_equal(sample["image"], expected.transpose(2, 0, 1))
+        lopsided += not np.array_equal(expected, expected[:, ::-1])
+    assert lopsided > len(rows) // 2, "pictures that do not show whether they are mirrored"
+
+
+def test_bpe_dropout_reaches_the_tokenizer_in_training_and_nowhere_else(
+    transformer_run: TransformerRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless told otherwise it is the paper's 10 %."""
+    asked: list[float] = []
+    encode = Tokenizer.encode
+
+    def spied(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        asked.append(options["dropout"])
+        assert options["rng"] is not None
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", spied)
+    more = dataclasses.replace(transformer_run, loader=TransformerLoaderConfig(codes="live", bpe_dropout=0.5))
+    for run, share in ((transformer_run, 0.1), (more, 0.5)):
+        task = TransformerTask(run)
+        asked.clear()
+        for seed in range(10):
+            task.samples("train").sample(0, np.random.default_rng(seed))
+        assert asked == [share] * 10
+        asked.clear()
+        task.samples("validation").sample(0, np.random.default_rng(0))
+        assert asked == [0.0, 0.0]
+    texts = {TransformerTask(more).samples("train").sample(0, np.random.default_rng(n))["text"].tobytes() for n in range(10)}  # type: ignore[union-attr]  # fmt: skip
+    assert len(texts) > 1, "one caption in several ways"
 
 
 def validation_batch(task: DvaeTask | TransformerTask, rows: int = 6) -> dict[str, torch.Tensor]:
