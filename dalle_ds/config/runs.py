@@ -115,6 +115,8 @@ class TransformerRun(Run):
     """Trained dVAE: its run directory or export."""
     tokenizer: str = ""
     """Tokenizer file that `launchers/train_tokenizer.py` made."""
+    codes: str = ""
+    """Folder of cached codes that `prepare_data.py --codes_out` made; empty looks for them in the folders of the data."""
     model: DalleConfig = field(default_factory=DalleConfig)
     """Shape of the model."""
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
@@ -123,6 +125,13 @@ class TransformerRun(Run):
     """Data loading, codes and text."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.codes and self.loader.codes == "live":
+            raise ConfigError(
+                f"loader.codes=live makes codes itself, and codes={self.codes} names cached ones: leave one out"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Image codes computed once: a transformer that reads them needs neither pictures nor a dVAE while it trains.
 
-`DATA/codes/<first 16 digits of the dVAE's fingerprint>/` holds for each split `SPLIT.npy`, (rows, views, h·w) unsigned,
+`DATA/codes/<first 16 digits of the dVAE's fingerprint>/`, or for data that cannot be written a folder of the fingerprints of
+data and dVAE elsewhere, holds for each split `SPLIT.npy`, (rows, views, h·w) unsigned,
 `SPLIT.checks.npy`, (rows, views) uint32, and `codes.json`, written last. The training split has several views of each
 picture, augmented as DALL·E Listing 2 does; other splits have the central one. A check is the XXH32 of a view's codes,
 with 1 in place of 0; it is 0 where the picture could not be read.
@@ -76,6 +77,7 @@ def write_codes(
     batch_size: int = 64,
     workers: int = 0,
     overwrite: bool = False,
+    codes_dir: str | Path | None = None,
 ) -> CodesReport:
     """Encode every picture of a prepared folder and keep the codes there.
 
@@ -90,6 +92,7 @@ def write_codes(
         batch_size: pictures per call of `encode`, rounded to whole rows.
         workers: processes that decode and augment; the codes do not depend on it.
         overwrite: replace a cache of the same dVAE with other views, seed or size.
+        codes_dir: where to keep the codes, of any number of prepared folders; None takes `data_dir`/codes.
 
     Raises:
         ConfigError: views or batch_size is not positive.
@@ -100,7 +103,7 @@ def write_codes(
         raise ConfigError(f"views and batch_size must be greater than 0, found {views} and {batch_size}")
     data = Path(data_dir)
     info = read_info(data)
-    folder = _cache_folder(data, dvae_fingerprint)
+    folder = _cache_folder(data, dvae_fingerprint, codes_dir)
     identity = {
         "format_version": FORMAT_VERSION,
         "data_fingerprint": info["fingerprint"],
@@ -114,7 +117,7 @@ def write_codes(
             return _existing_report(folder, identity)
         grids: dict[str, list[int]] = {}
         unreadable: dict[str, int] = {}
-        with disk_full_is_a_data_error(folder), built_beside(folder) as partial:
+        with disk_full_is_a_data_error(folder, "--codes_out"), built_beside(folder) as partial:
             for split in info["splits"]:
                 pictures = Views(PairDataset.open(data, split), image_size, views if split == "train" else None, seed)
                 rows_per_batch = max(1, batch_size // pictures.views)
@@ -163,6 +166,7 @@ def cache_codes(
     batch_size: int = 64,
     workers: int = 0,
     overwrite: bool = False,
+    codes_dir: str | Path | None = None,
 ) -> CodesReport:
     """`write_codes` with a dVAE, which is moved to the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,6 +187,7 @@ def cache_codes(
         batch_size=batch_size,
         workers=workers,
         overwrite=overwrite,
+        codes_dir=codes_dir,
     )
 
 
@@ -220,15 +225,17 @@ class CodesCache:
         """Names the cache: its data, dVAE, views, seed and contents."""
 
     @classmethod
-    def find(cls, data_dir: str | Path, dvae_fingerprint: str, split: str) -> CodesCache | None:
-        """The cache of this dVAE's codes, or None where there is none.
+    def find(
+        cls, data_dir: str | Path, dvae_fingerprint: str, split: str, codes_dir: str | Path | None = None
+    ) -> CodesCache | None:
+        """The cache of this dVAE's codes, or None where there is none; `codes_dir` as in `write_codes`.
 
         Raises:
             DataError: there is one, but made from other data, of another format, without this split, or a file of it is
                 missing or cut off.
         """
         data = Path(data_dir)
-        folder = _cache_folder(data, dvae_fingerprint)
+        folder = _cache_folder(data, dvae_fingerprint, codes_dir)
         if not (folder / "codes.json").is_file():
             return None
         return cls.read(folder, split, data, dvae_fingerprint)
@@ -261,17 +268,20 @@ class CodesCache:
         return cache
 
     @classmethod
-    def open(cls, data_dir: str | Path, dvae_fingerprint: str, split: str) -> CodesCache:
+    def open(
+        cls, data_dir: str | Path, dvae_fingerprint: str, split: str, codes_dir: str | Path | None = None
+    ) -> CodesCache:
         """Like `find`, but there has to be one.
 
         Raises:
             DataError: see `find`; or there is none.
         """
-        cache = cls.find(data_dir, dvae_fingerprint, split)
+        cache = cls.find(data_dir, dvae_fingerprint, split, codes_dir)
         if cache is None:
             raise DataError(
-                f"{_cache_folder(Path(data_dir), dvae_fingerprint)} does not exist: make it with "
+                f"{_cache_folder(Path(data_dir), dvae_fingerprint, codes_dir)} does not exist: make it with "
                 f"launchers/prepare_data.py --out {data_dir} --cache_codes DVAE"
+                f"{f' --codes_out {codes_dir}' if codes_dir else ''}"
             )
         return cache
 
@@ -415,5 +425,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / 'codes.json'} cannot be read: {_AGAIN}") from error
 
 
-def _cache_folder(data: Path, dvae_fingerprint: str) -> Path:
-    return data / "codes" / dvae_fingerprint[:16]
+def _cache_folder(data: Path, dvae_fingerprint: str, codes_dir: str | Path | None) -> Path:
+    if not codes_dir:
+        return data / "codes" / dvae_fingerprint[:16]
+    return Path(codes_dir) / f"{read_info(data)['fingerprint'][:16]}-{dvae_fingerprint[:16]}"

@@ -37,6 +37,9 @@ class Preparation(PrepareOptions):
     """Put the parts together, once all are there; --corpus and what belongs to it may be left out."""
     cache_codes: str | None = None
     """Trained dVAE, its run directory or export, whose codes of all pictures are kept in the folder."""
+    codes_out: str | None = None
+    """Cached codes: folder to keep them in, for data that cannot be written; training takes it as --codes. None keeps them in
+    the folder of the data."""
     views: int = 8
     """Cached codes: augmented views of each training picture."""
     batch_size: int = 64
@@ -48,6 +51,10 @@ class Preparation(PrepareOptions):
             raise ConfigError("out is missing: give the folder of prepared data, --out DIR")
         if self.corpus is None and self.cache_codes is None and not self.merge:
             raise ConfigError("nothing to do: give --corpus, --cache_codes, or both")
+        if self.codes_out is not None and self.cache_codes is None:
+            raise ConfigError(
+                f"codes_out={self.codes_out} is for codes: name the dVAE that makes them, --cache_codes DVAE"
+            )
         if self.workers < 0:
             raise ConfigError(f"workers must not be negative, found {self.workers}")
         if self.engine is not None and (self.corpus is None or self.shard is not None or self.merge):
@@ -84,6 +91,7 @@ def carry_out(options: Preparation) -> Iterator[PreparationReport | PartReport |
 
         dvae = DiscreteVAE.from_pretrained(options.cache_codes)
         report = cache_codes(
-            dvae, options.out, views=options.views, seed=options.seed, batch_size=options.batch_size, **how
-        )
+            dvae, options.out, views=options.views, seed=options.seed, batch_size=options.batch_size,
+            codes_dir=options.codes_out, **how,
+        )  # fmt: skip
         yield str(report)

@@ -11,14 +11,15 @@ from dalle_ds.errors import DataError
 
 
 @contextmanager
-def disk_full_is_a_data_error(folder: Path) -> Iterator[None]:
-    """Turns a failure to write, a full disk above all, into a `DataError` that names `folder`."""
+def disk_full_is_a_data_error(folder: Path, option: str = "") -> Iterator[None]:
+    """Turns a failure to write, a full disk above all, into a `DataError` that names `folder`, and the option for another."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"no space left on the disk of {folder}: free some, or write to another disk") from error
-        raise DataError(f"{folder} cannot be written ({error.strerror or error}): name another folder") from error
+        other = f"name another folder{f' with {option}' if option else ''}"
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): {other}") from error
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class DataOptions:
     """Decode every picture instead of a sample."""
     pictures: int = 1_000
     """Pictures of each split that are decoded, spread evenly over it."""
+    codes: str | None = None
+    """Folder that prepare_data.py --codes_out made: codes of this data there are read, too."""
 
     def __post_init__(self) -> None:
         if self.pictures < 0:
@@ -91,7 +93,8 @@ def inspect_data(options: DataOptions) -> DataInspection:
         counts = Counts(split)
         inspection.counts.append(counts)
         inspection.faults += _inspect_split(folder, split, info, options, counts)
-    for manifest in sorted((folder / "codes").glob("*/codes.json")):
+    elsewhere = Path(options.codes).glob(f"{info['fingerprint'][:16]}-*/codes.json") if options.codes else ()
+    for manifest in sorted([*(folder / "codes").glob("*/codes.json"), *elsewhere]):
         inspection.faults += _inspect_codes(folder, manifest.parent, info, inspection.counts)
     return inspection
 

@@ -70,24 +70,28 @@ class TransformerTask(Task[TransformerRun]):
     @cached_property
     def _found(self) -> list[CodesCache | None]:
         """Of each corpus the cached codes of the training split, or None where there are none."""
-        return [CodesCache.find(folder, self.dvae.fingerprint, "train") for folder in self.run.corpora]
+        run = self.run
+        return [CodesCache.find(folder, self.dvae.fingerprint, "train", run.codes) for folder in run.corpora]
 
     @cached_property
     def _caches(self) -> list[CodesCache]:
         """The cached codes of all corpora's training splits, or none where codes are made live.
 
         Raises:
-            ConfigError: `loader.codes` is "cached" and a corpus has no cache of this dVAE.
+            ConfigError: `loader.codes` is "cached", or `codes` is given, and a corpus has no cache of this dVAE.
         """
-        choice = self.run.loader.codes
+        choice, elsewhere = self.run.loader.codes, self.run.codes
         if choice == "live":
             return []
         lacking = self._lacking()
-        if lacking and choice == "cached":
+        if lacking and (choice == "cached" or elsewhere):
+            corpora = " and ".join(lacking)
+            what, place = f"loader.codes=cached but {corpora} has no codes of", ""
+            if elsewhere:
+                what, place = f"--codes {elsewhere} has no codes of {corpora} by", f" --codes_out {elsewhere}"
             raise ConfigError(
-                f"loader.codes=cached but {' and '.join(lacking)} has no codes of the dVAE in {self.run.dvae}: make them with "
-                f"python launchers/prepare_data.py --out {lacking[0]} --cache_codes {self.run.dvae}, or set "
-                "loader.codes live"
+                f"{what} the dVAE in {self.run.dvae}: make them with python launchers/prepare_data.py --out {lacking[0]} "
+                f"--cache_codes {self.run.dvae}{place}, or {'leave --codes out' if elsewhere else 'set loader.codes live'}"
             )
         return [] if lacking else [cache for cache in self._found if cache is not None]
 
@@ -129,7 +133,7 @@ class TransformerTask(Task[TransformerRun]):
     def corpus_samples(self, folder: str, split: str) -> Samples:
         cache = None
         if self.codes_source == "cached":
-            cache = CodesCache.open(folder, self.dvae.fingerprint, split)
+            cache = CodesCache.open(folder, self.dvae.fingerprint, split, self.run.codes)
         return TextImageSamples(
             PairDataset.open(folder, split),
             self.tokenizer,

@@ -34,6 +34,7 @@ _FREE = (
     "data",
     "dvae",
     "tokenizer",
+    "codes",
     "run_dir",
     "steps",
     "save_every",

@@ -51,6 +51,16 @@ def test_whole_data_is_found_whole(data: Path) -> None:
     assert sum(entry.decoded for entry in inspect_data(DataOptions(str(data), all=True)).counts) == 30
 
 
+def test_codes_that_lie_elsewhere_are_read_too(data: Path, tmp_path: Path) -> None:
+    shutil.rmtree(data / "codes")
+    cache_codes(CornerCodes(), data, views=2, codes_dir=tmp_path / "codes")
+    options = DataOptions(str(data), codes=str(tmp_path / "codes"))
+    assert len(inspect_data(options).counts) == 4 and not inspect_data(options).faults
+    file = next((tmp_path / "codes").glob("*/train.npy"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert any(str(file) in fault for fault in inspect_data(options).faults)
+
+
 def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
     shards = json.loads((data / "info.json").read_text())["shards"]["train"]
     assert len(shards) >= 3

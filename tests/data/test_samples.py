@@ -180,6 +180,34 @@ def test_cached_codes_are_those_of_the_views(data: Path, batch_size: int, worker
         assert cache.codes(row, 0).tolist() == corner_codes(center_crop_resize(validation.picture(row), SIZE))
 
 
+def test_codes_kept_elsewhere_are_the_same_and_as_well_checked(data: Path, tmp_path: Path) -> None:
+    """Of data that cannot be written; one folder has those of several corpora."""
+    codes, before = tmp_path / "codes", sorted(data.rglob("*"))
+    cache_codes(CornerCodes(), data, views=2, codes_dir=codes)
+    assert sorted(data.rglob("*")) == before
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    info = (other / "info.json").read_text()
+    (other / "info.json").write_text(info.replace('"fingerprint": "', '"fingerprint": "f'))
+    assert CodesCache.find(other, FINGERPRINT, "train", codes) is None
+    assert CodesCache.find(data, "f" + FINGERPRINT, "train", codes) is None
+    assert not cache_codes(CornerCodes(), other, views=2, codes_dir=codes).already_there
+    cache_codes(CornerCodes(), data, views=2)
+    found, inside = CodesCache.open(data, FINGERPRINT, "train", codes), CodesCache.open(data, FINGERPRINT, "train")
+    assert all(np.array_equal(found.codes(row, 1), inside.codes(row, 1)) for row in range(len(found)))
+    assert found.fingerprint == inside.fingerprint
+    of_data, of_other = sorted(codes.iterdir(), key=lambda path: path.name.startswith("f"))
+    shutil.rmtree(of_data)
+    of_other.rename(of_data)
+    with pytest.raises(DataError, match="data_fingerprint"):
+        CodesCache.open(data, FINGERPRINT, "train", codes)
+
+
+def test_data_that_cannot_be_written_names_the_option_for_elsewhere(data: Path) -> None:
+    (data / "codes").write_text("no folder can be made here")
+    with pytest.raises(DataError, match="--codes_out"):
+        cache_codes(CornerCodes(), data, views=2)
+
+
 def test_samples_draw_cached_views(data: Path) -> None:
     cache_codes(CornerCodes(), data, views=3)
     train, cache = PairDataset.open(data, "train"), CodesCache.open(data, FINGERPRINT, "train")

@@ -189,8 +189,9 @@ def test_transformer_validation_figures(transformer_run: TransformerRun) -> None
     assert figures["code_entropy"] == pytest.approx(float(-(share * np.log(share)).sum()), abs=1e-5)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_live_and_cached_codes_agree_on_validation_pictures(
-    transformer_run: TransformerRun, tmp_path: Path, data: Path, dvae_export: Path
+    transformer_run: TransformerRun, tmp_path: Path, data: Path, dvae_export: Path, elsewhere: bool
 ) -> None:
     import shutil
 
@@ -200,10 +201,11 @@ def test_live_and_cached_codes_agree_on_validation_pictures(
     expected = validation_batch(live)
     automatic = dataclasses.replace(transformer_run, data=str(copy), loader=TransformerLoaderConfig())
     assert TransformerTask(automatic).codes_source == "live"
-    cache_codes(
-        DiscreteVAE.from_pretrained(dvae_export), str(copy), views=2, seed=0, batch_size=8, workers=0, overwrite=False
-    )
-    cached = TransformerTask(automatic)
+    codes = str(tmp_path / "codes") if elsewhere else ""
+    cache_codes(DiscreteVAE.from_pretrained(dvae_export), copy, views=2, batch_size=8, codes_dir=codes)
+    cached = TransformerTask(dataclasses.replace(automatic, codes=codes))
+    if elsewhere:
+        assert TransformerTask(automatic).codes_source == "live"
     assert cached.codes_source == "cached"
     found = validation_batch(cached)
     assert "image" not in found
@@ -234,6 +236,8 @@ def test_flops_are_those_of_the_model(transformer_run: TransformerRun) -> None:
         ({"dvae": ""}, "--dvae is missing"),
         ({"tokenizer": ""}, "--tokenizer is missing"),
         ({"loader": TransformerLoaderConfig(codes="cached")}, "has no codes of the dVAE.*--cache_codes"),
+        ({"codes": "/no", "loader": TransformerLoaderConfig()}, "--codes /no has no.*--cache_codes.*--codes_out /no"),
+        ({"codes": "/nowhere", "loader": TransformerLoaderConfig(codes="live")}, "loader.codes=live.*/nowhere"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(transformer_run: TransformerRun, change: dict, words: str) -> None:
