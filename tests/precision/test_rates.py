@@ -181,9 +181,7 @@ def test_a_trainer_decides_once_and_resumes_in_the_same_on_another_machine(
     model = DiscreteVAEConfig(
         image_size=16, groups=2, blocks_per_group=1, encoder_width=8, decoder_width=8, vocab_size=16
     )
-    run = DvaeRun(
-        data=str(data), run_dir=str(tmp_path / "run"), steps=2, model=model, train=TrainConfig(batch_size=4)
-    )
+    run = DvaeRun(data=str(data), run_dir=str(tmp_path / "run"), steps=2, model=model, train=TrainConfig(batch_size=4))
 
     monkeypatch.setattr(Mesh, "divide", lambda mesh, degrees: mesh)  # which needs a process group
 
