@@ -17,6 +17,9 @@ from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import Pixels, center_crop_resize
 
+KEPT_BYTES = 2**26
+"""Decoded images that a process keeps of a split; one that would take more is decoded anew for every sample."""
+
 
 class Tokenizer(Protocol):
     """The part of `dalle_ds.tokenizer.Tokenizer` that is used here."""
@@ -64,13 +67,22 @@ class DvaeSamples(RowSamples):
         super().__init__(dataset)
         self._image_size = image_size
         self._train = train
+        self._decoded: dict[int, Pixels] = {}
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
-        pixels = self._dataset.picture(row, useful_short_side(self._image_size))
-        size = self._image_size
+        pixels, size = self._pixels(row), self._image_size
         view = augment_for_dvae(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
         return {"image": channels_first(view)}
+
+    def _pixels(self, row: int) -> Pixels:
+        """An image, decoded once where the whole split is small: decoding takes longer than all else that is done to it."""
+        pixels = self._decoded.get(row)
+        if pixels is None:
+            pixels = self._dataset.picture(row, useful_short_side(self._image_size))
+            if len(self._dataset) * pixels.nbytes <= KEPT_BYTES:
+                self._decoded[row] = pixels
+        return pixels
 
 
 class TextImageSamples(RowSamples):

@@ -53,10 +53,21 @@ class ResidualBlock(nn.Module):
     Args:
         kernels: of the four convolutions; the encoder's last is 1×1, the decoder's first.
         gain: small constant on the residual path, 1 / layers², for stability at the start (DALL·E §2.1).
+        upsample: whether what comes in is to be doubled in height and width first. The 1×1 convolutions that come next give
+            the same on each of the four copies of a pixel: they are computed once for all, before.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernels: tuple[int, int, int, int],
+        gain: float,
+        upsample: bool = False,
+    ) -> None:
         super().__init__()
+        assert not upsample or kernels[0] == 1, "only 1×1 convolutions may come before upsampling"
+        self.upsample = upsample
         hidden = channels_out // 4
         widths = (channels_in, hidden, hidden, hidden, channels_out)
         self.gain = gain
@@ -68,20 +79,28 @@ class ResidualBlock(nn.Module):
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, H, W) → (B, channels_out, H, W)."""
+        """(B, channels_in, H, W) → (B, channels_out, H, W), or (B, channels_out, 2 · H, 2 · W)."""
+        identity, residual = self.id_path(x), x
+        for name, layer in self.res_path.named_children():
+            residual = layer(residual)
+            if self.upsample and name == "conv_1":
+                identity, residual = (
+                    F.interpolate(each, scale_factor=2, mode="nearest") for each in (identity, residual)
+                )
         # The stream is fp32: in bf16's 8 bits, most of what a gain of 1/64 leaves of the residual would be rounded away.
-        return torch.add(self.id_path(x).float(), self.res_path(x).float(), alpha=self.gain)
+        return torch.add(identity.float(), residual.float(), alpha=self.gain)
 
 
 def _group(
-    widths: list[int], kernels: tuple[int, int, int, int], gain: float, resample: tuple[str, nn.Module] | None
+    widths: list[int], kernels: tuple[int, int, int, int], gain: float, *, upsample: bool = False, pool: bool = False
 ) -> nn.Sequential:
-    """One group: a block per step of `widths`, then the change of resolution, if any."""
+    """One group: a block per step of `widths`, after doubled, or before halved, height and width."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for index in range(len(widths) - 1):
-        layers[f"block_{index + 1}"] = ResidualBlock(widths[index], widths[index + 1], kernels, gain)
-    if resample is not None:
-        layers[resample[0]] = resample[1]
+        first = upsample and index == 0
+        layers[f"block_{index + 1}"] = ResidualBlock(widths[index], widths[index + 1], kernels, gain, first)
+    if pool:
+        layers["pool"] = nn.MaxPool2d(2)
     return nn.Sequential(layers)
 
 
@@ -95,9 +114,8 @@ class Encoder(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, width, 7, fp32=True))
         for group in range(config.groups):
             wider = config.encoder_width * 2**group
-            resample = ("pool", nn.MaxPool2d(2)) if group < config.groups - 1 else None
             layers[f"group_{group + 1}"] = _group(
-                [width] + [wider] * config.blocks_per_group, (3, 3, 3, 1), gain, resample
+                [width] + [wider] * config.blocks_per_group, (3, 3, 3, 1), gain, pool=group < config.groups - 1
             )
             width = wider
         layers["output"] = nn.Sequential(
@@ -121,9 +139,8 @@ class Decoder(nn.Module):
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(config.vocab_size, width, 1, fp32=True))
         for group in range(config.groups):
             narrower = config.decoder_width * 2 ** (config.groups - 1 - group)
-            resample = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")) if group < config.groups - 1 else None
             layers[f"group_{group + 1}"] = _group(
-                [width] + [narrower] * config.blocks_per_group, (1, 3, 3, 3), gain, resample
+                [width] + [narrower] * config.blocks_per_group, (1, 3, 3, 3), gain, upsample=group > 0
             )
             width = narrower
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(width, 6, 1, fp32=True)))

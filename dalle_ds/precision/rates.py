@@ -17,6 +17,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS = 0.1
 """What measuring a precision may take; a choice is between two."""
+REPEATS = 3
+"""Products that are timed at once, of which the fastest counts."""
 SMALLEST, LARGEST = 64, {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices: the smallest takes a millisecond at 0.5 GFLOP/s."""
 
@@ -44,15 +46,16 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECON
     left = right = _matrix(size, dtype, device)
     _product_seconds(left, right)  # sets up what the first product needs
     while True:
-        taken = _product_seconds(left, right)
+        # The best of some: others tell of whatever else the host does at the moment.
+        taken = min(_product_seconds(left, right) for _ in range(REPEATS))
         best = max(best, 2 * size**3 / taken)
         remaining = seconds - (time.perf_counter() - began)
-        # Of the next size, one that sets up and one that counts; and to make the matrix.
-        if size < LARGEST[device.type] and 3 * 8 * taken < remaining:
+        # Of the next size, one product that sets up, those that count, and as long to make the matrix.
+        if size < LARGEST[device.type] and (2 + REPEATS) * 8 * taken < remaining:
             size *= 2
             left = right = _matrix(size, dtype, device)
             _product_seconds(left, right)
-        elif taken > remaining:
+        elif REPEATS * taken > remaining:
             return best
 
 

@@ -117,6 +117,23 @@ def test_dvae_samples(train: PairDataset) -> None:
     assert np.array_equal(central, center_crop_resize(train.picture(0), SIZE).transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_images_of_a_small_split_are_decoded_once(
+    train: PairDataset, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    picture = PairDataset.picture
+    monkeypatch.setattr(PairDataset, "picture", lambda self, row, *a: (decoded.append(row), picture(self, row, *a))[1])
+    bytes_needed = len(train) * train.picture(0).nbytes
+    monkeypatch.setattr("dalle_ds.data.samples.KEPT_BYTES", bytes_needed if fits else bytes_needed - 1)
+    decoded.clear()
+    samples, fresh = (DvaeSamples(train, SIZE, train=True) for _ in range(2))
+    views = [samples.sample(0, np.random.default_rng(seed))["image"] for seed in range(3)]
+    assert decoded == [0] * (1 if fits else 3)
+    again = [fresh.sample(0, np.random.default_rng(seed))["image"] for seed in (2, 1, 0)]
+    assert all(np.array_equal(view, other) for view, other in zip(views, again[::-1], strict=True))
+
+
 def text_samples(dataset: PairDataset, **changes) -> TextImageSamples:
     options = {"text_len": 12, "image_size": SIZE, "train": True, **changes}
     return TextImageSamples(dataset, Letters(), **options)

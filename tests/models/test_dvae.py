@@ -53,6 +53,23 @@ def test_encoder_and_decoder_equal_openais_after_loading_their_state_dict() -> N
     assert (vae.decode(codes) - restored).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("channels_out", [16, 8])
+def test_a_block_that_upsamples_is_the_same_block_after_upsampling(channels_out: int) -> None:
+    torch.manual_seed(0)
+    block = ResidualBlock(16, channels_out, (1, 3, 3, 3), gain=0.5, upsample=True).double()
+    plain = ResidualBlock(16, channels_out, (1, 3, 3, 3), gain=0.5).double()
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 16, 4, 6, dtype=torch.float64)
+    found, expected = block(x), plain(torch.nn.Upsample(scale_factor=2)(x))
+    torch.testing.assert_close(found, expected.to(found.dtype))
+    for each, other in zip(
+        torch.autograd.grad(found.sin().sum(), list(block.parameters())),
+        torch.autograd.grad(expected.sin().sum(), list(plain.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(each, other, rtol=1e-5, atol=1e-6)
+
+
 def test_the_full_size_model_has_the_released_models_keys_and_shapes() -> None:
     with torch.device("meta"):
         ours = DiscreteVAE(DiscreteVAEConfig())
