@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from dalle_ds.data.corpora import Broken, RawPair, Unit
+from dalle_ds.data.corpora import Broken, RawPair, Unit, Unpaired
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
 from dalle_ds.data.filters.perceptual import perceptual_hash
 from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
@@ -25,6 +25,7 @@ from dalle_ds.errors import DataError
 
 UNDECODABLE = "undecodable picture"
 
+_TOLD_BY_NAME = 5  # of a unit's files that belong to no pair, for one reason
 _CAPTION_CHARS = 2**16  # of a caption as it was written; of more, no more is cleaned than is kept in any case
 
 Item = TypeVar("Item")
@@ -62,6 +63,10 @@ class Examined:
     """Perceptual hash of the picture, 16 hexadecimal digits, where the filters ask for it."""
     embedding: bytes = b""
     """Of the picture, numbers of 16 bits, where the filters ask for it."""
+    count: int = 1
+    """How many are told of as one."""
+    unpaired: bool = False
+    """Whether it is in no pair's place, but belongs to none."""
 
 
 def examine(
@@ -74,19 +79,37 @@ def examine(
         shrink: see `PrepareOptions`.
         workers: processes that judge captions and decode pictures.
     """
-    pairs = ((number, pair) for number, unit in units for pair in unit.read())
+    pairs = ((number, pair) for number, unit in units for pair in _contents(unit))
     judge = partial(_judge, filters=filters, shrink=shrink)
     for (_, pair), (item, as_it_is) in _map_in_order(judge, pairs, workers):
         # Pictures are not sent back by the process that has looked at them.
         yield replace(item, image=pair.image) if as_it_is and isinstance(pair, RawPair) else item
 
 
+def _contents(unit: Unit) -> Iterator[RawPair | Broken]:
+    """What a unit holds; a hundred thousand members of an archive that belong to no pair become a few."""
+    counts: Counter[str] = Counter()
+    last: dict[str, Unpaired] = {}
+    for item in unit.read():
+        if isinstance(item, Unpaired):
+            counts[item.reason] += item.count
+            if counts[item.reason] > _TOLD_BY_NAME:
+                before = last[item.reason].count if item.reason in last else 0
+                last[item.reason] = replace(item, count=before + item.count)
+                continue
+        yield item
+    yield from last.values()
+
+
 def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None) -> tuple[Examined, bool]:
     """What is found of a pair of a unit, and whether its picture is to be stored as it is."""
     unit, pair = numbered
     if isinstance(pair, Broken):
-        return Examined(unit, _storable(pair.name), pair.reason), False
+        is_unpaired = isinstance(pair, Unpaired)
+        item = Examined(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=is_unpaired)
+        return item, False
     captions = [examined_caption(text, filters) for text in pair.captions]
+    captions += [Caption("", reason, cut=False) for reason in pair.lost]
     item = Examined(
         unit,
         _storable(pair.name),

@@ -128,6 +128,20 @@ def _available_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+@cache
+def image_suffixes() -> tuple[str, ...]:
+    """Lower-case suffixes of the formats that `decode_image` reads, as Pillow registers them."""
+    formats = _available_formats()
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in formats))
+
+
+@cache
+def other_image_suffixes() -> tuple[str, ...]:
+    """Lower-case suffixes of images that `decode_image` does not read."""
+    known = {*Image.registered_extensions(), ".heic", ".heif", ".jxl", ".svg", ".avif"}
+    return tuple(sorted(known - set(image_suffixes())))
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)

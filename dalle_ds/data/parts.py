@@ -30,7 +30,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, remove_leftovers, sync_directory, write_json
 from dalle_ds.parsing import parse_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SCHEMA = pa.schema({"image": pa.binary(), "embedding": pa.binary(), "entry": pa.string()})
 _SEGMENT_BYTES = 128 * 2**20
 _SEGMENT_PAIRS = 10_000
@@ -43,7 +43,7 @@ class PartReport:
 
     folder: str
     pairs: int
-    """Pairs, and what was found in the place of some."""
+    """Pairs, and what was found in the place of some; not what belongs to none."""
     already_there: bool = False
 
     def __str__(self) -> str:
@@ -215,6 +215,7 @@ def write_part(
         while item is not None:
             with built_beside(work / f"segment-{item.unit:010d}") as partial:
                 segment, item = _write_segment(partial, item, items, share)
+                segment["format_version"] = FORMAT_VERSION
                 segment["options"] = identity
                 segment["begin"] = segments[-1]["end"] if segments else 0
                 write_json(partial / "segment.json", segment)
@@ -246,10 +247,10 @@ def _write_segment(
 
     name = f"segment-{item.unit:010d}"
     writer = ShardWriter(partial / "files", _SCHEMA)
-    pairs = size = 0
+    pairs = entries = size = 0
     following: Examined | None = item
     while following is not None:
-        if following.unit != item.unit and (size >= _SEGMENT_BYTES or pairs >= _SEGMENT_PAIRS):
+        if following.unit != item.unit and (size >= _SEGMENT_BYTES or entries >= _SEGMENT_PAIRS):
             break
         item = following
         fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
@@ -257,7 +258,8 @@ def _write_segment(
         entry = json.dumps(fields)  # ASCII
         weight = len(item.image) + len(item.embedding) + len(entry)
         writer.add({"image": item.image, "embedding": item.embedding, "entry": entry}, weight)
-        pairs, size = pairs + 1, size + weight
+        pairs += 0 if item.unpaired else item.count
+        entries, size = entries + 1, size + weight
         following = next(items, None)
     files = [vars(dataclasses.replace(file, file=f"{name}/files/{file.file}")) for file in writer.close()]
     end = {"end": item.unit + 1, "digest": share.digest_up_to(item.unit)}
@@ -271,6 +273,8 @@ def _complete_segments(work: Path, identity: dict[str, Any]) -> list[dict[str, A
         segment = parse_json(path.read_bytes())
         _check_identity(work, segment["options"], identity)
         if segment["begin"] != (segments[-1]["end"] if segments else 0):
+            break
+        if segment.get("format_version") != FORMAT_VERSION:  # of a version that did not count all that is counted now
             break
         segments.append(segment)
     return segments

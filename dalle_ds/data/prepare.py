@@ -44,6 +44,12 @@ FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, o
 Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)
 _JOINED = ("conceptual", "wit", "yfcc")
+_EXPECTED = {
+    "folder": "captions stand in NAME.txt beside NAME.jpg, or in one .csv, .tsv or .jsonl directly in the folder, whose file "
+    "names are relative to it",
+    "webdataset": "members of a sample have one name up to the first dot, and follow each other",
+}
+"""What to compare with where nothing is found."""
 
 
 class NothingKept(DataError):
@@ -336,9 +342,9 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
         report.kept, report.fingerprint, shards = sorter.finish()
         report.notes = _notes(options, report)
         if not any(report.kept.values()):
-            reasons = ", ".join(f"{reason} ({entry.count})" for reason, entry in report.dropped.items())
+            expected = f". Expected: {hint}" if (hint := _EXPECTED.get(options.corpus or "")) else ""
             raise NothingKept(
-                f"corpus {options.source or options.corpus} has no pair that can be kept: dropped {reasons}"
+                f"corpus {options.source or options.corpus} has no pair that can be kept: {report.losses()}{expected}"
             )
         info = {"format_version": FORMAT_VERSION, "options": identity, **report.to_json(), "shards": shards}
         write_json(partial_folder / "info.json", info)
@@ -360,7 +366,7 @@ def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) 
         for text, reason in dropped:
             report.drop_caption(reason, text)
         if item.problem or not captions:
-            report.drop(item.problem or dropped[0][1], item.name)
+            report.drop(item.problem or dropped[0][1], item.name, item.count, unpaired=item.unpaired)
         elif like := copies.of_item(place):
             report.drop(like, item.name)
         else:

@@ -32,6 +32,8 @@ class PreparationReport:
     """Split → pairs."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """Reason → pairs dropped."""
+    unpaired: dict[str, Dropped] = field(default_factory=dict)
+    """Reason → files, members of archives and rows of tables that belong to no pair."""
     captions_cut: int = 0
     """Captions of kept pairs that were shortened to the longest allowed."""
     captions_dropped: dict[str, int] = field(default_factory=dict)
@@ -45,10 +47,10 @@ class PreparationReport:
     already_there: bool = False
     """The folder held this very preparation, and was left as it is."""
 
-    def drop(self, reason: str, name: str) -> None:
-        """Count one pair."""
-        entry = self.dropped.setdefault(reason, Dropped())
-        entry.count += 1
+    def drop(self, reason: str, name: str, count: int = 1, *, unpaired: bool = False) -> None:
+        """Count a pair, or several that are told of as one, or what belongs to none."""
+        entry = (self.unpaired if unpaired else self.dropped).setdefault(reason, Dropped())
+        entry.count += count
         if len(entry.examples) < _EXAMPLES:
             entry.examples.append(name)
 
@@ -71,16 +73,15 @@ class PreparationReport:
 
     @property
     def read(self) -> int:
-        """Pairs read from the corpus, kept or not."""
+        """Pairs found in the corpus, kept or not."""
         return sum(self.kept.values()) + sum(entry.count for entry in self.dropped.values())
 
     def to_json(self) -> dict[str, Any]:
         """The part that `info.json` keeps."""
         return {
             "splits": self.kept,
-            "dropped": {
-                reason: {"count": entry.count, "examples": entry.examples} for reason, entry in self.dropped.items()
-            },
+            "dropped": {reason: vars(entry) for reason, entry in self.dropped.items()},
+            "unpaired": {reason: vars(entry) for reason, entry in self.unpaired.items()},
             "captions_cut": self.captions_cut,
             "captions_dropped": self.captions_dropped,
             "caption_examples": self.caption_examples,
@@ -95,6 +96,7 @@ class PreparationReport:
             out=out,
             kept=info["splits"],
             dropped={reason: Dropped(**entry) for reason, entry in info["dropped"].items()},
+            unpaired={reason: Dropped(**entry) for reason, entry in info.get("unpaired", {}).items()},
             captions_cut=info["captions_cut"],
             captions_dropped=info["captions_dropped"],
             caption_examples=info.get("caption_examples", {}),  # not in folders of former versions
@@ -102,6 +104,16 @@ class PreparationReport:
             notes=info["notes"],
             already_there=True,
         )
+
+    def losses(self) -> str:
+        """What was dropped, and what belongs to no pair, with examples: for an error."""
+        found = [("dropped", self.dropped), ("belongs to no pair:", self.unpaired)]
+        told = (
+            f"{what} {reason} ({entry.count:,}), such as {' and '.join(entry.examples[:2])}"
+            for what, entries in found
+            for reason, entry in entries.items()
+        )
+        return "; ".join(told) or "the source is empty"
 
     def _examples(self, reason: str) -> str:
         """Captions say more than names where captions are the reason. Square brackets are rich's."""
@@ -116,6 +128,7 @@ class PreparationReport:
         table.add_column("pairs", min_width=12)
         table.add_column("count", justify="right", no_wrap=True)
         table.add_column("examples", overflow="fold", min_width=24)
+        table.add_row("found", f"{self.read:,}", "")
         for split, count in self.kept.items():
             table.add_row(f"kept: {split}", f"{count:,}", "")
         for reason, entry in sorted(self.dropped.items(), key=lambda item: -item[1].count):
@@ -126,5 +139,7 @@ class PreparationReport:
             table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", self._examples(reason))
         if self.captions_cut:
             table.add_row("captions cut", f"{self.captions_cut:,}", "")
+        for reason, entry in self.unpaired.items():
+            table.add_row(f"belongs to no pair: {reason}", f"{entry.count:,}", escape(", ".join(entry.examples)))
         yield table
         yield from self.notes

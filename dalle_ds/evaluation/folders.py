@@ -38,7 +38,8 @@ def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
         "generated": {"number": len(fake)},
         "features": network.protocol(options.radii),
     }
-    return Result(protocol, {"pictures": fake_sha256}, distances(of_real, of_fake)[""], dalle_ds.__version__)
+    notes = real.notes() + fake.notes()
+    return Result(protocol, {"pictures": fake_sha256}, distances(of_real, of_fake)[""], dalle_ds.__version__, notes)
 
 
 def _only_size(folders: Sequence[PictureFolder]) -> int:

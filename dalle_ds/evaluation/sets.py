@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dalle_ds.data import PairDataset
-from dalle_ds.data.corpora import IMAGE_SUFFIXES
-from dalle_ds.data.images import Pixels, center_crop_resize, decode_image
+from dalle_ds.data.corpora.files import FORMAT, OTHER, is_image, is_read, walk
+from dalle_ds.data.images import Pixels, center_crop_resize, decode_image, image_suffixes
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json, shown
@@ -101,7 +101,7 @@ def without_overlap(path: str | Path, dataset: PairDataset) -> Tensor:
 
 
 class PictureFolder:
-    """The pictures in a folder and its subfolders, in the order of their names.
+    """The pictures in a folder and its subfolders, in the order of their names: all whose suffix is that of one.
 
     Raises:
         DataError: no such folder, or fewer than two pictures in it.
@@ -109,13 +109,28 @@ class PictureFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        found = self.folder.rglob("*") if self.folder.is_dir() else iter(())
-        self.paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = walk(self.folder) if self.folder.is_dir() else []
+        taken = [entry for entry in found if entry.problem is None and is_read(entry.name)]
+        self.paths = [entry.path for entry in taken]
         if len(self.paths) < 2:
-            raise DataError(f"{folder} is no folder of at least 2 pictures ({', '.join(IMAGE_SUFFIXES)})")
+            raise DataError(f"{folder} is no folder of at least 2 pictures ({', '.join(image_suffixes())})")
+        self.left_out: dict[str, list[str]] = {}
+        """Reason → names of what else lies there."""
+        for entry in found:
+            if entry.problem is not None or not is_read(entry.name):
+                is_other = entry.problem is None and is_image(entry.name)
+                reason = entry.unpaired(FORMAT if is_other else OTHER).reason
+                self.left_out.setdefault(reason, []).append(entry.name)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def notes(self) -> list[str]:
+        """A sentence for each reason for which something is left out."""
+        return [
+            f"{self.folder}: left out {len(names):,}: {reason}, such as {names[0]}"
+            for reason, names in self.left_out.items()
+        ]
 
     def read(self, row: int, size: int | None = None) -> tuple[Pixels, bytes]:
         """A picture, (H, W, 3), resized and cropped as `RESIZE` says where a size is given, and the SHA-256 of its file.

@@ -142,7 +142,9 @@ def main(folder: Path) -> None:
         found[name] = outcome(lambda content=content: decode_image(content).shape)
     for name, path in tars:
         found[name] = outcome(
-            lambda path=path: [getattr(pair, "reason", "kept") for pair in read_webdataset(str(path))]
+            lambda path=path: list(
+                dict.fromkeys(getattr(pair, "reason", "kept") for pair in read_webdataset(str(path)))
+            )
         )
     tables = folder / "table"
     tables.mkdir()

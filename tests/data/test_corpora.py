@@ -16,7 +16,10 @@ import pytest
 import webdataset
 
 from dalle_ds.data import corpora
-from dalle_ds.data.corpora import Broken, RawPair, read_folder, read_hf, read_twemoji, read_webdataset
+from dalle_ds.data.corpora import Broken, RawPair, files, read_folder, read_hf, read_twemoji, read_webdataset
+from dalle_ds.data.corpora.files import NOT_READ
+from dalle_ds.data.corpora.pairs import BROKEN_JSON, CAPTION_UNUSED, ENCODING
+from dalle_ds.data.corpora.webdataset import NO_ARCHIVE
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
@@ -101,11 +104,12 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
     assert summary(items) == [
         ("b.jpg", ["one", "two"]),
         ("c.png", corpora.NO_CAPTION),
-        ("d.png", corpora.UNREADABLE),
+        ("d.png", ENCODING),
+        ("notes.md", files.OTHER),
         ("sub/a.PNG", ["grün 猫"]),
     ]
     assert items[0].image == RED
-    assert items[0].group != items[3].group
+    assert items[0].group != items[4].group
 
 
 def test_equal_pictures_are_one_group(tmp_path: Path) -> None:
@@ -126,7 +130,8 @@ def test_folder_with_csv(tmp_path: Path, columns: tuple[str, str]) -> None:
         )
     (pair, *broken) = read_folder(str(tmp_path))
     assert pair.image == RED and pair.captions[0].startswith('quoted, "twice"\nlong xxx')
-    assert summary(broken) == [("gone.png", corpora.NO_PICTURE), ("table.csv row 3", corpora.NO_PICTURE)]
+    gone, nameless = ("gone.png (table.csv line 4)", "table.csv line 5")
+    assert summary(broken) == [(gone, corpora.NO_PICTURE), (nameless, corpora.NO_PICTURE)]
 
 
 def test_folder_with_jsonl(tmp_path: Path) -> None:
@@ -136,9 +141,9 @@ def test_folder_with_jsonl(tmp_path: Path) -> None:
     assert summary(read_folder(str(tmp_path), "pic", "says")) == [
         ("a.png", ["x", "y"]),
         ("a.png", ["z"]),
-        ("a.png", corpora.NO_CAPTION),
-        ("t.jsonl row 4", corpora.UNREADABLE),
-        ("t.jsonl row 5", corpora.UNREADABLE),
+        ("a.png (t.jsonl line 3)", corpora.NO_CAPTION),
+        ("t.jsonl line 4", BROKEN_JSON),
+        ("t.jsonl line 5", BROKEN_JSON),
     ]
 
 
@@ -180,7 +185,7 @@ def test_folder_mistakes_name_what_was_found(tmp_path: Path) -> None:
         list(read_folder(str(tmp_path / "nowhere")))
     with pytest.raises(DataError, match="has no pictures"):
         list(read_folder(str(tmp_path)))
-    with pytest.raises(DataError, match=r"has no .csv or .jsonl table"):
+    with pytest.raises(DataError, match=r"has no .csv, .tsv or .jsonl table"):
         list(read_folder(str(tmp_path), image_column="image"))
     (tmp_path / "t.csv").write_text("path,words\na.png,hello\n")
     with pytest.raises(DataError, match=r"has no column 'image' or 'file_name': it has path, words; .*--image_column"):
@@ -220,10 +225,11 @@ def test_webdataset_as_its_own_writer_makes_it(tmp_path: Path) -> None:
         ("b.tar/k0", ["first"]),
         ("b.tar/dir/k1", ["second"]),
         ("b.tar/k2", ["txt counts"]),
+        ("b.tar/k2.json", CAPTION_UNUSED),
         ("b.tar/k3", corpora.NO_CAPTION),
         ("b.tar/k4", corpora.NO_PICTURE),
     ]
-    assert summary(read_webdataset(str(tmp_path / "b.tar"), "other"))[2] == ("b.tar/k2", corpora.NO_CAPTION)
+    assert ("b.tar/k2", corpora.NO_CAPTION) in summary(read_webdataset(str(tmp_path / "b.tar"), "other"))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -240,14 +246,15 @@ def test_truncated_tar_yields_what_came_before(tmp_path: Path, compressed: bool)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     *before, last = read_webdataset(str(path))
-    assert last == Broken("t.tar", corpora.TRUNCATED)
+    assert isinstance(last, Broken) and last.reason == corpora.TRUNCATED
+    assert last.name in ("t.tar", f"t.tar/{len(before)}"), "the sample that is lost with the end"
     assert 2 <= len(before) < 10
     assert before == whole[: len(before)]
 
 
 def test_not_a_tar(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(b"no tar at all" * 100)
-    assert list(read_webdataset(str(tmp_path))) == [Broken("t.tar", corpora.TRUNCATED)]
+    assert list(read_webdataset(str(tmp_path))) == [Broken("t.tar", NO_ARCHIVE)]
     with pytest.raises(DataError, match=r"has no \.tar files"):
         (tmp_path / "t.tar").unlink()
         list(read_webdataset(str(tmp_path)))
@@ -285,7 +292,7 @@ def test_hf_parquet_with_bytes_paths_and_lists(tmp_path: Path, hf_rows: datasets
     table.to_parquet(str(tmp_path / "paths" / "a.parquet"))
     pair, *broken = read_hf(str(tmp_path / "paths"))
     assert pair.image == BLUE
-    assert [item.reason for item in broken] == [corpora.NO_PICTURE] * 2
+    assert [item.reason for item in broken] == [corpora.NO_PICTURE] * 2 + [NOT_READ], "the picture is no table"
 
 
 def test_hf_mistakes(tmp_path: Path, hf_rows: datasets.Dataset) -> None:

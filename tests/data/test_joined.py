@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import corpora
-from dalle_ds.data.corpora import Corpus, RawPair, downloads, tables, webdataset, wit
+from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, downloads, tables, webdataset, wit
 from dalle_ds.data.corpora.conceptual import read_conceptual
+from dalle_ds.data.corpora.pairs import BROKEN_JSON
 from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, UrlIndex, plain_rows
 from dalle_ds.data.corpora.wit import read_wit
 from dalle_ds.data.corpora.yfcc import read_yfcc
@@ -70,8 +71,8 @@ def write_shard(folder: Path, form: str, name: str, rows: list[tuple[dict[str, s
 
 
 def found(corpus: Corpus) -> dict[str, list[str] | str]:
-    """Name without the shard's → captions, or the reason for which there are none."""
-    items = {item.name.split("/")[-1]: item for item in corpus}
+    """Name without the shard's → captions, or the reason for which there are none, of all but what belongs to no pair."""
+    items = {item.name.split("/")[-1]: item for item in corpus if not isinstance(item, Unpaired)}
     return {name: item.captions if isinstance(item, RawPair) else item.reason for name, item in items.items()}
 
 
@@ -96,7 +97,7 @@ def test_conceptual_captions_in_every_format_of_downloads(tmp_path: Path, concep
         "000000001": ["a cat"],
         "000000002": ['the "best" dog', "a dog again"],
         "000010000": ["  "],
-        "000010001": tables.NOT_IN_TABLE,
+        "000010001": corpora.NOT_LISTED,
     }
     cat = pairs["000000001"]
     assert isinstance(cat, RawPair) and cat.image == picture_bytes(0, format="JPEG")
@@ -131,10 +132,10 @@ def test_wit_takes_english_reference_captions(tmp_path: Path) -> None:
             writer.writerows(part)
     pictures = download(tmp_path / "pictures", "webdataset", [0, 1, 2, 4])
     assert list(found(read_wit(str(folder), pictures)).values()) == [
-        ['A quote ", a tab\tand\nan end of line', "From another article"],
+        ['A quote ", a tab\tand\nan end of line', "From another article", "From another article"],
         corpora.NO_CAPTION,
         corpora.NO_CAPTION,
-        tables.NOT_IN_TABLE,
+        corpora.NOT_LISTED,
     ]
     alternative = found(read_wit(str(folder), pictures, "caption_alt_text_description"))
     assert list(alternative.values())[2] == ["an alternative"]
@@ -178,7 +179,7 @@ def test_joined_corpora_in_parts_are_the_preparation_byte_for_byte(tmp_path: Pat
     pictures = download(tmp_path / "pictures", "webdataset", list(range(28)))
     options = PrepareOptions(corpus="conceptual", source=str(table), pictures=pictures, validation=0.2)
     report = prepare(options, str(tmp_path / "whole"))
-    assert sum(report.kept.values()) == 23 and report.dropped[tables.NOT_IN_TABLE].count == 4
+    assert sum(report.kept.values()) == 23 and report.dropped[corpora.NOT_LISTED].count == 4
     for shard in (2, 0, 1):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
     merge_parts(str(tmp_path / "parts"))
@@ -226,8 +227,8 @@ def test_damaged_downloads_are_counted(tmp_path: Path, conceptual: str, form: st
     victim = {"webdataset": "00000.tar", "files": "00000/000000000.json", "parquet": "00000.parquet"}[form]
     path = pictures / victim
     path.write_bytes(path.read_bytes()[: 1000 if form == "webdataset" else 20])
-    items = list(read_conceptual(conceptual, str(pictures)))
-    reason = corpora.TRUNCATED if form == "webdataset" else corpora.UNREADABLE
+    items = [item for item in read_conceptual(conceptual, str(pictures)) if not isinstance(item, Unpaired)]
+    reason = {"webdataset": corpora.TRUNCATED, "files": BROKEN_JSON, "parquet": corpora.UNREADABLE}[form]
     assert [item.reason for item in items if not isinstance(item, RawPair)] == [reason]
     assert sum(isinstance(item, RawPair) for item in items) == (3 if form == "files" else 2)
 

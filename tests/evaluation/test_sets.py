@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dalle_ds.data import PairDataset
-from dalle_ds.data.corpora import Broken, RawPair
+from dalle_ds.data.corpora import Broken, RawPair, Unpaired
 from dalle_ds.data.corpora.coco import read_coco
 from dalle_ds.data.corpora.cub import Part, read_cub
 from dalle_ds.errors import DataError
@@ -44,7 +44,7 @@ def test_coco_has_all_captions_of_each_picture(coco: Path) -> None:
     pairs = list(read_coco(str(coco)))
     assert [pair.captions for pair in pairs if isinstance(pair, RawPair)] == [
         ["Someone on a bench."],
-        ["A motorcycle parked.", "A bike."],
+        ["A motorcycle parked. ", "A bike."],
     ]
     assert [pair for pair in pairs if isinstance(pair, Broken)] == [
         Broken("COCO_val2014_000000000009.jpg", "no picture")
@@ -63,7 +63,7 @@ def test_coco_of_several_parts_needs_a_choice(coco: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"images": [3], "annotations": []}', '{"images": {}, "annotations": 1}']
+    "content", ["", "[]", "{}", '{"images": 3, "annotations": []}', '{"images": {}, "annotations": 1}']
 )
 def test_damaged_annotations_are_told(coco: Path, content: str) -> None:
     (coco / "annotations" / "captions_val2014.json").write_text(content)
@@ -75,7 +75,7 @@ def test_coco_reads_nothing_outside_of_its_folder(coco: Path) -> None:
     picture(coco / "secret.jpg", 1)
     content = {"images": [{"id": 1, "file_name": "../secret.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
     (coco / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
-    assert list(read_coco(str(coco))) == [Broken("../secret.jpg", "no picture")]
+    assert next(iter(read_coco(str(coco)))) == Broken("../secret.jpg", "no picture")
 
 
 @pytest.fixture
@@ -95,16 +95,17 @@ def cub(tmp_path: Path) -> Path:
 
 
 def cub_names(folder: Path, part: Part) -> list[str]:
-    return [pair.name for pair in read_cub(str(folder), part)]
+    return [pair.name for pair in read_cub(str(folder), part) if not isinstance(pair, Unpaired)]
 
 
-def test_cub_has_the_different_captions_of_its_test_part(cub: Path) -> None:
-    pairs = list(read_cub(str(cub)))
+def test_cub_has_all_captions_of_its_test_part(cub: Path) -> None:
+    *pairs, others = read_cub(str(cub))
     assert [pair.captions for pair in pairs if isinstance(pair, RawPair)] == [
-        ["a bird 001.Albatross/A_1.jpg", "this bird is black"],
-        ["a bird 002.Wren/W_1.jpg", "this bird is black"],
-    ]
+        ["a bird 001.Albatross/A_1.jpg", "this bird is black", "this bird is black ", ""],
+        ["a bird 002.Wren/W_1.jpg", "this bird is black", "this bird is black ", ""],
+    ], "what is the same or empty is left out, and counted, by preparation"
     assert pairs[-1] == Broken("002.Wren/W_2.jpg", "no caption")
+    assert others == Unpaired("images.txt", "of another part", 1)
     assert cub_names(cub, "train") == ["001.Albatross/A_2.jpg"] and len(cub_names(cub, "all")) == 4
 
 

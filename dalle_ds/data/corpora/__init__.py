@@ -10,12 +10,12 @@ from dalle_ds.data.corpora.cub import read_cub
 from dalle_ds.data.corpora.folder import read_folder
 from dalle_ds.data.corpora.hf import read_hf
 from dalle_ds.data.corpora.pairs import (
-    IMAGE_SUFFIXES,
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
     NO_CAPTION,
     NO_PICTURE,
     NOT_A_FILE,
+    NOT_LISTED,
     TOO_BIG,
     TRUNCATED,
     UNREADABLE,
@@ -23,6 +23,7 @@ from dalle_ds.data.corpora.pairs import (
     Corpus,
     RawPair,
     Unit,
+    Unpaired,
 )
 from dalle_ds.data.corpora.twemoji import read_twemoji
 from dalle_ds.data.corpora.webdataset import read_webdataset
@@ -30,10 +31,10 @@ from dalle_ds.data.corpora.wit import read_wit
 from dalle_ds.data.corpora.yfcc import read_yfcc
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "MAX_PICTURE_BYTES",
     "MAX_TEXT_BYTES",
     "NOT_A_FILE",
+    "NOT_LISTED",
     "NO_CAPTION",
     "NO_PICTURE",
     "TOO_BIG",
@@ -43,6 +44,7 @@ __all__ = [
     "Corpus",
     "RawPair",
     "Unit",
+    "Unpaired",
     "read_coco",
     "read_conceptual",
     "read_cub",

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.data.corpora.files import not_listed, walk
 from dalle_ds.data.corpora.pairs import (
-    MAX_PICTURE_BYTES,
+    NO_CAPTION,
     NO_PICTURE,
     UNREADABLE,
     Broken,
@@ -20,12 +21,14 @@ from dalle_ds.data.corpora.pairs import (
     Unit,
     Unusable,
     existing,
-    pair_of,
+    file_pair,
     read_file,
+    told,
 )
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import parse_json
+from dalle_ds.parsing import is_text, parse_json
 
+SAME_ID = "another picture of the same id"
 MAX_ANNOTATION_BYTES = 2**30
 PREFIX = "captions_"
 
@@ -61,24 +64,37 @@ def _annotation_file(path: Path) -> Path:
 def _units(file: Path, folder: Path) -> Iterator[Unit]:
     try:
         content = parse_json(read_file(file, MAX_ANNOTATION_BYTES))
-        names: dict[Any, str] = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        captions: dict[Any, list[str]] = {}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]).strip())
+        images, annotations = list(content["images"]), list(content["annotations"])
     except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{file} cannot be read as annotations of COCO: {error}") from error
+    captions: dict[Any, list[Any]] = {}
+    bad: list[Broken] = []
+    for place, annotation in enumerate(annotations):
+        try:
+            number, caption = annotation["image_id"], annotation["caption"]
+            captions.setdefault(number, []).append(caption)
+        except (KeyError, TypeError):
+            bad.append(Broken(f"{file.name} annotation {place}", NO_CAPTION))
+    names: dict[Any, str] = {}
+    for place, image in enumerate(images):
+        where = f"{file.name} image {place}"
+        try:
+            number, name = image["id"], image["file_name"]
+            reason = SAME_ID if number in names else None if is_text(name) and name else NO_PICTURE
+        except (KeyError, TypeError):
+            reason = UNREADABLE
+        if reason is None:
+            names[number] = name
+        else:
+            bad.append(Broken(where, reason))
     for number, name in names.items():
         # The name alone: an annotation file does not choose what else is read.
-        yield Unit(name, partial(read_picture, folder / Path(name).name, captions.get(number, []), name))
+        yield Unit(name, partial(_read, folder / Path(name).name, captions.pop(number, []), name))
+    bad += [Broken(f"{file.name} captions of image {number}", NO_PICTURE) for number in captions]
+    yield from map(told, bad)
+    listed = {Path(name).name for name in names.values()}
+    yield from not_listed(entry for entry in walk(folder) if entry.name not in listed)
 
 
-def read_picture(path: Path, captions: list[str], name: str) -> Iterator[RawPair | Broken]:
-    """The pair of a picture's file and its captions."""
-    try:
-        yield pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name)
-    except FileNotFoundError:
-        yield Broken(name, NO_PICTURE)
-    except Unusable as error:
-        yield Broken(name, error.reason)
-    except (OSError, ValueError):
-        yield Broken(name, UNREADABLE)
+def _read(path: Path, captions: list[Any], name: str) -> Iterator[RawPair | Broken]:
+    yield file_pair(path, captions, name)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from dalle_ds.data.corpora.pairs import Corpus
-from dalle_ds.data.corpora.tables import CaptionTable, Row, TableFormat, joined, plain_rows
+from dalle_ds.data.corpora.rows import Row
+from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, joined, plain_rows
 
 _SCHEMES = ("http://", "https://")
 

@@ -18,20 +18,28 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dalle_ds.data.corpora.coco import read_picture
+from dalle_ds.data.corpora.files import not_listed, walk
 from dalle_ds.data.corpora.pairs import (
     MAX_TEXT_BYTES,
     NO_CAPTION,
+    NOT_LISTED,
     UNREADABLE,
     Broken,
     Corpus,
     RawPair,
     Unit,
+    Unpaired,
     Unusable,
     existing,
+    file_pair,
+    lines_of,
     read_file,
+    told,
 )
 from dalle_ds.errors import DataError
+
+BAD_LINE = "line that is no new number and name"
+OTHER_PART = "of another part"
 
 Part = Literal["test", "train", "all"]
 CAPTIONS_NAME = "text_c10"
@@ -53,35 +61,57 @@ def read_cub(source: str, part: Part = "test") -> Corpus:
     )
     if captions is None:
         raise DataError(f"{folder} has no captions: unpack {CAPTIONS_NAME} of Reed et al. there or beside it")
-    names = _table(folder / "images.txt")
-    test = _test_pictures(folder, captions, names)
-    chosen = [name for name in names.values() if part == "all" or (name in test) == (part == "test")]
+    names, bad = _table(folder / "images.txt")
+    test, of_neither = _test_pictures(folder, captions, names)
+    names_of_part = [name for name in names.values() if part == "all" or (name in test) == (part == "test")]
+    chosen = [name for name in names_of_part if part == "all" or name not in of_neither]
     if not chosen:
         raise DataError(f"{folder} has no pictures of its {part} part: {len(names)} are listed in images.txt")
-    return Corpus(lambda: (Unit(name, partial(_read, folder / "images", captions, name)) for name in chosen))
+
+    def units() -> Iterator[Unit]:
+        for name in chosen:
+            yield Unit(name, partial(_read, folder / "images", captions, name))
+        yield from map(told, bad)
+        if part != "all":
+            yield from (told(Broken(name, NOT_LISTED)) for name in names.values() if name in of_neither)
+            others = len(names) - len(chosen) - len(of_neither)
+            if others:
+                yield told(Unpaired("images.txt", OTHER_PART, others))
+        listed = set(names.values())
+        yield from not_listed(entry for entry in walk(folder / "images") if entry.name not in listed)
+
+    return Corpus(units)
 
 
-def _table(path: Path) -> dict[str, str]:
+def _table(path: Path) -> tuple[dict[str, str], list[Broken]]:
     """Lines of "number value"."""
+    values: dict[str, str] = {}
+    bad: list[Broken] = []
+    for place, line in enumerate(_lines(path), start=1):
+        number, _, value = line.strip().partition(" ")
+        if value and number not in values:
+            values[number] = value.strip()
+        elif line.strip():
+            bad.append(Broken(f"{path.name} line {place}", BAD_LINE))
+    return values, bad
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = read_file(path, 100 * MAX_TEXT_BYTES).decode().splitlines()
-        rows = [line.split(maxsplit=1) for line in lines if line.strip()]
-        return {number: value.strip() for number, value in rows}
-    except (OSError, ValueError, Unusable) as error:
+        return lines_of(read_file(path, 100 * MAX_TEXT_BYTES))
+    except (OSError, Unusable) as error:
         raise DataError(f"{path} cannot be read as a table of CUB-200-2011: {error}") from error
 
 
-def _test_pictures(folder: Path, captions: Path, names: dict[str, str]) -> set[str]:
-    """Names of the pictures of the test part."""
+def _test_pictures(folder: Path, captions: Path, names: dict[str, str]) -> tuple[set[str], set[str]]:
+    """Names of the pictures of the test part, and of those of which nobody says which part they belong to."""
     classes = captions.parent / "testclasses.txt"
-    if not classes.is_file():
-        is_train = _table(folder / "train_test_split.txt")
-        return {name for number, name in names.items() if is_train.get(number) == "0"}
-    try:
-        listed = {line.strip() for line in read_file(classes, MAX_TEXT_BYTES).decode().splitlines()}
-    except (OSError, ValueError, Unusable) as error:
-        raise DataError(f"{classes} cannot be read as a list of classes: {error}") from error
-    return {name for name in names.values() if PurePosixPath(name).parent.name in listed}
+    if classes.is_file():
+        listed = {line.strip() for line in _lines(classes)}
+        return {name for name in names.values() if PurePosixPath(name).parent.name in listed}, set()
+    is_train, _ = _table(folder / "train_test_split.txt")
+    test = {name for number, name in names.items() if is_train.get(number) == "0"}
+    return test, {name for number, name in names.items() if is_train.get(number) not in ("0", "1")}
 
 
 def _read(images: Path, captions: Path, name: str) -> Iterator[RawPair | Broken]:
@@ -89,15 +119,12 @@ def _read(images: Path, captions: Path, name: str) -> Iterator[RawPair | Broken]
         yield Broken(name, UNREADABLE)
         return
     try:
-        text = read_file((captions / name).with_suffix(".txt"), MAX_TEXT_BYTES).decode()
+        lines = lines_of(read_file((captions / name).with_suffix(".txt"), MAX_TEXT_BYTES))
     except FileNotFoundError:
         yield Broken(name, NO_CAPTION)
-        return
     except Unusable as error:
         yield Broken(name, error.reason)
-        return
     except (OSError, ValueError):
         yield Broken(name, UNREADABLE)
-        return
-    lines = [line.strip() for line in text.splitlines()]
-    yield from read_picture(images / name, list(dict.fromkeys(line for line in lines if line)), name)
+    else:
+        yield file_pair(images / name, lines, name)

@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.data.corpora.files import FORMAT, Found, is_image, is_system, suffix_of, walk
+from dalle_ds.data.corpora.hf import parquet_rows
 from dalle_ds.data.corpora.pairs import (
-    IMAGE_SUFFIXES,
+    BROKEN_JSON,
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
     NO_PICTURE,
@@ -23,14 +25,13 @@ from dalle_ds.data.corpora.pairs import (
     Unusable,
     read_file,
 )
-from dalle_ds.data.corpora.webdataset import TarSample, tar_samples
+from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
+from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
 NO_URL = "no URL"
-
-_PICTURE_COLUMNS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
-_ROWS = 64
+BESIDE = "file beside the pictures"
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,34 @@ def download_shards(pictures: str) -> list[DownloadShard]:
     folder = Path(pictures)
     if not folder.is_dir():
         raise DataError(f"pictures {folder} is not a folder: give the one that img2dataset downloaded to")
+    found = walk(folder)
+    plain = [entry for entry in found if not is_system(entry.name)]
     # Tars and folders have a .parquet beside them, too, with what is in their .json files.
-    if tars := sorted(folder.rglob("*.tar")):
-        return [DownloadShard(str(tar.relative_to(folder)), partial(_from_tar, tar)) for tar in tars]
-    folders = sorted({path.parent for path in folder.rglob("*.json") if not path.name.endswith("_stats.json")})
-    if folders:
-        return [DownloadShard(str(path.relative_to(folder)), partial(_from_folder, path)) for path in folders]
-    if tables := sorted(folder.rglob("*.parquet")):
-        return [DownloadShard(str(table.relative_to(folder)), partial(_from_table, table)) for table in tables]
-    raise DataError(
-        f"{folder} has no pictures of img2dataset: looked for .tar, folders with .json, and .parquet (its formats "
-        "webdataset, files and parquet)"
-    )
+    if shards := {entry.path: entry for entry in plain if is_tar(entry.name)}:
+        read: Callable[[Path], Iterator[Download | Broken]] = _from_tar
+        rest = [entry for entry in found if entry.path not in shards]
+    elif folders := {entry.path.parent for entry in plain if _is_about(entry)}:
+        shards = {path: Found(path, str(path.relative_to(folder))) for path in sorted(folders)}
+        files: dict[Path, list[Found]] = {path: [] for path in [*folders, *(entry.path.parent for entry in found)]}
+        for entry in found:
+            files[entry.path.parent].append(entry)
+        read = partial(_from_folder, files)
+        rest = [entry for entry in found if entry.path.parent not in folders]
+    elif shards := {entry.path: entry for entry in plain if suffix_of(entry.name) == ".parquet"}:
+        read = _from_table
+        rest = [entry for entry in found if entry.path not in shards]
+    else:
+        raise DataError(
+            f"{folder} has no pictures of img2dataset: looked for .tar, folders with .json, and .parquet (its formats "
+            "webdataset, files and parquet)"
+        )
+    # One for what is no shard.
+    others = DownloadShard(BESIDE, lambda: (entry.unpaired(BESIDE) for entry in rest))
+    return [*(DownloadShard(entry.name, partial(read, path)) for path, entry in shards.items()), others]
+
+
+def _is_about(entry: Found) -> bool:
+    return suffix_of(entry.name) == ".json" and not entry.name.endswith("_stats.json")
 
 
 def _from_tar(path: Path) -> Iterator[Download | Broken]:
@@ -78,45 +95,56 @@ def _from_tar(path: Path) -> Iterator[Download | Broken]:
         if isinstance(sample, Broken):
             yield sample
             continue
-        image, there = sample.picture()
-        if there and image is None:
+        if sample.has_image and sample.image is None:
             yield Broken(sample.name, TOO_BIG)
         else:
-            yield _download(sample.name, image, partial(_about, sample))
+            yield _download(sample.name, sample.image, partial(_about, sample))
+        yield from sample.unused(".json")
 
 
 def _about(sample: TarSample) -> bytes:
-    return sample.members.get(".json") or b"{}"
+    return sample.texts.get(".json") or b"{}"
 
 
-def _from_folder(path: Path) -> Iterator[Download | Broken]:
-    for about in sorted(path.glob("*.json")):
+def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Download | Broken]:
+    files = files_of[path]
+    plain = [entry for entry in files if entry.problem is None and not is_system(entry.name)]
+    pictures = {entry.path.stem: entry.path for entry in reversed(plain) if is_image(entry.name)}  # the first one
+    texts = [entry.path for entry in plain if _is_about(entry)]
+    for about in texts:
         name = f"{path.name}/{about.stem}"
-        picture = next((file for suffix in IMAGE_SUFFIXES if (file := about.with_suffix(suffix)).exists()), None)
+        picture = pictures.get(about.stem)
         try:
+            if picture is not None and suffix_of(picture.name) not in image_suffixes():
+                raise Unusable(FORMAT)
             image = None if picture is None else read_file(picture, MAX_PICTURE_BYTES)
             yield _download(name, image, partial(read_file, about, MAX_TEXT_BYTES))
         except Unusable as error:
             yield Broken(name, error.reason)
         except OSError:
             yield Broken(name, UNREADABLE)
+    stems = {about.stem for about in texts}
+    used = {*texts, *(picture for stem, picture in pictures.items() if stem in stems)}
+    for entry in files:
+        if entry.path not in used:
+            lacks_url = entry in plain and is_image(entry.name)
+            yield Broken(entry.name, NO_URL) if lacks_url else entry.unpaired(BESIDE)
 
 
 def _from_table(path: Path) -> Iterator[Download | Broken]:
-    import pyarrow as pa
-    import pyarrow.parquet
+    for row in parquet_rows(path, path.name, _columns):
+        if isinstance(row, Broken):
+            yield row
+        else:
+            number, key, url, image = row
+            yield _of_row(f"{path.name}/{key}" if isinstance(key, str) else number, url, image)
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            column = next((name for name in _PICTURE_COLUMNS if name in table.schema_arrow.names), None)
-            if column is None or not {"url", "key"} <= set(table.schema_arrow.names):
-                yield Broken(path.name, NO_PICTURE)
-                return
-            for batch in table.iter_batches(_ROWS, columns=["url", "key", column]):
-                for row in batch.to_pylist():
-                    yield _of_row(f"{path.name}/{row['key']}", row["url"], row[column])
-    except (OSError, ValueError, pa.ArrowException):
-        yield Broken(path.name, UNREADABLE)
+
+def _columns(names: list[str]) -> tuple[str, ...]:
+    picture = next((name for name in names if f".{name}" in image_suffixes()), None)
+    if picture is None or not {"url", "key"} <= set(names):
+        raise DataError("no column of pictures")
+    return "key", "url", picture
 
 
 def _of_row(name: str, url: Any, image: Any) -> Download | Broken:
@@ -131,5 +159,5 @@ def _download(name: str, image: bytes | None, about: Callable[[], bytes]) -> Dow
     try:
         fields = parse_json(about())
     except ValueError:
-        return Broken(name, UNREADABLE)
+        return Broken(name, BROKEN_JSON)
     return _of_row(name, fields.get("url") if isinstance(fields, dict) else None, image)

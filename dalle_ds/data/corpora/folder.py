@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-import csv
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
 
+import xxhash
+
+from dalle_ds.data.corpora.files import FORMAT, Found, is_image, is_system, not_listed, suffix_of, walk
 from dalle_ds.data.corpora.pairs import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
-    IMAGE_SUFFIXES,
-    MAX_PICTURE_BYTES,
+    CAPTION_UNUSED,
     MAX_TEXT_BYTES,
     NO_CAPTION,
+    NO_PICTURE,
+    NOTHING_IN_IT,
     UNREADABLE,
     Broken,
     Corpus,
     RawPair,
     Unit,
+    Unpaired,
     Unusable,
     as_captions,
-    column_of,
     existing,
+    file_pair,
     lines_of,
-    pair_of,
     pair_of_file,
     read_file,
+    told,
 )
+from dalle_ds.data.corpora.rows import PairRow, pair_rows
 from dalle_ds.data.disk import unreadable_is_a_data_error
+from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import parse_json
+
+TABLE_BELOW = "table in a subfolder (must lie directly in the source)"
+
+_TABLES = (".csv", ".jsonl")
+_TEXT = ".txt"
 
 
 def read_folder(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
     """A folder of pictures, searched with its subfolders.
 
     Captions stand in a text file beside each picture (`cat.jpg`, `cat.txt`, one caption per line), or in one table
-    directly in the folder (.csv or .jsonl) with a column of file names and a column of captions.
+    directly in the folder (.csv or .jsonl, or .tsv where there is neither) with a column of file names, relative to the
+    folder, and a column of captions. The separator of a table is the one that gives these columns.
 
     Args:
         source: the folder.
@@ -51,86 +60,99 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
     folder = existing(source)
     if not folder.is_dir():
         raise DataError(f"source {folder} is not a folder: --corpus folder needs a folder of pictures")
-    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".jsonl"))
+    with unreadable_is_a_data_error(folder):
+        files = sorted(path for path in folder.iterdir() if not is_system(path.name))
+    tables = [path for path in files if suffix_of(path.name) in _TABLES]
+    tables = tables or [path for path in files if suffix_of(path.name) == ".tsv"]
     if len(tables) > 1:
-        found = ", ".join(path.name for path in tables)
-        raise DataError(f"{folder} has several tables ({found}): keep the one that has the captions")
+        names = ", ".join(path.name for path in tables)
+        raise DataError(f"{folder} has several tables ({names}): keep the one that has the captions")
     if tables:
         return Corpus(partial(_table_units, tables[0], image_column, caption_column))
     if image_column or caption_column:
         raise DataError(
-            f"{folder} has no .csv or .jsonl table, in which image_column and caption_column would be looked up"
+            f"{folder} has no .csv, .tsv or .jsonl table, in which image_column and caption_column would be looked up"
         )
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not pictures:
-        raise DataError(f"{folder} has no pictures: looked for {', '.join(IMAGE_SUFFIXES)} there and in its subfolders")
-    names = {path: str(path.relative_to(folder)) for path in pictures}
-    return Corpus(lambda: (Unit(name, partial(_read_with_text, path, name)) for path, name in names.items()))
+    found = walk(folder)
+    if not any(is_image(entry.name) and not is_system(entry.name) for entry in found):
+        there = f"; it has {len(found):,} other files, such as {found[0].name}" if found else ""
+        raise DataError(
+            f"{folder} has no pictures: looked for {', '.join(image_suffixes())} there and in its subfolders{there}"
+        )
+    return Corpus(partial(_units, found))
 
 
-def _read_with_text(path: Path, name: str) -> Iterator[RawPair | Broken]:
-    text = path.with_suffix(".txt")
+def _units(found: list[Found]) -> Iterator[Unit]:
+    plain = [entry for entry in found if not is_system(entry.name)]
+    # Of a.TXT and a.txt the latter counts.
+    texts = {_stem(entry): entry.path for entry in sorted(plain, key=_name) if _is_text(entry)}
+    pictures = {_stem(entry) for entry in plain if is_image(entry.name)}
+    for entry in found:
+        if is_system(entry.name):
+            yield told(entry.unpaired())
+        elif is_image(entry.name):
+            yield Unit(entry.name, partial(_read_with_text, entry, texts.get(_stem(entry))))
+        elif _is_text(entry) and _stem(entry) not in pictures:
+            yield told(Broken(entry.name, NO_PICTURE))
+        elif not _is_text(entry):
+            is_table = suffix_of(entry.name) in (*_TABLES, ".tsv")
+            yield told(Unpaired(entry.name, TABLE_BELOW) if is_table else entry.unpaired())
+        elif texts[_stem(entry)] != entry.path:
+            yield told(Unpaired(entry.name, CAPTION_UNUSED))
+
+
+def _name(entry: Found) -> str:
+    return entry.name
+
+
+def _is_text(entry: Found) -> bool:
+    return entry.problem is None and suffix_of(entry.name) == _TEXT
+
+
+def _stem(entry: Found) -> str:
+    return str(entry.path.with_suffix(""))
+
+
+def _read_with_text(entry: Found, text: Path | None) -> Iterator[RawPair | Broken]:
+    reason = entry.problem
+    if suffix_of(entry.name) not in image_suffixes():
+        reason = reason or FORMAT
+    if reason is None and text is None:
+        reason = NO_CAPTION
+    if reason is not None or text is None:
+        yield Broken(entry.name, reason or NO_CAPTION)
+        return
     try:
-        if not text.exists():
-            yield Broken(name, NO_CAPTION)
-            return
-        yield pair_of(read_file(path, MAX_PICTURE_BYTES), lines_of(read_file(text, MAX_TEXT_BYTES)), name)
+        captions = lines_of(read_file(text, MAX_TEXT_BYTES))
     except Unusable as error:
-        yield Broken(name, error.reason)
-    except (OSError, UnicodeDecodeError):
-        yield Broken(name, UNREADABLE)
+        yield Broken(entry.name, error.reason)
+    except OSError:
+        yield Broken(entry.name, UNREADABLE)
+    else:
+        yield file_pair(entry.path, captions, entry.name)
 
 
 def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
-    rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _jsonl_rows(table)
+    listed: set[int] = set()
     with unreadable_is_a_data_error(table):
-        for number, row in enumerate(rows, start=1):
-            name = f"{table.name} row {number}"
-            yield Unit(name, partial(_read_table_row, table, row, name, image_column, caption_column))
-
-
-def _read_table_row(
-    table: Path, row: dict[str, Any] | None, name: str, image_column: str | None, caption_column: str | None
-) -> Iterator[RawPair | Broken]:
-    if row is None:
-        yield Broken(name, UNREADABLE)
-        return
-    file_name = row[column_of("image_column", image_column, IMAGE_COLUMNS, row, table)]
-    caption = row[column_of("caption_column", caption_column, CAPTION_COLUMNS, row, table)]
-    yield pair_of_file(table.parent, file_name, as_captions(caption), name)
-
-
-def _csv_rows(table: Path) -> Iterator[dict[str, Any] | None]:
-    csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's 128 KiB
-    with table.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        rows = csv.DictReader(_bounded_lines(lines))
-        while True:
-            try:
-                yield next(rows)
-            except StopIteration:
-                return
-            except csv.Error:  # goes on with the next line
-                yield None
-
-
-def _jsonl_rows(table: Path) -> Iterator[dict[str, Any] | None]:
-    with table.open(encoding="utf-8-sig", errors="replace") as lines:
-        for line in _bounded_lines(lines):
-            if not line.strip():
+        for line, row in pair_rows(table, image_column, caption_column):
+            name = f"{table.name} line {line}"
+            if isinstance(row, str):
+                yield told(Broken(name, row))
                 continue
-            try:
-                row = parse_json(line)
-            except ValueError:
-                row = None
-            yield row if isinstance(row, dict) else None
+            if isinstance(row[0], str):
+                listed.add(_key(table.parent / row[0]))
+            yield Unit(name, partial(_read_table_row, table.parent, row, name))
+    if not listed:
+        yield told(Unpaired(table.name, NOTHING_IN_IT))
+    others = (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
+    yield from not_listed(others)
 
 
-def _bounded_lines(lines: TextIO) -> Iterator[str]:
-    """Lines, with one that neither kind of table can have in the place of each that is too long."""
-    while line := lines.readline(MAX_TEXT_BYTES + 1):
-        if len(line) <= MAX_TEXT_BYTES:
-            yield line
-            continue
-        while line and not line.endswith("\n"):
-            line = lines.readline(MAX_TEXT_BYTES)
-        yield "x" * (MAX_TEXT_BYTES + 1)
+def _key(path: Path) -> int:
+    """A table of millions of rows is remembered by so many numbers."""
+    return xxhash.xxh3_64_intdigest(os.fsencode(os.path.normpath(path)))
+
+
+def _read_table_row(folder: Path, row: PairRow, name: str) -> Iterator[RawPair | Broken]:
+    yield pair_of_file(folder, row[0], as_captions(row[1]), name)

@@ -1,33 +1,43 @@
-"""Datasets of Hugging Face's `datasets` on disk."""
+"""Datasets of Hugging Face's `datasets` on disk. Files are read by Arrow itself: `datasets` would write to a cache first."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.data.corpora.files import NOT_READ, is_system, suffix_of, walk
 from dalle_ds.data.corpora.pairs import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MAX_PICTURE_BYTES,
+    NO_COLUMN,
+    NOTHING_IN_IT,
     TOO_BIG,
     UNREADABLE,
     Broken,
     Corpus,
     RawPair,
     Unit,
+    Unpaired,
     as_captions,
     column_of,
     existing,
     pair_of,
     pair_of_file,
+    told,
 )
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import shown
 
 SUFFIXES = (".parquet", ".arrow")
+
+_ROWS = 64
+
+Columns = tuple[str, str]
+"""(of pictures, of captions)"""
+Wanted = tuple[str | None, str | None]
 
 
 def read_hf(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
@@ -39,68 +49,53 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
     Raises:
         DataError: no such folder, nothing in it that is a dataset, or no such column.
     """
-    return Corpus(partial(_hf_units, existing(source), image_column, caption_column))
+    return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)))
 
 
-def _hf_units(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
-    """The rows of a saved dataset, or the files of one that is streamed."""
-    import datasets
-
-    read = partial(_read_hf_row, path, image_column, caption_column)
+def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
+    """The rows of a saved dataset, or the files of another."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        try:
-            loaded = datasets.load_from_disk(str(path))
-            splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {path.name: loaded}
-            splits = {split: _undecoded(rows) for split, rows in splits.items()}
-        except Exception as error:  # whatever datasets and Arrow stumble on in a damaged one, from OSError to KeyError
-            raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
-        for split, undecoded in splits.items():
-            for number in range(len(undecoded)):
-                name = f"{split} row {number}"
-                yield Unit(name, partial(_read_saved_row, read, name, undecoded, number))
+        yield from _saved_units(path, wanted)
         return
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = next((found for kind in SUFFIXES if (found := [file for file in candidates if file.suffix == kind])), None)
-    if files is None:
+    found = walk(path) if path.is_dir() else []
+    candidates = {entry.path: entry.name for entry in found if not is_system(entry.name)} or {path: path.name}
+    kind = next((kind for kind in SUFFIXES if any(suffix_of(name) == kind for name in candidates.values())), None)
+    files = {file: name for file, name in candidates.items() if suffix_of(name) == kind}
+    if kind is None:
         raise DataError(
             f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"
         )
-    for file in files:
-        name = file.name if file == path else str(file.relative_to(path))
-        yield Unit(name, partial(_read_streamed_file, read, name, file))
+    _check_columns(list(files), wanted)
+    folder = path if path.is_dir() else path.parent
+    for file, name in files.items():
+        yield Unit(name, partial(_read_file, folder, wanted, name, file))
+    yield from (told(entry.unpaired(NOT_READ)) for entry in found if entry.path not in files)
 
 
-def _read_saved_row(
-    read: Callable[..., Iterator[RawPair | Broken]], name: str, rows: Any, number: int
-) -> Iterator[RawPair | Broken]:
-    try:
-        # Arrow follows offsets without looking; in a damaged file they lead anywhere.
-        rows.data.fast_slice(number, 1).validate(full=True)
-        row = rows[number]
-    except Exception:  # see _hf_units
-        yield Broken(name, UNREADABLE)
-        return
-    yield from read(name, row)
-
-
-def _read_streamed_file(
-    read: Callable[..., Iterator[RawPair | Broken]], name: str, file: Path
-) -> Iterator[RawPair | Broken]:
+def _saved_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
     import datasets
 
-    rows: Iterator[dict[str, Any]] = iter(())
-    for number in itertools.count():
+    try:
+        loaded = datasets.load_from_disk(str(path))
+        splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {path.name: loaded}
+        splits = {split: _undecoded(rows) for split, rows in splits.items()}
+    except Exception as error:  # whatever datasets and Arrow stumble on in a damaged one, from OSError to KeyError
+        raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
+    lacking: list[DataError] = []
+    for split, rows in splits.items():
         try:
-            if number == 0:
-                streamed = datasets.load_dataset(file.suffix[1:], data_files=[str(file)], split="train", streaming=True)
-                rows = iter(_undecoded(streamed))
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception:  # see _hf_units
-            yield Broken(f"{name} row {number}", UNREADABLE)
-            return
-        yield from read(f"{name} row {number}", row)
+            columns = _columns(rows.column_names, wanted, path)
+        except DataError as error:
+            lacking.append(error)
+            if len(lacking) == len(splits):  # and so in all of them
+                raise
+            yield told(Broken(split, NO_COLUMN, len(rows)))
+            continue
+        if not len(rows):
+            yield told(Unpaired(split, NOTHING_IN_IT))
+        for number in range(len(rows)):
+            name = f"{split} row {number}"
+            yield Unit(name, partial(_read_saved_row, path, columns, name, rows, number))
 
 
 def _undecoded(rows: Any) -> Any:
@@ -113,14 +108,130 @@ def _undecoded(rows: Any) -> Any:
     return rows
 
 
-def _read_hf_row(
-    source: Path, image_column: str | None, caption_column: str | None, name: str, row: dict[str, Any]
-) -> Iterator[RawPair | Broken]:
-    picture = row[column_of("image_column", image_column, IMAGE_COLUMNS, row, source)]
-    captions = as_captions(row[column_of("caption_column", caption_column, CAPTION_COLUMNS, row, source)])
+def _read_saved_row(folder: Path, columns: Columns, name: str, rows: Any, number: int) -> Iterator[RawPair | Broken]:
+    try:
+        # Arrow follows offsets without looking; in a damaged file they lead anywhere.
+        rows.data.fast_slice(number, 1).validate(full=True)
+        row = rows[number]
+    except Exception:  # see _saved_units
+        yield Broken(name, UNREADABLE)
+        return
+    yield _row_pair(folder, name, row[columns[0]], row[columns[1]])
+
+
+def _columns(names: list[str], wanted: Wanted, where: Path) -> Columns:
+    image = column_of("image_column", wanted[0], IMAGE_COLUMNS, names, where)
+    return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, where)
+
+
+def _check_columns(files: list[Path], wanted: Wanted) -> None:
+    """`DataError` where no file that can be read has the columns, which are wrong names rather than a wrong file."""
+    import pyarrow as pa
+
+    lacking = None
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                names = _schema(opened, file).names
+            _columns(names, wanted, file)
+            return
+        except DataError as error:
+            lacking = lacking or error
+        except (OSError, ValueError, pa.ArrowException):
+            continue
+    if lacking is not None:
+        raise lacking
+
+
+def _schema(opened: Any, file: Path) -> Any:
+    import pyarrow.parquet
+
+    if suffix_of(file.name) == ".parquet":
+        return pyarrow.parquet.ParquetFile(opened).schema_arrow
+    return _arrow_batches(opened)[0]
+
+
+def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[RawPair | Broken]:
+    is_parquet = suffix_of(file.name) == ".parquet"
+    empty = True
+    for row in (parquet_rows if is_parquet else _arrow_rows)(file, name, partial(_columns, wanted=wanted, where=file)):
+        empty = False
+        yield row if isinstance(row, Broken) else _row_pair(folder, *row)
+    if empty:
+        yield Unpaired(name, NOTHING_IN_IT)
+
+
+def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
+    """(name, values of some columns) for each row of a file. Where a group of rows cannot be read, the next one is.
+
+    Args:
+        columns_of: chooses among the names of columns; `DataError` where they are not there.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            try:
+                columns = columns_of(table.schema_arrow.names)
+            except DataError:
+                yield Broken(name, NO_COLUMN, table.metadata.num_rows)
+                return
+            end = 0
+            for group in range(table.num_row_groups):
+                number, end = end, end + table.metadata.row_group(group).num_rows
+                try:
+                    for batch in table.iter_batches(_ROWS, row_groups=[group], columns=list(columns)):
+                        for row in batch.to_pylist():
+                            yield (f"{name} row {number}", *(row[column] for column in columns))
+                            number += 1
+                except (OSError, ValueError, pa.ArrowException):
+                    yield Broken(f"{name} row {number}", UNREADABLE, end - number)
+    except (OSError, ValueError, pa.ArrowException):
+        yield Broken(name, UNREADABLE)
+
+
+def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
+    """`parquet_rows` of a file of Arrow, in either of its formats."""
+    import pyarrow as pa
+
+    number = 0
+    try:
+        with path.open("rb") as file:
+            schema, batches = _arrow_batches(file)
+            try:
+                columns = columns_of(schema.names)
+            except DataError:
+                yield Broken(name, NO_COLUMN, sum(len(batch) for batch in batches))
+                return
+            for batch in batches:
+                batch.validate(full=True)  # see _read_saved_row
+                for first in range(0, len(batch), _ROWS):
+                    for row in batch.select(list(columns)).slice(first, _ROWS).to_pylist():
+                        yield (f"{name} row {number}", *(row[column] for column in columns))
+                        number += 1
+    except (OSError, ValueError, pa.ArrowException):
+        yield Broken(f"{name} row {number}", UNREADABLE)
+
+
+def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any]]:
+    import pyarrow as pa
+
+    try:
+        opened = pa.ipc.open_file(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        stream = pa.ipc.open_stream(file)
+        return stream.schema, iter(stream)
+    return opened.schema, (opened.get_batch(number) for number in range(opened.num_record_batches))
+
+
+def _row_pair(folder: Path, name: str, picture: Any, caption: Any) -> RawPair | Broken:
     if isinstance(picture, dict):  # an Image feature: the bytes, or the path of a file that has them
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, bytes):
-        yield pair_of(picture, captions, name) if len(picture) <= MAX_PICTURE_BYTES else Broken(name, TOO_BIG)
-    else:
-        yield pair_of_file(source, picture, captions, name)
+        content = picture.get("bytes")
+        picture = picture.get("path") if content is None else content
+    if not isinstance(picture, bytes):
+        return pair_of_file(folder, picture, as_captions(caption), name)
+    if len(picture) > MAX_PICTURE_BYTES:
+        return Broken(name, TOO_BIG)
+    return pair_of(picture, as_captions(caption), name)

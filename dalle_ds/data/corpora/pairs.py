@@ -1,32 +1,45 @@
 """What a corpus consists of, and what its readers share.
 
 A corpus is a sequence of units that can be read one without the other (a picture, a row of a table, an archive), so that
-several machines can share the work. What cannot be read is yielded as a `Broken`, so that it is counted and named in the
-report of the preparation. Sources may come from anywhere: archives are read and never unpacked, only regular files are
+several machines can share the work. Nothing in a source disappears: a pair that cannot be read is yielded as a `Broken`, what
+belongs to no pair as an `Unpaired`, and the report of the preparation counts and names both. Captions are passed on as they
+were written, or not at all. Sources may come from anywhere: archives are read and never unpacked, only regular files are
 opened, and nothing is read that is absurdly long.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dalle_ds.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
 
 NO_CAPTION = "no caption"
 NO_PICTURE = "no picture"
+NO_COLUMN = "no column of that name"
+NOT_LISTED = "not in the table"
+NOT_TEXT = "caption that is no text"
+ENCODING = "text that is not UTF-8"
+BROKEN_JSON = "broken JSON"
+LINK_TO_NOTHING = "link to nothing"
+EMPTY_FILE = "empty picture file"
+CAPTION_UNUSED = "caption file that is not used"
+NOTHING_IN_IT = "no rows or members in it"
 UNREADABLE = "unreadable source"
 TRUNCATED = "truncated archive"
 NOT_A_FILE = "not a regular file"
 TOO_BIG = "file too big"
+TOO_LONG = "line too long"
 
 MAX_PICTURE_BYTES = 512 * 2**20
 """Of an encoded picture."""
@@ -48,14 +61,23 @@ class RawPair:
     """Pairs of one group never straddle train and validation."""
     variant: str = ""
     """Which variant of its group this is, in corpora that combine parts (skin tones); "" for the plain one."""
+    lost: list[str] = field(default_factory=list)
+    """The reason for each caption of it that could not be read."""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """Something in a corpus that is not a pair."""
+    """A pair that cannot be read, or that lacks its picture or its caption."""
 
     name: str
     reason: str
+    count: int = 1
+    """How many there are, where several are told of as one."""
+
+
+@dataclass(frozen=True)
+class Unpaired(Broken):
+    """A file, member of an archive or row of a table that belongs to no pair."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,11 @@ class Corpus:
             yield from unit.read()
 
 
+def told(broken: Broken) -> Unit:
+    """A unit that is nothing else."""
+    return Unit(broken.name, partial(iter, (broken,)))
+
+
 def content_group(image: bytes) -> str:
     """The group of a picture in corpora without groups of their own: equal files are one group."""
     return hashlib.sha256(image).hexdigest()[:16]
@@ -89,8 +116,12 @@ def content_group(image: bytes) -> str:
 def existing(source: str) -> Path:
     """The path of a source; `DataError` where there is nothing."""
     path = Path(source)
-    if not path.exists():
-        raise DataError(f"source {path} does not exist")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"source {path} does not exist") from error
+    except OSError as error:
+        raise DataError(f"source {path} cannot be read: {error.strerror}") from error
     return path
 
 
@@ -107,25 +138,43 @@ def column_of(option: str, wanted: str | None, usual: tuple[str, ...], columns: 
     )
 
 
-def pair_of(image: bytes, captions: list[str], name: str) -> RawPair | Broken:
-    """A pair that is a group by itself, but for equal files."""
+def pair_of(image: bytes, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
+    """A pair that is a group by itself, but for equal files.
+
+    Args:
+        captions: whatever stands in their place.
+        where: a better name where it is not kept.
+    """
     if not captions:
-        return Broken(name, NO_CAPTION)
-    return RawPair(image, captions, name, content_group(image))
+        return Broken(where or name, NO_CAPTION)
+    if not image:
+        return Broken(where or name, EMPTY_FILE)
+    problems = [_problem(caption) for caption in captions]
+    lost = [problem for problem in problems if problem is not None]
+    if len(lost) == len(captions):
+        return Broken(where or name, lost[0])
+    kept = [caption for caption, problem in zip(captions, problems, strict=True) if problem is None]
+    return RawPair(image, kept, name, content_group(image), lost=lost)
 
 
-def pair_of_file(folder: Path, file_name: Any, captions: list[str], name: str) -> RawPair | Broken:
+def pair_of_file(folder: Path, file_name: Any, captions: list[Any], name: str) -> RawPair | Broken:
     """`pair_of` a picture file named in a table."""
     if not isinstance(file_name, str) or not file_name:
         return Broken(name, NO_PICTURE)
+    return file_pair(folder / file_name, captions, file_name, f"{file_name} ({name})")
+
+
+def file_pair(path: Path, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
+    """`pair_of` a picture file."""
     try:
-        return pair_of(read_file(folder / file_name, MAX_PICTURE_BYTES), captions, file_name)
+        return pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name, where)
     except Unusable as error:
-        return Broken(file_name, error.reason)
-    except FileNotFoundError:
-        return Broken(file_name, NO_PICTURE)
+        reason = error.reason
+    except (FileNotFoundError, NotADirectoryError):
+        reason = LINK_TO_NOTHING if path.is_symlink() else NO_PICTURE
     except (OSError, ValueError):  # ValueError: a NUL in the name
-        return Broken(file_name, UNREADABLE)
+        reason = UNREADABLE
+    return Broken(where or name, reason)
 
 
 class Unusable(Exception):
@@ -147,12 +196,42 @@ def read_file(path: Path, limit: int) -> bytes:
         return file.read(size + 1)  # no more, whatever the file becomes
 
 
+def encoding_of(head: bytes) -> str:
+    """How a text is encoded that begins with these four bytes: as its byte order mark says, else in UTF-8."""
+    marks = {
+        codecs.BOM_UTF8: "utf-8-sig",
+        codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+    return next((encoding for mark, encoding in marks.items() if head.startswith(mark)), "utf-8")
+
+
+def is_sound(text: str) -> bool:
+    """Whether UTF-8 can hold a text, and it has no NUL, which text of another encoding is full of."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def lines_of(text: bytes) -> list[str]:
-    """Captions, one in a line."""
-    return text.decode("utf-8-sig").splitlines()
+    """Captions, one in a line; `Unusable` where they are neither UTF-8 nor have a byte order mark."""
+    try:
+        decoded = text.decode(encoding_of(text[:4]))
+    except UnicodeDecodeError as error:
+        raise Unusable(ENCODING) from error
+    # Not `splitlines`, which ends lines at characters that captions may have in them.
+    return [line.removesuffix("\n") for line in io.StringIO(decoded, newline=None)]
 
 
-def as_captions(value: Any) -> list[str]:
-    """A caption, or the captions in a list; what is no text is left out."""
-    values = value if isinstance(value, list) else [value]
-    return [entry for entry in values if isinstance(entry, str)]
+def as_captions(value: Any) -> list[Any]:
+    """A caption, or the captions in a list; none where there is none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _problem(caption: Any) -> str | None:
+    if not isinstance(caption, str):
+        return NOT_TEXT
+    return None if is_sound(caption) else ENCODING

@@ -6,10 +6,9 @@ asked for.
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -17,22 +16,33 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from dalle_ds.data.corpora.downloads import DownloadShard, download_shards
-from dalle_ds.data.corpora.pairs import MAX_TEXT_BYTES, NO_CAPTION, Broken, Corpus, RawPair, Unit, pair_of
+from dalle_ds.data.corpora.downloads import NO_URL, DownloadShard, download_shards
+from dalle_ds.data.corpora.files import NOT_READ, Found
+from dalle_ds.data.corpora.pairs import (
+    MAX_TEXT_BYTES,
+    NOT_LISTED,
+    TOO_LONG,
+    Broken,
+    Corpus,
+    RawPair,
+    Unit,
+    Unpaired,
+    encoding_of,
+    pair_of,
+)
+from dalle_ds.data.corpora.rows import Line, Row, quoted_rows
 from dalle_ds.data.disk import unreadable_is_a_data_error
 from dalle_ds.errors import DataError
-
-NOT_IN_TABLE = "not in the table"
 
 _DIVISIONS = 64
 _BUFFERED = 2**16
 _FILE_SHIFT = 48  # of a position: the file's number above, the place in it below
 _RECORD = np.dtype([("key", "<u8"), ("position", "<u8")])
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_EXAMPLES = 5
 
-Row = list[str]
-Rows = Callable[[BinaryIO], Iterator[tuple[int, Row]]]
-"""From where a file stands: (place at which the row begins, its fields)."""
+Rows = Callable[[BinaryIO], Iterator[tuple[int, Row | str]]]
+"""From where a file stands: (place at which the row begins, its fields or the reason for which it cannot be read)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class TableFormat:
 
     rows: Rows
     url: Callable[[Row], str | None]
-    """Of the picture; None in rows that have none, such as a heading."""
+    """Of the picture; "" in a heading, None in rows that are not of this kind of table."""
     captions: Callable[[Row], list[str]]
     """None where the row has no use."""
 
@@ -53,13 +63,15 @@ class CaptionTable:
         source: a table, or a folder of .tsv files.
 
     Raises:
-        DataError: there is none, or it is packed.
+        DataError: there is none, it is packed, or not in UTF-8.
     """
 
     def __init__(self, source: str, form: TableFormat) -> None:
         path = Path(source)
         self._files = sorted(path.glob("*.tsv")) if path.is_dir() else [path]
+        self._beside = [file for file in sorted(path.iterdir()) if file not in self._files] if path.is_dir() else []
         self._form = form
+        self._unused: dict[str, list[Unpaired]] = {}
         if not path.exists():
             raise DataError(f"source {path} does not exist")
         if not self._files:
@@ -69,13 +81,19 @@ class CaptionTable:
             raise DataError(f"{path} is packed, so that no row can be read by itself: unpack it")
 
     def captions(self, url: str) -> list[str] | None:
-        """All captions of a picture, each once, in the order of the table; None where it is not in there.
+        """All captions of a picture, in the order of the table; None where it is not in there.
 
         Raises:
             DataError: a table cannot be read.
         """
         rows = [row for row in map(self._row, self._index.positions(url)) if self._form.url(row) == url]
-        return list(dict.fromkeys(caption for row in rows for caption in self._form.captions(row))) if rows else None
+        return [caption for row in rows for caption in self._form.captions(row)] if rows else None
+
+    def unpaired(self) -> Iterator[Broken]:
+        """Rows that cannot be looked up, some of each kind by name, and files that are no tables."""
+        _ = self._index
+        yield from (row for rows in self._unused.values() for row in rows)
+        yield from (Found(file, file.name).unpaired(NOT_READ) for file in self._beside)
 
     @cached_property
     def _index(self) -> UrlIndex:
@@ -84,16 +102,33 @@ class CaptionTable:
     def _urls(self) -> Iterator[tuple[str, int]]:
         for number, path in enumerate(self._files):
             with unreadable_is_a_data_error(path), path.open("rb") as file:
-                for place, row in self._form.rows(file):
-                    url = self._form.url(row)
+                encoding = encoding_of(file.read(4))
+                if not encoding.startswith("utf-8"):
+                    raise DataError(f"{path} is in {encoding.upper()}: convert it to UTF-8")
+                file.seek(3 if encoding == "utf-8-sig" else 0)
+                for count, (place, row) in enumerate(self._form.rows(file), start=1):
+                    reason = row if isinstance(row, str) else NO_URL
+                    url = None if isinstance(row, str) else self._form.url(row)
                     if url:
                         yield url, (number << _FILE_SHIFT) + place
+                    elif url is None:
+                        self._tell(Unpaired(f"{path.name} row {count}", reason))
+
+    def _tell(self, row: Unpaired) -> None:
+        rows = self._unused.setdefault(row.reason, [])
+        if len(rows) < _EXAMPLES:
+            rows.append(row)
+        else:
+            rows[-1] = replace(rows[-1], count=rows[-1].count + 1)
 
     def _row(self, position: int) -> Row:
         path = self._files[position >> _FILE_SHIFT]
         with unreadable_is_a_data_error(path), path.open("rb") as file:
             file.seek(position & ((1 << _FILE_SHIFT) - 1))
-            return next(self._form.rows(file), (0, []))[1]
+            row = next(self._form.rows(file), (0, ""))[1]
+        if isinstance(row, str):
+            raise DataError(f"{path} has changed while it was read: begin again with --overwrite True")
+        return row
 
 
 class UrlIndex:
@@ -141,7 +176,13 @@ def joined(table: CaptionTable, pictures: str) -> Corpus:
         DataError: see `download_shards`.
     """
     shards = download_shards(pictures)
-    return Corpus(lambda: (Unit(shard.name, partial(_read_shard, table, shard)) for shard in shards))
+
+    def units() -> Iterator[Unit]:
+        for shard in shards:
+            yield Unit(shard.name, partial(_read_shard, table, shard))
+        yield Unit("rows of the table", table.unpaired)
+
+    return Corpus(units)
 
 
 def _read_shard(table: CaptionTable, shard: DownloadShard) -> Iterator[RawPair | Broken]:
@@ -150,42 +191,29 @@ def _read_shard(table: CaptionTable, shard: DownloadShard) -> Iterator[RawPair |
             yield item
             continue
         captions = table.captions(item.url)
-        if captions:
-            yield pair_of(item.image, captions, item.name)
-        else:
-            yield Broken(item.name, NOT_IN_TABLE if captions is None else NO_CAPTION)
+        yield Broken(item.name, NOT_LISTED) if captions is None else pair_of(item.image, captions, item.name)
 
 
-def plain_rows(file: BinaryIO) -> Iterator[tuple[int, Row]]:
+def plain_rows(file: BinaryIO) -> Iterator[tuple[int, Row | str]]:
     """Rows that are lines, without quotes."""
+    for place, line, problem in _lines(file):
+        yield place, problem or line.rstrip("\r\n").split("\t")
+
+
+def tsv_rows(file: BinaryIO, columns: int) -> Iterator[tuple[int, Row | str]]:
+    """Rows of so many columns with fields in quotes, which may have tabs and ends of lines in them."""
+    return quoted_rows(_lines(file), "\t", lambda fields: len(fields) >= columns)
+
+
+def _lines(file: BinaryIO) -> Iterator[Line]:
+    """What is not UTF-8 stays recognizable: it costs the captions in which it is."""
     place = file.tell()
-    for line in _bounded_lines(file):
-        yield place, line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-        place = file.tell()
-
-
-def quoted_rows(file: BinaryIO) -> Iterator[tuple[int, Row]]:
-    """Rows with fields in quotes, which may have tabs and ends of lines in them."""
-    csv.field_size_limit(MAX_TEXT_BYTES)
-    rows = csv.reader((line.decode("utf-8", "replace") for line in _bounded_lines(file)), delimiter="\t")
-    while True:
-        place = file.tell()
-        try:
-            yield place, next(rows)
-        except StopIteration:
-            return
-        except csv.Error:  # goes on with the next line
-            continue
-
-
-def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines, without those that are too long."""
     while line := file.readline(MAX_TEXT_BYTES + 1):
-        if len(line) <= MAX_TEXT_BYTES:
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
+        too_long = len(line) > MAX_TEXT_BYTES
+        yield place, "" if too_long else line.decode("utf-8", "surrogateescape"), TOO_LONG if too_long else None
+        while too_long and line and not line.endswith(b"\n"):
             line = file.readline(MAX_TEXT_BYTES)
+        place = file.tell()
 
 
 def _key(url: str) -> int:

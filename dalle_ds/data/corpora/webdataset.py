@@ -6,16 +6,21 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from dalle_ds.data.corpora.files import FORMAT, NOT_READ, is_image, is_system, suffix_of, unpaired_reason, walk
 from dalle_ds.data.corpora.pairs import (
+    BROKEN_JSON,
     CAPTION_COLUMNS,
-    IMAGE_SUFFIXES,
+    CAPTION_UNUSED,
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
     NO_PICTURE,
+    NOT_A_FILE,
+    NOTHING_IN_IT,
     TOO_BIG,
     TRUNCATED,
     UNREADABLE,
@@ -23,102 +28,202 @@ from dalle_ds.data.corpora.pairs import (
     Corpus,
     RawPair,
     Unit,
+    Unpaired,
     Unusable,
     as_captions,
     existing,
     lines_of,
     pair_of,
+    told,
 )
+from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
 TEXT_SUFFIXES = (".txt", ".json")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+NO_ARCHIVE = "not a tar archive"
+BEHIND_THE_END = "archive with something behind its end, or damaged"
+ANOTHER_PICTURE = "another picture of a sample"
+SEVERAL_DOTS = "several dots in the name (samples are named up to the first)"
+
+_ZEROS = 2**16
+"""Blocks of 512 bytes that are skipped between archives in one file; the usual padding is some ten."""
 
 
 def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
-    """WebDataset tars: a .tar file, or a folder of them. Members that share a name up to the first dot are one sample.
+    """WebDataset tars: a tar file, packed or not, or a folder of them. Members that share a name up to the first dot and
+    follow each other are one sample; where a complete one is followed by another of the same name, both are samples.
 
-    A sample is a picture (.jpg, .png, .webp, …) and a .txt (one caption per line) or a .json (captions under
-    `caption_column`, by default "caption" or "text"); with both, the .txt counts.
-    A tar that ends early yields the samples before the end and one `Broken`.
+    A sample is a picture (.jpg, .png, .webp, …; the first counts) and a .txt (one caption per line) or a .json (captions
+    under `caption_column`, by default "caption" or "text"); with both, the .txt counts.
+    A tar that ends early, or without its end marker, yields the samples before the end and one `Broken`.
 
     Raises:
-        DataError: no such file or folder, or no .tar in it.
+        DataError: no such file or folder, or no tar in it.
     """
     path = existing(source)
-    tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    found = walk(path) if path.is_dir() else []
+    tars = [entry.path for entry in found if is_tar(entry.name)] if path.is_dir() else [path]
     if not tars:
         raise DataError(f"{path} has no .tar files: --corpus webdataset needs a .tar or a folder of them")
-    return Corpus(lambda: (Unit(tar.name, partial(_read_tar, tar, caption_column)) for tar in tars))
+
+    def units() -> Iterator[Unit]:
+        for tar in tars:
+            yield Unit(tar.name, partial(_read_tar, tar, caption_column))
+        yield from (told(entry.unpaired(NOT_READ)) for entry in found if not is_tar(entry.name))
+
+    return Corpus(units)
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file's name is that of a tar that can be read."""
+    return name.lower().endswith(TAR_SUFFIXES) and not is_system(name)
+
+
+class _NoEndMarker(tarfile.ReadError):
+    """The archive ends where a member would begin."""
 
 
 class _Header(tarfile.TarInfo):
-    """The header of a member, damaged ones of which tarfile would take for the end of the archive."""
+    """The header of a member, damaged ones of which tarfile would take for the end of the archive. Each archive has a class of
+    its own, which knows where in the archive it is."""
+
+    zeros: int | None = None
+    """Blocks of an end marker that were read last; None before the first block."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+            cls.zeros = (cls.zeros or 0) + 1
+            if cls.zeros > _ZEROS:
+                raise tarfile.ReadError("zeros without an end")
+        elif not buf and not cls.zeros:
+            raise _NoEndMarker("no end marker")
         try:
             header = super().frombuf(buf, encoding, errors)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(str(error)) from error
+        cls.zeros = 0
         extended = not (header.isreg() or header.isdir() or header.issym() or header.islnk() or header.isdev())
         if header.size < 0 or (extended and header.size > MAX_TEXT_BYTES):  # a name or comment, read as a whole
             raise tarfile.ReadError(f"header of {header.size} bytes")
         return header
 
 
-_OTHERS = "others"  # no suffix: stands for all members of a sample that are neither pictures nor captions
-
-
-def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
-    for sample in tar_samples(path):
-        yield sample if isinstance(sample, Broken) else _tar_pair(sample, caption_column)
-
-
-@dataclass(frozen=True)
+@dataclass
 class TarSample:
     """Members of an archive that share a name up to the first dot."""
 
-    name: str
-    members: dict[str, bytes | None]
-    """Suffix → contents of pictures and texts; None where they are too big, or of another kind."""
+    archive: str = ""
+    key: str = ""
+    image: bytes | None = None
+    """The first picture; None where there is none, or it is too big."""
+    has_image: bool = False
+    texts: dict[str, bytes | None] = field(default_factory=dict)
+    """Suffix → contents; None where they are too big."""
+    others: list[Broken] = field(default_factory=list)
+    """Pictures that cannot be the sample's, and why."""
+    suffixes: set[str] = field(default_factory=set)
 
-    def picture(self) -> tuple[bytes | None, bool]:
-        """(contents, or None where they are too big; whether there is a picture)."""
-        suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
-        return (None, False) if suffix is None else (self.members[suffix], True)
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.archive}/{self.key}"
+
+    def begins_anew(self, key: str, suffix: str) -> bool:
+        """Whether a member is of the next sample."""
+        return key != self.key or (suffix in self.suffixes and self.has_image and bool(self.texts))
+
+    def complete(self) -> Iterator[TarSample | Broken]:
+        """The sample, and pictures that are not in it, now that nothing more comes."""
+        if self.has_image:
+            yield from (Unpaired(other.name, other.reason) for other in self.others)
+        else:
+            yield from self.others  # what captions there are belong to them
+        if self.has_image or (self.texts and not self.others):
+            yield self
+
+    def unused(self, suffix: str | None) -> Iterator[Unpaired]:
+        """Texts of a sample of which only this one is used."""
+        return (Unpaired(f"{self.name}{other}", CAPTION_UNUSED) for other in self.texts if other != suffix)
 
 
 def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
     """The samples of an archive; where it ends early or is damaged, a `Broken` is the last."""
-    key = ""
-    members: dict[str, bytes | None] = {}
+    header: Any = type("_HeaderOfThis", (_Header,), {})
+    sample = TarSample()
+    empty = True
     try:
-        with tarfile.open(path, "r|*", tarinfo=_Header) as tar:
+        with tarfile.open(path, "r|*", tarinfo=header, ignore_zeros=True) as tar:
             for member in tar:
                 # tarfile would keep the headers of all, which nobody asks for again.
                 tar.members = []  # type: ignore[attr-defined]
-                member_key, suffix = _key_and_suffix(member.name)
+                if member.isdir():
+                    continue
+                empty = False
+                name = f"{path.name}/{PurePosixPath(member.name)}"
+                key, suffix = _key_and_suffix(member.name)
                 if not member.isfile():
+                    yield Unpaired(name, NOT_A_FILE)
                     continue
-                if member_key != key:
-                    if members:
-                        yield TarSample(f"{path.name}/{key}", members)
-                    key, members = member_key, {}
-                if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
-                    members[_OTHERS] = None
+                if is_system(member.name) or not (is_image(member.name) or suffix_of(member.name) in TEXT_SUFFIXES):
+                    yield Unpaired(name, unpaired_reason(member.name))
                     continue
-                limit = MAX_PICTURE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
-                if suffix not in members:
-                    members[suffix] = _tar_member(tar, member) if member.size <= limit else None
-            if members:
-                yield TarSample(f"{path.name}/{key}", members)
+                if sample.begins_anew(key, suffix):
+                    yield from sample.complete()
+                    sample = TarSample(path.name, key)
+                yield from _put(sample, suffix, name, tar, member)
+            yield from sample.complete()
     # TypeError: tarfile takes the letter's code of what is missing in a gzip header that is cut off.
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, TypeError, zlib.error, lzma.LZMAError):
-        yield Broken(path.name, TRUNCATED)
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        TypeError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
+        whole = bool(header.zeros) or isinstance(error, _NoEndMarker)  # what came before
+        if whole:
+            yield from sample.complete()
+        name = sample.name if sample.key and not whole else path.name
+        if isinstance(error, OSError) and error.errno is not None:
+            yield Broken(name, UNREADABLE)
+        elif header.zeros is None:
+            yield Broken(name, NO_ARCHIVE)
+        else:
+            yield Broken(name, BEHIND_THE_END if header.zeros else TRUNCATED)
+    else:
+        if empty:
+            yield Unpaired(path.name, NOTHING_IN_IT)
 
 
-def _tar_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Broken]:
+    """Put a picture or text into a sample, or tell why not."""
+    plain = suffix_of(name) == suffix
+    if is_image(name):
+        if not plain:
+            sample.others.append(Broken(name, SEVERAL_DOTS))
+        elif suffix not in image_suffixes():
+            sample.others.append(Broken(name, FORMAT))
+        elif sample.has_image:
+            yield Broken(name, ANOTHER_PICTURE)
+        else:
+            sample.image, sample.has_image = _content(tar, member, MAX_PICTURE_BYTES), True
+    elif plain and suffix not in sample.texts:
+        sample.texts[suffix] = _content(tar, member, MAX_TEXT_BYTES)
+    else:
+        yield Unpaired(name, CAPTION_UNUSED if plain else SEVERAL_DOTS)
+    sample.suffixes.add(suffix)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | None:
+    if member.size > limit:
+        return None
     file = tar.extractfile(member)
     assert file is not None, "a regular member has contents"
     return file.read()
@@ -130,26 +235,34 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return str(path.parent / stem), f".{suffix.lower()}"
 
 
-def _tar_pair(sample: TarSample, caption_column: str | None) -> RawPair | Broken:
-    image, there = sample.picture()
-    if not there:
+def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
+    for sample in tar_samples(path):
+        if isinstance(sample, Broken):
+            yield sample
+            continue
+        used = ".txt" if ".txt" in sample.texts and caption_column is None else ".json"
+        yield _tar_pair(sample, used, caption_column)
+        yield from sample.unused(used)
+
+
+def _tar_pair(sample: TarSample, used: str, caption_column: str | None) -> RawPair | Broken:
+    if not sample.has_image:
         return Broken(sample.name, NO_PICTURE)
     try:
-        captions = _tar_captions(sample.members, caption_column)
+        captions = _tar_captions(sample.texts.get(used, b"{}"), used, caption_column)
     except Unusable as error:
         return Broken(sample.name, error.reason)
-    except ValueError:
-        return Broken(sample.name, UNREADABLE)
-    return Broken(sample.name, TOO_BIG) if image is None else pair_of(image, captions, sample.name)
+    return Broken(sample.name, TOO_BIG) if sample.image is None else pair_of(sample.image, captions, sample.name)
 
 
-def _tar_captions(members: dict[str, bytes | None], caption_column: str | None) -> list[str]:
-    has_text = ".txt" in members and caption_column is None
-    content = members[".txt"] if has_text else members.get(".json", b"{}")
+def _tar_captions(content: bytes | None, used: str, caption_column: str | None) -> list[Any]:
     if content is None:
         raise Unusable(TOO_BIG)
-    if has_text:
+    if used == ".txt":
         return lines_of(content)
-    fields = parse_json(content)
+    try:
+        fields = parse_json(content)
+    except ValueError as error:
+        raise Unusable(BROKEN_JSON) from error
     names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
     return next((as_captions(fields[name]) for name in names if isinstance(fields, dict) and name in fields), [])

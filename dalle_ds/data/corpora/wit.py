@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from dalle_ds.data.corpora.pairs import Corpus
-from dalle_ds.data.corpora.tables import CaptionTable, Row, TableFormat, joined, quoted_rows
+from dalle_ds.data.corpora.rows import Row
+from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, joined, tsv_rows
 from dalle_ds.errors import DataError
 
 COLUMNS = (
@@ -49,11 +50,14 @@ def read_wit(source: str, pictures: str, caption_column: str | None = None) -> C
     if column not in COLUMNS:
         raise DataError(f"WIT has no column {column!r}: --caption_column takes one of {', '.join(COLUMNS)}")
     captions = partial(_captions, column=COLUMNS.index(column))
-    return joined(CaptionTable(source, TableFormat(quoted_rows, _url, captions)), pictures)
+    rows = partial(tsv_rows, columns=len(COLUMNS))
+    return joined(CaptionTable(source, TableFormat(rows, _url, captions)), pictures)
 
 
 def _url(row: Row) -> str | None:
-    return row[COLUMNS.index("image_url")] if len(row) == len(COLUMNS) and row[0] != "language" else None
+    if row[0] == "language":
+        return ""
+    return row[COLUMNS.index("image_url")] or None if len(row) == len(COLUMNS) else None
 
 
 def _captions(row: Row, column: int) -> list[str]:

@@ -12,7 +12,8 @@ import html
 import re
 
 from dalle_ds.data.corpora.pairs import Corpus
-from dalle_ds.data.corpora.tables import CaptionTable, Row, TableFormat, joined, plain_rows
+from dalle_ds.data.corpora.rows import Row
+from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, joined, plain_rows
 
 _COLUMNS = 23
 _TITLE, _DESCRIPTION, _DOWNLOAD_URL, _MARKER = 6, 7, 14, 22  # of 23
@@ -40,7 +41,7 @@ def _field(row: Row, number: int) -> str:
 
 
 def _url(row: Row) -> str | None:
-    return _field(row, _DOWNLOAD_URL) if len(row) in (_COLUMNS, _COLUMNS + 2) else None
+    return _field(row, _DOWNLOAD_URL) or None if len(row) in (_COLUMNS, _COLUMNS + 2) else None
 
 
 def _captions(row: Row) -> list[str]:
@@ -52,7 +53,6 @@ def _captions(row: Row) -> list[str]:
 
 
 def _decoded(text: str) -> str:
-    """The text that a URL-encoded one stands for."""
-    return _ENCODED.sub(lambda code: bytes.fromhex(code[1].decode()), text.replace("+", " ").encode()).decode(
-        "utf-8", "replace"
-    )
+    """The text that a URL-encoded one stands for; what is not UTF-8 in it stays recognizable."""
+    encoded = text.replace("+", " ").encode("utf-8", "surrogateescape")
+    return _ENCODED.sub(lambda code: bytes.fromhex(code[1].decode()), encoded).decode("utf-8", "surrogateescape")

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from dalle_ds.data.corpora import IMAGE_SUFFIXES
+from dalle_ds.data.corpora.files import is_read
 from dalle_ds.data.images import decode_image
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_json, write_text
@@ -157,7 +157,7 @@ def pictures_of(source: str, captions: Sequence[str] | None) -> dict[str, Path]:
         raise DataError(f"no pictures at {source}: name a folder, or a {LIST_NAME}")
     if captions is None:
         raise DataError(f"{source} has no {LIST_NAME}: say with --captions what its pictures were drawn for")
-    files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+    files = sorted((file for file in path.iterdir() if is_read(file.name)), key=_natural)
     if len(files) != len(captions):
         raise DataError(f"{source} has {len(files)} pictures for {len(captions)} captions: it needs one for each")
     return dict(zip(captions, files, strict=True))

@@ -1,0 +1,195 @@
+"""Rows of tables of text: separated values with quotes, and JSON lines. What is no row is told, with the reason."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dalle_ds.data.corpora.pairs import (
+    BROKEN_JSON,
+    CAPTION_COLUMNS,
+    ENCODING,
+    IMAGE_COLUMNS,
+    MAX_TEXT_BYTES,
+    TOO_LONG,
+    column_of,
+    encoding_of,
+    is_sound,
+)
+from dalle_ds.data.images import image_suffixes
+from dalle_ds.errors import DataError
+from dalle_ds.parsing import parse_json
+
+OPEN_QUOTE = "open or misplaced quote"
+FIELDS = "more fields than the heading"
+_SEPARATORS = (",", "\t", ";", "|")
+
+Line = tuple[int, str, str | None]
+"""(where it begins, the text, why it cannot be read or None)."""
+Row = list[str]
+PairRow = tuple[Any, Any]
+"""(what names the picture, the captions), as they stand in the table; None where there is none."""
+
+
+def pair_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[tuple[int, PairRow | str]]:
+    """(line, what it has, or the reason for which it is not read) for each row of a .csv, .tsv or .jsonl.
+
+    Raises:
+        DataError: the table has no such column, or has it twice.
+        OSError: it cannot be read.
+    """
+    if table.suffix.lower() == ".jsonl":
+        return _json_rows(table, image_column, caption_column)
+    return _separated_rows(table, image_column, caption_column)
+
+
+def quoted_rows(
+    lines: Iterator[Line], separator: str, is_row: Callable[[Row], bool]
+) -> Iterator[tuple[int, Row | str]]:
+    """(where it begins, fields or the reason for which there are none) for each row; fields in quotes may have ends of lines.
+
+    A quote that is not closed would swallow rows: of such a row the first line is told, and the others are read by themselves.
+
+    Args:
+        is_row: whether the fields of a line are those of a row; lines within a field are no rows.
+    """
+    csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's 128 KiB
+    again: list[Line] = []  # to be read once more, the next one last
+    taken: list[Line] = []
+
+    def feed() -> Iterator[str]:
+        while (line := again.pop() if again else next(lines, None)) is not None:
+            taken.append(line)
+            yield line[1]
+
+    while True:
+        taken.clear()
+        row: Row | str
+        try:
+            row = next(csv.reader(feed(), delimiter=separator, strict=True))
+            if any(is_row(line.rstrip("\r\n").split(separator)) for _, line, _ in taken[1:]):
+                row = OPEN_QUOTE
+        except StopIteration:
+            return
+        except csv.Error:
+            row = OPEN_QUOTE
+        if row == OPEN_QUOTE:
+            again.extend(reversed(taken[1:]))
+            del taken[1:]
+        row = next((problem for _, _, problem in taken if problem is not None), row)
+        if row:  # not an empty line
+            yield taken[0][0], row
+
+
+def _lines(table: Path) -> Iterator[Line]:
+    with table.open("rb") as file:
+        encoding = encoding_of(file.read(4))
+    utf8 = encoding.startswith("utf-8")
+    with table.open(encoding=encoding, errors="surrogateescape" if utf8 else "replace", newline="") as lines:
+        number = 0
+        while line := lines.readline(MAX_TEXT_BYTES + 1):
+            number += 1
+            if len(line) <= MAX_TEXT_BYTES:
+                sound = is_sound(line) and (utf8 or "\N{REPLACEMENT CHARACTER}" not in line)
+                yield number, line, None if sound else ENCODING
+                continue
+            while line and not line.endswith(("\n", "\r")):
+                line = lines.readline(MAX_TEXT_BYTES)
+            yield number, "", TOO_LONG
+
+
+def _separated_rows(
+    table: Path, image_column: str | None, caption_column: str | None
+) -> Iterator[tuple[int, PairRow | str]]:
+    lines = _lines(table)
+    first = next((line for line in lines if line[1].strip() or line[2]), None)
+    if first is None:
+        return
+    heading, separator = _heading(table, first, (image_column, caption_column))
+    image = heading.index(column_of("image_column", image_column, IMAGE_COLUMNS, heading, table))
+    caption = heading.index(column_of("caption_column", caption_column, CAPTION_COLUMNS, heading, table))
+    twice = [name for name in (heading[image], heading[caption]) if heading.count(name) > 1]
+    if twice:
+        raise DataError(f"{table} has the column {twice[0]!r} twice: rename one of them")
+
+    def is_row(fields: Row) -> bool:
+        name = fields[image] if len(fields) == len(heading) else ""
+        known = name.lower().endswith(image_suffixes()) or (name != "" and (table.parent / name).is_file())
+        return known and "\0" not in name
+
+    for line, row in quoted_rows(lines, separator, is_row):
+        if isinstance(row, str):
+            yield line, row
+        elif any(row[len(heading) :]):
+            yield line, FIELDS
+        else:
+            fields = (row[place] if place < len(row) else None for place in (image, caption))
+            yield line, (next(fields), next(fields))
+
+
+def _heading(table: Path, first: Line, columns: tuple[str | None, str | None]) -> tuple[Row, str]:
+    """The names of columns, and the separator by which the wanted ones are among them."""
+    _, text, problem = first
+    if problem is not None:
+        raise DataError(
+            f"the heading of {table} cannot be read ({problem}): store it as UTF-8 with a line of column names"
+        )
+    found = []
+    for separator in _SEPARATORS:
+        names = [name.strip() for name in next(csv.reader([text], delimiter=separator))]
+        wanted = zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS), strict=True)
+        known = sum(any(name in names for name in ((one,) if one else usual)) for one, usual in wanted)
+        found.append((known, len(names), names, separator))
+    _, _, names, separator = max(found, key=lambda entry: entry[:2])
+    return names, separator
+
+
+def _json_rows(
+    table: Path, image_column: str | None, caption_column: str | None
+) -> Iterator[tuple[int, PairRow | str]]:
+    _check_json_columns(table, image_column, caption_column)
+    for line, row in _json_lines(table):
+        if isinstance(row, str):
+            yield line, row
+            continue
+        yield line, (_field(row, image_column, IMAGE_COLUMNS), _field(row, caption_column, CAPTION_COLUMNS))
+
+
+def _json_lines(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for number, text, problem in _lines(table):
+        if problem is not None:
+            yield number, problem
+        elif text.strip():
+            try:
+                row = parse_json(text)
+            except ValueError:
+                row = None
+            yield number, row if isinstance(row, dict) else BROKEN_JSON
+
+
+def _check_json_columns(table: Path, image_column: str | None, caption_column: str | None) -> None:
+    """`DataError` where no row at all has a column, which is a wrong name rather than a bad row."""
+    missing = {
+        "image_column": (image_column, IMAGE_COLUMNS),
+        "caption_column": (caption_column, CAPTION_COLUMNS),
+    }
+    first: dict[str, Any] | None = None
+    for _, row in _json_lines(table):
+        if isinstance(row, dict):
+            first = row if first is None else first
+            missing = {
+                option: (wanted, usual)
+                for option, (wanted, usual) in missing.items()
+                if not any(name in row for name in ((wanted,) if wanted else usual))
+            }
+        if not missing:
+            return
+    if first is not None:
+        option, (wanted, usual) = next(iter(missing.items()))
+        column_of(option, wanted, usual, first, table)
+
+
+def _field(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...]) -> Any:
+    return next((row[name] for name in ((wanted,) if wanted else usual) if name in row), None)
