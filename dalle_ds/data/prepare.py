@@ -364,7 +364,7 @@ def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) 
         captions = [caption for caption, reason in reasons if reason is None]
         dropped = [(caption.text, reason) for caption, reason in reasons if reason is not None]
         for text, reason in dropped:
-            report.drop_caption(reason, text)
+            report.drop_caption(reason, text or item.name)
         if item.problem or not captions:
             report.drop(item.problem or dropped[0][1], item.name, item.count, unpaired=item.unpaired)
         elif like := copies.of_item(place):

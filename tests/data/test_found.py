@@ -311,8 +311,8 @@ CASES = {
     ),
     "csv: quotes as they should be": Case(
         "folder",
-        table('"file_name","text"\n"0.png","a, ""b""\nand, c"\n1.png,caption 1\n', 2),
-        ['a, "b" and, c', "caption 1"],
+        table('"file_name", "text"\n"0.png","a, ""b""\nand, c"\n1.png, "caption 1"\n2.png, "a, b"\n'),
+        ['a, "b" and, c', "caption 1", "a, b"],
     ),
     "csv: more fields, fewer fields, empty lines": Case(
         "folder",
@@ -361,6 +361,11 @@ CASES = {
     ),
     "tar: cut behind a member": Case(
         "webdataset", put({"0.tar": cut_between_members(3)}), captions(0, 1, 2), {pairs.TRUNCATED: 1}
+    ),
+    "tar: cut between picture and text": Case(
+        "webdataset",
+        put({"0.tar": tar(samples(2)[:3]).rstrip(b"\0") + bytes(512 - len(tar(samples(2)[:3]).rstrip(b"\0")) % 512)}),
+        captions(0), {pairs.TRUNCATED: 1}
     ),
     "tar: no end marker": Case(
         "webdataset", put({"0.tar": tar(samples(3)).rstrip(b"\0")[:-9] + b"caption 2" + bytes(503)}),
@@ -529,6 +534,7 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
     assert report.captions_dropped == case.lost
     assert report.read == len(dataset) + sum(case.dropped.values())
     assert all(entry.examples for entry in (*report.dropped.values(), *report.unpaired.values()))
+    assert all(report.caption_examples[reason] for reason in case.lost)
     for shard in (1, 0):
         prepare_part(options_of(case, folder), str(tmp_path / "parts"), shard, 2)
     merged = merge_parts(str(tmp_path / "parts"))

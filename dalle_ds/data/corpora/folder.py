@@ -61,7 +61,7 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
     if not folder.is_dir():
         raise DataError(f"source {folder} is not a folder: --corpus folder needs a folder of pictures")
     with unreadable_is_a_data_error(folder):
-        files = sorted(path for path in folder.iterdir() if not is_system(path.name))
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not is_system(path.name))
     tables = [path for path in files if suffix_of(path.name) in _TABLES]
     tables = tables or [path for path in files if suffix_of(path.name) == ".tsv"]
     if len(tables) > 1:

@@ -60,7 +60,7 @@ def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
     found = walk(path) if path.is_dir() else []
     candidates = {entry.path: entry.name for entry in found if not is_system(entry.name)} or {path: path.name}
     kind = next((kind for kind in SUFFIXES if any(suffix_of(name) == kind for name in candidates.values())), None)
-    files = {file: name for file, name in candidates.items() if suffix_of(name) == kind}
+    files = {file: name for file, name in candidates.items() if suffix_of(name) == kind and file.is_file()}
     if kind is None:
         raise DataError(
             f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"

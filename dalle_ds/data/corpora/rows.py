@@ -68,7 +68,8 @@ def quoted_rows(
         taken.clear()
         row: Row | str
         try:
-            row = next(csv.reader(feed(), delimiter=separator, strict=True))
+            row = next(csv.reader(feed(), delimiter=separator, skipinitialspace=True, strict=True))
+            # One that is closed by chance, by a quote in another row, is known by the rows between.
             if any(is_row(line.rstrip("\r\n").split(separator)) for _, line, _ in taken[1:]):
                 row = OPEN_QUOTE
         except StopIteration:
@@ -138,7 +139,7 @@ def _heading(table: Path, first: Line, columns: tuple[str | None, str | None]) -
         )
     found = []
     for separator in _SEPARATORS:
-        names = [name.strip() for name in next(csv.reader([text], delimiter=separator))]
+        names = [name.strip() for name in next(csv.reader([text], delimiter=separator, skipinitialspace=True))]
         wanted = zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS), strict=True)
         known = sum(any(name in names for name in ((one,) if one else usual)) for one, usual in wanted)
         found.append((known, len(names), names, separator))

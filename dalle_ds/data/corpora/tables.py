@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from dalle_ds.data.corpora.downloads import NO_URL, DownloadShard, download_shards
-from dalle_ds.data.corpora.files import NOT_READ, Found
+from dalle_ds.data.corpora.files import NOT_READ, Found, is_system, suffix_of
 from dalle_ds.data.corpora.pairs import (
     MAX_TEXT_BYTES,
     NOT_LISTED,
@@ -68,8 +68,11 @@ class CaptionTable:
 
     def __init__(self, source: str, form: TableFormat) -> None:
         path = Path(source)
-        self._files = sorted(path.glob("*.tsv")) if path.is_dir() else [path]
-        self._beside = [file for file in sorted(path.iterdir()) if file not in self._files] if path.is_dir() else []
+        there = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        self._files = [
+            file for file in there if file == path or (suffix_of(file.name) == ".tsv" and not is_system(file.name))
+        ]
+        self._beside = [file for file in there if file not in self._files]
         self._form = form
         self._unused: dict[str, list[Unpaired]] = {}
         if not path.exists():

@@ -156,6 +156,8 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
     sample = TarSample()
     empty = True
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise Unusable(NOT_A_FILE)
         with tarfile.open(path, "r|*", tarinfo=header, ignore_zeros=True) as tar:
             for member in tar:
                 # tarfile would keep the headers of all, which nobody asks for again.
@@ -176,6 +178,8 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
                     sample = TarSample(path.name, key)
                 yield from _put(sample, suffix, name, tar, member)
             yield from sample.complete()
+    except Unusable as error:
+        yield Broken(path.name, error.reason)
     # TypeError: tarfile takes the letter's code of what is missing in a gzip header that is cut off.
     except (
         tarfile.TarError,
@@ -187,7 +191,8 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
         zlib.error,
         lzma.LZMAError,
     ) as error:
-        whole = bool(header.zeros) or isinstance(error, _NoEndMarker)  # what came before
+        # Whether what came before is whole: a sample that has all it needs is, too, at the end of a file without a marker.
+        whole = bool(header.zeros) or (isinstance(error, _NoEndMarker) and sample.has_image and bool(sample.texts))
         if whole:
             yield from sample.complete()
         name = sample.name if sample.key and not whole else path.name
