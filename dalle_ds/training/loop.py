@@ -126,6 +126,9 @@ class Loop:
         self._stopping = False
         self._untold = 0
         self._passes = passes_of(self.task, self.engine, self.mesh)
+        self._minutes = 0.0
+        """What waiting for data and one update may take, where that is more than usual."""
+        self._passes.pulse = lambda: self._setup.pulse(self.step, "step", self._minutes)
         every = self.run.report.numerics_every
         self._numerics_lines = LineFile(self.directory.numerics_file) if every and self.mesh.is_main else None
         self._updater = Updater(
@@ -191,12 +194,11 @@ class Loop:
         while self.step < run.steps:
             began = time.perf_counter()
             # The first update starts loaders, compiles, and connects processes.
-            minutes = LONG_MINUTES if self.step == first else 0.0
-            self._setup.pulse(self.step, "waiting for data", minutes)
+            self._minutes = LONG_MINUTES if self.step == first else 0.0
             with self._stragglers.waiting():
                 batches = self._next_batches()
             waited.append(time.perf_counter() - began)
-            self._setup.pulse(self.step, "step", minutes)
+            self._setup.pulse(self.step, "step", self._minutes)
             metrics, lost = self._update(batches)
             seconds.append(time.perf_counter() - began)
             self.step += 1
@@ -334,7 +336,7 @@ class Loop:
         self._place = place + 1
         for tries in itertools.count(1):
             try:
-                return [next(self._stream) for _ in range(self.config.accumulation)]
+                return [self._next_batch() for _ in range(self.config.accumulation)]
             except WorkerError as error:
                 # Processes that share a model's batches may have had some of these already.
                 if tries == LOADER_TRIES or self.mesh.size("model") > 1:
@@ -342,6 +344,10 @@ class Loop:
                 print(f"rank {self.mesh.rank}: {error}; others take their place", flush=True)
                 self._stream = self.batches.train(place)
         raise AssertionError
+
+    def _next_batch(self) -> Batch:
+        self._setup.pulse(self.step, "waiting for data", self._minutes)
+        return next(self._stream)
 
     def _counted(self, figures: dict[str, float], applied: bool) -> dict[str, float]:
         """`figures` with counts replaced by the run's totals, where there is anything to tell."""

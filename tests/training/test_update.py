@@ -104,6 +104,18 @@ def test_updates_are_those_of_torch_with_clipping(clip: float | None) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_every_micro_batch_is_a_sign_of_life() -> None:
+    """An update of many of them may take longer than what is held to be a hang."""
+    module, seen, task = model(), [], Square()
+    optimizer = AdamW([{"name": "all", "params": list(module.parameters()), "block": None}])
+    passes: Any = EnginePasses(task, Engine(module, optimizer))  # type: ignore[arg-type]
+    loss = task.loss
+    task.loss = lambda *arguments: (seen.append("loss"), loss(*arguments))[1]  # type: ignore[method-assign]
+    passes.pulse = lambda: seen.append("pulse")
+    passes.backward([*batch(0), *batch(1), *batch(2)], 0)
+    assert seen == ["pulse", "loss"] * 3
+
+
 def test_the_clipped_norm_is_that_of_the_gradients_that_are_used() -> None:
     module = model()
     update = updater(module, OptimConfig(clip=0.5))

@@ -19,6 +19,8 @@ class Passes(ABC):
 
     def __init__(self, task: Task[Any], engine: Any) -> None:
         self._task, self._engine = task, engine
+        self.pulse: Callable[[], None] = lambda: None
+        """Called before each micro-batch's part of the work: a long update is no hang."""
 
     @property
     @abstractmethod
@@ -44,6 +46,7 @@ class EnginePasses(Passes):
     def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
         reported: list[Metrics] = []
         for batch in micro_batches:
+            self.pulse()
             loss, metrics = self._task.loss(self._engine, batch, step)
             self._engine.backward(loss)
             reported.append({"loss": loss.detach(), **metrics})

@@ -45,12 +45,14 @@ class CachingPasses(EnginePasses):
         generators: list[Generators] = []
         with torch.no_grad():
             for batch in micro_batches:
+                self.pulse()
                 generators.append(Generators.now())
                 outputs.append(self._task.embed(self._engine, batch))
         whole = {name: _joined([output[name] for output in outputs]).requires_grad_() for name in outputs[0]}
         loss, metrics = self._task.loss_of(whole, self._peers)
         gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
         for number, batch in enumerate(micro_batches):
+            self.pulse()
             generators[number].restore()
             again = self._task.embed(self._engine, batch)
             # Its gradient with respect to the weights is the loss's through these rows.

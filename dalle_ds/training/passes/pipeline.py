@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.schedule import OptimizerStep
+from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep
 from torch import Tensor, nn
 
 from dalle_ds.parallel import Mesh
@@ -26,7 +26,17 @@ class PipelinePasses(Passes):
         self._number = 0
         engine.module.loss_fn = self._loss
         # The schedule ends with a step; ours comes once we have looked at the gradients.
-        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, OptimizerStep: lambda _engine: None}
+        forward = engine._INSTRUCTION_MAP[ForwardPass]
+
+        def forward_alive(engine: Any, *arguments: Any, **options: Any) -> None:
+            self.pulse()
+            forward(engine, *arguments, **options)
+
+        engine._INSTRUCTION_MAP = {
+            **engine._INSTRUCTION_MAP,
+            OptimizerStep: lambda _engine: None,
+            ForwardPass: forward_alive,
+        }
 
     @property
     def model(self) -> Callable[..., Any]:

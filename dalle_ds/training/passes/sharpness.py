@@ -73,6 +73,7 @@ class SharpPasses(CachingPasses):
 
         def embed(number: int) -> Outputs:
             """A piece, at the weights as they are moved; with the same noise every time."""
+            self.pulse()
             if len(generators) == number:
                 generators.append(Generators.now())
             generators[number].restore()
