@@ -11,7 +11,7 @@ TRANSFORMER_ARGS ?=
 CLIP_ARGS ?=
 EVALUATE_ARGS ?= --captions 100 --best_of 1,8,64
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(RUN) -m pytest -q
-DEEPSPEED := $(CPU) $(VENV)/bin/deepspeed --quiet --num_gpus 2
+DEEPSPEED := $(CPU) $(RUN) -m dalle_ds.launch --quiet --num_gpus 2
 
 .PHONY: demo demo-clip test test-all lint setup clean
 

@@ -10,6 +10,7 @@ So every training process gets a watchman (`watchmen`), a process that sees
     the machine of another one vanish              after `PATIENCE` seconds: its watchman sends no sign of life
     it hanging                                     after `WatchConfig.hang_minutes` without a pulse; where it waits for other
                                                    processes in one operation, the time-out of that may come before
+    its launcher go                                at once, and asks it to `stop`: it would go on, unseen, and never be told
 
 The watchman of rank 0 decides on the cause and prints it; all processes end, with status 1 if one of them raised an error,
 and with `EXIT_REQUEUE` if they only need to be started again. One that does not end by itself is killed. After a hang, the
@@ -76,6 +77,7 @@ class Watch:
         explain: an error in the user's words, or None where a traceback is due.
         config: what a hang is.
         logs: RUN_DIR/logs, to be made with the first pulse; None writes no files.
+        stop: asks this process to end soon, for a reason in words; called from another thread. None ends it as a death would.
 
     Raises:
         TrainingError: no process can be started.
@@ -87,11 +89,13 @@ class Watch:
         explain: Callable[[BaseException], str | None],
         config: WatchConfig | None = None,
         logs: Path | None = None,
+        stop: Callable[[str], None] | None = None,
     ) -> None:
         self._mesh = mesh
         self._explain = explain
         self._config = config or WatchConfig()
         self._logs = logs
+        self._stop = stop
         self._over = threading.Event()
         """Set once no one watches this process any longer."""
         self._joined = threading.Event()
@@ -174,6 +178,7 @@ class Watch:
             pid=os.getpid(),
             host=socket.gethostname(),
             who=self._who,
+            stops=self._stop is not None,
             prints=os.environ.get("LOCAL_RANK", "0") == "0",
             progress=files[1],
             stacks=files[2],
@@ -209,6 +214,9 @@ class Watch:
             for message in messages:
                 if message["kind"] == "joined":
                     self._joined.set()
+                elif message["kind"] == "stop":
+                    assert self._stop is not None
+                    self._stop(message["why"])
                 elif message["kind"] == "end":
                     self._over.set()
                     return

@@ -82,7 +82,7 @@ def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig
     with StopSignals(quiet=os.environ.get("RANK", "0") != "0") as signals:
         mesh = Mesh.start(command.device)
         interrupted: Interrupted | None = None
-        with Watch(mesh, explain, run.watch, Path(run.run_dir) / "logs") as watch:
+        with Watch(mesh, explain, run.watch, Path(run.run_dir) / "logs", signals.request) as watch:
             # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
             from dalle_ds.training.loop import LONG_MINUTES
             from dalle_ds.training.trainer import Trainer

@@ -31,20 +31,28 @@ class StopSignals:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
+        self._reason: str | None = None
         self._first: signal.Signals | None = None
         self._at = 0.0
 
     @property
     def requested(self) -> str | None:
-        """The name of the signal that came first, such as "SIGTERM"; None as long as there was none."""
-        return None if self._first is None else self._first.name
+        """The name of the signal that came first, such as "SIGTERM", or the reason of `request`; None without either."""
+        return self._reason
+
+    def request(self, reason: str) -> None:
+        """Ask as a signal would, from any thread. A signal that follows is no second one: it may have the same cause."""
+        if self._reason is None:
+            self._reason = reason
+            if not self._quiet:
+                _say(f"{reason}: stopping after this update, with a checkpoint")
 
     def __enter__(self) -> StopSignals:
         # Python runs its handlers between two instructions of the main thread, which a collective may keep from ever coming;
         # but the number of every signal goes into this pipe at once, and a thread can wait for it.
         reader, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._pid, self._first = os.getpid(), None
+        self._pid, self._first, self._reason = os.getpid(), None, None
         self._old = {number: signal.signal(number, _handled_by_thread) for number in SIGNALS}
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # A forked process (a worker that loads data) would write its own signals into the same pipe.
@@ -70,7 +78,8 @@ class StopSignals:
         first, now = self._first, time.monotonic()
         if first is None:
             self._first, self._at = number, now
-            if not self._quiet:
+            already, self._reason = self._reason is not None, self._reason or number.name
+            if not self._quiet and not already:
                 _say(f"{number.name}: stopping after this update, with a checkpoint; again to stop at once")
             return
         is_order = number in (first, signal.SIGINT)

@@ -139,6 +139,7 @@ def settings_of(rank: int, world_size: int, **changes: Any) -> Settings:
         pid=os.getppid(),
         host="h",
         who=f"rank {rank} (host h)",
+        stops=True,
         prints=True,
         progress=-1,
         stacks=-1,

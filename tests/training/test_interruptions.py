@@ -152,6 +152,20 @@ def tell(*steps: tuple[float, signal.Signals], mode: str = "all") -> tuple[int, 
         return 0, process.communicate()[0]
 
 
+def test_a_signal_behind_a_request_is_no_second_one_but_another_is() -> None:
+    """A launcher that goes may be followed by what it, or whoever ended it, sends."""
+    script = SCRIPT.replace('print("ready"', 'signals.request("loss of the launcher"); print("ready"')
+    process = subprocess.Popen([sys.executable, "-c", script, "all"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loss of the launcher: stopping after this update, with a checkpoint\n"
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        time.sleep(1.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(3) == 143
+
+
 def test_one_signal_is_a_request_and_handlers_are_given_back() -> None:
     status, output = tell((0, signal.SIGUSR1), mode="first")
     assert status == -signal.SIGTERM  # by default again, once the context is left

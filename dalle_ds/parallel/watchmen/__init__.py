@@ -8,6 +8,7 @@ can kill them where they are stopped or hang, and are not held up by their locks
     progress.py   the last pulse of a training process, in memory that both share
     stacks.py     where the threads of a training process are
     parent.py     whether a training process lives
+    launchers.py  whether those above it do
     logs.py       the files of RUN_DIR/logs, written by a thread of their own, for a disk may hang
     verdict.py    who is to blame, how to say so, and the status that all end with
     watchman.py   watches one training process
@@ -24,5 +25,5 @@ Messages are JSON objects, one on a line:
                                     `Place`; stacks: the same, once its stacks are written
     chief to watchman               beat; dump: write the stacks; verdict: end now, with this `status`; end: to all when rank 0
                                     is done, no one watches from here on; to another one when it is
-    watchman to training process    joined: it is connected to the chief; verdict, end
+    watchman to training process    joined: it is connected to the chief; verdict, end; stop: behind a checkpoint, and `why`
 """

@@ -26,6 +26,8 @@ class Settings:
     host: str
     who: str
     """How the user knows it: "rank 3 (host n2, pid 123)"."""
+    stops: bool
+    """Whether it can be asked to stop behind a checkpoint."""
     prints: bool
     """Whether to print where the chief cannot: one watchman per machine."""
     progress: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import selectors
 import socket
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .channel import Channel, Message, Settings, show
+from .launchers import Launchers
 from .logs import Logs
 from .parent import Parent
 from .progress import Place, Progress
@@ -34,6 +36,8 @@ class Watchman:
     def __init__(self, settings: Settings, channel: Channel, selector: selectors.BaseSelector) -> None:
         # Where no one else waits, a process may be stopped for as long as it may hang.
         self.parent = Parent(settings.pid, settings.patience if settings.world_size > 1 else math.inf)
+        self._launchers: Launchers | None = Launchers(settings.pid, "CROSS_RANK" in os.environ)
+        """None once one of them is known to be gone."""
         self._progress = Progress(settings.progress)
         self._stacks = Stacks(settings.pid, settings.stacks)
         self._logs = Logs(settings, Path(settings.logs)) if settings.logs is not None else None
@@ -113,6 +117,13 @@ class Watchman:
         if trouble is not None:
             self._report(trouble)
             return
+        lost = None if self._launchers is None or self.parent.ending else self._launchers.lost()
+        if lost is not None:
+            self._launchers = None
+            if self._settings.stops:
+                self._channel.send(kind="stop", why=f"loss of the launcher ({lost})")
+            else:
+                self._report(Report("dead", f"has lost its launcher ({lost})"))
         hang = self._settings.hang
         if hang is not None and not self._hangs and place.begun and place.since > max(hang, place.allowed):
             self._hangs = True
