@@ -15,7 +15,8 @@ class Options:
     """Make an exported CLIP, as launchers/train_clip.py does, of OpenAI's, Hugging Face's or open_clip's files."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
-    """OpenAI's file, such as ViT-B-32.pt, or a folder of a Hugging Face CLIPModel or of open_clip."""
+    """OpenAI's file, such as ViT-B-32.pt, a training program's checkpoint, or a folder of a Hugging Face CLIPModel or of
+    open_clip."""
     out: str
     """Folder to write; give it as --clip to other launchers."""
     format: Literal["auto", "openai", "hf", "open_clip"] = "auto"

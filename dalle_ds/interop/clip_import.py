@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,8 @@ from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.clip_layouts import (
+    HF_MARK,
+    OPENAI_MARK,
     config_of_openai,
     from_huggingface,
     from_huggingface_config,
@@ -26,6 +30,7 @@ from dalle_ds.interop.clip_layouts import (
     plain_openai,
     to_huggingface,
     to_openai,
+    unwrapped,
 )
 from dalle_ds.interop.openai_dvae import SOURCE_NAME, sha256_of
 from dalle_ds.interop.pickles import read_pickled_tensors
@@ -42,9 +47,12 @@ HF_PROCESSOR = "processor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_PART = re.compile(r"-\d+-of-\d+\.(safetensors|bin)$")
+_INDEX = ".index.json"
+"""Behind the name of a file of weights: lists the files that have its tensors, where these are in parts."""
 _WEIGHTS: dict[ClipFormat, tuple[str, ...]] = {
-    "open_clip": OPEN_CLIP_WEIGHTS,
-    "hf": HF_WEIGHTS,
+    "open_clip": tuple(f"{name}{end}" for name in OPEN_CLIP_WEIGHTS for end in ("", _INDEX)),
+    "hf": tuple(f"{name}{end}" for name in HF_WEIGHTS for end in ("", _INDEX)),
     "openai": ("model.pt",),
 }
 _MARKS: dict[ClipFormat, str] = {"open_clip": OPEN_CLIP_CONFIG, "hf": HF_CONFIG, "openai": "model.pt"}
@@ -62,7 +70,8 @@ def load_clip(
 
     Args:
         source: of OpenAI, a TorchScript archive such as `ViT-B-32.pt`, or a file with its state dict (of `torch.save`, or
-            safetensors), or a folder with such a `model.pt`; a folder of Hugging Face's CLIPModel or of open_clip.
+            safetensors; training programs' checkpoints too, with whatever else is in them), or a folder with such a
+            `model.pt`; a folder of Hugging Face's CLIPModel or of open_clip, whose weights may be in parts.
         format: "auto" goes by the names of the files in the folder, or beside a file that is named as in such a folder; any
             other single file it takes for OpenAI's.
         tokenizer: file or folder that `ClipTokenizer.load` reads; None takes the one in the folder, if any.
@@ -107,7 +116,7 @@ def import_clip(
     tokenizer: str | Path | None = None,
     activation: Activation | None = None,
 ) -> Clip:
-    """`load_clip`, exported to folder `out`, with the SHA-256 of the file of weights in `source.json` beside them.
+    """`load_clip`, exported to folder `out`, with the SHA-256 of the files of weights in `source.json` beside them.
 
     Raises:
         CheckpointError: as `load_clip`, or the folder cannot be written.
@@ -120,7 +129,9 @@ def import_clip(
     try:
         with built_beside(folder) as beside:
             model.save_pretrained(beside)
-            write_json(beside / SOURCE_NAME, {"file": weights.name, "sha256": sha256_of(weights)})
+            parts = {part.name: sha256_of(part) for part in _parts(weights)} if weights.name.endswith(_INDEX) else {}
+            described = {"file": weights.name, "sha256": sha256_of(weights), **({"parts": parts} if parts else {})}
+            write_json(beside / SOURCE_NAME, described)
     except OSError as error:
         raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
     return model
@@ -130,6 +141,10 @@ def _format(path: Path) -> ClipFormat:
     if not path.exists():
         raise CheckpointError(f"there is no {path}: name a file or folder of a CLIP")
     if path.is_file():
+        if _PART.search(path.name):
+            raise CheckpointError(
+                f"{path} is one of several files of weights: name its folder, which has their {_INDEX} too"
+            )
         beside = (format for format, names in _WEIGHTS.items() if path.name in names)
         return next((format for format in beside if (path.parent / _MARKS[format]).is_file()), "openai")
     for format, name in _MARKS.items():
@@ -146,7 +161,7 @@ def _weights_file(path: Path, format: ClipFormat) -> Path:
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"{path} has no file of weights: it has none of {', '.join(names)} (files in parts are not read)"
+            f"{path} has no file of weights: it has none of {', '.join(names)} (parts are not read without their {_INDEX})"
         )
     return found
 
@@ -155,7 +170,14 @@ Read = tuple[ClipConfig, dict[str, Tensor]]
 
 
 def _read_openai(file: Path, activation: Activation | None) -> Read:
-    weights = plain_openai(_tensors(file))
+    tensors = _tensors(file)
+    weights = plain_openai(unwrapped(tensors, OPENAI_MARK, str(file)))
+    if activation is None and OPENAI_MARK in weights and OPENAI_MARK not in tensors:
+        warnings.warn(
+            f"{file} does not say the activation of its model: it is taken for quick_gelu, which OpenAI's have, where most of "
+            "open_clip's need --activation gelu",
+            stacklevel=2,
+        )
     config = config_of_openai(weights, activation or "quick_gelu", str(file))
     return config, _from_openai(weights, config, file)
 
@@ -163,13 +185,14 @@ def _read_openai(file: Path, activation: Activation | None) -> Read:
 def _read_open_clip(file: Path, activation: Activation | None) -> Read:
     description = file.parent / OPEN_CLIP_CONFIG
     config = from_open_clip_config(_json(description), str(description))
-    return config, _from_openai(plain_openai(_tensors(file)), config, file)
+    weights = plain_openai(unwrapped(_tensors(file), OPENAI_MARK, str(file)))
+    return config, _from_openai(weights, config, file)
 
 
 def _read_huggingface(file: Path, activation: Activation | None) -> Read:
     description = file.parent / HF_CONFIG
     config = from_huggingface_config(_json(description), _preprocessor(file.parent), str(description))
-    weights = plain_huggingface(_tensors(file))
+    weights = plain_huggingface(unwrapped(_tensors(file), HF_MARK, str(file)))
     check_shapes(lambda: _InTheirLayout(config, to_huggingface), config, weights, file)
     return config, from_huggingface(weights)
 
@@ -209,7 +232,9 @@ class _InTheirLayout(nn.Module):
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a file, in fp32."""
+    """Tensors of a file, in fp32, or of the files that an index lists."""
+    if file.name.endswith(_INDEX):
+        return _tensors_of_parts(file)
     if file.suffix == ".safetensors":
         try:
             found = load_file(file)
@@ -220,8 +245,36 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         ) as error:  # KeyError: a dtype that this version of safetensors lacks
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     else:
-        found = read_pickled_tensors(file, scripted=True)
+        found = read_pickled_tensors(file, scripted=True, wrapped=True)
     return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in found.items()}
+
+
+def _parts(index: Path) -> dict[Path, set[str]]:
+    """The files that an index lists, with the names of their tensors."""
+    content = _json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index} has no weight_map, which says where each tensor is")
+    parts: dict[Path, set[str]] = {}
+    for name, place in places.items():
+        if not isinstance(place, str) or Path(place).name != place or place.endswith(_INDEX):
+            raise CheckpointError(f"{index} says that {name} is in {place!r}, which is no file beside it")
+        parts.setdefault(index.parent / place, set()).add(name)
+    missing = sorted(part.name for part in parts if not part.is_file())
+    if missing:
+        raise CheckpointError(f"{index} lists {len(parts)} files, of which these are missing: {', '.join(missing)}")
+    return parts
+
+
+def _tensors_of_parts(index: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for part, names in _parts(index).items():
+        tensors = _tensors(part)
+        for name in sorted(tensors.keys() ^ names):
+            what = f"lacks {name}, which is in it by" if name in names else f"has {name}, which is not in it by"
+            raise CheckpointError(f"{part} {what} {index.name}: files of two models, or copied in part?")
+        found |= tensors
+    return found
 
 
 def _json(file: Path) -> Any:

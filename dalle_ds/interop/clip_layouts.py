@@ -100,6 +100,42 @@ def _stacks(config: ClipConfig) -> list[tuple[list[str], str]]:
     ]
 
 
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What PyTorch puts into names, anywhere in them: DistributedDataParallel, compile, FSDP, recomputing."""
+OPENAI_MARK = "visual.conv1.weight"
+HF_MARK = "vision_model.embeddings.patch_embedding.weight"
+
+
+def unwrapped(tensors: Mapping[str, Tensor], mark: str, where: str) -> dict[str, Tensor]:
+    """The tensors of the CLIP in a training program's checkpoint, whose names have begun with keys, attributes and wrappers.
+
+    Args:
+        mark: the name of a tensor that each CLIP of the layout has once.
+
+    Returns:
+        What began as that tensor does, without the beginning; all where there is no such tensor.
+
+    Raises:
+        CheckpointError: there are several CLIPs, named, or two tensors of one name.
+    """
+    wrapper = rf"(?:{'|'.join(_WRAPPERS)})\."
+    pattern = re.compile(r"((?:.*\.)?)" + rf"\.(?:{wrapper})*".join(mark.split(".")))
+    begins = sorted({match[1] for name in tensors if (match := pattern.fullmatch(name))}) or [""]
+    if len(begins) > 1:
+        keys = ", ".join(repr(begin.rstrip(".")) for begin in begins[:5])
+        raise CheckpointError(
+            f"{where} has several CLIPs, under {keys}: save the tensors of one of them in a file of its own"
+        )
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        plain = re.sub(rf"(?:^|(?<=\.)){wrapper}", "", name.removeprefix(begins[0]))
+        if name.startswith(begins[0]) and found.setdefault(plain, value) is not value:
+            raise CheckpointError(
+                f"{where} has {plain} with and without a wrapper ({', '.join(_WRAPPERS)}) in its name"
+            )
+    return found
+
+
 def plain_openai(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Only the weights, under OpenAI's names, also where the text tower's begin with "text." (open_clip's CustomTextCLIP)."""
     return {name.removeprefix("text."): value for name, value in weights.items() if name not in _NUMBERS}
@@ -119,13 +155,20 @@ def config_of_openai(weights: Mapping[str, Tensor], activation: str, where: str)
     Raises:
         CheckpointError: a tensor is missing, or the shapes make no CLIP with a vision transformer.
     """
+    if HF_MARK in unwrapped(weights, HF_MARK, where):
+        raise CheckpointError(
+            f"{where} has Hugging Face's layout: put it into a folder as pytorch_model.bin, beside its config.json"
+        )
     if any(name.startswith("visual.layer1.") for name in weights):
         raise CheckpointError(f"{where} is a CLIP with a ResNet: only those with a vision transformer (ViT) are read")
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         found = tuple(weights[name].shape) if name in weights else None
         if found is None or len(found) != dimensions or 0 in found:
-            raise CheckpointError(f"{where} is no CLIP of OpenAI's layout: its {name} has shape {found}")
+            has = ", ".join(sorted(weights)[:3])
+            raise CheckpointError(
+                f"{where} is no CLIP of OpenAI's layout: its {name} has shape {found}; it has {has} …"
+            )
         return found
 
     vision_width, _, patch_size, _ = shape("visual.conv1.weight", 4)

@@ -8,6 +8,8 @@ A pickle is a program: it names functions, and whoever unpickles it calls them. 
 - A class of a module stands for an `_Instance` that keeps what the file says of it, and has no behaviour.
 - The few functions in the table (an OrderedDict, a tensor, a parameter) are methods below, which check what they are given.
 - Instructions that PyTorch never writes are refused, so that every one that is carried out is in `_Machine`.
+- Checkpoints of training programs (`wrapped`) have anything beside the weights: whatever is not in the table stands for an
+  `_Instance` there too, as does what it is called with. Keys that are no text, as of an optimizer's state, are left out.
 
 What a file takes is bounded by its length: its program may have `_PROGRAM_BYTES`, and its tensors as many bytes as the file.
 Both formats of `torch.save` are read: an uncompressed zip archive, and before PyTorch 1.6 pickles one after the other.
@@ -74,7 +76,7 @@ _SCRIPTED = "__torch__."
 
 
 def read_pickled_tensors(
-    path: str | Path, classes: Collection[str] = (), *, scripted: bool = False
+    path: str | Path, classes: Collection[str] = (), *, scripted: bool = False, wrapped: bool = False
 ) -> dict[str, Tensor]:
     """The named tensors of a module or state dict that was written by `torch.save`, in the dtypes they have, on the CPU.
 
@@ -83,6 +85,8 @@ def read_pickled_tensors(
         classes: full names, such as "dall_e.utils.Conv2d", of the classes of modules that the file may have instances of,
             besides `TORCH_CLASSES`. None of them is imported, and none needs to be installed.
         scripted: whether the file may be a TorchScript archive. Of such a module, attributes that are tensors are named too.
+        wrapped: whether it may be a training program's checkpoint, with state dicts or modules among other things. Names are
+            put together, such as "state_dict.module.visual.proj".
 
     Returns:
         What `state_dict()` of the module would: "blocks.input.w" and so on.
@@ -97,10 +101,10 @@ def read_pickled_tensors(
             magic = file.read(4)
             file.seek(0)
             archive = _ZipFile(file, scripted) if magic == _ZIP_MAGIC else _LegacyFile(file, size)
-            machine = _Machine(_table(classes), scripted=archive.scripted)
-            named = dict(_named_tensors(machine.run(archive.program)))
+            machine = _Machine(_table(classes), scripted=archive.scripted, wrapped=wrapped)
+            named = dict(_named_tensors(machine.run(archive.program), wrapped))
             _check_sizes(named, machine.storages, size)
-            storages = archive.contents(machine.storages)
+            storages = archive.contents(machine.storages, {view.storage.key for view in named.values()})
             return {name: view.of(storages[view.storage.key]) for name, view in named.items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -206,6 +210,7 @@ _LITERALS = {
     "SHORT_BINUNICODE",
     "BINUNICODE8",
 }
+_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -213,9 +218,10 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 class _Machine:
     """Carries out a pickle's instructions (protocols 2 to 5) on plain values, `_Name`s, `_Instance`s and `_View`s."""
 
-    def __init__(self, table: dict[str, _Name], *, scripted: bool = False) -> None:
+    def __init__(self, table: dict[str, _Name], *, scripted: bool = False, wrapped: bool = False) -> None:
         self._table = table
         self._scripted = scripted
+        self._wrapped = wrapped
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -243,7 +249,7 @@ class _Machine:
         stack = self._stack
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
-        elif name in _LITERALS:
+        elif name in _LITERALS or (self._wrapped and name in _BYTES):
             stack.append(argument)
         elif name in _EMPTY:
             stack.append(_EMPTY[name]())
@@ -299,16 +305,17 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is not list:
+        if type(target) is list:
+            target.extend(items)
+        elif not self._is_idle(target):
             _misused("APPENDS", target)
-        target.extend(items)
 
     def _do_additems(self, _: None) -> None:
         items = self._items()
         target = self._stack[-1]
         if type(target) is not set:
             _misused("ADDITEMS", target)
-        target.update(map(_key, items))
+        target.update(self._texts(items))
 
     def _do_setitem(self, _: None) -> None:
         value, key = self._pop(), self._pop()
@@ -319,9 +326,19 @@ class _Machine:
 
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
+        if self._is_idle(target):
+            return
         if type(target) is not dict:
             _misused("SETITEMS", target)
-        target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
+        pairs = zip(items[::2], items[1::2], strict=True)
+        target.update((_key(key), value) for key, value in pairs if not self._wrapped or type(key) is str)
+
+    def _texts(self, items: list[Any]) -> list[str]:
+        return [_key(value) for value in items if not self._wrapped or type(value) is str]
+
+    def _is_idle(self, target: Any) -> bool:
+        """Whether it stands for something beside the weights, of which nothing is of use."""
+        return self._wrapped and isinstance(target, (_Instance, _Name))
 
     def _do_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
@@ -340,6 +357,8 @@ class _Machine:
         if self._scripted and full.startswith(_SCRIPTED):
             return _Name(full, is_class=True)
         if full not in self._table:
+            if self._wrapped:
+                return _Name(full, is_class=True)
             raise _Refused(
                 f"asks for {_quoted(full)}, which is not among what a file of its kind may have: it is not trusted, and "
                 "nothing of it was run"
@@ -348,25 +367,38 @@ class _Machine:
 
     def _do_newobj(self, _: None) -> None:
         arguments, kind = self._pop(), self._pop()
-        if not isinstance(kind, _Name) or not kind.is_class or arguments != ():
+        strange = not isinstance(kind, _Name) or not kind.is_class or arguments != ()
+        if strange and not self._wrapped:
             _misused("NEWOBJ", kind)
-        self._stack.append(_Instance(kind.name))
+        self._stack.append(_Instance("an object" if strange else kind.name))
 
     def _do_build(self, _: None) -> None:
         state, target = self._pop(), self._stack[-1]
         if isinstance(target, _Instance):
             target.state = state
-        elif type(target) is not dict:  # an OrderedDict's attributes, such as a state dict's versions, are of no use
+        elif type(target) is not dict and not self._wrapped:
+            # An OrderedDict's attributes, such as a state dict's versions, are of no use.
             _misused("BUILD", target)
 
     def _do_reduce(self, _: None) -> None:
         arguments, function = self._pop(), self._pop()
+        known = isinstance(function, _Name) and function.name in self._table and type(arguments) is tuple
+        if self._wrapped and (not known or any(isinstance(value, _Instance) for value in arguments)):
+            self._stack.append(_Instance("an object"))
+            return
         if not isinstance(function, _Name) or function.is_class or type(arguments) is not tuple:
             _misused("REDUCE", function)
-        self._stack.append(_call(function.name, arguments))
+        if function.name == "builtins.set" and len(arguments) == 1 and type(arguments[0]) is list:
+            self._stack.append(set(self._texts(arguments[0])))
+        else:
+            self._stack.append(_call(function.name, arguments))
 
     def _do_binpersid(self, _: None) -> None:
-        entry = _persistent(self._pop())
+        entry = self._pop()
+        if self._wrapped and type(entry) is tuple and len(entry) > 1 and getattr(entry[1], "is_class", False):
+            entry = _Instance("a storage of another kind")
+        else:
+            entry = _persistent(entry)
         if isinstance(entry, _Storage) and self.storages.setdefault(entry.key, entry) != entry:
             raise _Refused(f"says two things of its storage {_quoted(entry.key)}")
         self._stack.append(entry)
@@ -386,8 +418,6 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
         return _View(storage, offset, size, stride)
     if name == "collections.OrderedDict" and arguments == ():
         return {}
-    if name == "builtins.set" and len(arguments) == 1 and type(arguments[0]) is list:
-        return set(map(_key, arguments[0]))
     if name == "torch.Size" and len(arguments) == 1 and type(arguments[0]) is tuple:
         return arguments[0]
     if name == "torch.device":
@@ -431,22 +461,24 @@ def _misused(instruction: str, target: Any) -> NoReturn:
 # --- the tensors ----------------------------------------------------------------------------------------------------
 
 
-def _named_tensors(content: Any) -> Iterator[tuple[str, _View]]:
-    """Tensors of a module (parameters and lasting buffers, as in `Module.state_dict`) or of a state dict, by name."""
+def _named_tensors(content: Any, wrapped: bool) -> Iterator[tuple[str, _View]]:
+    """Tensors of a module (parameters and lasting buffers, as in `Module.state_dict`) or of a state dict, by name; of
+    dictionaries within each other where that is `wrapped`."""
     if type(content) is dict and content and all(isinstance(value, _View) for value in content.values()):
         yield from content.items()
         return
-    if not isinstance(content, _Instance):
+    if not isinstance(content, _Instance) and not (wrapped and type(content) is dict):
         raise _Refused("holds neither a module nor a dictionary of tensors")
-    pending = [("", content)]
+    pending: list[tuple[str, Any]] = [("", content)]
     count = 1
     while pending:
         prefix, module = pending.pop()
-        state = _members(module.state)
+        mapping = type(module) is dict
+        state = _members(module if mapping else module.state)
         passing = state.get("_non_persistent_buffers_set")
         tensors = {**_members(state.get("_parameters")), **_members(state.get("_buffers"))}
         children = _members(state.get("_modules"))
-        if module.kind.startswith(_SCRIPTED):
+        if mapping or module.kind.startswith(_SCRIPTED):
             tensors = children = state
         # Before names are put together, whose lengths multiply with their numbers.
         count += len(tensors) + len(children)
@@ -456,7 +488,8 @@ def _named_tensors(content: Any) -> Iterator[tuple[str, _View]]:
         for name, value in tensors.items():
             if isinstance(value, _View) and not (type(passing) is set and name in passing):
                 yield f"{prefix}{name}", value
-        pending += [(f"{prefix}{name}.", child) for name, child in children.items() if isinstance(child, _Instance)]
+        within = (_Instance, dict) if mapping else _Instance
+        pending += [(f"{prefix}{name}.", child) for name, child in children.items() if isinstance(child, within)]
 
 
 def _members(state: Any) -> dict[str, Any]:
@@ -501,9 +534,9 @@ class _ZipFile:
             raise _Refused("was written on a big-endian machine: save it again on another")
         self.program: BinaryIO = io.BytesIO(self._read("data.pkl", _PROGRAM_BYTES))
 
-    def contents(self, storages: dict[str, _Storage]) -> dict[str, Tensor]:
-        """Contents of storages by key."""
-        return {key: _contents(storage, self._read(f"data/{key}", storage.bytes)) for key, storage in storages.items()}
+    def contents(self, storages: dict[str, _Storage], wanted: set[str]) -> dict[str, Tensor]:
+        """Contents of the storages that are wanted, by key."""
+        return {key: _contents(storages[key], self._read(f"data/{key}", storages[key].bytes)) for key in wanted}
 
     def _read(self, name: str, most: int) -> bytes:
         """An entry, unless it claims more bytes than `most`: memory is taken for what is claimed."""
@@ -530,8 +563,8 @@ class _LegacyFile:
             raise _Refused("was written on a big-endian machine: save it again on another")
         self.program = file
 
-    def contents(self, storages: dict[str, _Storage]) -> dict[str, Tensor]:
-        """Contents of storages by key. Each must be known, to tell where the next one begins."""
+    def contents(self, storages: dict[str, _Storage], wanted: set[str]) -> dict[str, Tensor]:
+        """Contents of the storages that are wanted, by key. Each must be known, to tell where the next one begins."""
         keys = _Machine({}).run(self.program)
         if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != set(storages):
             raise _Refused("has a list of storages that is not that of its program: it is cut off")
@@ -541,7 +574,10 @@ class _LegacyFile:
             storage = storages[key]
             if storage.numel != numel or storage.bytes > self._size - self.program.tell():
                 raise _Refused(f"has a storage {_quoted(key)} that is not as its program says: it is cut off")
-            found[key] = _contents(storage, self.program.read(storage.bytes))
+            if key in wanted:
+                found[key] = _contents(storage, self.program.read(storage.bytes))
+            else:
+                self.program.seek(storage.bytes, 1)
         return found
 
 
