@@ -180,11 +180,11 @@ def _gpus() -> Iterator[tuple[str, str]]:
 def _rates(threads: int) -> str:
     import torch
 
-    from dalle_ds.precision.rates import DTYPES, matmul_rate
+    from dalle_ds.precision.rates import DTYPES, matmul_rate, told
 
     torch.set_num_threads(threads)
     rates = {name: matmul_rate(dtype, torch.device("cpu")) for name, dtype in DTYPES.items()}
-    return ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in rates.items())
+    return ", ".join(told(name, rate) for name, rate in rates.items())
 
 
 def _chosen() -> str:

@@ -68,7 +68,7 @@ def choose(device: torch.device) -> Choice:
     fastest: Precision = (
         "bf16" if _rate("bf16", torch.get_num_threads()) > _rate("fp32", torch.get_num_threads()) else "fp32"
     )
-    return Choice(fastest, f"the faster one here: {_measured('fp32', 'bf16')}")
+    return Choice(fastest, f"measured {_measured('fp32', 'bf16')}")
 
 
 def slow_warning(precision: Precision, device: torch.device) -> str | None:
@@ -97,9 +97,15 @@ def _rate(precision: Precision, threads: int) -> float:
     return matmul_rate(DTYPES[precision], torch.device("cpu"))
 
 
+def told(precision: str, rate: float) -> str:
+    """A rate in words, to three digits."""
+    gigaflops = rate / 1e9
+    return f"{gigaflops:,.0f} GFLOP/s in {precision}" if gigaflops >= 100 else f"{gigaflops:.3g} GFLOP/s in {precision}"
+
+
 def _measured(*precisions: Precision) -> str:
     threads = torch.get_num_threads()
-    rates = " and ".join(f"{_rate(name, threads) / 1e9:.3g} GFLOP/s in {name}" for name in precisions)
+    rates = " and ".join(told(name, _rate(name, threads)) for name in precisions)
     return f"{rates}, on {threads} thread{'s' if threads > 1 else ''}"
 
 
