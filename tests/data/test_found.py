@@ -139,7 +139,7 @@ def coco(folder: Path) -> None:
     annotations += [
         {"image_id": 1, "caption": None},
         {"image_id": 2, "caption": 5},
-        {"image_id": 77, "caption": "x"},
+        {"image_id": "\ud800", "caption": "x"},
         {},
     ]
     content = json.dumps({"images": images, "annotations": annotations})
@@ -535,8 +535,8 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
     assert report.read == len(dataset) + sum(case.dropped.values())
     assert all(entry.examples for entry in (*report.dropped.values(), *report.unpaired.values()))
     assert all(report.caption_examples[reason] for reason in case.lost)
-    for shard in (1, 0):
-        prepare_part(options_of(case, folder), str(tmp_path / "parts"), shard, 2)
+    parts = [prepare_part(options_of(case, folder), str(tmp_path / "parts"), shard, 2) for shard in (1, 0)]
+    assert sum(part.pairs for part in parts) == report.read  # type: ignore[union-attr]
     merged = merge_parts(str(tmp_path / "parts"))
     assert (merged.dropped, merged.unpaired, merged.fingerprint) == (
         report.dropped,
@@ -644,6 +644,11 @@ EMPTY_TABLE = "file_name,text\n"
         ("webdataset", put({"0.tar": tar([])}), [pairs.NOTHING_IN_IT, "0.tar"]),
         ("webdataset", put({"0.tar": b""}), ["0.tar"]),
         ("hf", parquet({"image": [], "text": []}), [pairs.NOTHING_IN_IT, "a.parquet"]),
+        (
+            "hf",
+            parquet({"image": PNG[:2], "words": ["a", "b"]}),
+            [f"{pairs.NO_COLUMN} (2)", "words", "--caption_column"],
+        ),
         ("folder", put({"0.png": b"x", "0.txt": "y"}), [f"{UNDECODABLE} (1)", "0.png"]),
         ("folder", put({**pictures(1), "0.txt": " "}), [f"{EMPTY} (1)", "0.png"]),
     ],

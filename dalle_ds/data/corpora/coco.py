@@ -26,7 +26,7 @@ from dalle_ds.data.corpora.pairs import (
     told,
 )
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import is_text, parse_json
+from dalle_ds.parsing import is_text, parse_json, shown
 
 SAME_ID = "another picture of the same id"
 MAX_ANNOTATION_BYTES = 2**30
@@ -90,7 +90,7 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
     for number, name in names.items():
         # The name alone: an annotation file does not choose what else is read.
         yield Unit(name, partial(_read, folder / Path(name).name, captions.pop(number, []), name))
-    bad += [Broken(f"{file.name} captions of image {number}", NO_PICTURE) for number in captions]
+    bad += [Broken(f"{file.name} captions of image {shown(number)}", NO_PICTURE) for number in captions]
     yield from map(told, bad)
     listed = {Path(name).name for name in names.values()}
     yield from not_listed(entry for entry in walk(folder) if entry.name not in listed)

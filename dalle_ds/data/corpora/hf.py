@@ -47,7 +47,7 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
     strings or lists of strings.
 
     Raises:
-        DataError: no such folder, nothing in it that is a dataset, or no such column.
+        DataError: no such folder, nothing in it that is a dataset, or a dataset of one split that has no such column.
     """
     return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)))
 
@@ -65,7 +65,6 @@ def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
         raise DataError(
             f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"
         )
-    _check_columns(list(files), wanted)
     folder = path if path.is_dir() else path.parent
     for file, name in files.items():
         yield Unit(name, partial(_read_file, folder, wanted, name, file))
@@ -81,15 +80,13 @@ def _saved_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
         splits = {split: _undecoded(rows) for split, rows in splits.items()}
     except Exception as error:  # whatever datasets and Arrow stumble on in a damaged one, from OSError to KeyError
         raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
-    lacking: list[DataError] = []
     for split, rows in splits.items():
         try:
             columns = _columns(rows.column_names, wanted, path)
         except DataError as error:
-            lacking.append(error)
-            if len(lacking) == len(splits):  # and so in all of them
+            if len(splits) == 1:
                 raise
-            yield told(Broken(split, NO_COLUMN, len(rows)))
+            yield told(Broken(f"{split} ({error})", NO_COLUMN, len(rows)))
             continue
         if not len(rows):
             yield told(Unpaired(split, NOTHING_IN_IT))
@@ -124,33 +121,6 @@ def _columns(names: list[str], wanted: Wanted, where: Path) -> Columns:
     return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, where)
 
 
-def _check_columns(files: list[Path], wanted: Wanted) -> None:
-    """`DataError` where no file that can be read has the columns, which are wrong names rather than a wrong file."""
-    import pyarrow as pa
-
-    lacking = None
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                names = _schema(opened, file).names
-            _columns(names, wanted, file)
-            return
-        except DataError as error:
-            lacking = lacking or error
-        except (OSError, ValueError, pa.ArrowException):
-            continue
-    if lacking is not None:
-        raise lacking
-
-
-def _schema(opened: Any, file: Path) -> Any:
-    import pyarrow.parquet
-
-    if suffix_of(file.name) == ".parquet":
-        return pyarrow.parquet.ParquetFile(opened).schema_arrow
-    return _arrow_batches(opened)[0]
-
-
 def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[RawPair | Broken]:
     is_parquet = suffix_of(file.name) == ".parquet"
     empty = True
@@ -174,8 +144,8 @@ def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, 
         with pyarrow.parquet.ParquetFile(path) as table:
             try:
                 columns = columns_of(table.schema_arrow.names)
-            except DataError:
-                yield Broken(name, NO_COLUMN, table.metadata.num_rows)
+            except DataError as error:
+                yield Broken(f"{name} ({error})", NO_COLUMN, table.metadata.num_rows)
                 return
             end = 0
             for group in range(table.num_row_groups):
@@ -201,8 +171,8 @@ def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, .
             schema, batches = _arrow_batches(file)
             try:
                 columns = columns_of(schema.names)
-            except DataError:
-                yield Broken(name, NO_COLUMN, sum(len(batch) for batch in batches))
+            except DataError as error:
+                yield Broken(f"{name} ({error})", NO_COLUMN, sum(map(len, batches)))
                 return
             for batch in batches:
                 batch.validate(full=True)  # see _read_saved_row
