@@ -29,6 +29,8 @@ PACKAGES = (
     "safetensors",
 )
 """Whose versions are told, besides those of the extras."""
+SECONDS = 0.3
+"""What measuring a rate may take."""
 LIMITS = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 """Variables that hold a process back."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -76,7 +78,7 @@ def facts() -> Iterator[tuple[str, str]]:
     for count in sorted({1, len(_cores())}):
         yield f"{count} thread{'s' if count > 1 else ''}", _rates(count)
     torch.set_num_threads(threads)
-    yield f"auto, {threads} threads" if threads > 1 else "auto, 1 thread", _chosen()
+    yield "auto chooses", _chosen()
 
 
 def version_of(package: str) -> str | None:
@@ -183,7 +185,7 @@ def _rates(threads: int) -> str:
     from dalle_ds.precision.rates import DTYPES, matmul_rate, told
 
     torch.set_num_threads(threads)
-    rates = {name: matmul_rate(dtype, torch.device("cpu")) for name, dtype in DTYPES.items()}
+    rates = {name: matmul_rate(dtype, torch.device("cpu"), SECONDS) for name, dtype in DTYPES.items()}
     return ", ".join(told(name, rate) for name, rate in rates.items())
 
 

@@ -60,21 +60,18 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECON
 
 
 def choose(device: torch.device) -> Choice:
-    """On a GPU bf16, where it has units for it; on a CPU whichever of bf16 and fp32 is faster at this number of threads."""
+    """On a GPU bf16, where it has units for it; on a CPU whichever of bf16 and fp32 is faster."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "the GPU has units for it")
         return Choice("fp32", "the GPU has no units for bf16")
-    fastest: Precision = (
-        "bf16" if _rate("bf16", torch.get_num_threads()) > _rate("fp32", torch.get_num_threads()) else "fp32"
-    )
+    fastest: Precision = "bf16" if _rate("bf16") > _rate("fp32") else "fp32"
     return Choice(fastest, f"measured {_measured('fp32', 'bf16')}")
 
 
 def slow_warning(precision: Precision, device: torch.device) -> str | None:
     """What to tell who has asked for a 16-bit precision in which this CPU is slower than in fp32; None where it is not."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or precision == "fp32" or _rate(precision, threads) >= _rate("fp32", threads):
+    if device.type != "cpu" or precision == "fp32" or _rate(precision) >= _rate("fp32"):
         return None
     return f"{precision} is slow on this CPU, and fp32 would be faster: {_measured('fp32', precision)}"
 
@@ -92,9 +89,18 @@ def settle(asked: str, mesh: Mesh) -> Literal["fp32", "bf16"]:
 
 
 @cache
-def _rate(precision: Precision, threads: int) -> float:
-    """FLOP/s of this CPU, measured once in a process for every number of threads."""
-    return matmul_rate(DTYPES[precision], torch.device("cpu"))
+def _rate(precision: Precision) -> float:
+    """FLOP/s of one of this CPU's threads, measured once in a process.
+
+    Several threads wait for each other; on a busy machine a product of a tenth of a second's size then tells of the other
+    programs. Which precision is faster is the same on one thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return matmul_rate(DTYPES[precision], torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def told(precision: str, rate: float) -> str:
@@ -104,9 +110,7 @@ def told(precision: str, rate: float) -> str:
 
 
 def _measured(*precisions: Precision) -> str:
-    threads = torch.get_num_threads()
-    rates = " and ".join(told(name, _rate(name, threads)) for name in precisions)
-    return f"{rates}, on {threads} thread{'s' if threads > 1 else ''}"
+    return " and ".join(told(name, _rate(name)) for name in precisions) + ", on one thread"
 
 
 def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -25,7 +25,9 @@ def test_it_tells_versions_rates_and_what_auto_chooses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    monkeypatch.setattr(rates, "matmul_rate", lambda dtype, device: 9e8 if dtype != torch.float32 else 22e9)
+    monkeypatch.setattr(
+        rates, "matmul_rate", lambda dtype, device, seconds=0.0: 9e8 if dtype != torch.float32 else 22e9
+    )
     rates._rate.cache_clear()
     found = doctor(monkeypatch, capsys)
     rates._rate.cache_clear()

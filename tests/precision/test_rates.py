@@ -31,7 +31,7 @@ RUN = DvaeRun(data="data", run_dir="run", train=TrainConfig(batch_size=4))
 
 def machine(monkeypatch: pytest.MonkeyPatch, **gigaflops: float) -> None:
     """A CPU of these rates."""
-    monkeypatch.setattr(rates, "_rate", lambda name, threads: 1e9 * gigaflops[name])
+    monkeypatch.setattr(rates, "_rate", lambda name: 1e9 * gigaflops[name])
 
 
 @pytest.mark.parametrize("gigaflops", [0.1, 0.5, 22.0, 400.0, 1e6])
@@ -203,3 +203,15 @@ def test_a_trainer_decides_once_and_resumes_in_the_same_on_another_machine(
     assert trainer({**AUTO, "bf16": {"enabled": False}}).config.precision == "fp32"
     with pytest.raises(CheckpointError, match="run in fp32, this is bf16"):
         trainer({**AUTO, "bf16": {"enabled": True}})
+
+
+def test_a_choice_is_measured_on_one_thread_and_gives_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    monkeypatch.setattr(rates, "matmul_rate", lambda *_: seen.append(torch.get_num_threads()) or 1e9)
+    torch.set_num_threads(2)
+    try:
+        rates._rate.__wrapped__("bf16")
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
