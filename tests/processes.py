@@ -37,7 +37,7 @@ def run_ranks(
     env: dict[str, str] | None = None,
     timeout: float = 550,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script as `deepspeed --num_gpus N` (several processes) or `python` (one) would, and wait for it.
+    """Run a Python script as `torchrun` (several processes) or `python` (one) would, and wait for it.
 
     Returns:
         The first exit status that is not 0, or 0; what all ranks wrote. When one rank fails, the others are ended.
@@ -49,7 +49,6 @@ def run_ranks(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     if processes > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-        environment |= {"LOCAL_SIZE": str(processes), "CROSS_RANK": "0", "CROSS_SIZE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         for path in outputs:
@@ -57,8 +56,7 @@ def run_ranks(
         ranks = []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            argv = [command[0], *([f"--local_rank={rank}"] if processes > 1 else []), *command[1:]]
-            ranks.append(_CONTEXT.Process(target=_run, args=(argv, environment | own, str(cwd), *map(str, outputs))))
+            ranks.append(_CONTEXT.Process(target=_run, args=(command, environment | own, str(cwd), *map(str, outputs))))
             ranks[-1].start()
         status = _wait(ranks, timeout)
         stdout, stderr = (path.read_text(errors="replace") for path in outputs)

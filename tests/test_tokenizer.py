@@ -12,6 +12,7 @@ import runpy
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
@@ -23,6 +24,7 @@ import sentencepiece
 import torch
 
 from dalle_ds import tokenizer as implementation
+from dalle_ds.data.faults import FaultLog
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.tokenizer import Tokenizer, TokenizerConfig
 
@@ -480,13 +482,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 class CaptionRows:
-    """What the launcher uses of a prepared split: two captions a row."""
+    """What the launcher uses of a prepared split."""
 
-    def __len__(self) -> int:
-        return len(CAPTIONS) // 2
-
-    def captions(self, row: int) -> list[str]:
-        return CAPTIONS[2 * row : 2 * row + 2]
+    def all_captions(self, faults: FaultLog) -> Iterator[str]:
+        return iter(CAPTIONS)
 
 
 def launch(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
