@@ -168,7 +168,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_or_other_moments_is_refused(tmp_path: Path) -> None:
     final = save(tmp_path, 1)
     weights = Weights(0)
-    with pytest.raises(CheckpointError, match=r"its moments are fp32, and optim.moments is 16-bit"):
+    with pytest.raises(CheckpointError, match=r"moments are fp32.*optim\.moments"):
         load_checkpoint(final, weights, AdamW(weights.shards, moments="16-bit"), ALONE)
     for fragment, words in (
         (Fragment("w", (1, 3), 0, 3, 0, 0), r"the model's w has shape \(1, 3\), and its has shape \(3,\)"),
