@@ -178,12 +178,13 @@ while not got and os.getppid() == parent:
 until = time.monotonic() + float(slow)
 while time.monotonic() < until and len(got) < 2:
     time.sleep(0.01)
-sys.exit(128 + got[1] if len(got) > 1 else int(status) if n == "1" else 75)
+sys.exit(128 + got[1] if len(got) > 1 else int(status) if n == "1" or status == "0" else 75)
 """
 
 
 class Wrapped:
-    """`Launch` around a child and two training processes, which end with 75 and `status`, `slow` seconds after a signal."""
+    """`Launch` around a child and two training processes, which end `slow` seconds after a signal, with `status` and 75; both
+    with 0 where that is the status."""
 
     def __init__(self, folder: Path, status: int = 75, slow: float = 0.0) -> None:
         self.ready = folder / "ready"
@@ -218,6 +219,11 @@ def test_a_signal_reaches_the_training_processes_and_their_status_comes_back(tmp
 def test_a_second_signal_reaches_them_too(tmp_path: Path) -> None:
     wrapped = Wrapped(tmp_path, slow=30.0)
     assert wrapped.end(*[(wrapped.process.pid, signal.SIGTERM)] * 2) == 143
+
+
+def test_a_run_that_is_done_as_it_is_told_to_stop_is_done(tmp_path: Path) -> None:
+    wrapped = Wrapped(tmp_path, status=0)
+    assert wrapped.end((wrapped.process.pid, signal.SIGTERM)) == 0
 
 
 def test_a_failure_counts_more_than_a_stop(tmp_path: Path) -> None:

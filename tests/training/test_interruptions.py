@@ -163,7 +163,7 @@ def test_a_signal_behind_a_request_is_no_second_one_but_another_is() -> None:
         time.sleep(1.3)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-    assert process.wait(3) == 143
+    assert process.communicate(timeout=3)[0] == "SIGTERM: stopped at once\n" and process.returncode == 143
 
 
 def test_one_signal_is_a_request_and_handlers_are_given_back() -> None:
