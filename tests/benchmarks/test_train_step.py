@@ -32,9 +32,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("--dtype", "bf16"),
         ("--dtype", "fp32", "--activation_checkpointing", "full", "--batch", "3"),
-        ("--dtype", "fp32", "--model", "dense"),
-        ("--dtype", "bf16", "--blocks_only", "True"),
-        ("--deepspeed_config", "ds_configs/zero1_bf16.json"),
+        pytest.param(("--dtype", "fp32", "--model", "dense"), marks=pytest.mark.slow),
+        pytest.param(("--dtype", "bf16", "--blocks_only", "True"), marks=pytest.mark.slow),
+        pytest.param(("--deepspeed_config", "ds_configs/zero1_bf16.json"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

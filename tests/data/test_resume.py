@@ -193,6 +193,7 @@ def test_two_jobs_that_do_the_same_part_do_not_spoil_it(
     assert all_files(tmp_path / "out") == all_files(whole)
 
 
+@pytest.mark.slow
 def test_ray_on_two_workers_does_what_one_process_does(
     monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:

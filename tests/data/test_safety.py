@@ -33,6 +33,7 @@ def reasons(pairs) -> list[str]:
 # --- bombs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_without_the_memory_they_ask_for(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tests.data.bombs", str(tmp_path)],
