@@ -88,7 +88,7 @@ def test_flops_are_those_that_torch_counts(benchmark) -> None:
 def test_what_flex_refuses_is_left_out(benchmark, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """On a CPU it has no backward pass."""
     monkeypatch.setitem(benchmark.KERNELS, "cpu", "flex")
-    options = benchmark.Options(text_len=16, grids=(4,), heads=2, head_size=16, batch=1, repeats=1)
+    options = benchmark.Options(text_len=16, grids=(4,), heads=2, head_size=16, batch=1, repeats=1, dtype="fp32")
     config = next(benchmark.shapes(options))
     name, _, pairs = next(benchmark.ways("row", config, torch.device("cpu")))
     assert (name, pairs) == ("flex", 128**2)
