@@ -7,7 +7,6 @@ the event all ranks, and all watchmen, were gone (null: they had to be killed). 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import json
@@ -19,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -334,13 +333,15 @@ JOBS = {
 }
 
 
-def free_port() -> int:
-    """One that is not among those which connections take for themselves, of which there are many here."""
-    while True:
-        port = random.randrange(20_000, 29_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
+def free_ports() -> Iterator[int]:
+    """Different ones that are not among those which connections take for themselves, of which there are many here."""
+    for port in random.sample(range(20_000, 29_000), 9_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield port
 
 
 def run_rank(job: Job, rank: int, port: int, folder: Path) -> None:
@@ -428,9 +429,8 @@ def _exited(pid: int) -> bool:
 def main(folder: Path) -> None:
     watch.BEAT, watch.PATIENCE, watch.SETTLE = 0.5, PATIENCE, 2.0
     jobs: list[tuple[str, list[int]]] = []
-    for name, job in JOBS.items():
+    for (name, job), port in zip(JOBS.items(), free_ports(), strict=False):
         (folder / name).mkdir()
-        port = free_port()
         ranks = []
         for rank in range(job.ranks):
             pid = os.fork()
