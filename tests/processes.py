@@ -7,6 +7,7 @@ does is tested with the launcher; everything else runs here.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -84,6 +85,7 @@ def _wait(ranks: list, timeout: float) -> int | None:
 
 def _run(argv: list[str], environment: dict[str, str], cwd: str, stdout: str, stderr: str) -> None:
     """In the child: be the script."""
+    gc.freeze()  # DeepSpeed collects garbage again and again, and would look at all that was imported each time
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

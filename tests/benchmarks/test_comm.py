@@ -44,6 +44,7 @@ def check(figures: dict[str, Any], shards: int) -> None:
     assert figures["compression"]["measured"] == pytest.approx(saved / (4 * 2 * 12 * WIDTH**2 / shards))
 
 
+@pytest.mark.slow
 def test_two_replicas_of_two(tmp_path: Path) -> None:
     figures = count(tmp_path, 4, "--replicas", "2")
     check(figures, shards=2)

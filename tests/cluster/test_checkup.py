@@ -62,6 +62,7 @@ def test_two_sound_processes_pass(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_folder_that_is_not_shared_is_told_on_all_processes(tmp_path: Path) -> None:
     folders = [tmp_path / "here", tmp_path / "there"]

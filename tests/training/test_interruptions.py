@@ -222,7 +222,7 @@ def test_a_second_signal_counts_though_nobody_reads_what_is_printed() -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_launcher_processes_and_workers_leaves_a_checkpoint(
     tmp_path: Path, data: Path, dvae_export: Path, tokenizer_file: Path, number: signal.Signals
 ) -> None:

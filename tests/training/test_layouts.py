@@ -76,10 +76,17 @@ class Runs:
             "seed": 3,
             "save_every": 4,
             "optim": {"lr": 1e-2, "warmup_steps": 3, "schedule": "cosine", "decay_steps": STEPS, "clip": 0.5},
-            "loader": {"workers": 0, "caption_dropout": 0.2},
+            "loader": {"workers": 0},
             "report": {"log_every": 1, "validate_every": 5, "preview_every": 0},
         }
-        self.transformer = {**common, "model": to_dict(TINY_DALLE), "dvae": str(dvae), "tokenizer": str(tokenizer)}
+        reads = {"loader": {"workers": 0, "caption_dropout": 0.2}}
+        self.transformer = {
+            **common,
+            **reads,
+            "model": to_dict(TINY_DALLE),
+            "dvae": str(dvae),
+            "tokenizer": str(tokenizer),
+        }
         self.dvae = {
             **common,
             "model": to_dict(TINY_DVAE),

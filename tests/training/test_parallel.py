@@ -7,10 +7,7 @@ resumes runs in other layouts than those that wrote them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,8 @@ from dalle_ds.data import evaluation_batches
 from dalle_ds.models import Dalle
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.batches import PREVIEW_ROWS
-from tests.conftest import EVERYTHING, ROOT, TINY_DALLE, thorough
+from tests.conftest import EVERYTHING, TINY_DALLE, thorough
+from tests.processes import run_ranks
 from tests.training.test_layouts import deepspeed_json, launch, metrics
 
 pytestmark = pytest.mark.launch
@@ -218,12 +216,9 @@ def test_processes_that_divide_a_model_draw_what_one_draws(runs: Runs) -> None:
     pictures = []
     for processes in (1, 2):
         out = runs.folder / f"drawn-{processes}.png"
-        torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(processes)]
-        command = torchrun if processes > 1 else [sys.executable]
-        command += [str(ROOT / "launchers" / "generate.py"), "--model", str(runs["reference"]), "--out", str(out)]
+        command = ["--model", str(runs["reference"]), "--out", str(out)]
         command += ["--prompt", "a red circle", "--prompt", "a blue square", "--pictures", "3", "--dtype", "fp32"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+        done = run_ranks("launchers/generate.py", *command, processes=processes)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"wrote {out}" in done.stdout
         pictures.append(out.read_bytes())
