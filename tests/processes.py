@@ -25,6 +25,8 @@ _PRELOAD = [
     "dalle_ds.training.loop",
     "dalle_ds.sampling",
     "dalle_ds.data.prepare",
+    "matplotlib",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles a function, for which it imports all of torch's compiler
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOAD)

@@ -135,8 +135,8 @@ class Runs:
         train = {
             "batch_size": 8,
             "micro_batch": micro_batch,
-            "activation_checkpointing": recompute,
             "average_decay": 0.9,
+            **({"activation_checkpointing": recompute} if stage == "transformer" else {}),
             **(train or {}),
         }
         base = {**base, "optim": {**base["optim"], **(optim or {})}}
