@@ -54,10 +54,10 @@ demo-clip: $(READY) demo/transformer/export/config.json
 	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --dvae demo/dvae --transformer demo/transformer \
 		--clip demo/clip --judge demo/judge $(EVALUATE_ARGS) --out demo/evaluation
 
-# One test a core for those that start no training of several processes; then the others, one after the other.
+# A test file a core; then, one after the other, what goes by the clock.
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadfile -m "not launch and not alone"
-	$(PYTEST) -m "launch or alone"
+	$(PYTEST) -n 2 --dist loadfile -m "not alone"
+	$(PYTEST) -m alone
 
 # Whole matrices of layouts, a real SLURM cluster, the README's commands at work, kill storms: an hour.
 test-all:

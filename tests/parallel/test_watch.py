@@ -19,6 +19,8 @@ from dalle_ds.config import to_dict
 from tests.conftest import ROOT, TINY_DALLE, deepspeed_command
 from tests.parallel.watch_worker import HANG, PATIENCE
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
