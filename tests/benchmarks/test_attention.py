@@ -85,6 +85,7 @@ def test_flops_are_those_that_torch_counts(benchmark) -> None:
     assert counter.get_total_flops() == 6 * (2 * 3 * config.width) * pairs
 
 
+@pytest.mark.slow  # compiles, where there is a compiler
 def test_what_flex_refuses_is_left_out(benchmark, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """On a CPU it has no backward pass."""
     monkeypatch.setitem(benchmark.KERNELS, "cpu", "flex")

@@ -516,6 +516,7 @@ def test_half_a_pulse_is_not_read() -> None:
         assert (now.step, now.phase, now.begun) == (5, "step", True) and now.since < before.since + 1
 
 
+@pytest.mark.alone
 def test_a_pulse_that_is_being_written_is_not_taken_for_an_old_one() -> None:
     with tempfile.TemporaryFile() as shared:
         shared.truncate(Progress.SIZE)

@@ -201,6 +201,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_processes_shards_and_micro_batches_change_nothing(runs: SimpleNamespace, tmp_path: Path) -> None:
     one, divided = losses(runs.one), losses(runs.divided)
@@ -215,6 +216,7 @@ def test_processes_shards_and_micro_batches_change_nothing(runs: SimpleNamespace
     assert DuplicateDetector.from_pretrained(folder).fingerprint == models[1].fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_trained_detector_searches_for_overlap(
     runs: SimpleNamespace,

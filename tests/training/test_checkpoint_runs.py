@@ -289,6 +289,7 @@ def test_another_precision_is_refused_with_the_reason(runs: Runs) -> None:
         launch([job], 1, runs.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_large_model_is_exported_one_tensor_at_a_time(
     tmp_path: Path, dvae_export: Path, tokenizer_file: Path

@@ -30,6 +30,7 @@ PAPER = {"moments": "16-bit", "stochastic_rounding": True, "second_moment_clip":
 AVERAGED = {"average_every": 3, "average_device": "cpu"}
 STAGES = {"fp32": (0, 3), "bf16": (1, 2), "fp16": (3,), "offloaded": (2,), "dvae": (1,)}
 """ZeRO stages that each kind of run is tried with."""
+PLATEAU = thorough("plateau-resumed")
 if EVERYTHING:
     STAGES = {"fp32": (0, 1, 2, 3), "bf16": (0, 1, 2, 3), "fp16": (0, 1, 2, 3), "offloaded": (2, 3), "dvae": (1, 3)}
 
@@ -106,10 +107,11 @@ class Runs:
         layouts += [self.job("resumed", 3, steps=6), self.job("dvae-resumed", 1, stage="dvae", steps=6)]
         # Half of nothing is an improvement here: the rate falls by half every other update.
         plateau = {"schedule": "plateau", "plateau_patience": 2, "plateau_smoothing": 0.0, "plateau_threshold": 0.99}
-        layouts += [self.job("plateau", 1, optim=plateau), self.job("plateau-resumed", 1, optim=plateau, steps=6)]
+        layouts += [self.job("plateau", 1, optim=plateau)]
+        layouts += [self.job(name, 1, optim=plateau, steps=6) for name in PLATEAU]
         resumed = [
             self.job("fp16-resumed", 3, **half),
-            self.job("plateau-resumed", 1, optim=plateau),
+            *(self.job(name, 1, optim=plateau) for name in PLATEAU),
             self.job("resumed", 3),
             self.job("dvae-resumed", 1, stage="dvae"),
         ]
@@ -194,7 +196,7 @@ def test_reported_gradient_norms_agree_and_are_those_before_clipping(runs: Runs,
     [
         ("resumed", "zero3"),
         ("dvae-resumed", "dvae-zero1"),
-        ("plateau-resumed", "plateau"),
+        *((name, "plateau") for name in PLATEAU),
         ("fp16-resumed", "fp16-paper"),
     ],
 )

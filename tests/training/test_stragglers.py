@@ -81,6 +81,7 @@ def together(rank: int, store: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.alone
 def test_who_is_slow_is_told_once_with_its_host_and_its_cause(tmp_path: Path) -> None:
     with multiprocessing.Manager() as manager:
         results = manager.dict()
