@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 _Repr = reprlib.Repr()
 _Repr.maxlevel, _Repr.maxstring, _Repr.maxother, _Repr.maxlong = 2, 80, 80, 40
+_HALVES = re.compile("[\ud800-\udfff]")
 _DEPTH = 100
 """How deep YAML may be nested: its parser takes time that grows with the square."""
 _OPENING = (
@@ -55,7 +57,7 @@ def parse_yaml(text: str) -> Any:
 
 def is_text(value: Any) -> bool:
     """Whether it is a string that UTF-8 can hold; JSON and command lines can have halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not _HALVES.search(value)
 
 
 def shown(value: Any) -> str:

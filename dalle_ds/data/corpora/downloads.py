@@ -15,7 +15,6 @@ from typing import Any
 from dalle_ds.data.corpora.files import FORMAT, Found, is_image, is_system, suffix_of, walk
 from dalle_ds.data.corpora.hf import parquet_rows
 from dalle_ds.data.corpora.pairs import (
-    BROKEN_JSON,
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
     NO_PICTURE,
@@ -23,12 +22,12 @@ from dalle_ds.data.corpora.pairs import (
     UNREADABLE,
     Broken,
     Unusable,
+    json_of,
     read_file,
 )
-from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
+from dalle_ds.data.corpora.webdataset import ANOTHER_PICTURE, TarSample, is_tar, tar_samples
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import parse_json
 
 NO_URL = "no URL"
 BESIDE = "file beside the pictures"
@@ -66,7 +65,7 @@ def download_shards(pictures: str) -> list[DownloadShard]:
     if shards := {entry.path: entry for entry in plain if is_tar(entry.name)}:
         read: Callable[[Path], Iterator[Download | Broken]] = _from_tar
         rest = [entry for entry in found if entry.path not in shards]
-    elif folders := {entry.path.parent for entry in plain if _is_about(entry)}:
+    elif folders := _folders_of(plain):
         shards = {path: Found(path, str(path.relative_to(folder))) for path in sorted(folders)}
         files: dict[Path, list[Found]] = {path: [] for path in [*folders, *(entry.path.parent for entry in found)]}
         for entry in found:
@@ -84,6 +83,12 @@ def download_shards(pictures: str) -> list[DownloadShard]:
     # One for what is no shard.
     others = DownloadShard(BESIDE, lambda: (entry.unpaired(BESIDE) for entry in rest))
     return [*(DownloadShard(entry.name, partial(read, path)) for path, entry in shards.items()), others]
+
+
+def _folders_of(found: list[Found]) -> set[Path]:
+    """Those in which a picture lies with what is said of it."""
+    pictures = {entry.path.with_suffix("") for entry in found if is_image(entry.name)}
+    return {entry.path.parent for entry in found if _is_about(entry) and entry.path.with_suffix("") in pictures}
 
 
 def _is_about(entry: Found) -> bool:
@@ -127,8 +132,10 @@ def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Down
     used = {*texts, *(picture for stem, picture in pictures.items() if stem in stems)}
     for entry in files:
         if entry.path not in used:
-            lacks_url = entry in plain and is_image(entry.name)
-            yield Broken(entry.name, NO_URL) if lacks_url else entry.unpaired(BESIDE)
+            if entry.problem is None and is_image(entry.name) and not is_system(entry.name):
+                yield Broken(entry.name, ANOTHER_PICTURE if entry.path.stem in stems else NO_URL)
+            else:
+                yield entry.unpaired(BESIDE)
 
 
 def _from_table(path: Path) -> Iterator[Download | Broken]:
@@ -157,7 +164,7 @@ def _of_row(name: str, url: Any, image: Any) -> Download | Broken:
 
 def _download(name: str, image: bytes | None, about: Callable[[], bytes]) -> Download | Broken:
     try:
-        fields = parse_json(about())
-    except ValueError:
-        return Broken(name, BROKEN_JSON)
+        fields = json_of(about())
+    except Unusable as error:
+        return Broken(name, error.reason)
     return _of_row(name, fields.get("url") if isinstance(fields, dict) else None, image)

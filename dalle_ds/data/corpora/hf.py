@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 from dalle_ds.data.corpora.files import NOT_READ, is_system, suffix_of, walk
 from dalle_ds.data.corpora.pairs import (
     CAPTION_COLUMNS,
+    ENCODING,
     IMAGE_COLUMNS,
     MAX_PICTURE_BYTES,
+    MAX_TEXT_BYTES,
     NO_COLUMN,
     NOTHING_IN_IT,
     TOO_BIG,
@@ -21,17 +23,20 @@ from dalle_ds.data.corpora.pairs import (
     RawPair,
     Unit,
     Unpaired,
+    Unusable,
     as_captions,
     column_of,
     existing,
     pair_of,
     pair_of_file,
+    read_file,
     told,
 )
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import shown
+from dalle_ds.parsing import parse_json, shown
 
 SUFFIXES = (".parquet", ".arrow")
+_OF_SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
 
 _ROWS = 64
 
@@ -43,88 +48,57 @@ Wanted = tuple[str | None, str | None]
 def read_hf(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
     """A Hugging Face dataset on disk: what `save_to_disk` wrote (all splits in turn), or .parquet or .arrow files.
 
-    The image column holds encoded pictures (an `Image` feature or bytes) or paths of picture files, the caption column
-    strings or lists of strings.
+    The image column holds encoded images (an `Image` feature or bytes) or paths of image files, the caption column strings or
+    lists of strings. A row that cannot be read costs no other; of a file without these columns all rows are `Broken`.
 
     Raises:
-        DataError: no such folder, nothing in it that is a dataset, or a dataset of one split that has no such column.
+        DataError: no such folder, or nothing in it that is a dataset.
     """
     return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)))
 
 
 def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
-    """The rows of a saved dataset, or the files of another."""
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        yield from _saved_units(path, wanted)
-        return
     found = walk(path) if path.is_dir() else []
-    candidates = {entry.path: entry.name for entry in found if not is_system(entry.name)} or {path: path.name}
-    kind = next((kind for kind in SUFFIXES if any(suffix_of(name) == kind for name in candidates.values())), None)
-    files = {file: name for file, name in candidates.items() if suffix_of(name) == kind and file.is_file()}
-    if kind is None:
-        raise DataError(
-            f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"
-        )
+    files = _saved_files(path)
+    if files is None:
+        candidates = {entry.path: entry.name for entry in found if not is_system(entry.name)} or {path: path.name}
+        kind = next((kind for kind in SUFFIXES if any(suffix_of(name) == kind for name in candidates.values())), None)
+        files = {file: name for file, name in candidates.items() if suffix_of(name) == kind and file.is_file()}
+        if kind is None:
+            raise DataError(
+                f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"
+            )
     folder = path if path.is_dir() else path.parent
     for file, name in files.items():
         yield Unit(name, partial(_read_file, folder, wanted, name, file))
-    yield from (told(entry.unpaired(NOT_READ)) for entry in found if entry.path not in files)
+    others = (entry for entry in found if entry.path not in files and entry.path.name not in _OF_SAVED)
+    yield from (told(entry.unpaired(NOT_READ)) for entry in others)
 
 
-def _saved_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
-    import datasets
-
+def _saved_files(path: Path) -> dict[Path, str] | None:
+    """The files of a dataset that `save_to_disk` wrote, with their names, split by split; None where it did not."""
+    splits, state, _ = _OF_SAVED
+    if not (path / splits).is_file() and not (path / state).is_file():
+        return None
+    files: dict[Path, str] = {}
     try:
-        loaded = datasets.load_from_disk(str(path))
-        splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {path.name: loaded}
-        splits = {split: _undecoded(rows) for split, rows in splits.items()}
-    except Exception as error:  # whatever datasets and Arrow stumble on in a damaged one, from OSError to KeyError
+        is_one = not (path / splits).is_file()
+        for split in [path.name] if is_one else parse_json(read_file(path / splits, MAX_TEXT_BYTES))["splits"]:
+            folder = path if is_one else path / split
+            parts = [entry["filename"] for entry in parse_json(read_file(folder / state, MAX_TEXT_BYTES))["_data_files"]]
+            files |= {folder / part: split if len(parts) == 1 else f"{split}/{part}" for part in parts}
+    except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
-    for split, rows in splits.items():
-        try:
-            columns = _columns(rows.column_names, wanted, path)
-        except DataError as error:
-            if len(splits) == 1:
-                raise
-            yield told(Broken(f"{split} ({error})", NO_COLUMN, len(rows)))
-            continue
-        if not len(rows):
-            yield told(Unpaired(split, NOTHING_IN_IT))
-        for number in range(len(rows)):
-            name = f"{split} row {number}"
-            yield Unit(name, partial(_read_saved_row, path, columns, name, rows, number))
-
-
-def _undecoded(rows: Any) -> Any:
-    """The dataset with pictures left encoded."""
-    import datasets
-
-    for column, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
-
-
-def _read_saved_row(folder: Path, columns: Columns, name: str, rows: Any, number: int) -> Iterator[RawPair | Broken]:
-    try:
-        # Arrow follows offsets without looking; in a damaged file they lead anywhere.
-        rows.data.fast_slice(number, 1).validate(full=True)
-        row = rows[number]
-    except Exception:  # see _saved_units
-        yield Broken(name, UNREADABLE)
-        return
-    yield _row_pair(folder, name, row[columns[0]], row[columns[1]])
-
-
-def _columns(names: list[str], wanted: Wanted, where: Path) -> Columns:
-    image = column_of("image_column", wanted[0], IMAGE_COLUMNS, names, where)
-    return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, where)
+    return files
 
 
 def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[RawPair | Broken]:
-    is_parquet = suffix_of(file.name) == ".parquet"
+    def columns(names: list[str]) -> Columns:
+        image = column_of("image_column", wanted[0], IMAGE_COLUMNS, names, file)
+        return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, file)
+
     empty = True
-    for row in (parquet_rows if is_parquet else _arrow_rows)(file, name, partial(_columns, wanted=wanted, where=file)):
+    for row in (parquet_rows if suffix_of(file.name) == ".parquet" else _arrow_rows)(file, name, columns):
         empty = False
         yield row if isinstance(row, Broken) else _row_pair(folder, *row)
     if empty:
@@ -152,9 +126,8 @@ def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, 
                 number, end = end, end + table.metadata.row_group(group).num_rows
                 try:
                     for batch in table.iter_batches(_ROWS, row_groups=[group], columns=list(columns)):
-                        for row in batch.to_pylist():
-                            yield (f"{name} row {number}", *(row[column] for column in columns))
-                            number += 1
+                        yield from _rows_of(batch, columns, name, number)
+                        number += len(batch)
                 except (OSError, ValueError, pa.ArrowException):
                     yield Broken(f"{name} row {number}", UNREADABLE, end - number)
     except (OSError, ValueError, pa.ArrowException):
@@ -162,9 +135,11 @@ def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, 
 
 
 def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
-    """`parquet_rows` of a file of Arrow, in either of its formats."""
+    """`parquet_rows` of a file of Arrow, in either of its formats. Of a batch that cannot be read, nobody knows how many rows
+    it has; in a stream, nor what follows."""
     import pyarrow as pa
 
+    damage = (OSError, ValueError, pa.ArrowException)
     number = 0
     try:
         with path.open("rb") as file:
@@ -172,19 +147,22 @@ def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, .
             try:
                 columns = columns_of(schema.names)
             except DataError as error:
-                yield Broken(f"{name} ({error})", NO_COLUMN, sum(map(len, batches)))
+                yield Broken(f"{name} ({error})", NO_COLUMN, sum(len(read()) for read in batches))
                 return
-            for batch in batches:
-                batch.validate(full=True)  # see _read_saved_row
+            for read in batches:
+                try:
+                    batch = read()
+                except damage:
+                    yield Broken(f"{name} row {number}", UNREADABLE)
+                    continue
                 for first in range(0, len(batch), _ROWS):
-                    for row in batch.select(list(columns)).slice(first, _ROWS).to_pylist():
-                        yield (f"{name} row {number}", *(row[column] for column in columns))
-                        number += 1
-    except (OSError, ValueError, pa.ArrowException):
+                    yield from _rows_of(batch.slice(first, _ROWS), columns, name, number + first)
+                number += len(batch)
+    except damage:
         yield Broken(f"{name} row {number}", UNREADABLE)
 
 
-def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any]]:
+def _arrow_batches(file: Any) -> tuple[Any, Iterator[Callable[[], Any]]]:
     import pyarrow as pa
 
     try:
@@ -192,8 +170,28 @@ def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any]]:
     except pa.ArrowInvalid:
         file.seek(0)
         stream = pa.ipc.open_stream(file)
-        return stream.schema, iter(stream)
-    return opened.schema, (opened.get_batch(number) for number in range(opened.num_record_batches))
+        return stream.schema, (lambda batch=batch: batch for batch in stream)
+    return opened.schema, (partial(opened.get_batch, number) for number in range(opened.num_record_batches))
+
+
+def _rows_of(batch: Any, columns: Sequence[str], name: str, number: int) -> Iterator[tuple[Any, ...] | Broken]:
+    """The rows of a batch, of which the first has this number; one that cannot be read costs no other."""
+    import pyarrow as pa
+
+    batch = batch.select(list(columns))
+    try:
+        batch.validate(full=True)  # Arrow follows offsets without looking; in a damaged file they lead anywhere
+        rows = batch.to_pylist()
+    except (ValueError, pa.ArrowException) as error:
+        if len(batch) > 1:
+            for place in range(len(batch)):
+                yield from _rows_of(batch.slice(place, 1), columns, name, number + place)
+        else:
+            is_text = isinstance(error, UnicodeDecodeError) or "UTF8" in str(error)
+            yield Broken(f"{name} row {number}", ENCODING if is_text else UNREADABLE)
+        return
+    for place, row in enumerate(rows, start=number):
+        yield (f"{name} row {place}", *(row[column] for column in columns))
 
 
 def _row_pair(folder: Path, name: str, picture: Any, caption: Any) -> RawPair | Broken:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.errors import DataError
+from dalle_ds.parsing import is_text, parse_json
 
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
@@ -210,10 +211,7 @@ def encoding_of(head: bytes) -> str:
 
 def is_sound(text: str) -> bool:
     """Whether UTF-8 can hold a text, and it has no NUL, which text of another encoding is full of."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
+    return is_text(text) and "\0" not in text
 
 
 def lines_of(text: bytes) -> list[str]:
@@ -226,6 +224,16 @@ def lines_of(text: bytes) -> list[str]:
     return [line.removesuffix("\n") for line in io.StringIO(decoded, newline=None)]
 
 
+def json_of(text: bytes) -> Any:
+    """The value of a JSON document; `Unusable` where it is none."""
+    try:
+        return parse_json(text)
+    except UnicodeDecodeError as error:
+        raise Unusable(ENCODING) from error
+    except ValueError as error:
+        raise Unusable(BROKEN_JSON) from error
+
+
 def as_captions(value: Any) -> list[Any]:
     """A caption, or the captions in a list; none where there is none."""
     return value if isinstance(value, list) else [] if value is None else [value]
@@ -233,5 +241,5 @@ def as_captions(value: Any) -> list[Any]:
 
 def _problem(caption: Any) -> str | None:
     if not isinstance(caption, str):
-        return NOT_TEXT
+        return NO_CAPTION if caption is None else NOT_TEXT
     return None if is_sound(caption) else ENCODING

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 from dalle_ds.data.corpora.files import FORMAT, NOT_READ, is_image, is_system, suffix_of, unpaired_reason, walk
 from dalle_ds.data.corpora.pairs import (
-    BROKEN_JSON,
     CAPTION_COLUMNS,
     CAPTION_UNUSED,
     MAX_PICTURE_BYTES,
@@ -32,13 +34,13 @@ from dalle_ds.data.corpora.pairs import (
     Unusable,
     as_captions,
     existing,
+    json_of,
     lines_of,
     pair_of,
     told,
 )
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import parse_json
 
 TEXT_SUFFIXES = (".txt", ".json")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -46,8 +48,11 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 NO_ARCHIVE = "not a tar archive"
 BEHIND_THE_END = "archive with something behind its end, or damaged"
 ANOTHER_PICTURE = "another picture of a sample"
+AMBIGUOUS = "name that several samples share, so that it is not sure whose caption is whose"
 SEVERAL_DOTS = "several dots in the name (samples are named up to the first)"
 
+_PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+"""First bytes of what is packed → how it is opened; one file may be several that were packed one by one."""
 _ZEROS = 2**16
 """Blocks of 512 bytes that are skipped between archives in one file; the usual padding is some ten."""
 
@@ -58,7 +63,9 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
 
     A sample is a picture (.jpg, .png, .webp, …; the first counts) and a .txt (one caption per line) or a .json (captions
     under `caption_column`, by default "caption" or "text"); with both, the .txt counts.
-    A tar that ends early, or without its end marker, yields the samples before the end and one `Broken`.
+    A tar that ends early, or without its end marker, yields the samples before the end and one `Broken`; so does a packed
+    one whose checksum is wrong, which stands behind the samples. Where a name is repeated in an order that does not show
+    where a sample ends, what may have the caption of another is `Broken`.
 
     Raises:
         DataError: no such file or folder, or no tar in it.
@@ -125,7 +132,14 @@ class TarSample:
     """Suffix → contents; None where they are too big."""
     others: list[Broken] = field(default_factory=list)
     """Pictures that cannot be the sample's, and why."""
-    suffixes: set[str] = field(default_factory=set)
+    suffixes: list[str] = field(default_factory=list)
+    """Of its members, in their order."""
+    ambiguous: bool = False
+    """Whether it has a second picture of the same name before any text: of which of them the text is, is not sure."""
+    before: list[str] | None = None
+    """Where the sample before it has the same name: the suffixes of that one."""
+    repeated: bool = False
+    """Whether the sample behind it has the same name."""
 
     @property
     def name(self) -> str:
@@ -134,7 +148,13 @@ class TarSample:
 
     def begins_anew(self, key: str, suffix: str) -> bool:
         """Whether a member is of the next sample."""
-        return key != self.key or (suffix in self.suffixes and self.has_image and bool(self.texts))
+        is_whole = self.has_image and bool(self.texts) and not self.ambiguous
+        return key != self.key or (suffix in self.suffixes and is_whole)
+
+    def is_sure(self, used: str) -> bool:
+        """Whether this text is its own: a second one may begin the next sample of its name, unless all have that order."""
+        may_begin = self.repeated and self.before != self.suffixes and used in [*self.texts][1:]
+        return not self.ambiguous and not may_begin
 
     def complete(self) -> Iterator[TarSample | Broken]:
         """The sample, and pictures that are not in it, now that nothing more comes."""
@@ -158,7 +178,14 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise Unusable(NOT_A_FILE)
-        with tarfile.open(path, "r|*", tarinfo=header, ignore_zeros=True) as tar:
+        with path.open("rb") as file:
+            head = file.read(6)
+        opened = next((opened for magic, opened in _PACKED.items() if head.startswith(magic)), open)
+        # `read1` passes on what there is before an error. All is read, to the checksum at the end.
+        with (
+            opened(path, "rb") as file,
+            tarfile.open(fileobj=SimpleNamespace(read=file.read1), mode="r|", tarinfo=header, ignore_zeros=True) as tar,
+        ):
             for member in tar:
                 # tarfile would keep the headers of all, which nobody asks for again.
                 tar.members = []  # type: ignore[attr-defined]
@@ -174,23 +201,14 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
                     yield Unpaired(name, unpaired_reason(member.name))
                     continue
                 if sample.begins_anew(key, suffix):
+                    sample.repeated = key == sample.key
                     yield from sample.complete()
-                    sample = TarSample(path.name, key)
+                    sample = TarSample(path.name, key, before=sample.suffixes if sample.repeated else None)
                 yield from _put(sample, suffix, name, tar, member)
             yield from sample.complete()
     except Unusable as error:
         yield Broken(path.name, error.reason)
-    # TypeError: tarfile takes the letter's code of what is missing in a gzip header that is cut off.
-    except (
-        tarfile.TarError,
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        TypeError,
-        zlib.error,
-        lzma.LZMAError,
-    ) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError) as error:
         # Whether what came before is whole: a sample that has all it needs is, too, at the end of a file without a marker.
         whole = bool(header.zeros) or (isinstance(error, _NoEndMarker) and sample.has_image and bool(sample.texts))
         if whole:
@@ -216,6 +234,7 @@ def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member
         elif suffix not in image_suffixes():
             sample.others.append(Broken(name, FORMAT))
         elif sample.has_image:
+            sample.ambiguous = sample.ambiguous or (suffix in sample.suffixes and not sample.texts)
             yield Broken(name, ANOTHER_PICTURE)
         else:
             sample.image, sample.has_image = _content(tar, member, MAX_PICTURE_BYTES), True
@@ -223,7 +242,7 @@ def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member
         sample.texts[suffix] = _content(tar, member, MAX_TEXT_BYTES)
     else:
         yield Unpaired(name, CAPTION_UNUSED if plain else SEVERAL_DOTS)
-    sample.suffixes.add(suffix)
+    sample.suffixes.append(suffix)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | None:
@@ -253,6 +272,8 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
 def _tar_pair(sample: TarSample, used: str, caption_column: str | None) -> RawPair | Broken:
     if not sample.has_image:
         return Broken(sample.name, NO_PICTURE)
+    if not sample.is_sure(used):
+        return Broken(sample.name, AMBIGUOUS)
     try:
         captions = _tar_captions(sample.texts.get(used, b"{}"), used, caption_column)
     except Unusable as error:
@@ -265,9 +286,6 @@ def _tar_captions(content: bytes | None, used: str, caption_column: str | None) 
         raise Unusable(TOO_BIG)
     if used == ".txt":
         return lines_of(content)
-    try:
-        fields = parse_json(content)
-    except ValueError as error:
-        raise Unusable(BROKEN_JSON) from error
+    fields = json_of(content)
     names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
     return next((as_captions(fields[name]) for name in names if isinstance(fields, dict) and name in fields), [])
