@@ -139,7 +139,8 @@ def image_suffixes() -> tuple[str, ...]:
 def other_image_suffixes() -> tuple[str, ...]:
     """Lower-case suffixes of images that `decode_image` does not read."""
     known = {*Image.registered_extensions(), ".heic", ".heif", ".jxl", ".svg", ".avif"}
-    return tuple(sorted(known - set(image_suffixes())))
+    no_images = {".pdf", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
+    return tuple(sorted(known - {*image_suffixes(), *no_images}))
 
 
 def _upright(image: Image.Image) -> Image.Image:

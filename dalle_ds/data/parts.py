@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dalle_ds.data.disk import disk_full_is_a_data_error, unreadable_is_a_data_e
 from dalle_ds.data.examine import Caption, Examined
 from dalle_ds.data.shards import Shard, check_size, digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, remove_leftovers, sync_directory, write_json
+from dalle_ds.files import built_beside, only_process, remove_leftovers, sync_directory, write_json
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 3
@@ -153,15 +153,22 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
-def remove_parts(out: Path) -> None:
-    """Remove the parts of a prepared folder that are merged.
+def remove_parts(out: Path, merged: list[Part]) -> None:
+    """Remove the parts of a prepared folder that are merged, and no others, which a job may be doing.
 
-    They take another name first: of parts half of which were removed, nobody could tell that they had been merged.
+    Where there are no others, they take another name first: of parts half of which were removed, nobody could tell that they
+    had been merged.
     """
     clear_merged(out)
+    folder = parts_folder(out)
+    own = {path for part in merged for path in (part.folder, _work(part.folder))}
     with suppress(OSError):  # the folder itself is complete, and the next merge tries again
-        parts_folder(out).rename(_merged_folder(out))
-        clear_merged(out)
+        if own.issuperset(folder.iterdir()):
+            folder.rename(_merged_folder(out))
+            clear_merged(out)
+        else:
+            for part in merged:
+                remove_part(part.folder)
 
 
 def clear_merged(out: Path) -> None:
@@ -184,6 +191,11 @@ def existing_part(folder: Path, identity: dict[str, Any]) -> PartReport | None:
     part = _read_part(folder)
     _check_identity(folder, part.manifest["options"], identity)
     return PartReport(str(folder), part.manifest["pairs"], already_there=True)
+
+
+def only_job(out: Path, shard: int, shards: int) -> AbstractContextManager[None]:
+    """Keep other processes from doing a part, or merging it, meanwhile; see `only_process`."""
+    return only_process(out, f".{out.name}.{shard}-of-{shards}.lock")
 
 
 def remove_part(folder: Path) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -156,7 +156,7 @@ def prepare_part(
     if options.corpus is None:
         raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
     folder, identity = Path(out), _identity(options)
-    with only_process(folder, f".{folder.name}.{shard}-of-{shards}.lock"):
+    with parts.only_job(folder, shard, shards):
         existing = _existing_report(identity, folder, overwrite)
         if existing is not None:
             return existing
@@ -214,8 +214,11 @@ def _merge(folder: Path, shards: int | None, options: PrepareOptions | None, ove
             f"the parts in {parts.parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to "
             "it out, or prepare them again with --overwrite True"
         )
-    report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
-    parts.remove_parts(folder)
+    with ExitStack() as locks:
+        for part in found:  # a job may be told to do it once more
+            locks.enter_context(parts.only_job(folder, part.manifest["shard"], part.manifest["shards"]))
+        report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
+        parts.remove_parts(folder, found)
     return report
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.data import PairDataset
-from dalle_ds.data.corpora.files import FORMAT, OTHER, is_image, is_read, walk
+from dalle_ds.data.corpora.files import is_read, walk
 from dalle_ds.data.images import Pixels, center_crop_resize, decode_image, image_suffixes
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
@@ -118,9 +118,7 @@ class PictureFolder:
         """Reason → names of what else lies there."""
         for entry in found:
             if entry.problem is not None or not is_read(entry.name):
-                is_other = entry.problem is None and is_image(entry.name)
-                reason = entry.unpaired(FORMAT if is_other else OTHER).reason
-                self.left_out.setdefault(reason, []).append(entry.name)
+                self.left_out.setdefault(entry.unpaired().reason, []).append(entry.name)
 
     def __len__(self) -> int:
         return len(self.paths)

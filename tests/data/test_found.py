@@ -3,10 +3,12 @@ is kept has the bytes and the words of the source. One table of faults over all 
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 from collections.abc import Callable, Iterable
@@ -22,7 +24,7 @@ import pytest
 from dalle_ds.data.corpora import files, pairs, rows, webdataset, wit
 from dalle_ds.data.corpora.coco import SAME_ID
 from dalle_ds.data.corpora.cub import BAD_LINE, OTHER_PART
-from dalle_ds.data.corpora.downloads import BESIDE, NO_URL
+from dalle_ds.data.corpora.downloads import NO_URL
 from dalle_ds.data.corpora.folder import TABLE_BELOW
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.examine import UNDECODABLE
@@ -100,10 +102,33 @@ def linked(folder: Path) -> None:
     outside = folder.with_name("outside")
     put({"2.png": PNG[2], "2.txt": "caption 2"})(outside)
     (folder / "link").symlink_to(outside)
+    put({"sub/3.png": PNG[3], "sub/3.txt": "caption 3"})(outside)
+    (folder / "link to a part").symlink_to(outside / "sub")
+    (folder / "table.csv").symlink_to("nowhere")
     (outside / "back").symlink_to(folder)
     (outside / "itself").symlink_to(outside)
     (folder / "nothing.png").symlink_to("nowhere")
     (folder / "nothing.txt").write_text("caption")
+
+
+def linked_table(folder: Path) -> None:
+    put({"sub/0.png": PNG[0], "a.jsonl": JSONL.split("\n")[0].replace("0.png", "link/0.png")})(folder)
+    (folder / "link").symlink_to("sub")
+
+
+def latin_1(folder: Path) -> None:
+    texts = pa.array([b"caption 0", "caf\xe9".encode("latin-1"), b"caption 2"], pa.binary()).view(pa.string())
+    pa.parquet.write_table(pa.table({"image": PNG[:3], "text": texts}), folder / "a.parquet")
+
+
+def damaged_arrow(folder: Path) -> None:
+    """A damaged batch, and a batch with a caption that is not UTF-8."""
+    with pa.ipc.new_file(folder / "a.arrow", pa.schema({"image": pa.binary(), "text": pa.string()})) as writer:
+        for number in range(3):
+            writer.write_batch(pa.record_batch({"image": PNG[number:][:1], "text": captions(number)}))
+    content = (folder / "a.arrow").read_bytes()
+    place = content.index(PNG[1]) - 100
+    (folder / "a.arrow").write_bytes(content[:place] + b"\xff" * 40 + content[place + 40 :])
 
 
 def parquet(columns: dict[str, list[Any]], name: str = "a.parquet", more: dict[str, bytes | str] | None = None):
@@ -143,9 +168,13 @@ def coco(folder: Path) -> None:
         {},
     ]
     content = json.dumps({"images": images, "annotations": annotations})
-    put({"annotations/captions_val.json": content, **{f"val/{number}.png": PNG[number] for number in (0, 1, 2, 7)}})(
-        folder
-    )
+    put(
+        {
+            "annotations/captions_val.json": content,
+            "val/same.png": PNG[6],
+            **{f"val/{number}.png": PNG[number] for number in (0, 1, 2, 7)},
+        }
+    )(folder)
 
 
 def cub(folder: Path) -> None:
@@ -156,6 +185,7 @@ def cub(folder: Path) -> None:
             "train_test_split.txt": "1 0\n2 0\n3 1\n",
             "text_c10/a/1.txt": "caption 1\n",
             "text_c10/a/2.txt": "caf\xe9\n".encode("latin-1"),
+            "text_c10/a/7.txt": "of no picture",
             **{f"images/a/{number}.png": PNG[number] for number in (1, 2, 3, 7)},
         }
     )(folder)
@@ -201,7 +231,7 @@ def yfcc_lines() -> bytes:
         row[6], row[7], row[14], row[22] = title, "", url(number), "0"
         return "\t".join(row)
 
-    return "\n".join([line(0, "caption+0"), line(1, "caf%E9"), "a\tb"]).encode()
+    return "\n".join([line(0, "caption+0"), line(1, "caf%E9"), line(2, "<b>I %3C3 5 > 4"), "a\tb"]).encode()
 
 
 def downloads_as_files(folder: Path) -> None:
@@ -211,6 +241,8 @@ def downloads_as_files(folder: Path) -> None:
             **{f"pictures/0/{number}.png": PNG[number] for number in (0, 1, 3)},
             "pictures/0/0.json": json.dumps({"url": url(0)}),
             "pictures/0/1.json": "{",
+            "pictures/0/0.webp": PNG[4],
+            "pictures/info.json": "{}",
             "pictures/0/2.json": json.dumps({"url": url(2)}),
             "pictures/0/0.txt": "not this one",
             "pictures/0_stats.json": "{}",
@@ -230,6 +262,7 @@ class Case:
     source: str = "."
     lost: dict[str, int] = field(default_factory=dict)
     """Captions of kept pairs."""
+    column: str | None = None
 
 
 def captions(*numbers: int) -> list[str]:
@@ -239,6 +272,9 @@ def captions(*numbers: int) -> list[str]:
 JSONL = "".join(json.dumps({"file_name": f"{number}.png", "text": f"caption {number}"}) + "\n" for number in range(3))
 CSV = "file_name,text\n0.png,caption 0\n1.png,caption 1\n"
 UNLISTED = {pairs.NOT_LISTED: 1}
+IMAGE: Callable[[int], str] = "image".format
+JSON = [json.dumps({"text": f"caption {number}"}).encode() for number in range(3)]
+FLIPPED = gzip.compress(tar(samples(3)), 0).replace(b"caption 2", b"option 2!")
 
 CASES = {
     # --- folders with texts beside pictures
@@ -280,6 +316,7 @@ CASES = {
                 "more.tar": b"",
                 "readme.md": "x",
                 "sub/metadata.csv": CSV,
+                "paper.pdf": b"x",
                 "a.heic": b"x",
                 "a.txt": "caption",
                 "empty.png": b"",
@@ -288,9 +325,11 @@ CASES = {
         ),
         captions(0),
         {files.FORMAT: 1, pairs.EMPTY_FILE: 1},
-        {files.SYSTEM: 4, files.ARCHIVE: 2, files.OTHER: 1, TABLE_BELOW: 1},
+        {files.SYSTEM: 4, files.ARCHIVE: 2, files.OTHER: 2, TABLE_BELOW: 1},
     ),
-    "folder: links": Case("folder", linked, captions(0, 1, 2), {pairs.LINK_TO_NOTHING: 1}, {files.LOOP: 2}),
+    "folder: links": Case(
+        "folder", linked, captions(0, 1, 2, 3), {pairs.LINK_TO_NOTHING: 1}, {files.LOOP: 3, pairs.LINK_TO_NOTHING: 1}
+    ),
     # --- tables
     "csv: open quote": Case(
         "folder",
@@ -309,6 +348,18 @@ CASES = {
     "csv: a quote that is open to the end": Case(
         "folder", table(f'{CSV}2.png,"open\n'), captions(0, 1), {rows.OPEN_QUOTE: 1}, UNLISTED
     ),
+    "csv: a quote that closes by chance, short and long rows": Case(
+        "folder",
+        table('file_name,text,more\n0.png,"open\n1.png,caption 1\n2.png,caption 2,x,y\n3.png,the 5"\n', 4),
+        ["caption 1", 'the 5"'],
+        {rows.OPEN_QUOTE: 1, rows.FIELDS: 1},
+        {pairs.NOT_LISTED: 2},
+    ),
+    "csv: a caption of several lines": Case(
+        "folder", table(f'file_name,text\n0.png,"see\n{"long " * 80}, and\n9.png"\n1.png,caption 1\n', 2),
+        [f'see {"long " * 79}long , and 9.png', "caption 1"],
+    ),
+    "csv: a heading without an end": Case("folder", table(CSV.replace("\n", f",{'x' * 140_000}\n", 1), 2), captions(0, 1)),
     "csv: quotes as they should be": Case(
         "folder",
         table('"file_name", "text"\n"0.png","a, ""b""\nand, c"\n1.png, "caption 1"\n2.png, "a, b"\n'),
@@ -316,9 +367,9 @@ CASES = {
     ),
     "csv: more fields, fewer fields, empty lines": Case(
         "folder",
-        table("file_name,text\n\n0.png,a cat, sitting\n1.png\n2.png,caption 2\n"),
+        table("file_name,text\n\n0.png,a cat, sitting\n1.png\n2.png,caption 2\n0.png,a cat,\n"),
         captions(2),
-        {rows.FIELDS: 1, pairs.NO_CAPTION: 1},
+        {rows.FIELDS: 2, pairs.NO_CAPTION: 1},
         UNLISTED,
     ),
     "csv: semicolons": Case("folder", table(CSV.replace(",", ";"), 2), captions(0, 1)),
@@ -343,21 +394,45 @@ CASES = {
         "folder",
         table(
             JSONL + '{"file_name": "3.png"}\n{"text": "x"}\n[1]\n{broken\n{"file_name": "3.png", "text": null}\n'
+            '{"file_name": "\\ud800.png", "text": "x"}\n'
             '{"file_name": "3.png", "text": 5}\n{"file_name": "3.png", "text": ["caption 3", 5, "\\ud800"]}\n',
             4,
             "a.jsonl",
         ),
         captions(0, 1, 2, 3),
-        {pairs.NO_CAPTION: 2, pairs.NO_PICTURE: 1, pairs.BROKEN_JSON: 2, pairs.NOT_TEXT: 1},
+        {pairs.NO_CAPTION: 2, pairs.NO_PICTURE: 1, pairs.BROKEN_JSON: 2, pairs.NOT_TEXT: 1, pairs.UNREADABLE: 1},
         lost={pairs.NOT_TEXT: 1, pairs.ENCODING: 1},
     ),
+    "jsonl: names through a link": Case("folder", linked_table, captions(0), unpaired={files.LOOP: 1}),
     # --- WebDataset
-    "tar: one name": Case("webdataset", put({"0.tar": tar(samples(5, lambda _: "image"))}), captions(0, 1, 2, 3, 4)),
+    "tar: one name": Case("webdataset", put({"0.tar": tar(samples(5, IMAGE))}), captions(0, 1, 2, 3, 4)),
     "tar: one name, pictures first": Case(
         "webdataset",
-        put({"0.tar": tar(sorted(samples(2, lambda _: "image"), key=lambda member: member[0]))}),
-        captions(0),
-        {webdataset.ANOTHER_PICTURE: 1, pairs.NO_PICTURE: 1},
+        put({"0.tar": tar([*sorted(samples(2, IMAGE), key=lambda member: member[0]), *samples(4)[6:]])}),
+        captions(3),
+        {webdataset.ANOTHER_PICTURE: 1, webdataset.AMBIGUOUS: 1},
+        {pairs.CAPTION_UNUSED: 1},
+    ),
+    "tar: one name, texts before and behind": Case(
+        "webdataset",
+        put(
+            {
+                "0.tar": tar([*samples(1, IMAGE), ("image.json", JSON[1]), *samples(2, IMAGE)[2:]]),
+                "1.tar": tar([("2.png", PNG[2]), ("2.json", JSON[2])]),
+            }
+        ),
+        captions(2),
+        {webdataset.AMBIGUOUS: 1, pairs.NO_CAPTION: 1},
+        {pairs.CAPTION_UNUSED: 2},
+        column="text",
+    ),
+    "tar: one name, one order": Case(
+        "webdataset",
+        put({"0.tar": tar([m for n in range(3) for m in (*samples(3, IMAGE)[2 * n :][:2], ("image.json", JSON[n]))])}),
+        captions(1, 2),
+        {webdataset.AMBIGUOUS: 1},
+        {pairs.CAPTION_UNUSED: 3},
+        column="text",
     ),
     "tar: cut behind a member": Case(
         "webdataset", put({"0.tar": cut_between_members(3)}), captions(0, 1, 2), {pairs.TRUNCATED: 1}
@@ -388,7 +463,7 @@ CASES = {
         ),
         captions(0, 1, 2),
         {webdataset.NO_ARCHIVE: 1, webdataset.BEHIND_THE_END: 1},
-        {pairs.NOTHING_IN_IT: 1, files.ARCHIVE: 1, files.NOT_READ: 1},
+        {pairs.NOTHING_IN_IT: 1, files.ARCHIVE: 1, files.OTHER: 1},
     ),
     "tar: of a Mac": Case(
         "webdataset",
@@ -429,7 +504,36 @@ CASES = {
         },
         {files.OTHER: 1, files.ARCHIVE: 1, pairs.CAPTION_UNUSED: 1, webdataset.SEVERAL_DOTS: 3},
     ),
+    "tar: packed part by part": Case(
+        "webdataset",
+        put(
+            {
+                f"{number}.tar": b"".join(pack(part) for part in (whole[:700], whole[700:]))
+                for number, pack in enumerate((gzip.compress, bz2.compress, lzma.compress))
+                for whole in [tar(samples(3)[2 * number:][:2])]
+            }
+        ),
+        captions(0, 1, 2),
+    ),
+    "tar: packed, with a wrong checksum, without one, with something behind it": Case(
+        "webdataset",
+        put(
+            {
+                "0.tar.gz": FLIPPED,
+                "1.tar.gz": gzip.compress(tar(samples(4)[6:]))[:-8],
+                "2.tar.gz": gzip.compress(tar(samples(5)[8:])) + b"xx",
+            }
+        ),
+        [*captions(0, 1, 3, 4), "option 2!"],
+        {webdataset.BEHIND_THE_END: 3},
+    ),
+    "tar: JSON in Latin-1": Case(
+        "webdataset", put({"0.tar": tar([*samples(1), ("1.png", PNG[1]), ("1.json", '{"text": "\xe9"}'.encode("latin-1"))])}),
+        captions(0), {pairs.ENCODING: 1}
+    ),
     # --- Hugging Face
+    "parquet and arrow: a caption in Latin-1": Case("hf", latin_1, captions(0, 2), {pairs.ENCODING: 1}),
+    "arrow: a batch that is damaged": Case("hf", damaged_arrow, captions(0, 2), {pairs.UNREADABLE: 1}),
     "parquet: nulls, numbers, paths": Case(
         "hf",
         parquet(
@@ -443,14 +547,14 @@ CASES = {
         ),
         captions(0, 1),
         {pairs.NO_PICTURE: 1, pairs.EMPTY_FILE: 1},
-        {files.NOT_READ: 2},
+        {files.OTHER: 2},
     ),
     "parquet: captions that are none": Case(
         "hf",
         parquet({"image": PNG[:2], "text": [["caption 0", None], None]}, "A.PARQUET"),
         captions(0),
         {pairs.NO_CAPTION: 1},
-        lost={pairs.NOT_TEXT: 1},
+        lost={pairs.NO_CAPTION: 1},
     ),
     "parquet: damaged": Case("hf", damaged_parquet, captions(0, 1, 4, 5), {pairs.UNREADABLE: 3}),
     "saved dataset": Case(
@@ -463,38 +567,42 @@ CASES = {
         captions(0, 1),
         {pairs.NO_PICTURE: 2, pairs.NOT_TEXT: 1, SAME_ID: 1, pairs.UNREADABLE: 2, pairs.NO_CAPTION: 1},
         UNLISTED,
-        lost={pairs.NOT_TEXT: 1},
+        lost={pairs.NO_CAPTION: 1},
     ),
     "cub": Case(
         "cub",
         cub,
         captions(1),
         {pairs.ENCODING: 1, pairs.NOT_LISTED: 1, BAD_LINE: 2},
-        {pairs.NOT_LISTED: 1, OTHER_PART: 1},
+        {pairs.NOT_LISTED: 1, OTHER_PART: 1, files.OTHER: 1},
     ),
     "conceptual": Case(
         "conceptual",
         joined(
-            b"\xef\xbb\xbfcaption 0\t%b\ncaf\xe9\t%b\nno address\n" % (url(0).encode(), url(1).encode()),
-            (0, 1, 2),
+            b"\xef\xbb\xbfcaption 0\t%b\ncaf\xe9\t%b\nno address\n\n%b\ta cat\tsleeping\n"
+            % tuple(url(number).encode() for number in (0, 1, 4)),
+            (0, 1, 2, 5),
             [("3.png", PNG[3]), ("._3.png", MAC), ("0.txt", b"x")],
             b_tsv_gz=b"x",
+            **{"sub/c_tsv": f"caption 5\t{url(5)}\n".encode()},
         ),
-        captions(0),
+        captions(0, 5),
         {pairs.ENCODING: 1, pairs.NOT_LISTED: 1, NO_URL: 1, pairs.NO_PICTURE: 1},
-        {NO_URL: 1, files.SYSTEM: 1, files.ARCHIVE: 1, pairs.CAPTION_UNUSED: 1},
+        {NO_URL: 1, rows.FIELDS: 1, files.SYSTEM: 1, files.ARCHIVE: 1, pairs.CAPTION_UNUSED: 1},
         "table",
     ),
     "wit": Case(
         "wit", joined(wit_lines(), (0, 1, 2)), ["caption 0", "caption 2"], {pairs.NOT_LISTED: 1}, {rows.OPEN_QUOTE: 1}, "table"
     ),
-    "yfcc": Case("yfcc", joined(yfcc_lines(), (0, 1)), captions(0), {pairs.ENCODING: 1}, {NO_URL: 1}, "table"),
+    "yfcc": Case(
+        "yfcc", joined(yfcc_lines(), (0, 1, 2)), ["caption 0", "I <3 5 > 4"], {pairs.ENCODING: 1}, {rows.FIELDS: 1}, "table"
+    ),
     "downloads as files": Case(
         "conceptual",
         downloads_as_files,
         captions(0),
-        {pairs.BROKEN_JSON: 1, pairs.NO_PICTURE: 1, NO_URL: 1},
-        {BESIDE: 2},
+        {pairs.BROKEN_JSON: 1, pairs.NO_PICTURE: 1, NO_URL: 1, webdataset.ANOTHER_PICTURE: 1},
+        {files.OTHER: 3},
         "table",
     ),
 }  # fmt: skip
@@ -506,6 +614,7 @@ def options_of(case: Case, folder: Path) -> PrepareOptions:
         corpus=case.corpus,
         source=str(folder / case.source),
         pictures=pictures_at,
+        caption_column=case.column,
         validation=0.0,  # type: ignore[arg-type]
     )
 

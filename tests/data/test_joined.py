@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dalle_ds.data import corpora
-from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, downloads, tables, webdataset, wit
+from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, downloads, pairs, tables, webdataset, wit
 from dalle_ds.data.corpora.conceptual import read_conceptual
 from dalle_ds.data.corpora.pairs import BROKEN_JSON
 from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, UrlIndex, plain_rows
@@ -88,18 +87,18 @@ def conceptual(tmp_path: Path) -> str:
 @pytest.mark.parametrize("form", FORMATS)
 def test_conceptual_captions_in_every_format_of_downloads(tmp_path: Path, conceptual: str, form: str) -> None:
     pictures = download(tmp_path / form, form, [2, 0, 1, 3, 4, 5])
-    pairs = {item.name.split("/")[-1]: item for item in read_conceptual(conceptual, pictures)}
+    items = {item.name.split("/")[-1]: item for item in read_conceptual(conceptual, pictures)}
     captions = found(read_conceptual(conceptual, pictures))
     if form == "parquet":
-        assert captions.pop("000000003") == corpora.NO_PICTURE
+        assert captions.pop("000000003") == pairs.NO_PICTURE
     assert captions == {
         "000000000": ["猫が座る"],
         "000000001": ["a cat"],
         "000000002": ['the "best" dog', "a dog again"],
         "000010000": ["  "],
-        "000010001": corpora.NOT_LISTED,
+        "000010001": pairs.NOT_LISTED,
     }
-    cat = pairs["000000001"]
+    cat = items["000000001"]
     assert isinstance(cat, RawPair) and cat.image == picture_bytes(0, format="JPEG")
 
 
@@ -133,9 +132,9 @@ def test_wit_takes_english_reference_captions(tmp_path: Path) -> None:
     pictures = download(tmp_path / "pictures", "webdataset", [0, 1, 2, 4])
     assert list(found(read_wit(str(folder), pictures)).values()) == [
         ['A quote ", a tab\tand\nan end of line', "From another article", "From another article"],
-        corpora.NO_CAPTION,
-        corpora.NO_CAPTION,
-        corpora.NOT_LISTED,
+        pairs.NO_CAPTION,
+        pairs.NO_CAPTION,
+        pairs.NOT_LISTED,
     ]
     alternative = found(read_wit(str(folder), pictures, "caption_alt_text_description"))
     assert list(alternative.values())[2] == ["an alternative"]
@@ -168,8 +167,8 @@ def test_yfcc_takes_titles_and_descriptions_of_photographs(tmp_path: Path, colum
     assert list(found(read_yfcc(str(table), pictures)).values()) == [
         ["Crème brûlée, 100%", "My  holiday & more\nthan that"],
         ["only a description"],
-        corpora.NO_CAPTION,
-        corpora.NO_CAPTION,
+        pairs.NO_CAPTION,
+        pairs.NO_CAPTION,
     ]
 
 
@@ -179,7 +178,7 @@ def test_joined_corpora_in_parts_are_the_preparation_byte_for_byte(tmp_path: Pat
     pictures = download(tmp_path / "pictures", "webdataset", list(range(28)))
     options = PrepareOptions(corpus="conceptual", source=str(table), pictures=pictures, validation=0.2)
     report = prepare(options, str(tmp_path / "whole"))
-    assert sum(report.kept.values()) == 23 and report.dropped[corpora.NOT_LISTED].count == 4
+    assert sum(report.kept.values()) == 23 and report.dropped[pairs.NOT_LISTED].count == 4
     for shard in (2, 0, 1):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
     merge_parts(str(tmp_path / "parts"))
@@ -199,7 +198,7 @@ def test_an_index_of_many_urls_finds_each_and_no_other(monkeypatch: pytest.Monke
 def test_urls_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "_key", lambda url: 7)
     table = tmp_path / "table.tsv"
-    table.write_text("http://a\tA\nhttp://b\tB\n" + "x" * (corpora.MAX_TEXT_BYTES + 5) + "\nhttp://c\tC\n")
+    table.write_text("http://a\tA\nhttp://b\tB\n" + "x" * (pairs.MAX_TEXT_BYTES + 5) + "\nhttp://c\tC\n")
     captions = CaptionTable(str(table), TableFormat(plain_rows, lambda row: row[0], lambda row: row[1:]))
     assert [captions.captions(f"http://{name}") for name in "abcd"] == [["A"], ["B"], ["C"], None]
 
@@ -228,7 +227,7 @@ def test_damaged_downloads_are_counted(tmp_path: Path, conceptual: str, form: st
     path = pictures / victim
     path.write_bytes(path.read_bytes()[: 1000 if form == "webdataset" else 20])
     items = [item for item in read_conceptual(conceptual, str(pictures)) if not isinstance(item, Unpaired)]
-    reason = {"webdataset": corpora.TRUNCATED, "files": BROKEN_JSON, "parquet": corpora.UNREADABLE}[form]
+    reason = {"webdataset": pairs.TRUNCATED, "files": BROKEN_JSON, "parquet": pairs.UNREADABLE}[form]
     assert [item.reason for item in items if not isinstance(item, RawPair)] == [reason]
     assert sum(isinstance(item, RawPair) for item in items) == (3 if form == "files" else 2)
 
@@ -240,4 +239,4 @@ def test_downloads_that_are_too_big_are_counted(
     for reader in (downloads, webdataset):
         monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
     too_big = found(read_conceptual(conceptual, download(tmp_path / form, form, [1])))
-    assert too_big == {"000000000": corpora.TOO_BIG}
+    assert too_big == {"000000000": pairs.TOO_BIG}

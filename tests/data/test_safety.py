@@ -48,8 +48,8 @@ def test_bombs_are_refused_without_the_memory_they_ask_for(tmp_path: Path) -> No
         "a huge caption in a tar": "['truncated archive']",
         "a huge name in a tar": "['truncated archive']",
         "a huge pax header in a tar": "['truncated archive']",
-        "something huge that is no sample": "['neither picture nor caption', 'truncated archive']",
-        "many members of a sample that are not used": "['neither picture nor caption', 'truncated archive']",
+        "something huge that is no sample": "['file that is not read', 'truncated archive']",
+        "many members of a sample that are not used": "['file that is not read', 'truncated archive']",
         "a hundred thousand members": "['truncated archive']",
         "a table of bombs": "['broken JSON', 'line too long', 'broken JSON', 'kept']",
     }
@@ -164,7 +164,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     assert found == {
         "pipe.png": "not a regular file", "device.png": "not a regular file", "folder.png": "not a regular file",
         "linked.png": "linked", "good.png": "good", "dangling.png": "link to nothing", "words.png": "not a regular file",
-        "text.fifo": "neither picture nor caption",
+        "text.fifo": "file that is not read",
     }  # fmt: skip
     names = ["pipe.png", "/dev/zero", "good.png", "good\0.png", "/dev/stdin"]
     table = [json.dumps({"file_name": name, "caption": "from a table"}) for name in names]

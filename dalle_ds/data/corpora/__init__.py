@@ -9,37 +9,13 @@ from dalle_ds.data.corpora.conceptual import read_conceptual
 from dalle_ds.data.corpora.cub import read_cub
 from dalle_ds.data.corpora.folder import read_folder
 from dalle_ds.data.corpora.hf import read_hf
-from dalle_ds.data.corpora.pairs import (
-    MAX_PICTURE_BYTES,
-    MAX_TEXT_BYTES,
-    NO_CAPTION,
-    NO_PICTURE,
-    NOT_A_FILE,
-    NOT_LISTED,
-    TOO_BIG,
-    TRUNCATED,
-    UNREADABLE,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-)
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired
 from dalle_ds.data.corpora.twemoji import read_twemoji
 from dalle_ds.data.corpora.webdataset import read_webdataset
 from dalle_ds.data.corpora.wit import read_wit
 from dalle_ds.data.corpora.yfcc import read_yfcc
 
 __all__ = [
-    "MAX_PICTURE_BYTES",
-    "MAX_TEXT_BYTES",
-    "NOT_A_FILE",
-    "NOT_LISTED",
-    "NO_CAPTION",
-    "NO_PICTURE",
-    "TOO_BIG",
-    "TRUNCATED",
-    "UNREADABLE",
     "Broken",
     "Corpus",
     "RawPair",

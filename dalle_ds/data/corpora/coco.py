@@ -28,7 +28,7 @@ from dalle_ds.data.corpora.pairs import (
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import is_text, parse_json, shown
 
-SAME_ID = "another picture of the same id"
+SAME_ID = "another image of the same id"
 MAX_ANNOTATION_BYTES = 2**30
 PREFIX = "captions_"
 
@@ -76,11 +76,14 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
         except (KeyError, TypeError):
             bad.append(Broken(f"{file.name} annotation {place}", NO_CAPTION))
     names: dict[Any, str] = {}
+    listed: set[str] = set()
     for place, image in enumerate(images):
         where = f"{file.name} image {place}"
         try:
             number, name = image["id"], image["file_name"]
             reason = SAME_ID if number in names else None if is_text(name) and name else NO_PICTURE
+            if reason != NO_PICTURE and is_text(name):
+                listed.add(Path(name).name)
         except (KeyError, TypeError):
             reason = UNREADABLE
         if reason is None:
@@ -92,7 +95,6 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
         yield Unit(name, partial(_read, folder / Path(name).name, captions.pop(number, []), name))
     bad += [Broken(f"{file.name} captions of image {shown(number)}", NO_PICTURE) for number in captions]
     yield from map(told, bad)
-    listed = {Path(name).name for name in names.values()}
     yield from not_listed(entry for entry in walk(folder) if entry.name not in listed)
 
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dalle_ds.data.corpora.pairs import Corpus
-from dalle_ds.data.corpora.rows import Row
+from dalle_ds.data.corpora.pairs import Corpus, Unusable
+from dalle_ds.data.corpora.rows import FIELDS, Row
 from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, joined, plain_rows
 
 _SCHEMES = ("http://", "https://")
@@ -26,7 +26,9 @@ def read_conceptual(source: str, pictures: str) -> Corpus:
 
 
 def _url(row: Row) -> str | None:
-    return next((field for field in row[:2] if field.startswith(_SCHEMES)), None)
+    if len(row) > 2 and row[0].startswith(_SCHEMES):  # a tab in a caption; behind a URL there may be labels
+        raise Unusable(FIELDS)
+    return next((field for field in row[:2] if field.startswith(_SCHEMES)), "")
 
 
 def _captions(row: Row) -> list[str]:

@@ -77,8 +77,11 @@ def read_cub(source: str, part: Part = "test") -> Corpus:
             others = len(names) - len(chosen) - len(of_neither)
             if others:
                 yield told(Unpaired("images.txt", OTHER_PART, others))
-        listed = set(names.values())
-        yield from not_listed(entry for entry in walk(folder / "images") if entry.name not in listed)
+        read = {folder / "images.txt", folder / "train_test_split.txt", folder / "testclasses.txt"}
+        for name in names.values():
+            read |= {folder / "images" / name, _caption_file(captions, name)}
+        for place in (folder,) if captions.is_relative_to(folder) else (folder, captions):
+            yield from not_listed(entry for entry in walk(place) if entry.path not in read)
 
     return Corpus(units)
 
@@ -114,12 +117,16 @@ def _test_pictures(folder: Path, captions: Path, names: dict[str, str]) -> tuple
     return test, {name for number, name in names.items() if is_train.get(number) not in ("0", "1")}
 
 
+def _caption_file(captions: Path, name: str) -> Path:
+    return captions / f"{name.removesuffix(PurePosixPath(name).suffix)}.txt"
+
+
 def _read(images: Path, captions: Path, name: str) -> Iterator[RawPair | Broken]:
     if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
         yield Broken(name, UNREADABLE)
         return
     try:
-        lines = lines_of(read_file((captions / name).with_suffix(".txt"), MAX_TEXT_BYTES))
+        lines = lines_of(read_file(_caption_file(captions, name), MAX_TEXT_BYTES))
     except FileNotFoundError:
         yield Broken(name, NO_CAPTION)
     except Unusable as error:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import FORMAT, Found, is_image, is_system, suffix_of, walk
+from dalle_ds.data.corpora.files import Found, is_image, is_system, suffix_of, walk
 from dalle_ds.data.corpora.hf import parquet_rows
 from dalle_ds.data.corpora.pairs import (
     MAX_PICTURE_BYTES,
@@ -30,7 +30,6 @@ from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 
 NO_URL = "no URL"
-BESIDE = "file beside the pictures"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def download_shards(pictures: str) -> list[DownloadShard]:
             "webdataset, files and parquet)"
         )
     # One for what is no shard.
-    others = DownloadShard(BESIDE, lambda: (entry.unpaired(BESIDE) for entry in rest))
+    others = DownloadShard("other files", lambda: (entry.unpaired() for entry in rest))
     return [*(DownloadShard(entry.name, partial(read, path)) for path, entry in shards.items()), others]
 
 
@@ -113,29 +112,29 @@ def _about(sample: TarSample) -> bytes:
 
 def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Download | Broken]:
     files = files_of[path]
-    plain = [entry for entry in files if entry.problem is None and not is_system(entry.name)]
-    pictures = {entry.path.stem: entry.path for entry in reversed(plain) if is_image(entry.name)}  # the first one
+    plain = [entry for entry in files if not is_system(entry.name)]
+    pictures = {entry.path.stem: entry for entry in reversed(plain) if is_image(entry.name)}  # the first one
     texts = [entry.path for entry in plain if _is_about(entry)]
     for about in texts:
         name = f"{path.name}/{about.stem}"
         picture = pictures.get(about.stem)
         try:
-            if picture is not None and suffix_of(picture.name) not in image_suffixes():
-                raise Unusable(FORMAT)
-            image = None if picture is None else read_file(picture, MAX_PICTURE_BYTES)
+            if picture is not None and picture.problem is not None:
+                raise Unusable(picture.problem)
+            image = None if picture is None else read_file(picture.path, MAX_PICTURE_BYTES)
             yield _download(name, image, partial(read_file, about, MAX_TEXT_BYTES))
         except Unusable as error:
             yield Broken(name, error.reason)
         except OSError:
             yield Broken(name, UNREADABLE)
     stems = {about.stem for about in texts}
-    used = {*texts, *(picture for stem, picture in pictures.items() if stem in stems)}
+    used = {*texts, *(picture.path for stem, picture in pictures.items() if stem in stems)}
     for entry in files:
         if entry.path not in used:
             if entry.problem is None and is_image(entry.name) and not is_system(entry.name):
                 yield Broken(entry.name, ANOTHER_PICTURE if entry.path.stem in stems else NO_URL)
             else:
-                yield entry.unpaired(BESIDE)
+                yield entry.unpaired()
 
 
 def _from_table(path: Path) -> Iterator[Download | Broken]:

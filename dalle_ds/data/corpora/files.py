@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dalle_ds.data.corpora.pairs import NOT_A_FILE, NOT_LISTED, Unit, Unpaired, told
+from dalle_ds.data.corpora.pairs import LINK_TO_NOTHING, NOT_A_FILE, NOT_LISTED, Unit, Unpaired, told
 from dalle_ds.data.images import image_suffixes, other_image_suffixes
 
-OTHER = "neither picture nor caption"
-NOT_READ = "file that is not read"
-FORMAT = "picture format that is not read"
+OTHER = "file that is not read"
+FORMAT = "image format that is not read"
 ARCHIVE = "archive that is not opened"
 SYSTEM = "metadata of an operating system"
-LOOP = "link to a folder that is read anyway"
+LOOP = "folder that is read by another path"
 NO_ENTRY = "folder that cannot be read"
 
 _PACKED = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
@@ -34,7 +34,9 @@ class Found:
 
     def unpaired(self, reason: str = OTHER) -> Unpaired:
         """That it belongs to no pair, for this reason where there is no better one."""
-        return Unpaired(self.name, self.problem or unpaired_reason(self.name, reason))
+        leads_nowhere = self.path.is_symlink() and not self.path.exists()
+        problem = LINK_TO_NOTHING if leads_nowhere else self.problem
+        return Unpaired(self.name, problem or unpaired_reason(self.name, reason))
 
 
 def walk(folder: Path) -> list[Found]:
@@ -42,24 +44,28 @@ def walk(folder: Path) -> list[Found]:
     found: list[Found] = []
 
     def add(path: Path, problem: str | None = None) -> None:
-        found.append(Found(path, str(path.relative_to(folder)), problem))
+        name = str(path.relative_to(folder))
+        is_other = is_image(name) and not is_system(name) and suffix_of(name) not in image_suffixes()
+        found.append(Found(path, name, problem or (FORMAT if is_other else None)))
 
     root = folder.resolve()
-    seen = {root}
+    seen: set[tuple[int, int | Path]] = set()
     for place, folders, files in os.walk(
         folder, onerror=lambda error: add(Path(error.filename or folder), NO_ENTRY), followlinks=True
     ):
         for name in sorted(folders):
             path = Path(place, name)
-            problem = NOT_A_FILE if is_image(name) else None
-            if path.is_symlink():
-                target = path.resolve()
-                if target in seen or target.is_relative_to(root) or root.is_relative_to(target):
-                    folders.remove(name)
-                    problem = problem or LOOP
-                seen.add(target)
-            if problem is not None:
-                add(path, problem)
+            target = path.resolve()
+            again = path.is_symlink() and (target.is_relative_to(root) or root.is_relative_to(target))
+            with suppress(OSError):  # of which `walk` tells
+                there = path.stat()
+                key = there.st_dev, there.st_ino or target  # some file systems have no numbers
+                again = again or key in seen
+                seen.add(key)
+            if again:
+                folders.remove(name)
+            if again or is_image(name):
+                add(path, NOT_A_FILE if is_image(name) else LOOP)
         folders.sort()  # which of two links to a folder is followed depends on names alone
         for name in files:
             add(Path(place, name))

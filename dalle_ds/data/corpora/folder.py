@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import xxhash
 
-from dalle_ds.data.corpora.files import FORMAT, Found, is_image, is_system, not_listed, suffix_of, walk
+from dalle_ds.data.corpora.files import Found, is_image, is_system, not_listed, suffix_of, walk
 from dalle_ds.data.corpora.pairs import (
     CAPTION_UNUSED,
     MAX_TEXT_BYTES,
@@ -95,8 +96,8 @@ def _units(found: list[Found]) -> Iterator[Unit]:
         elif _is_text(entry) and _stem(entry) not in pictures:
             yield told(Broken(entry.name, NO_PICTURE))
         elif not _is_text(entry):
-            is_table = suffix_of(entry.name) in (*_TABLES, ".tsv")
-            yield told(Unpaired(entry.name, TABLE_BELOW) if is_table else entry.unpaired())
+            is_below = suffix_of(entry.name) in (*_TABLES, ".tsv") and "/" in entry.name
+            yield told(entry.unpaired(TABLE_BELOW) if is_below else entry.unpaired())
         elif texts[_stem(entry)] != entry.path:
             yield told(Unpaired(entry.name, CAPTION_UNUSED))
 
@@ -114,13 +115,8 @@ def _stem(entry: Found) -> str:
 
 
 def _read_with_text(entry: Found, text: Path | None) -> Iterator[RawPair | Broken]:
-    reason = entry.problem
-    if suffix_of(entry.name) not in image_suffixes():
-        reason = reason or FORMAT
-    if reason is None and text is None:
-        reason = NO_CAPTION
-    if reason is not None or text is None:
-        yield Broken(entry.name, reason or NO_CAPTION)
+    if entry.problem is not None or text is None:
+        yield Broken(entry.name, entry.problem or NO_CAPTION)
         return
     try:
         captions = lines_of(read_file(text, MAX_TEXT_BYTES))
@@ -134,8 +130,10 @@ def _read_with_text(entry: Found, text: Path | None) -> Iterator[RawPair | Broke
 
 def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
     listed: set[int] = set()
+    empty = True
     with unreadable_is_a_data_error(table):
         for line, row in pair_rows(table, image_column, caption_column):
+            empty = False
             name = f"{table.name} line {line}"
             if isinstance(row, str):
                 yield told(Broken(name, row))
@@ -143,15 +141,18 @@ def _table_units(table: Path, image_column: str | None, caption_column: str | No
             if isinstance(row[0], str):
                 listed.add(_key(table.parent / row[0]))
             yield Unit(name, partial(_read_table_row, table.parent, row, name))
-    if not listed:
+    if empty:
         yield told(Unpaired(table.name, NOTHING_IN_IT))
     others = (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
     yield from not_listed(others)
 
 
 def _key(path: Path) -> int:
-    """A table of millions of rows is remembered by so many numbers."""
-    return xxhash.xxh3_64_intdigest(os.fsencode(os.path.normpath(path)))
+    """A table of millions of rows is remembered by so many numbers, of the files that its names lead to."""
+    name = str(path)
+    with suppress(OSError, ValueError):  # of names that no file can have
+        name = os.path.realpath(name)
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
 
 
 def _read_table_row(folder: Path, row: PairRow, name: str) -> Iterator[RawPair | Broken]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import NOT_READ, is_system, suffix_of, walk
+from dalle_ds.data.corpora.files import is_system, suffix_of, walk
 from dalle_ds.data.corpora.pairs import (
     CAPTION_COLUMNS,
     ENCODING,
@@ -72,7 +72,7 @@ def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
     for file, name in files.items():
         yield Unit(name, partial(_read_file, folder, wanted, name, file))
     others = (entry for entry in found if entry.path not in files and entry.path.name not in _OF_SAVED)
-    yield from (told(entry.unpaired(NOT_READ)) for entry in others)
+    yield from (told(entry.unpaired()) for entry in others)
 
 
 def _saved_files(path: Path) -> dict[Path, str] | None:
@@ -85,7 +85,9 @@ def _saved_files(path: Path) -> dict[Path, str] | None:
         is_one = not (path / splits).is_file()
         for split in [path.name] if is_one else parse_json(read_file(path / splits, MAX_TEXT_BYTES))["splits"]:
             folder = path if is_one else path / split
-            parts = [entry["filename"] for entry in parse_json(read_file(folder / state, MAX_TEXT_BYTES))["_data_files"]]
+            parts = [
+                entry["filename"] for entry in parse_json(read_file(folder / state, MAX_TEXT_BYTES))["_data_files"]
+            ]
             files |= {folder / part: split if len(parts) == 1 else f"{split}/{part}" for part in parts}
     except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
 OPEN_QUOTE = "open or misplaced quote"
-FIELDS = "more fields than the heading"
+FIELDS = "another number of fields than of columns"
 _SEPARATORS = (",", "\t", ";", "|")
+csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's 128 KiB
 
 Line = tuple[int, str, str | None]
 """(where it begins, the text, why it cannot be read or None)."""
@@ -55,7 +57,6 @@ def quoted_rows(
     Args:
         is_row: whether the fields of a line are those of a row; lines within a field are no rows.
     """
-    csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's 128 KiB
     again: list[Line] = []  # to be read once more, the next one last
     taken: list[Line] = []
 
@@ -116,14 +117,17 @@ def _separated_rows(
         raise DataError(f"{table} has the column {twice[0]!r} twice: rename one of them")
 
     def is_row(fields: Row) -> bool:
-        name = fields[image] if len(fields) == len(heading) else ""
-        known = name.lower().endswith(image_suffixes()) or (name != "" and (table.parent / name).is_file())
-        return known and "\0" not in name
+        name = fields[image].strip() if len(fields) > image else ""
+        # A line of one field may be words that end like that.
+        named = len(fields) > 1 and "\0" not in name and name.lower().endswith(image_suffixes())
+        with suppress(OSError):  # a line that is too long for a name
+            return named or (table.parent / name).is_file()
+        return False
 
     for line, row in quoted_rows(lines, separator, is_row):
         if isinstance(row, str):
             yield line, row
-        elif any(row[len(heading) :]):
+        elif len(row) > len(heading):  # a separator in a caption, which would be cut there
             yield line, FIELDS
         else:
             fields = (row[place] if place < len(row) else None for place in (image, caption))

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from dalle_ds.data.corpora.downloads import NO_URL, DownloadShard, download_shards
-from dalle_ds.data.corpora.files import NOT_READ, Found, is_system, suffix_of
+from dalle_ds.data.corpora.files import ARCHIVE, Found, is_system, suffix_of, unpaired_reason, walk
 from dalle_ds.data.corpora.pairs import (
     MAX_TEXT_BYTES,
     NOT_LISTED,
@@ -27,7 +27,9 @@ from dalle_ds.data.corpora.pairs import (
     RawPair,
     Unit,
     Unpaired,
+    Unusable,
     encoding_of,
+    existing,
     pair_of,
 )
 from dalle_ds.data.corpora.rows import Line, Row, quoted_rows
@@ -38,7 +40,6 @@ _DIVISIONS = 64
 _BUFFERED = 2**16
 _FILE_SHIFT = 48  # of a position: the file's number above, the place in it below
 _RECORD = np.dtype([("key", "<u8"), ("position", "<u8")])
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _EXAMPLES = 5
 
 Rows = Callable[[BinaryIO], Iterator[tuple[int, Row | str]]]
@@ -51,7 +52,7 @@ class TableFormat:
 
     rows: Rows
     url: Callable[[Row], str | None]
-    """Of the picture; "" in a heading, None in rows that are not of this kind of table."""
+    """Of the picture; "" where there is none, None in a heading; `Unusable` in rows that are not of this kind of table."""
     captions: Callable[[Row], list[str]]
     """None where the row has no use."""
 
@@ -60,27 +61,29 @@ class CaptionTable:
     """The captions of one or more tables.
 
     Args:
-        source: a table, or a folder of .tsv files.
+        source: a table, or a folder of .tsv files, searched with its subfolders.
 
     Raises:
         DataError: there is none, it is packed, or not in UTF-8.
     """
 
     def __init__(self, source: str, form: TableFormat) -> None:
-        path = Path(source)
-        there = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-        self._files = [
-            file for file in there if file == path or (suffix_of(file.name) == ".tsv" and not is_system(file.name))
+        path = existing(source)
+        found = walk(path) if path.is_dir() else [Found(path, path.name)]
+        tables = [
+            entry
+            for entry in found
+            if entry.path == path
+            or (suffix_of(entry.name) == ".tsv" and not is_system(entry.name) and entry.path.is_file())
         ]
-        self._beside = [file for file in there if file not in self._files]
+        self._files = [entry.path for entry in tables]
+        self._beside = [entry for entry in found if entry not in tables]
         self._form = form
         self._unused: dict[str, list[Unpaired]] = {}
-        if not path.exists():
-            raise DataError(f"source {path} does not exist")
-        if not self._files:
-            packed = sorted(file.name for file in path.iterdir() if file.suffix in _PACKED)
+        packed = [entry.name for entry in found if unpaired_reason(entry.name) == ARCHIVE]
+        if not tables:
             raise DataError(f"{path} has no .tsv files" + (f": unpack {', '.join(packed)[:200]}" if packed else ""))
-        if path.suffix in _PACKED:
+        if path.is_file() and packed:
             raise DataError(f"{path} is packed, so that no row can be read by itself: unpack it")
 
     def captions(self, url: str) -> list[str] | None:
@@ -96,7 +99,7 @@ class CaptionTable:
         """Rows that cannot be looked up, some of each kind by name, and files that are no tables."""
         _ = self._index
         yield from (row for rows in self._unused.values() for row in rows)
-        yield from (Found(file, file.name).unpaired(NOT_READ) for file in self._beside)
+        yield from (entry.unpaired() for entry in self._beside)
 
     @cached_property
     def _index(self) -> UrlIndex:
@@ -110,11 +113,14 @@ class CaptionTable:
                     raise DataError(f"{path} is in {encoding.upper()}: convert it to UTF-8")
                 file.seek(3 if encoding == "utf-8-sig" else 0)
                 for count, (place, row) in enumerate(self._form.rows(file), start=1):
-                    reason = row if isinstance(row, str) else NO_URL
-                    url = None if isinstance(row, str) else self._form.url(row)
+                    try:
+                        url = "" if isinstance(row, str) else self._form.url(row)
+                        reason = row if isinstance(row, str) else NO_URL
+                    except Unusable as error:
+                        url, reason = "", error.reason
                     if url:
                         yield url, (number << _FILE_SHIFT) + place
-                    elif url is None:
+                    elif url is not None:
                         self._tell(Unpaired(f"{path.name} row {count}", reason))
 
     def _tell(self, row: Unpaired) -> None:
@@ -200,7 +206,8 @@ def _read_shard(table: CaptionTable, shard: DownloadShard) -> Iterator[RawPair |
 def plain_rows(file: BinaryIO) -> Iterator[tuple[int, Row | str]]:
     """Rows that are lines, without quotes."""
     for place, line, problem in _lines(file):
-        yield place, problem or line.rstrip("\r\n").split("\t")
+        if problem or line.strip():
+            yield place, problem or line.rstrip("\r\n").split("\t")
 
 
 def tsv_rows(file: BinaryIO, columns: int) -> Iterator[tuple[int, Row | str]]:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from dalle_ds.data.corpora.files import FORMAT, NOT_READ, is_image, is_system, suffix_of, unpaired_reason, walk
+from dalle_ds.data.corpora.files import FORMAT, is_image, is_system, suffix_of, unpaired_reason, walk
 from dalle_ds.data.corpora.pairs import (
     CAPTION_COLUMNS,
     CAPTION_UNUSED,
@@ -47,7 +47,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 
 NO_ARCHIVE = "not a tar archive"
 BEHIND_THE_END = "archive with something behind its end, or damaged"
-ANOTHER_PICTURE = "another picture of a sample"
+ANOTHER_PICTURE = "another image of a sample"
 AMBIGUOUS = "name that several samples share, so that it is not sure whose caption is whose"
 SEVERAL_DOTS = "several dots in the name (samples are named up to the first)"
 
@@ -79,7 +79,7 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     def units() -> Iterator[Unit]:
         for tar in tars:
             yield Unit(tar.name, partial(_read_tar, tar, caption_column))
-        yield from (told(entry.unpaired(NOT_READ)) for entry in found if not is_tar(entry.name))
+        yield from (told(entry.unpaired()) for entry in found if not is_tar(entry.name))
 
     return Corpus(units)
 

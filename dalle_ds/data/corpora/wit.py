@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from dalle_ds.data.corpora.pairs import Corpus
-from dalle_ds.data.corpora.rows import Row
+from dalle_ds.data.corpora.pairs import Corpus, Unusable
+from dalle_ds.data.corpora.rows import FIELDS, Row
 from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, joined, tsv_rows
 from dalle_ds.errors import DataError
 
@@ -55,9 +55,9 @@ def read_wit(source: str, pictures: str, caption_column: str | None = None) -> C
 
 
 def _url(row: Row) -> str | None:
-    if row[0] == "language":
-        return ""
-    return row[COLUMNS.index("image_url")] or None if len(row) == len(COLUMNS) else None
+    if len(row) != len(COLUMNS):
+        raise Unusable(FIELDS)
+    return None if row[0] == "language" else row[COLUMNS.index("image_url")]
 
 
 def _captions(row: Row, column: int) -> list[str]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import html
 import re
 
-from dalle_ds.data.corpora.pairs import Corpus
-from dalle_ds.data.corpora.rows import Row
+from dalle_ds.data.corpora.pairs import Corpus, Unusable
+from dalle_ds.data.corpora.rows import FIELDS, Row
 from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, joined, plain_rows
 
 _COLUMNS = 23
 _TITLE, _DESCRIPTION, _DOWNLOAD_URL, _MARKER = 6, 7, 14, 22  # of 23
 _PHOTOGRAPH = "0"
 _ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
-_TAG = re.compile(r"<[^<>]*>")
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
 def read_yfcc(source: str, pictures: str) -> Corpus:
@@ -41,7 +41,9 @@ def _field(row: Row, number: int) -> str:
 
 
 def _url(row: Row) -> str | None:
-    return _field(row, _DOWNLOAD_URL) or None if len(row) in (_COLUMNS, _COLUMNS + 2) else None
+    if len(row) not in (_COLUMNS, _COLUMNS + 2):
+        raise Unusable(FIELDS)
+    return _field(row, _DOWNLOAD_URL)
 
 
 def _captions(row: Row) -> list[str]:
