@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,27 @@ def test_a_part_under_the_name_of_another_is_not_merged(two_parts: Path) -> None
     with pytest.raises(DataError, match=r"00001-of-00002 has the files of part 0 of 2: give it its own name"):
         merge_parts(str(two_parts))
     assert not two_parts.exists()
+
+
+def test_a_part_that_a_job_is_doing_is_not_merged(two_parts: Path) -> None:
+    ready, done = os.pipe(), os.pipe()
+    if not (job := os.fork()):
+        with parts.only_job(two_parts, 1, 2):
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    with pytest.raises(DataError, match=f"is being made by process {job} on"):
+        merge_parts(str(two_parts))
+    os.write(done[1], b"x")
+    os.waitpid(job, 0)
+    assert merge_parts(str(two_parts)).kept
+
+
+def test_parts_of_another_division_are_left(sources: dict[str, Path], two_parts: Path) -> None:
+    prepare_part(options_for(sources, "folder"), str(two_parts), 0, 4)
+    merge_parts(str(two_parts), 2)
+    assert [path.name for path in two_parts.with_name("out.parts").iterdir()] == ["00000-of-00004"]
 
 
 def test_parts_that_the_disk_does_not_deliver_are_named(two_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def walk(folder: Path) -> list[Found]:
                 there = path.stat()
                 key = there.st_dev, there.st_ino or target  # some file systems have no numbers
                 again = again or key in seen
-                seen.add(key)
+                seen |= set() if again else {key}
             if again:
                 folders.remove(name)
             if again or is_image(name):
