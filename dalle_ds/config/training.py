@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,7 @@ class SharpnessConfig:
     """Sharpness-aware minimization (SAM): gradients are taken where a small step has made the loss higher."""
 
     rho: float | None = None
-    """Length of that step, over all weights (unCLIP App. C: 0.1); None makes none. An update then takes two to three
+    """Length of that step, over all weights (unCLIP App. C: 0.1); None makes none. An update then takes two to four
     times as long (docs/clip.md)."""
     pairs: int | None = None
     """Consecutive pairs of the batch that share a step, whatever processes and micro-batches they lie in (unCLIP App. C: 64);
@@ -65,6 +66,10 @@ class SharpnessConfig:
 
     def __post_init__(self) -> None:
         positive("sharpness", self, "rho", "pairs")
+        if self.pairs is not None and self.rho is None:
+            raise ConfigError(
+                f"sharpness.pairs={self.pairs} needs a step to share: set sharpness.rho, or leave sharpness.pairs None"
+            )
 
     def span(self, batch: int, micro_batch: int, processes: int) -> int:
         """How many data-parallel processes share a step. An update's positions run through the first micro-batches of all
@@ -75,7 +80,10 @@ class SharpnessConfig:
         """
         pairs = self.pairs or batch
         if batch % pairs:
-            raise ConfigError(f"train.batch_size={batch} is not a multiple of sharpness.pairs={pairs}: set it to one")
+            raise ConfigError(
+                f"train.batch_size={batch} is no multiple of sharpness.pairs={pairs}: set train.batch_size to a multiple of "
+                f"{pairs}"
+            )
         if micro_batch % pairs == 0:
             return 1
         parts, rest = divmod(pairs, micro_batch)
@@ -83,7 +91,7 @@ class SharpnessConfig:
         if rest or parts % span or processes % span:
             raise ConfigError(
                 f"sharpness.pairs={pairs} cannot be made up of micro-batches of {micro_batch} on {processes} processes: set "
-                f"train.micro_batch to {pairs}, or to another multiple or divisor of it"
+                f"train.micro_batch to {math.gcd(pairs, batch // processes)}"  # which always fits
             )
         return span
 

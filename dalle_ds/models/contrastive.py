@@ -37,14 +37,15 @@ def contrastive_logits(
     """Scaled similarities behind `contrastive_loss`, whose arguments these are. Collective."""
     peers = group or ALONE
     # At its limit, the scale's gradient is dropped or not by its sign, which is to be that of the whole batch's.
-    image, text, scale = image.float(), text.float(), peers.shared(scale.float()).reshape(-1, 1)
+    image, text, of_each = image.float(), text.float(), scale.ndim > 0
+    scale = peers.shared(scale.float()).reshape(-1, 1)
     all_images, all_texts = peers.gather(image, alike=not local), peers.gather(text, alike=not local)
     first = peers.rank * len(image)
     if not local:
         image, text, first = all_images, all_texts, 0
-        scale = peers.gather(scale, alike=True) if len(scale) > 1 else scale
+        scale = peers.gather(scale, alike=True) if of_each else scale
     targets = torch.arange(first, first + len(image), device=image.device)
-    if image is all_images and len(scale) == 1:  # one matrix, seen from both sides
+    if image is all_images and not of_each:  # one matrix, seen from both sides
         similarities = scale * image @ all_texts.T
         return ContrastiveLogits(similarities, similarities.T, targets)
     return ContrastiveLogits(scale * image @ all_texts.T, scale * text @ all_images.T, targets)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.models.contrastive import contrastive_logits, contrastive_loss
+from dalle_ds.parallel.peers import Peers
 from tests.references import reference
 
 
@@ -37,6 +38,26 @@ def test_the_loss_written_out() -> None:
         by_picture = [math.exp(float(scale * image[j] @ text[i])) for j in range(5)]
         total -= math.log(by_caption[i] / sum(by_caption)) + math.log(by_picture[i] / sum(by_picture))
     assert float(contrastive_loss(image, text, scale)) == pytest.approx(total / 10, rel=1e-5)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_scale_of_each_row_is_that_rows_where_every_process_has_one(local: bool) -> None:
+    image, text, scale = torch.eye(2), torch.eye(2).flip(0) + 0.5, torch.tensor([2.0, 5.0])
+
+    class Process(Peers):
+        def gather(self, rows: Tensor, *, alike: bool = False) -> Tensor:
+            everyone = (image, text, scale[:, None])
+            return next(all_rows for all_rows in everyone if torch.equal(all_rows[self.rank : self.rank + 1], rows))
+
+        def shared(self, value: Tensor) -> Tensor:
+            return value
+
+    whole = contrastive_logits(image, text, scale)
+    for rank in range(2):
+        own = slice(rank, rank + 1)
+        found = contrastive_logits(image[own], text[own], scale[own], Process(rank, 2), local)
+        torch.testing.assert_close(found.image, whole.image[own] if local else whole.image)
+        torch.testing.assert_close(found.text, whole.text[own] if local else whole.text)
 
 
 def test_sixteen_bits_are_compared_in_fp32() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from copy import deepcopy
 from typing import Any
 
@@ -273,12 +275,45 @@ def test_processes_that_share_a_perturbation(pairs: int | None, micro_batch: int
     assert SharpnessConfig(rho=0.1, pairs=pairs).span(32_768, micro_batch, processes) == span
 
 
-@pytest.mark.parametrize(
-    ("batch", "micro_batch", "processes"), [(100, 50, 1), (384, 48, 2), (384, 32, 3), (384, 96, 1)]
-)
-def test_groups_that_do_not_fit_are_refused(batch: int, micro_batch: int, processes: int) -> None:
-    with pytest.raises(ConfigError, match=r"sharpness\.pairs=64"):
-        SharpnessConfig(rho=0.1, pairs=64).span(batch, micro_batch, processes)
+def test_groups_that_do_not_fit_are_refused_with_a_micro_batch_that_does() -> None:
+    refused = 0
+    for pairs, groups, processes in itertools.product(range(1, 13), range(1, 7), range(1, 13)):
+        own, rest = divmod(pairs * groups, processes)
+        sharpness = SharpnessConfig(rho=0.1, pairs=pairs)
+        for micro_batch in (rows for rows in range(1, own + 1) if rest == own % rows == 0):
+            try:
+                sharpness.span(pairs * groups, micro_batch, processes)
+            except ConfigError as error:
+                cure = re.search(rf"sharpness\.pairs={pairs} .*train\.micro_batch to (\d+)$", str(error))
+                assert cure is not None and own % int(cure[1]) == 0
+                assert sharpness.span(pairs * groups, int(cure[1]), processes)
+                refused += 1
+    assert refused > 100
+
+
+def test_a_batch_of_no_whole_number_of_groups_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"batch_size=100 .*sharpness\.pairs=64.*train\.batch_size to a multiple of 64$"
+    ):
+        SharpnessConfig(rho=0.1, pairs=64).span(100, 50, 1)
+
+
+def test_pairs_without_a_step_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sharpness\.pairs=64.*sharpness\.rho"):
+        SharpnessConfig(pairs=64)
+
+
+def test_noise_goes_by_a_groups_place_in_the_batch_however_it_is_cut() -> None:
+    """Of 16 pairs in groups of 4, each process numbers the pieces of its own as the whole batch does."""
+    for micro_batch, processes in ((16, 1), (8, 2), (8, 1), (4, 2), (4, 4), (2, 2), (2, 4), (1, 4), (1, 2)):
+        rows, size = min(4, micro_batch), 16 // processes
+        for rank in range(processes):
+            passes = SharpPasses.__new__(SharpPasses)
+            passes._rows, passes._pairs, passes._micro_batch = rows, 4, micro_batch
+            passes._peers = Peers(rank, processes)
+            order = torch.arange(16).view(-1, processes, micro_batch)[:, rank].reshape(-1)
+            found = [passes._group_in_batch(piece) for piece in range(size // rows)]
+            assert found == (order[::rows] // 4).tolist(), (micro_batch, processes, rank)
 
 
 def test_what_bf16_cannot_hold_of_a_perturbation_is_right_in_the_mean() -> None:
@@ -286,6 +321,14 @@ def test_what_bf16_cannot_hold_of_a_perturbation_is_right_in_the_mean() -> None:
     rounded = _rounded_at_random(exact, torch.Generator().manual_seed(0)).float()
     assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
     assert float(rounded.mean() - 1) == pytest.approx(2**-11, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000])
+def test_what_is_not_finite_stays_so_in_bf16(bits: int) -> None:
+    """The first is the NaN that CUDA makes, which noise carries over to -0; the last two are infinities."""
+    exact = torch.full((1000,), bits, dtype=torch.int32).view(torch.float32)
+    rounded = _rounded_at_random(exact, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rounded.float(), exact, equal_nan=True)
 
 
 def test_sam_is_the_papers_over_several_updates() -> None:

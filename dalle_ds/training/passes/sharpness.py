@@ -56,6 +56,7 @@ class SharpPasses(CachingPasses):
         self._span = sharpness.span(batch, micro_batch, mesh.size("data"))
         pairs = sharpness.pairs or batch
         self._rows = min(pairs, micro_batch)
+        self._pairs, self._micro_batch, self._seed = pairs, micro_batch, task.run.seed
         self._pieces = pairs // (self._rows * self._span)
         self._group = _neighbours(mesh, self._span)
         self._moved = task.build_model().to(engine.device, next(engine.module.parameters()).dtype)
@@ -92,11 +93,11 @@ class SharpPasses(CachingPasses):
             return total
 
         def move(number: int) -> None:
-            self._follow()
-            seed = hash_integers(step, number, self._peers.rank // self._span)
+            self._copy_weights()
+            seed = hash_integers(self._seed, step, self._group_in_batch(groups[number].start))
             self._perturb(through(groups[number], outputs, here), seed)
 
-        self._follow()
+        self._copy_weights()
         with torch.set_grad_enabled(alone):  # otherwise there is no room for what the backward pass needs
             outputs = [embed(number) for number in range(len(pieces))]
         loss, metrics, here = self._loss(outputs)
@@ -112,7 +113,7 @@ class SharpPasses(CachingPasses):
                 move(number)
             gradient = through(group, there, cotangents)
             total = list(torch._foreach_add(total, gradient)) if total else gradient
-        self._give(total)
+        self._set_gradient(total)
         count = len(micro_batches)
         metrics = {name: value / count if value.ndim else value for name, value in metrics.items()}
         return [{"loss": loss, **metrics, "sharpness": perturbed - loss} for _ in micro_batches]
@@ -129,7 +130,13 @@ class SharpPasses(CachingPasses):
         gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
         return loss.detach(), metrics, {name: g.sum() if name in common else g for name, g in gradients.items()}
 
-    def _follow(self) -> None:
+    def _group_in_batch(self, piece: int) -> int:
+        """The number among all groups of the batch of the one that this process's piece is in."""
+        micro_batch, place = divmod(piece * self._rows, self._micro_batch)
+        position = (micro_batch * self._peers.size + self._peers.rank) * self._micro_batch + place
+        return position // self._pairs
+
+    def _copy_weights(self) -> None:
         """Put the weights as they are into the module. Collective."""
         with self._whole_weights() as weights, torch.no_grad():
             torch._foreach_copy_([mine.data for mine in self._weights], [weight.data for weight in weights])
@@ -146,10 +153,10 @@ class SharpPasses(CachingPasses):
             exact = gradient.mul_(self._rho / (norm + 1e-12)).add_(weight)
             weight.data.copy_(exact if weight.dtype == torch.float32 else _rounded_at_random(exact, generator))
 
-    def _give(self, gradient: list[Tensor]) -> None:
+    def _set_gradient(self, gradient: list[Tensor]) -> None:
         """Let the engine take this process's gradient as that of a backward pass. Collective."""
         with self._whole_weights() as weights:
-            loss = _Given.apply(self._engine._backward_prologue, gradient, *weights)
+            loss = _KnownGradient.apply(self._engine._backward_prologue, gradient, *weights)
             self._engine.backward(loss, scale_wrt_gas=False)
 
     @contextmanager
@@ -162,7 +169,7 @@ class SharpPasses(CachingPasses):
             yield parameters
 
 
-class _Given(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     """A loss whose gradient is known."""
 
     @staticmethod
@@ -198,4 +205,5 @@ def _neighbours(mesh: Mesh, span: int) -> Any:
 def _rounded_at_random(exact: Tensor, generator: torch.Generator) -> Tensor:
     """bf16, up or down at random and right in the mean: most of a perturbation is far less than half a step of bf16."""
     noise = torch.randint(2**16, exact.shape, generator=generator, device=exact.device, dtype=torch.int32)
-    return exact.view(torch.int32).add(noise).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+    rounded = exact.view(torch.int32).add(noise).bitwise_and_(-(2**16)).view(torch.float32)
+    return torch.where(exact.isfinite(), rounded, exact).bfloat16()  # noise would carry a NaN over to -0
