@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -85,7 +86,18 @@ def run_of(kind: type[RunKind], saved: dict[str, Any], where: str) -> RunKind:
         section, field = name.split(".")
         if name not in used and isinstance(kept.get(section), dict):
             kept[section] = {key: value for key, value in kept[section].items() if key != field}
-    return from_dict(kind, kept, where)
+    return from_dict(kind, _with_pairs(kept), where)
+
+
+def _with_pairs(saved: dict[str, Any]) -> dict[str, Any]:
+    """With `sharpness.pairs` of before there was such a setting, when each replica perturbed the weights by itself."""
+    values = dict(flatten(saved))
+    replicas, batch = values.get("parallel.replicas"), values.get("train.batch_size")
+    if values.get("sharpness.rho") is None or "sharpness.pairs" in values:
+        return saved
+    if not (isinstance(replicas, int) and isinstance(batch, int) and replicas > 1):
+        return saved
+    return {**saved, "sharpness": {**saved["sharpness"], "pairs": batch // replicas}}
 
 
 def kept_precision(path: Path) -> Choice | None:
@@ -193,9 +205,14 @@ class RunDirectory:
         }
         if changed:
             lines = "\n".join(f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in changed.items())
+            options = [
+                word
+                for name, (was, _) in changed.items()
+                for word in (f"--{name}", *(was if isinstance(was, list) else [was]))
+            ]
             raise CheckpointError(
-                f"--run_dir {self.path} was started with another configuration:\n{lines}\n"
-                "resume it with the same one, or name a new folder"
+                f"--run_dir {self.path} was started with another configuration:\n{lines}\nname a new folder, or resume it by "
+                f"adding {' '.join(shlex.quote(str(word)) for word in options)}"
             )
 
     def claim(self) -> None:

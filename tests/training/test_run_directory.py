@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +23,16 @@ from dalle_ds.config import (
     RecomputingTrainConfig,
     ReportConfig,
     Run,
+    SharpnessConfig,
     TrainConfig,
     TransformerLoaderConfig,
     TransformerRun,
+    to_dict,
 )
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.export import read_run
+from dalle_ds.training.launch import parse_command
 from dalle_ds.training.run_directory import RunDirectory
 from tests.conftest import ROOT
 
@@ -104,6 +108,58 @@ def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -
     assert "optim.lr: 0.00045 in the run, 0.5 now" in str(caught.value)
     assert "optim.beta1" not in str(caught.value)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "preset", "began_with", "options"),
+    [
+        (
+            "transformer",
+            TransformerRun,
+            "dalle-1b",
+            {"model": {"width": 1280, "heads": 20}},
+            "--model.width 1280 --model.heads 20",
+        ),
+        ("clip", ClipRun, "dalle-12b", {"sharpness": {"pairs": None}}, "--sharpness.pairs None"),
+        (
+            "dvae",
+            DvaeRun,
+            "toy",
+            {"data_weights": [2, 1], "optim": {"clip": 0.5}},
+            "--data_weights 2 1 --optim.clip 0.5",
+        ),
+    ],
+)
+def test_the_refusal_ends_with_the_options_that_resume(
+    tmp_path: Path, stage: str, kind: type[Run], preset: str, began_with: dict[str, Any], options: str
+) -> None:
+    command = ["--preset", preset, "--deepspeed_config", str(ROOT / "ds_configs" / "zero1_fp32.json")]
+    command += ["--data", "a", "b", "--run_dir", str(tmp_path)]
+    run = parse_command(kind, stage, command).run
+    content = to_dict(run)
+    for name, value in began_with.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stage": stage, "run": content}))
+    with pytest.raises(CheckpointError) as caught:
+        RunDirectory(tmp_path, stage, run)
+    assert str(caught.value).endswith(options)
+    RunDirectory(tmp_path, stage, parse_command(kind, stage, [*command, *options.split()]).run)
+
+
+def test_replicas_that_once_perturbed_by_themselves_are_groups_of_pairs_now(tmp_path: Path) -> None:
+    sharp = {"sharpness": SharpnessConfig(rho=0.1), "train": RecomputingTrainConfig(batch_size=48)}
+    run = ClipRun(data="data", run_dir="run", **sharp)  # type: ignore[arg-type]
+    for replicas, pairs in ((1, None), (3, 16)):
+        content = to_dict(dataclasses.replace(run, parallel=ParallelConfig(replicas=replicas)))
+        del content["sharpness"]["pairs"]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stage": "clip", "run": content}))
+        if pairs is not None:
+            with pytest.raises(CheckpointError, match=r"--sharpness\.pairs 16$"):
+                RunDirectory(tmp_path, "clip", run)
+        RunDirectory(tmp_path, "clip", dataclasses.replace(run, sharpness=SharpnessConfig(rho=0.1, pairs=pairs)))
+        content["sharpness"]["pairs"] = None  # a run of now, whose replicas share a perturbation
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stage": "clip", "run": content}))
+        RunDirectory(tmp_path, "clip", run)
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
