@@ -15,7 +15,7 @@ import torch
 from dalle_ds.config import DalleConfig, TransformerRun, load_preset
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import settle
+from dalle_ds.precision.rates import choose_precision
 
 RATE_SECONDS = 2.0
 """How long a rate is measured that figures are held against."""
@@ -96,7 +96,7 @@ def seconds(function: Callable[[], Any], repeats: int, device: torch.device, war
 
 def with_precision(options: Any) -> Any:
     """The options with a precision for `dtype`, where it is "auto"; `device` is what they compute on."""
-    return replace(options, dtype=settle(options.dtype, Mesh(0, 1, torch.device(options.device))))
+    return replace(options, dtype=choose_precision(options.dtype, Mesh(0, 1, torch.device(options.device))))
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -182,11 +182,11 @@ def _gpus() -> Iterator[tuple[str, str]]:
 def _rates(threads: int) -> str:
     import torch
 
-    from dalle_ds.precision.rates import DTYPES, matmul_rate, told
+    from dalle_ds.precision.rates import DTYPES, matmul_rate, rate_text
 
     torch.set_num_threads(threads)
     rates = {name: matmul_rate(dtype, torch.device("cpu"), SECONDS) for name, dtype in DTYPES.items()}
-    return ", ".join(told(name, rate) for name, rate in rates.items())
+    return ", ".join(rate_text(name, rate) for name, rate in rates.items())
 
 
 def _chosen() -> str:

@@ -20,6 +20,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.results import flat
 from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json, shown
+from dalle_ds.precision.rates import DTYPES, Choice
 from dalle_ds.sampling import Sampling, TextToImage
 
 CAPTIONS = 4
@@ -100,8 +101,11 @@ class Candidates:
             if old.get(name) != new.get(name)
         ]
         if differing:
+            kept = kept_precision(self.folder)
+            again = f", or give --dtype {kept.precision}" if kept and kept.precision != protocol["dtype"] else ""
             raise ConfigError(
-                f"the pictures in {self.folder} are other ones ({'; '.join(differing)}): name another folder with --pictures"
+                f"the pictures in {self.folder} are other ones ({'; '.join(differing)}): name another folder with "
+                f"--pictures{again}"
             )
 
     def codes(self, rows: Sequence[int]) -> Tensor:
@@ -118,6 +122,16 @@ class Candidates:
         if path is not None:
             write_bytes(path, save({"codes": codes.to(torch.int32)}))
         return codes
+
+
+def kept_precision(folder: Path) -> Choice | None:
+    """That of the codes that a folder keeps; None where it keeps none, or does not tell."""
+    path = folder / PROTOCOL_NAME
+    try:
+        dtype = parse_json(path.read_bytes())["dtype"]
+        return Choice(dtype, f"that of {path}") if dtype in DTYPES else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `Candidates.prepare` says what is wrong
 
 
 def texts_sha256(texts: Iterable[str]) -> str:

@@ -71,7 +71,8 @@ class EvaluateOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs where there are any."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the transformer when it draws, and of its likelihoods; auto takes what the device computes fastest.
+    """Arithmetic of the transformer when it draws, and of its likelihoods; auto takes that of the codes in --pictures,
+    else what the device computes fastest.
     Results of different ones are not compared."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from dalle_ds.data import PairDataset
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.candidates import Candidates, texts_sha256
+from dalle_ds.evaluation.candidates import Candidates, kept_precision, texts_sha256
 from dalle_ds.evaluation.context import Context
 from dalle_ds.evaluation.folders import compare_folders
 from dalle_ds.evaluation.metrics.features import load_network
@@ -28,7 +28,7 @@ from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import DTYPES, settle
+from dalle_ds.precision.rates import DTYPES, choose_precision
 from dalle_ds.sampling import ClipReranker, TextToImage
 
 RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
@@ -48,7 +48,11 @@ def evaluate(options: EvaluateOptions, mesh: Mesh) -> Result:
     if mesh.is_main:
         _prepare(out)  # before hours are spent
     if options.transformer is not None:
-        options = replace(options, dtype=settle(options.dtype, mesh))
+        pictures = options.pictures
+        options = replace(
+            options,
+            dtype=choose_precision(options.dtype, mesh, lambda: kept_precision(Path(pictures)) if pictures else None),
+        )
     if options.real is not None:
         result, context = compare_folders(options, mesh), None
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,10 +77,16 @@ def slow_warning(precision: Precision, device: torch.device) -> str | None:
     return f"{precision} is slow on this CPU, and fp32 would be faster: {_measured('fp32', precision)}"
 
 
-def settle(asked: str, mesh: Mesh) -> Literal["fp32", "bf16"]:
+def choose_precision(
+    asked: str, mesh: Mesh, kept: Callable[[], Choice | None] = lambda: None
+) -> Literal["fp32", "bf16"]:
     """The precision of a command that was asked for one, or for "auto". The main process decides, and tells the user of a
-    choice and of a slow one. Collective."""
-    choice = mesh.decide(lambda: choose(mesh.device)) if asked == "auto" else None
+    choice and of a slow one. Collective.
+
+    Args:
+        kept: what "auto" was before, for a command that goes on with something; None where there is nothing.
+    """
+    choice = mesh.decide(lambda: kept() or choose(mesh.device)) if asked == "auto" else None
     precision: Any = asked if choice is None else choice.precision
     if mesh.is_main:
         slow = slow_warning(precision, mesh.device)
@@ -103,14 +110,14 @@ def _rate(precision: Precision) -> float:
         torch.set_num_threads(threads)
 
 
-def told(precision: str, rate: float) -> str:
+def rate_text(precision: str, rate: float) -> str:
     """A rate in words, to three digits."""
     gigaflops = rate / 1e9
     return f"{gigaflops:,.0f} GFLOP/s in {precision}" if gigaflops >= 100 else f"{gigaflops:.3g} GFLOP/s in {precision}"
 
 
 def _measured(*precisions: Precision) -> str:
-    return " and ".join(told(name, _rate(name)) for name in precisions) + ", on one thread"
+    return " and ".join(rate_text(name, _rate(name)) for name in precisions) + ", on one thread"
 
 
 def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import is_text
-from dalle_ds.precision.rates import DTYPES, settle
+from dalle_ds.precision.rates import DTYPES, choose_precision
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
@@ -143,7 +143,9 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
     options.check()
     sampling, prompts = options.sampling, options.all_prompts()
     tensor = Mesh.tensor_group(options.device)
-    options = replace(options, dtype=settle(options.dtype, Mesh(tensor.rank, tensor.size, _first_device(options))))
+    options = replace(
+        options, dtype=choose_precision(options.dtype, Mesh(tensor.rank, tensor.size, _first_device(options)))
+    )
     pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype], tensor=tensor)
     grid = pipe.model.config.grid
     init, given = _initial(pipe, options)

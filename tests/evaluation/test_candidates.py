@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.evaluation.candidates import CAPTIONS, Candidates, best_of
+from dalle_ds.evaluation.candidates import CAPTIONS, PROTOCOL_NAME, Candidates, best_of, kept_precision
 from dalle_ds.evaluation.dealing import dealt
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
+from dalle_ds.precision import rates
 from dalle_ds.sampling import Sampling, TextToImage
 
 TEXTS = [f"a {colour} circle" for colour in ("red", "green", "blue", "orange", "purple", "black")]
@@ -83,6 +85,22 @@ def test_another_transformers_candidates_are_refused(pipeline: TextToImage, tmp_
     assert isinstance(pipeline.model, Dalle)
     with pytest.raises(ConfigError, match="transformer: 'weights' there, 'others' asked for"):
         candidates.prepare(candidates.protocol("fp32", "others"))
+
+
+def test_the_precision_of_kept_candidates_is_taken_up_again(
+    pipeline: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "choose", lambda _: rates.Choice("bf16", "measured"))
+    monkeypatch.setattr(rates, "slow_warning", lambda *_: None)
+    kept = partial(kept_precision, tmp_path / "kept")
+    assert rates.choose_precision("auto", ALONE, kept) == "bf16"
+    candidates = make(pipeline, tmp_path / "kept")
+    assert rates.choose_precision("auto", ALONE, kept) == "fp32"
+    with pytest.raises(ConfigError, match=r"dtype: 'fp32' there.*--dtype fp32$"):
+        candidates.prepare(candidates.protocol(rates.choose_precision("bf16", ALONE, kept), "weights"))
+    for damaged in ("[", "[]", '{"dtype": []}', '{"dtype": "int8"}', "{}"):
+        (tmp_path / "kept" / PROTOCOL_NAME).write_text(damaged)
+        assert kept() is None
 
 
 def test_a_folder_of_something_else_is_left_alone(pipeline: TextToImage, tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def test_other_ranks_take_what_the_first_one_measured(monkeypatch: pytest.Monkey
         outcome[:] = sent
 
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
-    assert rates.settle("auto", Mesh(0, 2, CPU)) == "bf16"
+    assert rates.choose_precision("auto", Mesh(0, 2, CPU)) == "bf16"
     monkeypatch.setattr(rates, "_rate", None)  # rank 1 would have found another answer, or none
-    assert rates.settle("auto", Mesh(1, 2, CPU)) == "bf16"
+    assert rates.choose_precision("auto", Mesh(1, 2, CPU)) == "bf16"
 
 
 def test_a_slow_precision_that_is_asked_for_is_used_after_one_warning(
@@ -109,12 +109,12 @@ def test_a_slow_precision_that_is_asked_for_is_used_after_one_warning(
 ) -> None:
     machine(monkeypatch, fp32=22.0, bf16=0.9, fp16=0.5)
     for precision in ("bf16", "fp16"):
-        assert rates.settle(precision, ALONE) == precision
+        assert rates.choose_precision(precision, ALONE) == precision
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1 and lines[0].startswith("warning") and "22 GFLOP/s" in lines[0]
-    assert rates.settle("fp32", ALONE) == "fp32"
+    assert rates.choose_precision("fp32", ALONE) == "fp32"
     machine(monkeypatch, fp32=22.0, bf16=80.0)
-    assert rates.settle("bf16", ALONE) == "bf16"
+    assert rates.choose_precision("bf16", ALONE) == "bf16"
     assert capsys.readouterr().out == ""
 
 
