@@ -21,11 +21,12 @@ jobs=() last=${AFTER:-} judged=()
 trap '((${#jobs[@]} == 0)) || scancel "${jobs[@]}"' EXIT # all stages or none
 
 stage() {
-    local name=$1 dependency=()
+    local name=$1 request=()
     shift
-    [[ -z $last ]] || dependency=(--dependency="afterok:$last" --kill-on-invalid-dep=yes)
+    [[ -z $last ]] || request=(--dependency="afterok:$last" --kill-on-invalid-dep=yes)
+    [[ $name != tokenizer && $name != codes ]] || request+=(--nodes=1) # one process, whatever SBATCH_ARGS has for the others
     # shellcheck disable=SC2086 # options, several in a word
-    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} ${dependency[@]+"${dependency[@]}"} "$DALLE_ROOT/slurm/$name.sbatch" "$@")
+    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} ${request[@]+"${request[@]}"} "$DALLE_ROOT/slurm/$name.sbatch" "$@")
     jobs+=("$last")
     printf '%-12s %s\n' "$name" "$last"
 }
@@ -33,10 +34,12 @@ stage() {
 # shellcheck disable=SC2086
 {
     if [[ -n ${PREPARE_ARGS:-} && ! -f ${data[0]}/info.json ]]; then
-        filters=() && [[ $preset != dalle-* ]] || filters=(--filters.paper True)
-        last=$(SBATCH_ARGS="${SBATCH_ARGS:-} --nodes=1 ${last:+--dependency=afterok:$last}" "$DALLE_ROOT/slurm/prepare.sh" \
-            "${SHARES:-1}" --out "${data[0]}" ${filters[@]+"${filters[@]}"} ${PREPARE_ARGS})
-        jobs+=("$last")
+        filters=()
+        [[ $preset != dalle-* || "$PREPARE_ARGS " =~ --filters\.(none|paper)[\ =] ]] || filters=(--filters.paper True)
+        prepared=$(SBATCH_ARGS="${SBATCH_ARGS:-} --nodes=1 ${last:+--dependency=afterok:$last --kill-on-invalid-dep=yes}" \
+            "$DALLE_ROOT/slurm/prepare.sh" "${SHARES:-1}" --out "${data[0]}" ${filters[@]+"${filters[@]}"} ${PREPARE_ARGS})
+        jobs+=(${prepared})
+        last=${jobs[${#jobs[@]} - 1]}
         printf '%-12s %s\n' prepare_data "$last"
     fi
     [[ -f $out/tokenizer.model ]] || stage tokenizer --preset "$preset" --data "${data[@]}" --out "$out/tokenizer.model" \

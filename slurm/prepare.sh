@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares a corpus in SHARES parts, by a job array, and a job that puts them together. Prints the number of the latter.
+# Prepares a corpus in SHARES parts, by a job array, and a job that puts them together. Prints the numbers of both.
 #
 #   slurm/prepare.sh SHARES --corpus C --source S --out DIR [options of launchers/prepare_data.py]
 source "$(dirname "$0")/common.sh"
@@ -11,5 +11,6 @@ submit() { "$DALLE_ROOT/slurm/submit.sh" "$@"; }
 # shellcheck disable=SC2086 # options, several in a word
 parts=$(submit ${SBATCH_ARGS:-} --array="0-$((shares - 1))" "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@")
 # shellcheck disable=SC2086
-submit ${SBATCH_ARGS:-} --dependency="afterok:$parts" --kill-on-invalid-dep=yes "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@" \
-    --merge True --shards "$shares" || { scancel "$parts"; exit 1; }
+merge=$(submit ${SBATCH_ARGS:-} --dependency="afterok:$parts" --kill-on-invalid-dep=yes "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@" \
+    --merge True --shards "$shares") || { scancel "$parts"; exit 1; }
+printf '%s\n' "$parts" "$merge"

@@ -109,23 +109,28 @@ def test_stages_that_train_get_all_nodes_and_a_warning(calls: list[Call]) -> Non
 def test_the_papers_presets_are_trained_on_data_with_the_papers_filters(place: Path, tmp_path: Path) -> None:
     (place / "there").mkdir()
     (place / "there" / "info.json").touch()
-    prepared = "PREPARE_ARGS='--corpus webdataset --source my_tars' AFTER=7 slurm/chain.sh {} {} runs/{}; "
-    for preset, data, filtered, jobs in (
-        ("dalle-3b", "new", True, 7),
-        ("small", "new", False, 7),
-        ("dalle-3b", "there", None, 5),
+    prepared = "PREPARE_ARGS='--corpus webdataset --source my_tars {}' AFTER=7 slurm/chain.sh {} {} runs/{}; "
+    for preset, data, filtered, jobs, said in (
+        ("dalle-3b", "new", True, 7, "--filters.min_side 2"),
+        ("dalle-3b", "new", False, 7, "--filters.none True"),
+        ("dalle-3b", "new", False, 7, "--filters.paper=False"),
+        ("small", "new", False, 7, ""),
+        ("dalle-3b", "there", None, 5, ""),
     ):
         before = len(noted(place))
-        assert shell(prepared.format(preset, data, f"{preset}-{data}"), place)[0] == 0
+        assert shell(prepared.format(said, preset, data, f"{preset}-{data}"), place)[0] == 0
         new = noted(place)[before:]
         assert len(new) == jobs
         first, second = new[:2]
         assert first.options["dependency"] == "afterok:7"
+        assert all(call.options["kill-on-invalid-dep"] == "yes" for call in new)
         if filtered is not None:
             assert [call.stage for call in new[:3]] == ["prepare_data", "prepare_data", "tokenizer"]
             assert second.options["array" if "array" in second.options else "dependency"] == f"afterok:{before + 101}"
             for call in (first, second):
-                assert parse_options(Preparation, call.launcher).filters.paper == filtered
+                filters = parse_options(Preparation, call.launcher).filters
+                assert (filters.paper, filters.none) == (filtered, said.startswith("--filters.none"))
+                assert call.launcher.count("--filters.paper") == filtered
                 assert call.options["nodes"] == "1"
 
 
@@ -175,6 +180,24 @@ def test_a_chain_is_queued_whole_or_not_at_all(place: Path) -> None:
     status, told = shell("DVAE_ARGS=--refuse slurm/chain.sh small my_data runs/whole", place)
     assert status != 0
     assert re.search(r"tokenizer +(\d+)\ncancelled \1\n", told)
+
+
+def test_of_a_chain_that_prepares_its_data_no_job_stays_behind(place: Path) -> None:
+    script = "PREPARE_ARGS='--corpus c --source s' DVAE_ARGS=--refuse slurm/chain.sh small unprepared runs/left"
+    before = len(noted(place))
+    status, told = shell(script, place)
+    assert status != 0 and len(noted(place)) == before + 3
+    assert f"cancelled {' '.join(str(before + number) for number in (101, 102, 103))}\n" in told
+
+
+def test_stages_of_one_process_get_one_node(place: Path) -> None:
+    before = len(noted(place))
+    assert shell("SBATCH_ARGS='--nodes=4 --qos=x' slurm/chain.sh small my_data runs/wide", place)[0] == 0
+    new = noted(place)[before:]
+    assert [(call.stage, call.options["nodes"]) for call in new] == [
+        *(("tokenizer", "1"), ("dvae", "4"), ("codes", "1"), ("transformer", "4"), ("evaluate", "4"))
+    ]
+    assert {call.options["qos"] for call in new} == {"x"}
 
 
 def test_a_chain_that_is_given_again_keeps_its_tokenizer(place: Path) -> None:
