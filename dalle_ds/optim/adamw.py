@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from dalle_ds.config import OptimConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.precision.codecs import FLOAT_0_6_10, FLOAT_1_6_9
 
@@ -19,6 +20,9 @@ CHUNK = 2**18
 """Elements updated at a time where no fused kernel does it, so that what is in between stays in a CPU's cache."""
 CHUNK_ON_GPU = 2**26
 """The same there, where memory for what is in between is all that limits it: 256 MiB for each of a few tensors."""
+
+MOST_REST = 0.25
+"""Share by which 16-bit variances may differ from what they average without a warning: a β2 of 0.998."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADDED: dict[str, Any] = {"second_moment_clip": None, "moments": "fp32", "skip": False}
@@ -276,6 +280,20 @@ class AdamW(torch.optim.Optimizer):
         )
         state.setdefault("index", index)
         state.setdefault("ceiling", math.inf)
+
+
+def rounding_warning(optim: OptimConfig) -> str | None:
+    """What to tell who has chosen 16-bit moments whose variances cannot follow the squares of gradients; None else."""
+    if optim.moments != "16-bit" or optim.stochastic_rounding:
+        return None
+    # A variance rests where an update changes it by less than half a step, which is at most this share of it.
+    rest = 2.0 ** -(FLOAT_0_6_10.significand_bits + 1) / (1 - optim.beta2)
+    if rest < MOST_REST:
+        return None
+    return (
+        f"optim.moments=16-bit with optim.beta2={optim.beta2}: rounded to the nearest value, a variance may rest "
+        f"{min(rest, 1):.0%} above what it averages; set optim.stochastic_rounding True"
+    )
 
 
 def _update_piece(

@@ -42,7 +42,12 @@ class Task(ABC, Generic[RunConfig]):
         """The model, or this process's part of it, with fresh weights drawn from torch's global generator."""
 
     def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
-        """Raise a `ConfigError` where the model, or an update in micro-batches of so many rows, cannot be divided so."""
+        """Raise a `ConfigError` where the model, or an update in micro-batches of so many rows, cannot be divided so, or where
+        16-bit moments are asked for of a model without residual blocks."""
+        if self.run.optim.moments == "16-bit" and type(self).residual_blocks is Task.residual_blocks:
+            raise ConfigError(
+                f"optim.moments=16-bit is for matrices of residual blocks, which a {self.name} has none of: leave it out"
+            )
         for name in ("tensor", "pipe"):
             degree = getattr(mesh.degrees, name)
             if degree > 1:
@@ -60,22 +65,12 @@ class Task(ABC, Generic[RunConfig]):
         raise NotImplementedError
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer parameter groups.
-
-        Raises:
-            ConfigError: 16-bit moments, which are for residual blocks, of a model without any.
-        """
-        compact: Sequence[nn.Module] = ()
-        if self.run.optim.moments == "16-bit":
-            compact = self.residual_blocks(model)
-            if not compact:
-                raise ConfigError(
-                    f"optim.moments=16-bit is for matrices of residual blocks, which a {self.name} has none of: leave it out"
-                )
+        """Optimizer parameter groups."""
+        compact = self.residual_blocks(model) if self.run.optim.moments == "16-bit" else ()
         return decay_groups(model, self.run.optim.weight_decay, compact)
 
     def residual_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Blocks of the model whose matrices `optim.moments` is for."""
+        """Blocks of the model whose matrices `optim.moments` is for; a task without any leaves this as it is."""
         return ()
 
     @property

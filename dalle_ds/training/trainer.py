@@ -13,6 +13,7 @@ import dalle_ds
 from dalle_ds.config import Run
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import LearningRate, WeightAverage
+from dalle_ds.optim.adamw import rounding_warning
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.check import check_plan
 from dalle_ds.precision.rates import Choice, choose, slow_warning
@@ -237,7 +238,7 @@ class Trainer:
         )
         slow = slow_warning(self.config.precision, self.mesh.device) if self.mesh.is_main else None
         precision = [str(self.choice)] if self.choice is not None else []
-        precision += [f"warning: {slow}"] if slow is not None else []
+        precision += [f"warning: {text}" for text in (slow, rounding_warning(self.run.optim)) if text is not None]
         for line in [*precision, *self.batches.describe(), *self.task.describe()]:
             tracker.say(line)
         if len(self.batches.validation_samples) == 0:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dalle_ds.config import OptimConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import adamw
-from dalle_ds.optim.adamw import AdamW
+from dalle_ds.optim.adamw import AdamW, rounding_warning
 from dalle_ds.precision.codecs import FLOAT_0_6_10, FLOAT_1_6_9
 from tests.conftest import EVERYTHING
 from tests.processes import run_ranks
@@ -336,6 +337,27 @@ def test_a_variance_that_is_rounded_to_nearest_can_stand_still_and_at_random_it_
     exact = 1e-4 * 0.9999**399
     assert found[True] == pytest.approx(exact, rel=1e-3)
     assert found[False] > 1.03 * exact  # a decay of 1e-4 is less than half a step of 2^-11 to 2^-10
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.96, 0.98, 0.999, 0.9999])
+def test_a_variance_that_cannot_follow_is_warned_of_and_no_other(beta2: float) -> None:
+    """From four times the square of a constant gradient, it comes to rest within 25 %, or there is a warning."""
+    parameter = torch.nn.Parameter(torch.zeros(50))
+    optimizer = AdamW([parameter], betas=(0.9, beta2), moments="16-bit")
+    parameter.grad = torch.linspace(1, 2, 50)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    FLOAT_0_6_10.encode(4 * parameter.grad.square(), out=state["exp_avg_sq"])
+    seen = None
+    while seen is None or not torch.equal(seen, state["exp_avg_sq"]):
+        seen = state["exp_avg_sq"].clone()
+        optimizer.step()
+    off = float((1 - parameter.grad.square() / FLOAT_0_6_10.decode(seen)).max())
+    warning = rounding_warning(OptimConfig(beta2=beta2, moments="16-bit"))
+    assert (warning is None) == (off < 0.25)
+    assert warning is None or "optim.stochastic_rounding" in warning
+    for optim in (OptimConfig(beta2=beta2), OptimConfig(beta2=beta2, moments="16-bit", stochastic_rounding=True)):
+        assert rounding_warning(optim) is None
 
 
 def make(moments: Any, stochastic: bool, seed: int = 1) -> tuple[list[Tensor], AdamW]:

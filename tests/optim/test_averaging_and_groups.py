@@ -14,6 +14,7 @@ from dalle_ds.config import ClipConfig, ClipRun, DuplicateRun, DvaeRun, OptimCon
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip, Dalle, DiscreteVAE
 from dalle_ds.optim import AdamW, WeightAverage, decay_groups, resblock_groups
+from dalle_ds.parallel import Mesh
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.duplicates import DuplicatesTask
 from dalle_ds.tasks.dvae import DvaeTask
@@ -169,4 +170,4 @@ def test_16_bit_moments_are_those_of_the_matrices_of_residual_blocks_in_every_ta
 def test_16_bit_moments_of_a_model_without_residual_blocks_are_refused() -> None:
     task = DuplicatesTask(DuplicateRun(optim=OptimConfig(moments="16-bit")))
     with pytest.raises(ConfigError, match=r"optim\.moments=16-bit"):
-        task.parameter_groups(nn.Linear(2, 2))
+        task.check_layout(Mesh(0, 1, torch.device("cpu")), 8)
