@@ -32,12 +32,11 @@ def parse_options(
     first one prints.
 
     Args:
-        arguments: None takes the process's own. --local_rank=N, which the deepspeed launcher adds, is left out.
+        arguments: None takes the process's own; of either, `own_arguments`.
         default: what the options start from.
         description: what the help begins with; None takes the docstring of `kind`.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    arguments = _gathered([argument for argument in given if not argument.startswith("--local_rank=")])
+    arguments = _gathered(own_arguments(arguments))
     markers = (tyro.conf.FlagConversionOff,)
     with contextlib.ExitStack() as silence:
         if _rank() != "0":
@@ -49,6 +48,12 @@ def parse_options(
         return tyro.cli(
             kind, args=arguments, default=default, description=description, config=markers, use_underscores=True
         )
+
+
+def own_arguments(arguments: Sequence[str] | None = None) -> list[str]:
+    """Arguments, or the process's, without --local_rank=N, which the deepspeed launcher adds; the environment has it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return [argument for argument in given if not argument.startswith("--local_rank=")]
 
 
 def _gathered(arguments: Sequence[str]) -> Sequence[str]:

@@ -22,10 +22,13 @@ from collections.abc import Mapping
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import psutil
+
 from dalle_ds.errors import EXIT_REQUEUE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCH = "deepspeed.launcher.launch"
+LOOK_SECONDS = 1.0
+"""Between two looks at what the child has started."""
 LAST_EXIT_SECONDS = 30.0
 """How long processes may go on when one has failed; then they are killed, as by deepspeed."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -37,6 +40,8 @@ class Launch(subprocess.Popen[bytes]):
     def __init__(self, command: list[str], env: Mapping[str, str] | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._told: list[int] = []
+        self._seen: set[psutil.Process] = set()
+        """The child's own children: training processes. What those leave behind becomes this process's, too."""
         self._ranks: set[int] | None = None
         """Training processes that have not ended; None while the child has charge of them."""
         for number in SIGNALS:
@@ -48,10 +53,21 @@ class Launch(subprocess.Popen[bytes]):
 
     def wait(self, timeout: float | None = None) -> int:
         """The status of the training processes, once all have ended; 128 + n for signal n."""
-        status = super().wait(timeout)
+        while True:
+            try:
+                status = super().wait(LOOK_SECONDS if timeout is None else timeout)
+                break
+            except subprocess.TimeoutExpired:
+                if timeout is not None:
+                    raise
+                self._look()
         if status < 0:
             if not self._told:
-                print(f"error: {LAUNCH} was lost by signal {-status}: its processes stop", file=sys.stderr, flush=True)
+                print(
+                    f"error: deepspeed's child was lost by signal {-status}: training stops",
+                    file=sys.stderr,
+                    flush=True,
+                )
             status = self._wait_for_ranks(lost_by=-status)
         # Of a process that was killed, the child ends with -n, of which 8 bits are left.
         self.returncode = 128 + 256 - status if status > 192 else status
@@ -63,12 +79,17 @@ class Launch(subprocess.Popen[bytes]):
             _send(self._ranks, number)
         elif getattr(self, "pid", None):
             # It would end them after 30 s, and not say how they ended. `wait` goes on from here.
+            self._look()
             self.kill()
 
-    def _wait_for_ranks(self, lost_by: int) -> int:
-        import psutil
+    def _look(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            self._seen.update(psutil.Process(self.pid).children())
 
-        self._ranks = {child.pid for child in psutil.Process().children()}
+    def _wait_for_ranks(self, lost_by: int) -> int:
+        children = psutil.Process().children()
+        # Where it died before anyone looked, its processes have no workers yet.
+        self._ranks = {child.pid for child in children if (child in self._seen if self._seen else _has_rank(child))}
         _send(self._ranks, *self._told[:1])
         statuses: list[int] = []
         kill_at = float("inf")
@@ -97,7 +118,17 @@ def _send(pids: set[int], *numbers: int) -> None:
                 os.kill(pid, number)
 
 
+def _has_rank(process: psutil.Process) -> bool:
+    """Whether it is a training process, or one that has ended and tells no more than its status."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE or "RANK" in process.environ()
+    except psutil.Error:
+        return False
+
+
 def _start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    from dalle_ds.parallel.watchmen.launchers import LAUNCH  # and torch with it
+
     if LAUNCH in command[:4]:
         return Launch(command, **options)
     return subprocess.Popen(command, **options)  # over several machines

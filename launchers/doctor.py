@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from dalle_ds.cli import parse_options, run_launcher
+from dalle_ds.cli import own_arguments, parse_options, run_launcher
 from dalle_ds.cluster.environment import EnvOptions, describe_environment
 
 
@@ -24,9 +24,7 @@ class Checkpoint:
 def main() -> None:
     """Parse, look, tell."""
     console = Console(width=None if sys.stdout.isatty() else 127)
-    # The deepspeed launcher adds it; the environment says the rank.
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    if arguments == ["env"]:  # before anything is imported that may be missing
+    if own_arguments() == ["env"]:  # before anything is imported that may be missing
         console.print(describe_environment())
         return
     from dalle_ds.cluster.command import ClusterOptions, check_cluster
@@ -36,7 +34,7 @@ def main() -> None:
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
     data = Annotated[DataOptions, tyro.conf.subcommand("data")]
     env = Annotated[EnvOptions, tyro.conf.subcommand("env")]
-    options = parse_options(checkpoint | cluster | data | env, arguments, description=__doc__)
+    options = parse_options(checkpoint | cluster | data | env, description=__doc__)
     if isinstance(options, ClusterOptions):
         report, faults = check_cluster(options)
     elif isinstance(options, DataOptions):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, Run
+from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, RecomputingTrainConfig, Run
 from dalle_ds.errors import ConfigError
 from dalle_ds.precision.rates import Precision
 from dalle_ds.training.deepspeed_config import EngineConfig
@@ -116,7 +116,9 @@ class Layout:
             zero_stage=engine.zero_stage,
             micro_batch=engine.micro_batch,
             accumulation=engine.accumulation,
-            checkpointing=getattr(run.train, "activation_checkpointing", "none"),
+            checkpointing=run.train.activation_checkpointing
+            if isinstance(run.train, RecomputingTrainConfig)
+            else "none",
             moments=run.optim.moments,
             average="none" if run.train.average_decay is None else run.train.average_device,
             average_every=run.train.average_every,

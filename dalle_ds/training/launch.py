@@ -53,8 +53,7 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
     first.add_argument("--deepspeed_config")
     first.add_argument("--preset")
     first.add_argument("--device", default="auto")
-    # The deepspeed launcher adds --local_rank, and users of its scripts --deepspeed; the environment says the rank.
-    first.add_argument("--local_rank", type=int)
+    # Users of deepspeed's scripts add it.
     first.add_argument("--deepspeed", action="store_true")
     known, rest = first.parse_known_args(arguments)
     wants_help = bool({"-h", "--help"} & set(rest))

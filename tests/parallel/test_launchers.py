@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dalle_ds.parallel.watchmen import watchman
@@ -158,7 +159,8 @@ sys.exit(launched.wait())
 """
 CHILD = """
 import os, subprocess, sys, time
-ranks = [subprocess.Popen([sys.executable, "-c", RANK, *sys.argv[1:], str(n)]) for n in range(2)]
+words = [sys.executable, "-c", RANK, *sys.argv[1:]]
+ranks = [subprocess.Popen([*words, str(n)], env={**os.environ, "RANK": str(n)}) for n in range(2)]
 print(os.getpid(), *[rank.pid for rank in ranks], flush=True)
 statuses = [rank.wait() for rank in ranks]
 sys.exit(next((status for status in statuses if status), 0))
@@ -181,14 +183,21 @@ while time.monotonic() < until and len(got) < 2:
 sys.exit(128 + got[1] if len(got) > 1 else int(status) if n == "1" or status == "0" else 75)
 """
 
+# One of a training process, with its environment.
+WORKER = """
+import subprocess, sys
+if sys.argv[-1] == "0":
+    subprocess.Popen(["sleep", "60"])
+"""
+
 
 class Wrapped:
     """`Launch` around a child and two training processes, which end `slow` seconds after a signal, with `status` and 75; both
     with 0 where that is the status."""
 
-    def __init__(self, folder: Path, status: int = 75, slow: float = 0.0) -> None:
+    def __init__(self, folder: Path, status: int = 75, slow: float = 0.0, worker: bool = False) -> None:
         self.ready = folder / "ready"
-        child = f"RANK = {RANK!r}\n{CHILD}"
+        child = f"RANK = {(WORKER if worker else '') + RANK!r}\n{CHILD}"
         self.process = subprocess.Popen(
             [sys.executable, "-c", WRAPPER, "-c", child, str(self.ready), str(status), str(slow)],
             stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -237,6 +246,18 @@ def test_the_loss_of_deepspeeds_child_is_never_0_and_the_processes_are_waited_fo
 ) -> None:
     wrapped = Wrapped(tmp_path, status=status, slow=1.0)
     assert wrapped.end((wrapped.child, signal.SIGKILL)) == wanted
+
+
+def test_what_a_dead_process_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
+    """A worker of the first training process, which the launcher inherits."""
+    wrapped = Wrapped(tmp_path, slow=1.0, worker=True)
+    (worker,) = psutil.Process(wrapped.ranks[0]).children()
+    try:
+        os.kill(wrapped.ranks[0], signal.SIGKILL)
+        assert wrapped.end((wrapped.process.pid, signal.SIGTERM)) == 75
+        assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE, "and it was told nothing"
+    finally:
+        worker.kill()
 
 
 def test_a_loss_with_all_processes_gone_is_the_signal(tmp_path: Path) -> None:
