@@ -180,7 +180,8 @@ while not got and os.getppid() == parent:
 until = time.monotonic() + float(slow)
 while time.monotonic() < until and len(got) < 2:
     time.sleep(0.01)
-sys.exit(128 + got[1] if len(got) > 1 else int(status) if n == "1" or status == "0" else 75)
+status = 128 + got[1] if len(got) > 1 else int(status) if n == "1" or status == "0" else 75
+os._exit(status)  # as `run_launcher` leaves; signals kill an interpreter that is going down
 """
 
 # One of a training process, with its environment.
