@@ -211,6 +211,14 @@ def joined(lines: bytes, numbers: Iterable[int], more: Members = (), **others: b
     return build
 
 
+def pictures_inside(folder: Path) -> None:
+    joined("".join(f"caption {number}\t{url(number)}\n" for number in range(2)).encode(), (0, 1), readme_md=b"x")(
+        folder
+    )
+    (folder / "pictures").rename(folder / "table" / "pictures")
+    (folder / "pictures").symlink_to("table/pictures")
+
+
 def wit_lines() -> bytes:
     def line(*captions: str) -> str:
         buffer = io.StringIO()
@@ -521,7 +529,7 @@ CASES = {
             {
                 "0.tar.gz": FLIPPED,
                 "1.tar.gz": gzip.compress(tar(samples(4)[6:]))[:-8],
-                "2.tar.gz": gzip.compress(tar(samples(5)[8:])) + b"xx",
+                "2.tar.gz": gzip.compress(tar(samples(5)[8:])[:-512]) + b"xx",
             }
         ),
         [*captions(0, 1, 3, 4), "option 2!"],
@@ -590,6 +598,9 @@ CASES = {
         {pairs.ENCODING: 1, pairs.NOT_LISTED: 1, NO_URL: 1, pairs.NO_PICTURE: 1},
         {NO_URL: 1, rows.FIELDS: 1, files.SYSTEM: 1, files.ARCHIVE: 1, pairs.CAPTION_UNUSED: 1},
         "table",
+    ),
+    "conceptual: pictures in the folder of the table": Case(
+        "conceptual", pictures_inside, captions(0, 1), unpaired={files.OTHER: 1}, source="table"
     ),
     "wit": Case(
         "wit", joined(wit_lines(), (0, 1, 2)), ["caption 0", "caption 2"], {pairs.NOT_LISTED: 1}, {rows.OPEN_QUOTE: 1}, "table"

@@ -158,10 +158,12 @@ def test_a_part_under_the_name_of_another_is_not_merged(two_parts: Path) -> None
 def test_a_part_that_a_job_is_doing_is_not_merged(two_parts: Path) -> None:
     ready, done = os.pipe(), os.pipe()
     if not (job := os.fork()):
-        with parts.only_job(two_parts, 1, 2):
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
-        os._exit(0)
+        try:
+            with parts.only_job(two_parts, 1, 2):
+                os.write(ready[1], b"x")
+                os.read(done[0], 1)
+        finally:
+            os._exit(0)
     os.read(ready[0], 1)
     with pytest.raises(DataError, match=f"is being made by process {job} on"):
         merge_parts(str(two_parts))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import xxhash
@@ -86,7 +87,7 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
 def _units(found: list[Found]) -> Iterator[Unit]:
     plain = [entry for entry in found if not is_system(entry.name)]
     # Of a.TXT and a.txt the latter counts.
-    texts = {_stem(entry): entry.path for entry in sorted(plain, key=_name) if _is_text(entry)}
+    texts = {_stem(entry): entry.path for entry in sorted(plain, key=attrgetter("name")) if _is_text(entry)}
     pictures = {_stem(entry) for entry in plain if is_image(entry.name)}
     for entry in found:
         if is_system(entry.name):
@@ -100,10 +101,6 @@ def _units(found: list[Found]) -> Iterator[Unit]:
             yield told(entry.unpaired(TABLE_BELOW) if is_below else entry.unpaired())
         elif texts[_stem(entry)] != entry.path:
             yield told(Unpaired(entry.name, CAPTION_UNUSED))
-
-
-def _name(entry: Found) -> str:
-    return entry.name
 
 
 def _is_text(entry: Found) -> bool:

@@ -70,18 +70,14 @@ class CaptionTable:
     def __init__(self, source: str, form: TableFormat) -> None:
         path = existing(source)
         found = walk(path) if path.is_dir() else [Found(path, path.name)]
-        tables = [
-            entry
-            for entry in found
-            if entry.path == path
-            or (suffix_of(entry.name) == ".tsv" and not is_system(entry.name) and entry.path.is_file())
-        ]
-        self._files = [entry.path for entry in tables]
-        self._beside = [entry for entry in found if entry not in tables]
+        plain = [entry.path for entry in found if suffix_of(entry.name) == ".tsv" and not is_system(entry.name)]
+        self._files = [file for file in plain if file.is_file()] if path.is_dir() else [path]
+        tables = set(self._files)
+        self._beside = [entry for entry in found if entry.path not in tables]
         self._form = form
         self._unused: dict[str, list[Unpaired]] = {}
         packed = [entry.name for entry in found if unpaired_reason(entry.name) == ARCHIVE]
-        if not tables:
+        if not self._files:
             raise DataError(f"{path} has no .tsv files" + (f": unpack {', '.join(packed)[:200]}" if packed else ""))
         if path.is_file() and packed:
             raise DataError(f"{path} is packed, so that no row can be read by itself: unpack it")
@@ -95,11 +91,13 @@ class CaptionTable:
         rows = [row for row in map(self._row, self._index.positions(url)) if self._form.url(row) == url]
         return [caption for row in rows for caption in self._form.captions(row)] if rows else None
 
-    def unpaired(self) -> Iterator[Broken]:
-        """Rows that cannot be looked up, some of each kind by name, and files that are no tables."""
+    def unpaired(self, pictures: str) -> Iterator[Broken]:
+        """Rows that cannot be looked up, some of each kind by name, and files that are neither tables nor pictures."""
         _ = self._index
         yield from (row for rows in self._unused.values() for row in rows)
-        yield from (entry.unpaired() for entry in self._beside)
+        places = {entry.path.parent for entry in self._beside}
+        told_of = {place for place in places if not place.resolve().is_relative_to(Path(pictures).resolve())}
+        yield from (entry.unpaired() for entry in self._beside if entry.path.parent in told_of)
 
     @cached_property
     def _index(self) -> UrlIndex:
@@ -113,9 +111,9 @@ class CaptionTable:
                     raise DataError(f"{path} is in {encoding.upper()}: convert it to UTF-8")
                 file.seek(3 if encoding == "utf-8-sig" else 0)
                 for count, (place, row) in enumerate(self._form.rows(file), start=1):
+                    reason = row if isinstance(row, str) else NO_URL
                     try:
                         url = "" if isinstance(row, str) else self._form.url(row)
-                        reason = row if isinstance(row, str) else NO_URL
                     except Unusable as error:
                         url, reason = "", error.reason
                     if url:
@@ -189,7 +187,7 @@ def joined(table: CaptionTable, pictures: str) -> Corpus:
     def units() -> Iterator[Unit]:
         for shard in shards:
             yield Unit(shard.name, partial(_read_shard, table, shard))
-        yield Unit("rows of the table", table.unpaired)
+        yield Unit("rows of the table", partial(table.unpaired, pictures))
 
     return Corpus(units)
 
