@@ -255,6 +255,8 @@ def test_what_a_dead_process_leaves_behind_is_not_waited_for(tmp_path: Path) -> 
     (worker,) = psutil.Process(wrapped.ranks[0]).children()
     try:
         os.kill(wrapped.ranks[0], signal.SIGKILL)
+        while Path(f"/proc/{wrapped.ranks[0]}").exists():  # its parent has learned of its end
+            time.sleep(0.01)
         assert wrapped.end((wrapped.process.pid, signal.SIGTERM)) == 75
         assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE, "and it was told nothing"
     finally:
