@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
+import zlib
 from dataclasses import dataclass
 
 
@@ -45,19 +46,19 @@ class Progress:
 
     def __init__(self, file: int) -> None:
         self._memory = mmap.mmap(file, self.SIZE)
-        self._pack = self._LAYOUT.pack_into
         self._last = (0, time.monotonic(), 0.0, b"starting", False)
 
     def pulse(self, step: int, phase: str, allowed: float = 0.0) -> None:
         """Note where the process is now; a phase longer than 32 bytes is cut."""
-        self._pack(self._memory, 0, step, time.monotonic(), allowed, phase.encode(), True)
+        record = self._LAYOUT.pack(step, time.monotonic(), allowed, phase.encode(), True)
+        self._memory[: self._LAYOUT.size + 4] = record + zlib.crc32(record).to_bytes(4, "little")
 
     def read(self, now: float) -> Place:
         """Where the process is."""
-        found = self._LAYOUT.unpack_from(self._memory)
-        # Packing clears all and then writes. What is read while a pulse is being written is read otherwise the next time.
-        if found[-1] and found == self._LAYOUT.unpack_from(self._memory):
-            self._last = found
+        record, checksum = self._memory[: self._LAYOUT.size], self._memory[self._LAYOUT.size : self._LAYOUT.size + 4]
+        # Reading twice would not do for what is read while a pulse is being written: a core may see half of it for a while.
+        if checksum == zlib.crc32(record).to_bytes(4, "little"):
+            self._last = self._LAYOUT.unpack(record)
         step, at, allowed, phase, begun = self._last
         words = phase.rstrip(b"\0").decode(errors="replace")
         return Place(step, words, max(0.0, now - at), allowed, begun)
