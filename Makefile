@@ -38,7 +38,7 @@ demo: $(READY)
 	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_codes demo/dvae --views 8
 	$(DEEPSPEED) launchers/train_transformer.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
 		--data demo/data --dvae demo/dvae --tokenizer demo/tokenizer.model --run_dir demo/transformer $(TRANSFORMER_ARGS)
-	$(CPU) $(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
+	DS_ACCELERATOR=cpu $(RUN) launchers/report.py --data demo/data --dvae demo/dvae --transformer demo/transformer --out demo
 
 demo/transformer/export/config.json:
 	$(MAKE) demo

@@ -30,6 +30,7 @@ from torch import nn
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import PADDING, DalleConfig, TransformerRun, from_dict, to_dict
+from dalle_ds.data.faults import Fault
 from dalle_ds.errors import DalleError
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
@@ -96,6 +97,8 @@ LAYOUTS = {
 class MadeUp:
     """Captions and codes from a row's number; rows of `loader.Samples`."""
 
+    faults: tuple[Fault, ...] = ()
+
     def __init__(self, config: DalleConfig, rows: int) -> None:
         self._config, self._rows = config, rows
 
@@ -111,6 +114,9 @@ class MadeUp:
             text[:length] = drawn.integers(0, self._config.text_vocab, length)
         codes = drawn.integers(0, self._config.image_vocab, self._config.image_len)
         return {"text": texts[0], "other_text": texts[1], "codes": codes}
+
+    def check_unchanged(self) -> None:
+        """Numbers do not change."""
 
 
 class MadeUpTask(TransformerTask):
