@@ -13,7 +13,6 @@ from dalle_ds.config import (
     ClipRun,
     DalleConfig,
     DiscreteVAEConfig,
-    DuplicateRun,
     DvaeRun,
     OptimConfig,
     TransformerRun,
@@ -123,7 +122,7 @@ def test_the_command_line_changes_any_field_of_the_preset(monkeypatch: pytest.Mo
     assert command.device == "auto"
 
 
-STAGES = {"dvae": DvaeRun, "transformer": TransformerRun, "clip": ClipRun, "duplicates": DuplicateRun}
+STAGES = {"dvae": DvaeRun, "transformer": TransformerRun, "clip": ClipRun}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,7 +7,6 @@ across sections live in the run's.
 
 from dalle_ds.config.clip import CLIP_SHAPES, ClipConfig
 from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig
-from dalle_ds.config.overlap import DistortionConfig, DuplicateDetectorConfig, DuplicateObjective, DuplicateRun
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
 from dalle_ds.config.presets import load_preset, preset_names
@@ -37,10 +36,6 @@ __all__ = [
     "ClipRun",
     "DalleConfig",
     "DiscreteVAEConfig",
-    "DistortionConfig",
-    "DuplicateDetectorConfig",
-    "DuplicateObjective",
-    "DuplicateRun",
     "DvaeObjective",
     "DvaeRun",
     "GuardConfig",

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.config import ClipRun, DuplicateRun, DvaeRun, Run, TransformerRun
+from dalle_ds.config import ClipRun, DvaeRun, Run, TransformerRun
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
 from dalle_ds.precision.rates import DTYPES, Precision
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.clip import ClipTask
-from dalle_ds.tasks.duplicates import DuplicatesTask
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT, load_state
@@ -31,7 +30,6 @@ from dalle_ds.training.run_directory import RunDirectory, read_config, run_of
 Weights = Literal["average", "raw"]
 _STAGES: dict[str, tuple[type[Run], Callable[[Any], Task[Any]]]] = {
     "clip": (ClipRun, ClipTask),
-    "duplicates": (DuplicateRun, DuplicatesTask),
     "dvae": (DvaeRun, DvaeTask),
     "transformer": (TransformerRun, TransformerTask),
 }

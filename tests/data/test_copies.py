@@ -219,7 +219,7 @@ def test_embeddings_do_not_depend_on_who_is_beside_them(copied_corpus: Path, cli
 
 
 def test_a_model_of_another_kind_is_refused(dvae_export: Path) -> None:
-    with pytest.raises(ConfigError, match="is a dvae: give a CLIP or a duplicate detector"):
+    with pytest.raises(ConfigError, match="is a dvae: give a CLIP"):
         picture_model(str(dvae_export))
 
 

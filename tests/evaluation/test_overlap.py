@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import imagehash
 import numpy as np
 import pytest
 import torch
@@ -25,10 +26,11 @@ from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.evaluation.overlap import OverlapOptions, find_overlap
 from dalle_ds.evaluation.overlap import embeddings as embeddings_module
 from dalle_ds.evaluation.overlap import neighbours as neighbours_module
-from dalle_ds.evaluation.overlap.embeddings import Embeddings, embed_split
+from dalle_ds.evaluation.overlap.embeddings import Embeddings, PerceptualHashes, embed_split
 from dalle_ds.evaluation.overlap.neighbours import nearest
 from dalle_ds.evaluation.overlap.page import Pair, data_uri, write_page
 from dalle_ds.evaluation.sets import without_overlap
+from dalle_ds.models import Clip
 
 SIDE = 16
 PLANTED = {0: 11, 3: 4, 6: 30}
@@ -97,7 +99,6 @@ def options(sets: SimpleNamespace, out: Path, **changes: Any) -> OverlapOptions:
         "train": str(sets.train),
         "validation": str(sets.validation),
         "split": "train",
-        "detector": "",
         "out": str(out),
     }
     return OverlapOptions(**(values | changes))
@@ -126,6 +127,32 @@ def test_planted_copies_are_found_and_nothing_else(sets: SimpleNamespace, tmp_pa
     assert sorted(line["row"] for line in lines) == list(range(8))
     assert {line["row"]: line["caption"] for line in lines}[sets.hostile] == validation.captions(sets.hostile)[0]
     assert any("3 rows (37.5%) at or above 0.9" in line for line in said)
+
+
+def test_cosines_of_perceptual_hashes_count_the_bits_that_differ() -> None:
+    pictures = [noise(1), noise(2), noise(1).rotate(3)]
+    stacked = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2) / 255
+    vectors = PerceptualHashes().embed_images(stacked).double()
+    hashes = [imagehash.phash(picture) for picture in pictures]
+    expected = [[1 - (one - other) / 32 for other in hashes] for one in hashes]
+    np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-6)
+
+
+def test_without_a_model_perceptual_hashes_find_compressed_copies(sets: SimpleNamespace, tmp_path: Path) -> None:
+    found = find_overlap(options(sets, tmp_path, threshold=0.6), say=lambda line: None)
+    assert found.at_or_above(0.6) == sorted(sets.planted)
+    assert json.loads((tmp_path / "overlap.json").read_text())["detector"] == PerceptualHashes.fingerprint
+
+
+def test_a_clip_finds_them(sets: SimpleNamespace, clip_exports: tuple[Path, Path], tmp_path: Path) -> None:
+    """One that was never trained: its embeddings are close to each other, and those of copies are closest."""
+    clip = Clip.from_pretrained(clip_exports[0])
+    found = find_overlap(options(sets, tmp_path, clip=str(clip_exports[0])), say=lambda line: None)
+    nearest_of = dict(zip(found.rows.tolist(), found.nearest.tolist(), strict=True))
+    assert {row: nearest_of[row] for row in sets.planted} == sets.planted
+    picture = Image.fromarray(PairDataset.open(sets.validation, "train").picture(2))
+    vectors = np.fromfile(tmp_path / "embeddings" / "validation" / "vectors.f32", dtype="<f4")
+    np.testing.assert_allclose(vectors.reshape(8, -1)[2], clip.embed_images([picture])[0], atol=0.01)  # 8 bits a colour
 
 
 def test_without_a_threshold_there_is_only_the_page(sets: SimpleNamespace, tmp_path: Path) -> None:
@@ -224,7 +251,7 @@ def test_pictures_that_cannot_be_read_are_left_out(
 def test_both_sets_must_differ(data: Path, sets: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its own duplicate"):
         find_overlap(options(sets, tmp_path, validation=None), Pixels())
-    values = {"train": str(data), "detector": "", "out": str(tmp_path)}
+    values = {"train": str(data), "out": str(tmp_path)}
     assert len(find_overlap(OverlapOptions(**values), Pixels(), lambda line: None).rows) > 0
     with pytest.raises(ConfigError, match="threshold"):
         OverlapOptions(**values, threshold=2.0)

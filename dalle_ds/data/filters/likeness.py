@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,51 +16,35 @@ from dalle_ds.data.images import center_crop_resize, decode_image
 from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json
 
+if TYPE_CHECKING:
+    from dalle_ds.models import Clip
+
 _BLOCK = 4096
 _BATCH = 32
 Rows = npt.NDArray[np.intp]
 
 
-class PictureModel(Protocol):
-    """What `Clip` and `DuplicateDetector` have in common."""
-
-    config: Any
-    """With `image_size`."""
-
-    def embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """(B, D), of length 1."""
-
-
-def picture_model(path: str) -> PictureModel:
-    """The CLIP or duplicate detector at `path`, a run directory or export.
+def picture_model(path: str) -> Clip:
+    """The CLIP at `path`, a run directory or export.
 
     Raises:
         CheckpointError: nothing there that can be read.
         ConfigError: another kind of model.
     """
-    from dalle_ds.models import pretrained
+    from dalle_ds.models import Clip, pretrained
 
     folder = pretrained.export_folder(path)
     kind = parse_json((folder / pretrained.CONFIG_NAME).read_bytes()).get("kind")
-    model: torch.nn.Module
-    if kind == "clip":
-        from dalle_ds.models import Clip
-
-        model = Clip.from_pretrained(folder)
-    elif kind == "duplicates":
-        from dalle_ds.models.duplicates import DuplicateDetector
-
-        model = DuplicateDetector.from_pretrained(folder)
-    else:
-        raise ConfigError(f"filters.duplicate_model {path} is a {kind}: give a CLIP or a duplicate detector")
-    return cast(PictureModel, model.to(_device()).eval())
+    if kind != "clip":
+        raise ConfigError(f"filters.duplicate_model {path} is a {kind}: give a CLIP")
+    return Clip.from_pretrained(folder).to(_device()).eval()
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def embedded(items: Iterable[Examined], model: PictureModel) -> Iterator[Examined]:
+def embedded(items: Iterable[Examined], model: Clip) -> Iterator[Examined]:
     """The items, those that are kept so far with the embeddings of their pictures: D numbers of 16 bits.
 
     Every batch has the same size, if need be with a picture in it several times: results of other shapes of the same
@@ -76,10 +60,8 @@ def embedded(items: Iterable[Examined], model: PictureModel) -> Iterator[Examine
 
 
 @torch.no_grad()
-def _embedded_batch(batch: list[Examined], model: PictureModel) -> Iterator[Examined]:
-    size = (
-        model.config.image_size
-    )  # in which the models would look at them, too: a batch of whole pictures may be large
+def _embedded_batch(batch: list[Examined], model: Clip) -> Iterator[Examined]:
+    size = model.config.image_size  # in which the model would look at them, too: a batch of whole pictures may be large
     pictures = [
         Image.fromarray(center_crop_resize(decode_image(item.image, short_side=size), size))
         for item in batch

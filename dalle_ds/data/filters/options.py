@@ -74,7 +74,7 @@ class FilterOptions:
     """Drop pictures whose perceptual hash (64 bits; imagehash) differs from that of one kept before in at most this many
     bits, 0 to 10."""
     duplicate_model: str | None = None
-    """CLIP or duplicate detector, a run directory or export: drop pictures that are close to one kept before."""
+    """CLIP, a run directory or export: drop pictures that are close to one kept before."""
     duplicate_cosine: float = 0.95
     """How close that is, for `duplicate_model`: the cosine of the embeddings."""
 

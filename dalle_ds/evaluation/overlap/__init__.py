@@ -1,6 +1,6 @@
 """Which validation pictures are in the training data (DALL·E §3.1, after CLIP App. C).
 
-`embeddings` embeds both sets with a duplicate detector, `neighbours` finds the most similar training picture of each
+`embeddings` embeds both sets with a CLIP or by perceptual hashes, `neighbours` finds the most similar training picture of each
 validation picture, `page` shows pairs to a person, who chooses the threshold by eye, and `search` does it all.
 """
 

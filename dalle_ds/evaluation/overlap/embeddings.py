@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.disk import disk_full_is_a_data_error
+from dalle_ds.data.filters.perceptual import perceptual_hash
 from dalle_ds.data.views import Views, collate
 from dalle_ds.data.workers import take, without_surprises
 from dalle_ds.errors import CheckpointError, DataError
@@ -33,7 +35,7 @@ Vectors = npt.NDArray[np.float32]
 
 
 class Embedder(Protocol):
-    """The part of `DuplicateDetector` that is used here."""
+    """The part of `Clip` that is used here."""
 
     config: Any
     """Has `image_size` and `embed_dim`."""
@@ -44,6 +46,30 @@ class Embedder(Protocol):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, embed_dim) of length 1."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    image_size: int
+    embed_dim: int
+
+
+class PerceptualHashes:
+    """The 64 bits of a picture's perceptual hash as a vector: the cosine of two is 1 − (bits that differ) / 32."""
+
+    config = _Sizes(image_size=128, embed_dim=64)
+    fingerprint = "phash-64"
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1] → (B, 64), −1/8 or 1/8 each.
+
+        Raises:
+            ConfigError: imagehash is not installed.
+        """
+        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        hashes = np.array([int(perceptual_hash(picture), 16) for picture in pixels], dtype=">u8")
+        bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)
+        return torch.from_numpy(bits).float().sub(0.5).div(4)
 
 
 @dataclass(frozen=True)
@@ -73,10 +99,10 @@ def embed_split(
         say: is told how far it is.
 
     Raises:
-        DataError: the folder holds embeddings of another detector or other data, or damaged ones; another process embeds into
+        DataError: the folder holds embeddings of another model or other data, or damaged ones; another process embeds into
             it; or the disk is full.
         DataChangedError: the data was prepared again meanwhile.
-        CheckpointError: the detector gives something that is no number.
+        CheckpointError: the model gives something that is no number.
     """
     with disk_full_is_a_data_error(folder), _alone(folder):
         return _embed(embedder, dataset, folder, batch_size, workers, say)
@@ -111,7 +137,7 @@ def _embed(
             embedded[~could_read] = 0
             if not np.isfinite(embedded).all():  # which would be like nothing, and so be no duplicate
                 raise CheckpointError(
-                    "the detector gives embeddings that are not numbers: its training has diverged, train another one"
+                    "the model gives embeddings that are not numbers: its training has diverged, take another one"
                 )
             vectors.write(embedded.astype(_KIND).tobytes())
             readable.write(could_read.astype(np.uint8).tobytes())

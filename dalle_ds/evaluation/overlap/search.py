@@ -1,4 +1,4 @@
-"""From two sets of pictures and a detector to the nearest training pictures, a page to choose a threshold on, and the rows
+"""From two sets of pictures and a CLIP to the nearest training pictures, a page to choose a threshold on, and the rows
 that are held to be duplicates."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.faults import RowError
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.overlap.embeddings import Embedder, embed_split
+from dalle_ds.evaluation.overlap.embeddings import Embedder, PerceptualHashes, embed_split
 from dalle_ds.evaluation.overlap.neighbours import IndexKind, nearest
 from dalle_ds.evaluation.overlap.page import Pair, data_uri, write_page
 from dalle_ds.files import write_json, write_text
-from dalle_ds.models.duplicates import DuplicateDetector
+from dalle_ds.models import Clip
 
 FORMAT_VERSION = 1
 _DIGITS = 6
@@ -39,10 +39,12 @@ class OverlapOptions:
 
     train: str
     """Folder that launchers/prepare_data.py made: what models were trained on."""
-    detector: str
-    """Run directory of launchers/train_duplicates.py, or its export."""
     out: str
     """Folder for what is found."""
+    clip: str | None = None
+    """CLIP whose embeddings are compared: a run directory of launchers/train_clip.py, its export, or what
+    launchers/import_clip.py made. None compares perceptual hashes (64 bits; imagehash), which finds copies that were
+    compressed or resized, but not cropped ones."""
     train_split: str = "train"
     """Split of --train."""
     validation: str | None = None
@@ -96,12 +98,12 @@ class Overlap:
 
 
 def find_overlap(
-    options: OverlapOptions, detector: Embedder | None = None, say: Callable[[str], None] = print
+    options: OverlapOptions, embedder: Embedder | None = None, say: Callable[[str], None] = print
 ) -> Overlap:
     """Do what `OverlapOptions` says, in this process alone.
 
     Args:
-        detector: used instead of the one that `options` names.
+        embedder: used instead of the one that `options` names.
         say: is told how far it is, and what was found.
 
     Raises:
@@ -114,12 +116,12 @@ def find_overlap(
             f"both sets are the split {train.split!r} of {options.train}, each of whose pictures is its own duplicate: name "
             "another --split"
         )
-    if detector is None:
-        detector = _load(options)
+    if embedder is None:
+        embedder = _load(options)
     out = Path(options.out)
     embedded = {
         name: embed_split(
-            detector,
+            embedder,
             dataset,
             out / "embeddings" / name,
             batch_size=options.batch_size,
@@ -151,7 +153,7 @@ def find_overlap(
         "fingerprint": validation.fingerprint,
         "of": len(validation),
         "unreadable": found.unreadable.tolist(),
-        "detector": detector.fingerprint,
+        "detector": embedder.fingerprint,
         "train": {"split": train.split, "fingerprint": train.fingerprint},
         "index": options.index,
     }
@@ -169,12 +171,15 @@ def find_overlap(
     return found
 
 
-def _load(options: OverlapOptions) -> DuplicateDetector:
+def _load(options: OverlapOptions) -> Embedder:
     import torch
+
+    if options.clip is None:
+        return PerceptualHashes()
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda finds no GPU: set --device cpu")
-    return DuplicateDetector.from_pretrained(options.detector, options.device)
+    return Clip.from_pretrained(options.clip).to(options.device).eval()
 
 
 def _shown(found: Overlap, options: OverlapOptions) -> list[int]:
