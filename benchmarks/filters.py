@@ -34,7 +34,6 @@ WORDS = tuple(
     "the on in of with and red old small house dog cat river street woman man child tree car table garden mountain morning "  # noqa: SIM905
     "light photo market bridge boat window summer winter city walking sitting playing near under over".split()
 )
-BLOCKED = "free shipping\nclick here\nsubscribe now\n/\\bbuy \\d+ get \\d+\\b/\n"
 CHUNK = 2000
 
 
@@ -186,16 +185,7 @@ def _resident(process: int) -> int:
 
 def filter_many(options: Options, folder: Path) -> dict[str, Any]:
     """All filters of captions, and then the copies, of as many captions as asked for."""
-    words = folder / "blocked.txt"
-    words.write_text(BLOCKED)
-    filters = FilterOptions(
-        paper=True,
-        block=str(words),
-        max_repeated_words=0.5,
-        max_capitals=0.6,
-        max_digits=0.4,
-        max_caption_copies=5,
-    )
+    filters = FilterOptions(paper=True, max_caption_copies=5)
     starts = range(0, options.rows, CHUNK)
     reasons: Counter[str] = Counter()
     seconds_of_filters = 0.0

@@ -24,7 +24,7 @@ from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.examine import Examined, examine
-from dalle_ds.data.filters import FilterOptions, file_digest
+from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.filters.copies import Copies, find_copies
 from dalle_ds.data.parts import Part, PartReport
 from dalle_ds.data.report import PreparationReport
@@ -166,7 +166,7 @@ def prepare_part(
         there = parts.existing_part(part, identity)
         if there is not None:
             return there
-        options.filters.check_files()
+        options.filters.check_packages()
         share = parts.Share(_corpus(options).units(), shard, shards)
         return parts.write_part(lambda share: _examined(share, options, workers), share, part, identity)
 
@@ -274,7 +274,7 @@ def _identity(options: PrepareOptions) -> dict[str, Any]:
     """The options, and digests of the files that they name but for the source."""
     identity = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(PrepareOptions)}
     filters = options.filters
-    files = {path: file_digest(path) for path in (filters.block, filters.require) if path is not None}
+    files = {}
     if filters.duplicate_model is not None:
         from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder
 
@@ -285,9 +285,13 @@ def _identity(options: PrepareOptions) -> dict[str, Any]:
 
 
 def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
-    """What was prepared before an option was there was prepared with its default."""
+    """What was prepared before an option was there was prepared with its default; one that has gone and was not used
+    makes no difference."""
     default = _identity(PrepareOptions())
-    return {**default, **identity, "filters": {**default["filters"], **identity["filters"]}}
+    used = {
+        name: value for name, value in identity["filters"].items() if name in default["filters"] or value is not None
+    }
+    return {**default, **identity, "filters": {**default["filters"], **used}}
 
 
 def _options_of(identity: dict[str, Any]) -> PrepareOptions:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from safetensors.torch import load_file, save_file
 
 from dalle_ds.config import ClipConfig
 from dalle_ds.data.examine import Caption, Examined
@@ -21,6 +24,7 @@ from dalle_ds.data.filters.likeness import close_embeddings, embedded, picture_m
 from dalle_ds.data.filters.perceptual import close_hashes, perceptual_hash
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.pretrained import WEIGHTS_NAME
 from tests.data.test_prepare import all_files
 
 Edit = Callable[[Image.Image], Image.Image]
@@ -223,13 +227,32 @@ def test_a_model_of_another_kind_is_refused(dvae_export: Path) -> None:
         picture_model(str(dvae_export))
 
 
-def test_other_words_under_the_same_name_are_another_preparation(copied_corpus: Path, tmp_path: Path) -> None:
-    words = tmp_path / "words.txt"
-    words.write_text("picture 3\n")
-    options = PrepareOptions(corpus="folder", source=str(copied_corpus), filters=FilterOptions(block=str(words)))
-    report = prepare(options, str(tmp_path / "data"))
-    assert report.dropped["blocked words"].examples == ["03.png"]
+def test_another_model_under_the_same_name_is_another_preparation(
+    copied_corpus: Path, clip: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "clip"
+    shutil.copytree(clip, model)
+    filters = FilterOptions(duplicate_model=str(model), duplicate_cosine=1.0)
+    options = PrepareOptions(corpus="folder", source=str(copied_corpus), filters=filters)
+    prepare(options, str(tmp_path / "data"))
     assert prepare(options, str(tmp_path / "data")).already_there
-    words.write_text("picture 4\n")
+    weights = load_file(model / WEIGHTS_NAME)
+    save_file({name: weight + 1 for name, weight in weights.items()}, model / WEIGHTS_NAME)
     with pytest.raises(DataError, match=r"another preparation \(different: files\)"):
         prepare(options, str(tmp_path / "data"))
+
+
+def test_a_preparation_of_when_there_were_more_filters_is_the_same_if_they_were_not_used(
+    copied_corpus: Path, tmp_path: Path
+) -> None:
+    options = PrepareOptions(corpus="folder", source=str(copied_corpus))
+    prepare(options, str(tmp_path / "data"))
+    info = json.loads((tmp_path / "data" / "info.json").read_text())
+    for block, there in ((None, True), ("words.txt", False)):
+        info["options"]["filters"]["block"] = block
+        (tmp_path / "data" / "info.json").write_text(json.dumps(info))
+        if there:
+            assert prepare(options, str(tmp_path / "data")).already_there
+        else:
+            with pytest.raises(DataError, match=r"another preparation \(different: filters\)"):
+                prepare(options, str(tmp_path / "data"))

@@ -21,7 +21,7 @@ from dalle_ds.data import arrow, corpora
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data.corpora import Corpus, RawPair, Unit
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.filters import BLOCKED, FilterOptions
+from dalle_ds.data.filters import TOO_FEW_WORDS, FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
@@ -423,19 +423,17 @@ def test_report_shows_captions_where_captions_are_the_reason(tmp_path: Path) -> 
     for number in range(8):
         (corpus / f"{number}.png").write_bytes(picture_bytes(number))
         (corpus / f"{number}.txt").write_text(
-            f"[b]SALE {number}[/b]" if number < 6 else f"a cat {number}\nSALE {'x' * 200}"
+            f"[b]SALE{number}[/b]" if number < 6 else f"a cat {number}\nSALE{'x' * 200}"
         )
-    words = tmp_path / "words.txt"
-    words.write_text("sale")
-    options = options_for(corpus, validation=0.0, filters=FilterOptions(block=str(words)))
+    options = options_for(corpus, validation=0.0, filters=FilterOptions(min_caption_words=2))
     report = prepare(options, str(tmp_path / "data"))
     again = prepare(options, str(tmp_path / "data"))
-    assert report.caption_examples == again.caption_examples == {BLOCKED: [f"[b]SALE {n}[/b]" for n in range(5)]}
-    assert (report.dropped[BLOCKED].count, report.captions_dropped) == (6, {BLOCKED: 2})
+    assert report.caption_examples == again.caption_examples == {TOO_FEW_WORDS: [f"[b]SALE{n}[/b]" for n in range(5)]}
+    assert (report.dropped[TOO_FEW_WORDS].count, report.captions_dropped) == (6, {TOO_FEW_WORDS: 2})
     console = Console(record=True, width=60, file=io.StringIO())
     console.print(report)
     text = console.export_text()
-    assert "dropped: blocked" in text and "[b]SALE 4[/b]" in text and "SALE 5" not in text
+    assert "dropped: too few" in text and "[b]SALE4[/b]" in text and "SALE5" not in text
 
 
 @pytest.mark.parametrize(

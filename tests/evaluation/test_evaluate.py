@@ -117,12 +117,10 @@ def test_the_protocol_says_how_the_set_was_filtered(
         prepare(PrepareOptions("folder", str(corpus), validation=0, filters=FilterOptions(**filters)), str(out))
         return out
 
-    words = tmp_path / "words.txt"
-    words.write_text("red\n")
     whole = measured(prepared("whole", none=True))
     assert whole.protocol["set"]["filters"] == "none" and whole.protocol["set"]["dropped"] == "none"
-    fewer = measured(prepared("fewer", block=str(words))).protocol["set"]
-    assert fewer["filters"]["max_aspect_ratio"] == 2.0 and len(fewer["filters"]["block"]) == 64
+    fewer = measured(prepared("fewer", min_caption_chars=16)).protocol["set"]
+    assert fewer["filters"]["max_aspect_ratio"] == 2.0 and fewer["filters"]["min_caption_chars"] == 16
     assert fewer["rows"] + sum(fewer["dropped"].values()) == whole.protocol["set"]["rows"]
     # An older preparation, and one with the same rows and other filters.
     old = prepared("old", none=True)

@@ -1,28 +1,19 @@
-"""Cleaning of captions, and the reasons for which they are left out (DALL·E §2.3 and App. C; Sharma et al. 2018)."""
+"""Cleaning of captions, and the reasons for which they are left out (DALL·E §2.3 and App. C)."""
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from dalle_ds.data.filters.boilerplate import is_boilerplate
 from dalle_ds.data.filters.language import foreign_margin
 from dalle_ds.data.filters.options import FilterOptions
-from dalle_ds.data.filters.words import word_list
 
 EMPTY = "empty caption"
 TOO_SHORT = "caption too short"
 TOO_FEW_WORDS = "too few words"
 BOILERPLATE = "boilerplate caption"
 NOT_ENGLISH = "not English"
-BLOCKED = "blocked words"
-NOT_REQUIRED = "no required words"
-REPETITIVE = "repeated words"
-CAPITALS = "too many capitals"
-DIGITS = "too many digits"
-
-_WORD = re.compile(r"\w+")
 
 
 def clean_caption(text: str) -> str:
@@ -61,26 +52,5 @@ def _caption_problems(caption: str, options: FilterOptions) -> Iterator[str]:
         yield TOO_FEW_WORDS
     if options.drop_boilerplate and is_boilerplate(caption):
         yield BOILERPLATE
-    if options.block is not None and word_list(options.block).search(caption):
-        yield BLOCKED
-    if options.require is not None and not word_list(options.require).search(caption):
-        yield NOT_REQUIRED
-    if options.max_repeated_words is not None and repeated_words(caption) > options.max_repeated_words:
-        yield REPETITIVE
-    if _exceeds(options.max_capitals, caption, str.isupper, str.isalpha):
-        yield CAPITALS
-    if _exceeds(options.max_digits, caption, str.isdigit, str.isalnum):
-        yield DIGITS
     if options.foreign_margin is not None and foreign_margin(caption) > options.foreign_margin:
         yield NOT_ENGLISH
-
-
-def _exceeds(share: float | None, caption: str, part: Callable[[str], bool], whole: Callable[[str], bool]) -> bool:
-    """Whether more than this share of a kind of characters is of another kind, which it includes."""
-    return share is not None and sum(map(part, caption)) > share * sum(map(whole, caption))
-
-
-def repeated_words(caption: str) -> float:
-    """The share of words that stood in the caption before, in [0, 1)."""
-    words = _WORD.findall(caption.lower())
-    return 1 - len(set(words)) / len(words) if words else 0.0

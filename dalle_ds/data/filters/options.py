@@ -13,7 +13,6 @@ import numpy as np
 
 from dalle_ds.data.filters.language import foreign_margin
 from dalle_ds.data.filters.perceptual import perceptual_hash
-from dalle_ds.data.filters.words import word_list
 from dalle_ds.errors import ConfigError
 
 MAX_HASH_DISTANCE = 10
@@ -24,8 +23,9 @@ _OFF: dict[str, Any] = {
     "max_aspect_ratio": None,
     "min_side": 1,
     "paper": False,
-    **dict.fromkeys(("min_caption_words", "foreign_margin", "block", "require", "max_repeated_words", "max_capitals")),
-    **dict.fromkeys(("max_digits", "max_caption_copies", "max_hash_distance", "duplicate_model")),
+    **dict.fromkeys(
+        ("min_caption_words", "foreign_margin", "max_caption_copies", "max_hash_distance", "duplicate_model")
+    ),
 }
 """Filters, and what switches each off. Pictures too large to be decoded are left out in any case."""
 _PAPER = {"min_caption_words": 3, "foreign_margin": 12.0, "drop_boilerplate": True, "max_aspect_ratio": 2.0}
@@ -58,16 +58,6 @@ class FilterOptions:
     foreign_margin: float | None = None
     """Drop captions that another language explains better than English, by more than this many nats (py3langid); 0 drops
     all but those for which English is likeliest, 12 spares names and short captions."""
-    block: str | None = None
-    """File of phrases, and /regular expressions/ between slashes, one in a line: captions with any of them are dropped."""
-    require: str | None = None
-    """File as for `block`: captions without any of them are dropped."""
-    max_repeated_words: float | None = None
-    """Drop captions of which a larger share of words was there before (Sharma et al. 2018: "high token repetition")."""
-    max_capitals: float | None = None
-    """Drop captions of which a larger share of letters is capitals."""
-    max_digits: float | None = None
-    """Drop captions of which a larger share of letters and digits is digits."""
     max_caption_copies: int | None = None
     """Drop a caption where it was kept with this many pictures before, whatever its case; 1 keeps the first alone."""
     max_hash_distance: int | None = None
@@ -97,8 +87,6 @@ class FilterOptions:
         self._between("max_caption_copies", 1, None)
         self._between("max_hash_distance", 0, MAX_HASH_DISTANCE)
         self._between("duplicate_cosine", 0, 1)
-        for name in ("max_repeated_words", "max_capitals", "max_digits"):
-            self._between(name, 0, 1)
 
     def _switch_off(self) -> None:
         for name, off in _OFF.items():
@@ -124,10 +112,8 @@ class FilterOptions:
         """`max_megapixels` in pixels."""
         return int(self.max_megapixels * 1e6)
 
-    def check_files(self) -> None:
-        """Raises `ConfigError` for what would be missing in the midst of the work: word lists and packages."""
-        for path in filter(None, (self.block, self.require)):
-            word_list(path)
+    def check_packages(self) -> None:
+        """Raises `ConfigError` for a package that would be missing in the midst of the work."""
         if self.foreign_margin is not None:
             foreign_margin("a caption")
         if self.max_hash_distance is not None:
