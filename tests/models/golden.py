@@ -1,4 +1,4 @@
-"""Trains the toy preset's transformer in fp32 on pictures made of numbers, and prints the losses.
+"""Trains a transformer of the demo's size in fp32 on pictures made of numbers, and prints the losses.
 
 `golden_losses.json` holds what this printed before the sparse kernels and the chunked cross-entropy existed, when the model
 was dense attention under a mask and whole logits: python -m tests.models.golden > tests/models/golden_losses.json
@@ -11,12 +11,14 @@ import json
 import torch
 from torch import Tensor
 
-from dalle_ds.config import DalleConfig, TransformerRun, load_preset
+from dalle_ds.config import DalleConfig, OptimConfig
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.optim import decay_groups
 
 STEPS = 50
 BATCH = 8
+MODEL = DalleConfig(width=192, depth=6, heads=3, text_len=32, grid=8, text_vocab=8192, image_vocab=256)
+OPTIM = OptimConfig(lr=2e-3)
 
 
 def batch(config: DalleConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -32,20 +34,18 @@ def batch(config: DalleConfig, generator: torch.Generator) -> tuple[Tensor, Tens
 
 def losses(**options: object) -> list[dict[str, float]]:
     """Text and image loss of every update; `options` go to the model's forward pass."""
-    run = load_preset("toy", "transformer", TransformerRun)
     torch.manual_seed(0)
-    model = Dalle(run.model)
-    optim = run.optim
+    model = Dalle(MODEL)
     optimizer = torch.optim.AdamW(
-        decay_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
+        decay_groups(model, OPTIM.weight_decay), lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps
     )
     generator = torch.Generator().manual_seed(1)
     history = []
     for _ in range(STEPS):
-        out = model(*batch(run.model, generator), **options)
+        out = model(*batch(MODEL, generator), **options)
         optimizer.zero_grad()
         out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
         optimizer.step()
         history.append({"text_loss": out.text_loss.item(), "image_loss": out.image_loss.item()})
     return history

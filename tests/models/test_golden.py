@@ -1,4 +1,4 @@
-"""The model trains as it did when it was computed plainly: a recorded curve of the toy preset, in fp32."""
+"""The model trains as it did when it was computed plainly: a recorded curve of a small model, in fp32."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle_ds.config import DalleConfig, DvaeObjective, DvaeRun, TransformerLoaderConfig, TransformerRun
+from dalle_ds.config import PADDING, DalleConfig, DvaeObjective, DvaeRun, TransformerLoaderConfig, TransformerRun
 from dalle_ds.data import PairDataset, evaluation_batches
 from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
 from dalle_ds.data.codes import cache_codes
@@ -104,6 +104,21 @@ def test_bpe_dropout_reaches_the_tokenizer_in_training_and_nowhere_else(
         assert asked == [0.0, 0.0]
     texts = {TransformerTask(more).samples("train").sample(0, np.random.default_rng(n))["text"].tobytes() for n in range(10)}  # type: ignore[union-attr]  # fmt: skip
     assert len(texts) > 1, "one caption in several ways"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+def test_captions_are_dropped_as_often_as_the_run_says_and_in_training_only(
+    transformer_run: TransformerRun, share: float
+) -> None:
+    run = dataclasses.replace(transformer_run, loader=TransformerLoaderConfig(codes="live", caption_dropout=share))
+    samples = {split: TransformerTask(run).samples(split) for split in ("train", "validation")}
+
+    def dropped(split: str) -> float:
+        texts = [samples[split].sample(0, np.random.default_rng(seed))["text"] for seed in range(200)]
+        return float(np.mean([(text == PADDING).all() for text in texts]))
+
+    assert dropped("train") == pytest.approx(share, abs=0.1 if share else 0)
+    assert dropped("validation") == 0
 
 
 def validation_batch(task: DvaeTask | TransformerTask, rows: int = 6) -> dict[str, torch.Tensor]:
