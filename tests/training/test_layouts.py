@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from dalle_ds.config import to_dict
 from dalle_ds.sampling import TextToImage
+from dalle_ds.training.export import export_checkpoint
 from tests.conftest import EVERYTHING, TINY_DALLE, TINY_DVAE, thorough
 from tests.processes import run_ranks
 
@@ -94,6 +96,7 @@ class Runs:
             "objective": {"temperature_steps": 20, "kl_warmup_steps": 4},
         }
         reference = [self.job("reference", 0), self.job("dvae-reference", 0, stage="dvae")]
+        reference += [self.job("unaveraged", 0, train={"average_every": STEPS + 1})]
         layouts = [self.job(f"zero{stage}", stage) for stage in STAGES["fp32"]]
         layouts += [self.job(f"zero{stage}-bf16", stage, precision="bf16", steps=4) for stage in STAGES["bf16"]]
         layouts += [self.job(f"zero{stage}-fp16", stage, precision="fp16") for stage in STAGES["fp16"]]
@@ -235,8 +238,6 @@ def test_every_run_exports_pictures_and_a_model_that_draws(runs: Runs, name: str
 
 def test_validation_uses_the_averaged_weights_and_reports_them(runs: Runs) -> None:
     """Validation figures of the reference, recomputed from the exported, averaged weights."""
-    import torch
-
     from dalle_ds.config import TransformerRun, from_dict
     from dalle_ds.data import evaluation_batches
     from dalle_ds.models import Dalle
@@ -262,6 +263,15 @@ def test_validation_uses_the_averaged_weights_and_reports_them(runs: Runs) -> No
         lines = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
         found = [line["validation/image_loss"] for line in lines if "validation/image_loss" in line]
         assert found == pytest.approx(reported, abs=1e-4), name
+
+
+def test_weights_that_no_average_took_in_yet_are_exported_as_they_are(runs: Runs, tmp_path: Path) -> None:
+    """`average_every` reaches the average: of more updates than the run has, it leaves the exported weights raw."""
+    export_checkpoint(runs["reference"], weights="raw", out=tmp_path / "raw")
+    found = load_file(runs["unaveraged"] / "export" / "model.safetensors")
+    expected = load_file(tmp_path / "raw" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_finished_run_says_so_and_does_nothing(runs: Runs) -> None:

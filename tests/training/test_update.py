@@ -144,6 +144,38 @@ def test_a_block_that_was_left_out_is_updated_again_next_time() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(after, module.parameters(), strict=True))
 
 
+def test_a_stage_of_a_pipeline_leaves_out_the_block_that_overflowed_not_the_one_of_its_number() -> None:
+    """A stage has some of the model's groups, and its first is not the model's first."""
+    module = model()
+    update = updater(module, OptimConfig(), skip="block", scaled=True)
+    update._layout.blocks, update._layout.numbers = [None, 0, 1], [1, 2]
+    module[0].weight.register_hook(lambda gradient: gradient * math.nan)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    assert update.update(batch(0), 0, 1e-2).applied
+    after = module.parameters()
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False, False]
+
+
+def test_second_moments_are_clipped_as_without_knowing_the_gradients_norm() -> None:
+    """The clipped norm that the optimizer is told lets it leave out a clip that cannot bind, never one that does."""
+    clip = 1e-4
+    ours, theirs = model(), model()
+    update = updater(ours, OptimConfig(clip=0.5, second_moment_clip=clip))
+    groups = [{"name": "all", "params": list(theirs.parameters()), "block": None}]
+    reference = AdamW(groups, betas=(0.9, 0.96), weight_decay=0.1, second_moment_clip=clip)
+    reference.param_groups[0]["lr"] = 1e-2
+    for step in range(5):
+        update.update(batch(step), step, 1e-2)
+        x = batch(step)[0]["x"]
+        (theirs(x) - 3 * x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+        reference.zero_grad()
+    assert any(bool((state["exp_avg_sq"] == clip).any()) for state in reference.state.values())
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_a_bad_loss_changes_neither_weights_nor_moments_nor_scales() -> None:
     module = model()
     update = updater(module, OptimConfig(), scaled=True)
