@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from counting import Exchanges
-from engines import build_updater
+from engines import build_step
 from measure import check_flags
 from rich.console import Console
 from rich.table import Table
@@ -149,7 +149,7 @@ def measure(options: Options, mesh: Mesh, *, compressed: bool) -> dict[str, Any]
     (stage,) = stages_of(run, layout, mesh.device.type)
     transfers = traffic(stage, run.model, layout)
     shards = compressed_shards(stage.parameters, layout, run.model.width)
-    engine, updater = build_updater(run, json_config, mesh)
+    engine, train_step = build_step(run, json_config, mesh)
     divided = mesh.divide(run.parallel)
     generator = torch.Generator().manual_seed(divided.index("data"))
     exchanges = AxisExchanges(divided)
@@ -159,9 +159,9 @@ def measure(options: Options, mesh: Mesh, *, compressed: bool) -> dict[str, Any]
         batch = {"text": text.to(mesh.device), "codes": codes.to(mesh.device)}
         if number == COUNTED_UPDATE:
             with exchanges:
-                updater.update([batch], number, 1e-3)
+                train_step.run([batch], number, 1e-3)
         else:
-            updater.update([batch], number, 1e-3)
+            train_step.run([batch], number, 1e-3)
     engine.destroy()
     most = torch.tensor([exchanges.along[axis] for axis in (*AXES, OTHER)], dtype=torch.int64, device=mesh.device)
     if mesh.world_size > 1:

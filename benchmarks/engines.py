@@ -16,7 +16,7 @@ from dalle_ds.parallel import Mesh
 
 
 class BatchLoss:
-    """What an `Updater` asks of a task: the transformer's loss on {"text": (B, T), "codes": (B, W²)}."""
+    """What a `TrainStep` asks of a task: the transformer's loss on {"text": (B, T), "codes": (B, W²)}."""
 
     rho = None
 
@@ -37,8 +37,8 @@ class BatchLoss:
         return {}
 
 
-def build_updater(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) -> tuple[Any, Any]:
-    """An engine around `run.model`, and the `Updater` that trains it.
+def build_step(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) -> tuple[Any, Any]:
+    """An engine around `run.model`, and the `TrainStep` that trains it.
 
     Args:
         run: `model`, `train`, `parallel`, `powersgd`, `optim`, `scaling` and `seed` are used.
@@ -48,10 +48,10 @@ def build_updater(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) 
     from dalle_ds.parallel.pipeline import Pipeline
     from dalle_ds.training.deepspeed_config import resolve
     from dalle_ds.training.engine import build_engine, scale_gradients
-    from dalle_ds.training.gradients import MasterGradients
     from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction
-    from dalle_ds.training.update import Updater
+    from dalle_ds.training.step import TrainStep
+    from dalle_ds.training.zero_state import MasterGradients
 
     mesh = mesh.divide(run.parallel)
     config = resolve(json_config, run, mesh.world_size)
@@ -81,7 +81,7 @@ def build_updater(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) 
     if mesh.size("replica") > 1:
         replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
     task: Any = BatchLoss()
-    updater = Updater(
+    train_step = TrainStep(
         task,
         engine,
         passes_of(task, engine, mesh),
@@ -93,4 +93,4 @@ def build_updater(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) 
         numerics=None,
         replicas=replicas,
     )
-    return engine, updater
+    return engine, train_step

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from counting import Allocations, Exchanges
-from engines import build_updater
+from engines import build_step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -274,13 +274,13 @@ def _kind(memory: Memory, name: str, moment: str = "between") -> int:
 
 def _count(run: TransformerRun, json_config: dict[str, Any], setting: Setting, mesh: Mesh) -> dict[str, int]:
     """Bytes of one process, the most of all. Collective."""
-    engine, updater = build_updater(run, json_config, mesh)
+    engine, train_step = build_step(run, json_config, mesh)
     text = torch.zeros(1, run.model.text_len, dtype=torch.int64)
     codes = torch.zeros(1, run.model.image_len, dtype=torch.int64)
 
     def update(number: int) -> None:
         batches = [{"text": text.clone(), "codes": codes.clone()} for _ in range(setting.accumulation)]
-        updater.update(batches, number, 1e-3)
+        train_step.run(batches, number, 1e-3)
 
     for number in range(3):  # DeepSpeed traces the first, and makes Adam's state in it
         update(number)
@@ -289,13 +289,13 @@ def _count(run: TransformerRun, json_config: dict[str, Any], setting: Setting, m
     weights += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
     states = [v for state in engine.client_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     counted = {
-        "between": _bytes(tensors_behind([engine, updater])),
+        "between": _bytes(tensors_behind([engine, train_step])),
         "weights": _bytes(weights),
         "moments": _bytes(states),
     }
-    passes = updater._passes
+    passes = train_step._passes
     step = passes.step
-    with Allocations(known=tensors_behind([engine, updater])) as allocations:
+    with Allocations(known=tensors_behind([engine, train_step])) as allocations:
 
         def watched_step() -> None:
             counted.update(passes=allocations.peak, before=allocations.now())

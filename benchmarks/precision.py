@@ -18,7 +18,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from engines import build_updater
+from engines import build_step
 from measure import check_flags
 from rich.console import Console
 from rich.table import Table
@@ -116,7 +116,7 @@ def measure(options: Options, stage: int, precision: str, optim: OptimConfig, me
         "zero_optimization": zero,
         "comms_logger": {"enabled": True, "prof_all": True, "verbose": False},
     }
-    engine, updater = build_updater(run, json_config, mesh)
+    engine, train_step = build_step(run, json_config, mesh)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     losses, held, with_gradients = [], 0, 0
     own = options.batch // mesh.world_size
@@ -129,12 +129,12 @@ def measure(options: Options, stage: int, precision: str, optim: OptimConfig, me
             held = bytes_behind(engine)
             step = engine.step
             engine.step = lambda: None
-            updater.update([rows], update, 1e-3)
+            train_step.run([rows], update, 1e-3)
             with_gradients = bytes_behind(engine)
             engine.step = step
             engine.step()
             continue
-        losses.append(updater.update([rows], update, 1e-3).figures["loss"])
+        losses.append(train_step.run([rows], update, 1e-3).metrics["loss"])
     per = mesh.world_size / parameters
     figures = {"held": held * per, "with_gradients": with_gradients * per}
     gathered = sum(size for name, size in sent.items() if "gather" in name)

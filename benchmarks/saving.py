@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import build_updater
+from engines import build_step
 from measure import ShapeOptions, shape
 from rich.console import Console
 from rich.table import Table
@@ -67,8 +67,8 @@ class Bench:
             optim=OptimConfig(warmup_steps=1),
         )
         json_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": options.zero}}
-        self.engine, self.updater = build_updater(run, json_config, mesh)
-        from dalle_ds.training.weights import MasterWeights
+        self.engine, self.train_step = build_step(run, json_config, mesh)
+        from dalle_ds.training.zero_state import MasterWeights
 
         self.weights = MasterWeights(self.engine)
         self.average = WeightAverage(self.weights.shards, 0.99)
@@ -88,7 +88,7 @@ class Bench:
         codes = torch.randint(self.model.image_vocab, (*size, self.model.grid**2), generator=generator)
         batch = {"text": text.to(self.mesh.device), "codes": codes.to(self.mesh.device)}
         flags = (0, 0) if saver is None else saver.progress()
-        outcome = self.updater.update([batch], self.step, 1e-4, flags)
+        outcome = self.train_step.run([batch], self.step, 1e-4, flags)
         self.average.update(self.step)
         self.step += 1
         if saver is not None:

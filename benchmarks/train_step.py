@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from baselines import DallePytorch, DenseTransformer
-from engines import build_updater
+from engines import build_step
 from measure import (
     RATE_SECONDS,
     ShapeOptions,
@@ -140,9 +140,9 @@ def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
     precision = resolve(json_config, run, mesh.world_size).precision
     if precision != options.dtype:
         raise ConfigError(f"--dtype {options.dtype}, but {json_path} trains in {precision}")
-    _, updater = build_updater(run, json_config, mesh)
+    _, train_step = build_step(run, json_config, mesh)
     text, codes = batch(config, options.batch, mesh.device)
-    return lambda: updater.update([{"text": text, "codes": codes}], 0, 1e-4)
+    return lambda: train_step.run([{"text": text, "codes": codes}], 0, 1e-4)
 
 
 def batch(config: DalleConfig, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

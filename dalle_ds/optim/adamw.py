@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ MOST_REST = 0.25
 """Share by which 16-bit variances may differ from what they average without a warning: a β2 of 0.998."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_ADDED: dict[str, Any] = {"second_moment_clip": None, "moments": "fp32", "skip": False}
+_ADDED: dict[str, Any] = {"second_moment_clip": None, "moments": "fp32"}
 """What a parameter group has here and not in torch's AdamW, and that which makes it torch's AdamW."""
 
 
@@ -38,10 +39,8 @@ class AdamW(torch.optim.Optimizer):
       in the parameters or stored (5 in DALL·E App. B.2). None does not clip.
     - `moments="16-bit"`: the running mean is stored in format 1-6-9, the running variance in 0-6-10 (App. D), together 4
       bytes per parameter in place of 8. Arithmetic is fp32.
-    - `skip=True`: the group's parameters, moments and step counts stay as they are, until it is set back.
 
-    The clip and 16-bit moments cost passes over memory. A clip costs none while it is known not to bind, for which
-    `gradient_bound` is there.
+    The clip and 16-bit moments cost passes over memory. A clip costs none while it is known not to bind (`updating`).
 
     State of a parameter: "step", fp32 (), updates made; "exp_avg" and "exp_avg_sq" in the parameter's shape, int16 codes or
     numbers of the parameter's type; "index", its place among the tensors that were updated, by which random rounding tells
@@ -61,13 +60,8 @@ class AdamW(torch.optim.Optimizer):
             moments of parameters that are not fp32.
     """
 
-    skip: bool = False
-    """Whether `step` does nothing at all."""
-    gradient_bound: float | None = None
-    """The caller's promise that no element of a gradient is greater, such as the gradients' norm; None promises nothing.
-
-    The variance is an average of squares. Where none of them exceeds `second_moment_clip`, it does not bind, but for rounding.
-    """
+    _groups: frozenset[int] | None = None
+    _gradient_bound: float | None = None
 
     def __init__(
         self,
@@ -114,15 +108,31 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.skip:
-            return loss
-        for group in self.param_groups:
-            if not group["skip"]:
+        for number, group in enumerate(self.param_groups):
+            if self._groups is None or number in self._groups:
                 self._update(group)
         return loss
 
+    @contextmanager
+    def updating(self, groups: Collection[int] | None = None, *, gradient_bound: float | None = None) -> Iterator[None]:
+        """Within, `step` updates these parameter groups alone: what belongs to the others stays as it is.
+
+        DeepSpeed calls `step` without arguments; what was decided for one step reaches it through this and ends with it.
+
+        Args:
+            groups: their numbers; None updates all.
+            gradient_bound: the caller's promise that no element of a gradient is greater, such as the gradients' norm; None
+                promises nothing. A running variance is an average of squares: where none of them exceeds
+                `second_moment_clip`, it does not bind, but for rounding.
+        """
+        self._groups, self._gradient_bound = None if groups is None else frozenset(groups), gradient_bound
+        try:
+            yield
+        finally:
+            self._groups = self._gradient_bound = None
+
     def _update(self, group: dict[str, Any]) -> None:
-        bound = self.gradient_bound
+        bound = self._gradient_bound
         square = bound**2 if bound is not None and math.isfinite(bound) else math.inf
         clip = math.inf if group["second_moment_clip"] is None else group["second_moment_clip"]
         fused: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
@@ -227,18 +237,11 @@ class AdamW(torch.optim.Optimizer):
         """What a copy needs; torch's own lacks what subclasses add."""
         return {**super().__getstate__(), "stochastic_rounding": self.stochastic_rounding, "seed": self.seed}
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, without the groups' `skip`, which is a matter of one update."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group.pop("skip")
-        return state
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`, of this class or of torch's AdamW, bit for bit.
 
-        As in torch, groups take the settings that were saved, but for `moments` and `skip`, which stay; a setting that the
-        saved groups do not have stays too.
+        As in torch, groups take the settings that were saved, but for `moments`, which stay; a setting that the saved groups
+        do not have stays too.
 
         Raises:
             CheckpointError: the saved moments are fp32 where the group's are 16-bit, or the other way round.

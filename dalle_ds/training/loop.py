@@ -33,10 +33,10 @@ from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.saving import Saving
 from dalle_ds.training.signals import StopSignals
+from dalle_ds.training.step import COUNTED, TrainStep
 from dalle_ds.training.stragglers import Stragglers
 from dalle_ds.training.tracking import Tracker
-from dalle_ds.training.update import COUNTED, Updater
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
@@ -131,7 +131,7 @@ class Loop:
         self._passes.pulse = lambda: self._setup.pulse(self.step, "step", self._minutes)
         every = self.run.report.numerics_every
         self._numerics_lines = LineFile(self.directory.numerics_file) if every and self.mesh.is_main else None
-        self._updater = Updater(
+        self._train_step = TrainStep(
             self.task,
             self.engine,
             self._passes,
@@ -281,33 +281,33 @@ class Loop:
         seed_update(self.run.seed, step, self.mesh.index("data"))
         # What the processes tell each other with every update: whether one was told to stop, and how far saving is.
         flags = [int(self.signals.requested is not None), *self._saving.flags()]
-        outcome = self._updater.update(micro_batches, step, learning_rate.at(step), flags)
-        stop, *saving = map(round, outcome.flags)
+        result = self._train_step.run(micro_batches, step, learning_rate.at(step), flags)
+        stop, *saving = map(round, result.flags)
         self._stopping |= stop > 0
         self._saving.note(saving)
-        loss = outcome.figures["loss"]
+        loss = result.metrics["loss"]
         if self.average is not None:
             self.average.update(step)
-        if outcome.finite:
+        if result.decision.finite:
             learning_rate.observe(step, loss)
         else:
-            norm = outcome.figures["grad_norm"]
+            norm = result.metrics["grad_norm"]
             sentence = f"update {step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}"
-            if "powersgd_overflows" in outcome.figures:
+            if "powersgd_overflows" in result.metrics:
                 sentence += (
                     "; a factor of PowerSGD left its format: lower powersgd.p_scale_log2 or powersgd.q_scale_log2"
                 )
             self.tracker.say(sentence, style="yellow")
-        lost = self.trained.guard.observe(loss, outcome.finite, outcome.applied)
-        self._skipped_in_a_row = 0 if outcome.applied else self._skipped_in_a_row + 1
+        lost = self.trained.guard.observe(loss, result.decision.finite, result.decision.applied)
+        self._skipped_in_a_row = 0 if result.decision.applied else self._skipped_in_a_row + 1
         if self._skipped_in_a_row and self._skipped_in_a_row % STEPS_BETWEEN_SKIP_ALARMS == 0:
             self.tracker.say(
                 f"ALARM at step {step + 1}: the last {self._skipped_in_a_row} updates were all skipped; where gradient scales "
                 "fall (gradient_scale in the metrics), begin with a lower scaling.initial_log2",
                 style="bold red",
             )
-        self._count_unreadable(outcome.figures)
-        return self._counted(outcome.figures, outcome.applied), lost
+        self._count_unreadable(result.metrics)
+        return self._counted(result.metrics, result.decision.applied), lost
 
     def _count_unreadable(self, figures: dict[str, float]) -> None:
         """End a run of which too much cannot be read; all processes know the same count."""

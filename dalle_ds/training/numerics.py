@@ -5,8 +5,8 @@ from __future__ import annotations
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.precision.exponents import exponent_counts, exponent_report
-from dalle_ds.training.gradients import GroupLayout, MasterGradients
 from dalle_ds.training.lines import LineFile
+from dalle_ds.training.zero_state import GroupLayout, MasterGradients
 
 
 class NumericsReport:

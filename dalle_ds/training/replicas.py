@@ -19,8 +19,7 @@ from dalle_ds.config import PowerSGDConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh, split_of
 from dalle_ds.parallel.powersgd import MatrixShard, PowerSGD, in_turns, paper_rank
-from dalle_ds.training.gradients import MasterGradients
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterGradients, MasterWeights
 
 BUCKET = 2**24
 """Elements of uncompressed gradients that cross together, unless one piece has more: 64 MiB in fp32."""

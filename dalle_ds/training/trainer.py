@@ -23,14 +23,13 @@ from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.deepspeed_config import EngineConfig, is_auto, resolve, with_precision
 from dalle_ds.training.engine import build_engine, scale_gradients
-from dalle_ds.training.gradients import MasterGradients
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.tracking import Tracker
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterGradients, MasterWeights
 
 
 class Trainer:

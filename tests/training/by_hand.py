@@ -15,7 +15,7 @@ from dalle_ds.training.checkpoints.manifest import Manifest, record_of
 from dalle_ds.training.checkpoints.saver import Kept, Saver
 from dalle_ds.training.checkpoints.storage import Pieces
 from dalle_ds.training.checkpoints.writing import Planner
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterWeights
 
 
 def write_tensors(folder: Path, pieces: Mapping[str, Pieces], parameters: dict[str, dict[str, Any]]) -> None:

@@ -71,7 +71,7 @@ class Training:
     def __init__(self, layout: Layout, mesh: Mesh) -> None:
         from dalle_ds.training.deepspeed_config import resolve
         from dalle_ds.training.engine import build_engine
-        from dalle_ds.training.weights import MasterWeights
+        from dalle_ds.training.zero_state import MasterWeights
 
         # Several sub-groups to a parameter group, and every parameter cut.
         zero: dict[str, Any] = {"stage": layout.stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 2_000}
@@ -104,8 +104,8 @@ class Training:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         # So that from the third update on, whether a variance may be clipped depends on what was noted in the first two.
-        optimizer.gradient_bound = 1.0 if step < 2 else 1e-3
-        self.engine.step()
+        with optimizer.updating(gradient_bound=1.0 if step < 2 else 1e-3):
+            self.engine.step()
         self.average.update(step)
         return float(self.mesh.sum(loss, "world") / self.mesh.world_size)
 

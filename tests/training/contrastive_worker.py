@@ -142,11 +142,10 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     """What becomes of the batch: loss, named gradients, and whether weights are as they were."""
     from dalle_ds.training.deepspeed_config import resolve
     from dalle_ds.training.engine import build_engine
-    from dalle_ds.training.gradients import MasterGradients
     from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction
-    from dalle_ds.training.update import Updater
-    from dalle_ds.training.weights import MasterWeights
+    from dalle_ds.training.step import TrainStep
+    from dalle_ds.training.zero_state import MasterGradients, MasterWeights
 
     parallel = ParallelConfig(replicas=case.replicas)
     mesh = processes.divide(parallel)
@@ -200,11 +199,11 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
         "numerics": None,
         "replicas": reduction,
     }
-    updater = Updater(task, engine, passes, mesh, run.optim, **options)
-    inner = updater._step
-    updater._step = spied  # type: ignore[method-assign, assignment]
-    outcome = updater.update(batches, 0, 1e-3)
-    found |= {"figures": outcome.figures, "applied": outcome.applied}
+    train_step = TrainStep(task, engine, passes, mesh, run.optim, **options)
+    inner = train_step._apply
+    train_step._apply = spied  # type: ignore[method-assign, assignment]
+    result = train_step.run(batches, 0, 1e-3)
+    found |= {"figures": result.metrics, "applied": result.decision.applied}
     found["unchanged"] = all(map(torch.equal, before, (shard.detach() for shard in weights.shards)))
     found["steps"], found["samples"] = engine.global_steps, engine.global_samples
     after = weights.consolidate()

@@ -76,8 +76,8 @@ class Replica:
     ) -> None:
         from dalle_ds.training.deepspeed_config import resolve
         from dalle_ds.training.engine import build_engine
-        from dalle_ds.training.gradients import MasterGradients
         from dalle_ds.training.replicas import ReplicaReduction
+        from dalle_ds.training.zero_state import MasterGradients
 
         parallel = ParallelConfig(replicas=2, tensor=tensor)
         self.mesh = processes.divide(parallel)
@@ -200,7 +200,7 @@ def kept(processes: Mesh) -> dict[str, float]:
 def start(processes: Mesh, stage: int, precision: str) -> tuple[float, float]:
     """Losses before and after the first replica's weights are given to the second, whose were changed."""
     from dalle_ds.training.replicas import broadcast_start
-    from dalle_ds.training.weights import MasterWeights
+    from dalle_ds.training.zero_state import MasterWeights
 
     replica = Replica(processes, stage, precision=precision)
     weights = MasterWeights(replica.engine)

@@ -333,18 +333,18 @@ def test_what_is_not_finite_stays_so_in_bf16(bits: int) -> None:
 
 def test_sam_is_the_papers_over_several_updates() -> None:
     """Twenty updates against SAM written out with torch's AdamW (arXiv 2010.01412, Algorithm 1)."""
-    from dalle_ds.training.update import Updater
+    from dalle_ds.training.step import TrainStep
 
     rho, lr = 0.3, 1e-2
     ours, theirs = Towers(0.0), Towers(0.0)
     engine = SteppingEngine(ours)
     passes = sharp_passes(engine, rho, None, 2)
     options: dict[str, Any] = {"scales": None, "scaling": None, "average": None, "numerics": None, "replicas": None}
-    updater = Updater(passes._task, engine, passes, MESH, OptimConfig(clip=None), **options)
+    train_step = TrainStep(passes._task, engine, passes, MESH, OptimConfig(clip=None), **options)
     reference = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.1)
     (batch,) = batches(1)
     for step in range(20):
-        figures = updater.update(batches(2), step, lr).figures
+        figures = train_step.run(batches(2), step, lr).metrics
         loss = contrastive_loss(*theirs(*_inputs(batch)))
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))

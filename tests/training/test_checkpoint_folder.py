@@ -25,7 +25,7 @@ from dalle_ds.training.checkpoints.fragments import Fragment
 from dalle_ds.training.checkpoints.manifest import Manifest
 from dalle_ds.training.checkpoints.saver import Kept, Saver
 from dalle_ds.training.checkpoints.writing import Plan
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterWeights
 from tests.training.by_hand import save_checkpoint
 
 ALONE = Mesh(rank=0, world_size=1, device=torch.device("cpu"))

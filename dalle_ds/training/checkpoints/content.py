@@ -23,7 +23,7 @@ from dalle_ds.parsing import parse_json
 from dalle_ds.training.checkpoints.fragments import matrix_size
 from dalle_ds.training.checkpoints.manifest import FORMAT
 from dalle_ds.training.checkpoints.storage import Index, Pieces
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterWeights
 
 STATE_NAME = "state.json"
 TENSORS_NAME = "tensors"

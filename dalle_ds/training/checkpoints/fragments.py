@@ -12,11 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from dalle_ds.parallel import WHOLE, Split, TensorGroup, split_of
+from dalle_ds.parallel import Split
 
 
 @dataclass(frozen=True)
@@ -113,60 +112,6 @@ class Fragment:
 def matrix_size(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a parameter that is seen as a matrix: its first axis, and all others."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-
-
-def fragments_of(engine: Any) -> list[Fragment]:
-    """What this process keeps in fp32 of every parameter of a DeepSpeed engine, in the order of `engine.module`'s parameters.
-
-    Shards are numbered as in `MasterWeights.shards`.
-    """
-    module: nn.Module = engine.module
-    rename = getattr(module, "plain_name", None)  # a pipeline's stages name their layers in their own way
-    group = _tensor_group(module)
-    places = _Places(engine)
-    found: list[Fragment] = []
-    for name, parameter in module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        start, length, shard, offset = places.of(parameter)
-        if length > 0:
-            plain = name if rename is None else rename(name)
-            split = split_of(parameter)
-            if split is None:
-                found.append(Fragment(plain, shape, start, length, shard, offset))
-            else:
-                found.append(Fragment(plain, shape, start, length, shard, offset, split, group.rank, group.size))
-    return found
-
-
-class _Places:
-    """Where DeepSpeed put this process's elements of a parameter."""
-
-    def __init__(self, engine: Any) -> None:
-        self._optimizer = engine.optimizer
-        numbered: list[nn.Parameter] = list(engine.module.parameters())
-        if hasattr(self._optimizer, "fp16_groups"):  # bf16, stage 0: copies, group by group
-            numbered = [parameter for group in self._optimizer.fp16_groups for parameter in group]
-        self._number = {id(parameter): number for number, parameter in enumerate(numbered)}
-
-    def of(self, parameter: nn.Parameter) -> tuple[int, int, int, int]:
-        """Start in the flattened parameter, length, number of the shard, offset in it."""
-        if hasattr(parameter, "ds_id"):  # stage 3: equal lengths of every parameter, the last of them padded
-            shard, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            start = parameter.ds_zero_partition_rank * length  # type: ignore[attr-defined]
-            return start, min(length, parameter.ds_numel - start), shard, offset  # type: ignore[attr-defined]
-        if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2, in all precisions: equal lengths of every group
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                return 0, 0, 0, 0
-            own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-            return own.start, flat.numel, mapping.param_group_index, flat.start
-        return 0, parameter.numel(), self._number[id(parameter)], 0
-
-
-def _tensor_group(module: nn.Module) -> TensorGroup:
-    """The group that divides a model's layers, which these know."""
-    groups = (getattr(layer, "tensor", None) for layer in module.modules())
-    return next((group for group in groups if isinstance(group, TensorGroup)), WHOLE)
 
 
 def _runs(start: int, length: int, width: int) -> Iterator[tuple[int, int, int, int]]:

@@ -41,7 +41,7 @@ from dalle_ds.training.checkpoints.folder import CheckpointFolder
 from dalle_ds.training.checkpoints.manifest import FileRecord, Manifest, record_of
 from dalle_ds.training.checkpoints.storage import INDEX_NAME
 from dalle_ds.training.checkpoints.writing import Plan, Planner
-from dalle_ds.training.weights import MasterWeights
+from dalle_ds.training.zero_state import MasterWeights
 
 Result = TypeVar("Result")
 

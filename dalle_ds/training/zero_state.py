@@ -1,0 +1,320 @@
+"""One view of a DeepSpeed engine's fp32 weights and averaged gradients, whatever ZeRO stage and precision do with them.
+
+DeepSpeed keeps weights in five places: the module itself (fp32, stage 0), lists of copies (bf16, stage 0), flat partitions
+(bf16 stage 1), other flat partitions (stages 1 and 2) and flat sub-groups (stage 3); and gradients in as many. Averaging,
+checkpoints, export, norms, clipping and skips of single blocks need only what this file offers. DeepSpeed's own clipping
+stays switched off, since it knows neither parameter groups nor what to leave out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup, split_of
+from dalle_ds.training.checkpoints.fragments import Fragment, Rectangle, matrix_size
+
+
+class MasterWeights:
+    """The fp32 weights behind a DeepSpeed engine.
+
+    Args:
+        engine: from `build_engine`.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._module: nn.Module = engine.module
+        self._optimizer = engine.optimizer
+        self._device: torch.device = engine.device
+        self._stage: int = engine.zero_optimization_stage()
+        self._copies: dict[int, Tensor] = {}
+        optimizer = self._optimizer
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            self.shards: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
+        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+            self.shards = list(optimizer.single_partition_of_fp32_groups)
+        elif hasattr(optimizer, "fp32_groups_flat_partition"):
+            self.shards = list(optimizer.fp32_groups_flat_partition)
+        elif hasattr(optimizer, "fp32_groups"):
+            self.shards = [copy for group in optimizer.fp32_groups for copy in group]
+            originals = [parameter for group in optimizer.fp16_groups for parameter in group]
+            self._copies = {id(parameter): copy for parameter, copy in zip(originals, self.shards, strict=True)}
+        else:
+            self.shards = list(self._module.parameters())
+        self.fragments: list[Fragment] = fragments_of(engine)
+        """What the shards hold of which parameter; together with those of the other processes, all of the model."""
+
+    @cached_property
+    def group_of(self) -> list[int]:
+        """The number of each shard's optimizer parameter group."""
+        optimizer = self._optimizer
+        if self._stage == 3:
+            return [optimizer.sub_group_to_group_id[number] for number in range(len(self.shards))]
+        if self._stage > 0:
+            return list(range(len(self.shards)))
+        numbers = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        return [numbers[id(shard)] for shard in self.shards]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Bring the module's weights in line with the shards, after these were changed. Collective."""
+        optimizer = self._optimizer
+        if self._stage == 3:
+            # Weights gathered by the last forward pass may still be whole in the module; they must not be used again.
+            optimizer.checkpoint_event_prologue()
+            for index in range(len(self.shards)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            optimizer.checkpoint_event_epilogue()
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        elif self._copies:
+            for parameter in self._module.parameters():
+                parameter.copy_(self._copies[id(parameter)])
+
+    @torch.no_grad()
+    def consolidate(self) -> dict[str, Tensor] | None:
+        """The plain model's fp32 state dict on the CPU of rank 0; None elsewhere. Collective.
+
+        Fragments go to rank 0 one by one; of processes that have the same one, the first sends it.
+        """
+        received, sent = self._transfers
+        for number in sent:
+            dist.send(self._run(self.fragments[number]), dst=0)
+        if dist.get_rank() > 0:
+            return None
+        weights: dict[str, Tensor] = {}
+        for source, fragment in received:
+            if source == 0:
+                run = self._run(fragment)
+            else:
+                run = torch.empty(fragment.length, device=self._device)
+                dist.recv(run, src=source)
+            if fragment.name not in weights:
+                weights[fragment.name] = torch.empty(fragment.whole)
+            whole = weights[fragment.name].view(matrix_size(fragment.whole))
+            run = run.cpu()
+            for part in fragment.rectangles():
+                part.in_matrix(whole).copy_(part.of(run))
+        return weights
+
+    @torch.no_grad()
+    def load(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the weights from the plain model's state dict, which every process has. Collective."""
+        for fragment in self.fragments:
+            whole = state_dict[fragment.name].float().view(matrix_size(fragment.whole))
+            run = fragment.of(self.shards[fragment.shard].detach())
+            for part in fragment.rectangles():
+                part.of(run).copy_(part.in_matrix(whole))
+        self.publish()
+
+    def _run(self, fragment: Fragment) -> Tensor:
+        return fragment.of(self.shards[fragment.shard]).to(self._device, torch.float32)
+
+    @cached_property
+    def _transfers(self) -> tuple[list[tuple[int, Fragment]], list[int]]:
+        """What crosses to rank 0, in this order: there, ranks and their fragments; elsewhere, numbers of own fragments.
+
+        Collective at its first use; cuts do not change.
+        """
+        rank, size = dist.get_rank(), dist.get_world_size()
+        # Only one of those processes that are cut alike, such as replicas, tells rank 0 of its fragments.
+        digests: list[Any] = [None] * size
+        dist.all_gather_object(digests, hashlib.sha256(repr(self.fragments).encode()).hexdigest())
+        is_first = digests.index(digests[rank]) == rank
+        if rank > 0:
+            wanted: list[Any] = [[]]
+            if is_first:
+                dist.send_object_list([self.fragments], dst=0, device=self._device)
+                dist.recv_object_list(wanted, src=0, device=self._device)
+            return [], wanted[0]
+        received: list[tuple[int, Fragment]] = []
+        seen: set[tuple[str, Rectangle]] = set()
+        for source in range(size):
+            if digests.index(digests[source]) < source:
+                continue
+            offered: list[Any] = [self.fragments]
+            if source > 0:
+                dist.recv_object_list(offered, src=source, device=self._device)
+            new = [number for number, each in enumerate(offered[0]) if (each.name, each.rectangles()[0]) not in seen]
+            seen.update((offered[0][number].name, offered[0][number].rectangles()[0]) for number in new)
+            received += [(source, offered[0][number]) for number in new]
+            if source > 0:
+                dist.send_object_list([new], dst=source, device=self._device)
+        return received, []
+
+
+def fragments_of(engine: Any) -> list[Fragment]:
+    """What this process keeps in fp32 of every parameter of a DeepSpeed engine, in the order of `engine.module`'s parameters.
+
+    Shards are numbered as in `MasterWeights.shards`.
+    """
+    module: nn.Module = engine.module
+    rename = getattr(module, "plain_name", None)  # a pipeline's stages name their layers in their own way
+    group = _tensor_group(module)
+    places = _Places(engine)
+    found: list[Fragment] = []
+    for name, parameter in module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        start, length, shard, offset = places.of(parameter)
+        if length > 0:
+            plain = name if rename is None else rename(name)
+            split = split_of(parameter)
+            if split is None:
+                found.append(Fragment(plain, shape, start, length, shard, offset))
+            else:
+                found.append(Fragment(plain, shape, start, length, shard, offset, split, group.rank, group.size))
+    return found
+
+
+class _Places:
+    """Where DeepSpeed put this process's elements of a parameter."""
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        numbered: list[nn.Parameter] = list(engine.module.parameters())
+        if hasattr(self._optimizer, "fp16_groups"):  # bf16, stage 0: copies, group by group
+            numbered = [parameter for group in self._optimizer.fp16_groups for parameter in group]
+        self._number = {id(parameter): number for number, parameter in enumerate(numbered)}
+
+    def of(self, parameter: nn.Parameter) -> tuple[int, int, int, int]:
+        """Start in the flattened parameter, length, number of the shard, offset in it."""
+        if hasattr(parameter, "ds_id"):  # stage 3: equal lengths of every parameter, the last of them padded
+            shard, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            start = parameter.ds_zero_partition_rank * length  # type: ignore[attr-defined]
+            return start, min(length, parameter.ds_numel - start), shard, offset  # type: ignore[attr-defined]
+        if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2, in all precisions: equal lengths of every group
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return 0, 0, 0, 0
+            own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+            return own.start, flat.numel, mapping.param_group_index, flat.start
+        return 0, parameter.numel(), self._number[id(parameter)], 0
+
+
+def _tensor_group(module: nn.Module) -> TensorGroup:
+    """The group that divides a model's layers, which these know."""
+    groups = (getattr(layer, "tensor", None) for layer in module.modules())
+    return next((group for group in groups if isinstance(group, TensorGroup)), WHOLE)
+
+
+class MasterGradients:
+    """The gradients behind a DeepSpeed engine, averaged over processes and micro-batches, by optimizer parameter group.
+
+    Of use only after the last backward pass of an update and before its step. Changes in place are what the step sees.
+
+    Args:
+        engine: from `deepspeed.initialize`.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        self._device = engine.device
+        self.sharded: bool = engine.zero_optimization_stage() > 0
+        """Whether each process holds a part of every gradient, instead of all."""
+        self._offloaded = bool(getattr(self._optimizer, "offload_optimizer", False)) or bool(
+            getattr(self._optimizer, "cpu_offload", False)
+        )
+
+    def groups(self) -> list[list[Tensor]]:
+        """This process's pieces of every parameter group's gradient, as DeepSpeed keeps them."""
+        optimizer = self._optimizer
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+            groups: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                pieces = [flat.grad] if self._offloaded else optimizer.averaged_gradients[index]
+                groups[optimizer.sub_group_to_group_id[index]].extend(pieces)
+            return groups
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # stages 1 and 2
+            if self._offloaded:
+                optimizer._wait_for_offload_copies()
+                return [[flat.grad] for flat in optimizer.single_partition_of_fp32_groups]
+            return [
+                [whole] if (whole := getattr(pieces, "flat_partition", None)) is not None else list(pieces)
+                for _, pieces in sorted(optimizer.averaged_gradients.items())
+            ]
+        if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # bf16, stage 1
+            return [[flat] for flat in optimizer.fp32_groups_gradient_flat_partition]
+        parameters = getattr(optimizer, "fp16_groups", None)  # bf16, stage 0
+        if parameters is None:
+            parameters = [group["params"] for group in optimizer.param_groups]
+        return [[p.grad for p in group if p.grad is not None] for group in parameters]
+
+    def squared_norms(self) -> Tensor:
+        """(groups,) fp32, squared norm of what this process holds of every group; where gradients are `sharded`, the sum over
+        all processes is that of the whole."""
+        groups = self.groups()
+        total = torch.zeros(len(groups), device=self._device)
+        pieces = [piece for group in groups for piece in group]
+        if pieces:
+            # All at once: on a GPU, one launch for each of some hundred groups would take longer than the arithmetic.
+            squares = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32)).square()
+            owners = torch.tensor([index for index, group in enumerate(groups) for _ in group])
+            total.index_add_(0, owners.to(self._device), squares.to(self._device))
+        return total
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients by `factor`."""
+        torch._foreach_mul_([piece for pieces in self.groups() for piece in pieces], factor)
+
+    @torch.no_grad()
+    def clear(self, groups: Collection[int]) -> None:
+        """Set the gradients of these parameter groups to 0."""
+        cleared = [piece for index, pieces in enumerate(self.groups()) if index in groups for piece in pieces]
+        if cleared:
+            torch._foreach_zero_(cleared)
+        if cleared and self._offloaded:
+            # DeepSpeed took its own notes in the backward pass, by which it would leave out the whole step, or, in bf16, keep
+            # what is not finite for the next one.
+            noted = self._optimizer.norm_for_param_grads
+            self._optimizer.norm_for_param_grads = {name: torch.zeros(()) for name in noted}
+            self._optimizer.local_overflow = False
+
+
+class GroupLayout:
+    """Which parameter groups there are on all processes, and what this one holds of them.
+
+    Stages of a pipeline have groups of their own; parts of a tensor group all hold those that are not divided.
+
+    Args:
+        groups: the optimizer's parameter groups, as `optim/groups.py` makes them.
+        sharded: whether shards hold parts of every gradient, instead of all.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], sharded: bool, mesh: Mesh) -> None:
+        own = [(group["name"], group.get("block")) for group in groups]
+        everywhere: list[Any] = [own]
+        if mesh.size("pipe") > 1:
+            everywhere = [None] * mesh.size("pipe")
+            dist.all_gather_object(everywhere, own, group=mesh.group("pipe"))
+        known = dict(entry for stage in everywhere for entry in stage)
+        self.blocks: list[int | None] = list(known.values())
+        """Of all groups of the model, the number of the residual block or None."""
+        numbers = {name: number for number, name in enumerate(known)}
+        self.numbers = [numbers[name] for name, _ in own]
+        """Of this process's groups, their numbers among all."""
+        self.own_blocks: list[int | None] = [block for _, block in own]
+        """Of this process's groups, the number of the residual block or None."""
+        holders = [
+            mesh.size("replica")
+            * (1 if sharded else mesh.size("shard"))
+            * (1 if group.get("divided") else mesh.size("tensor"))
+            for group in groups
+        ]
+        self._shares = torch.tensor([1 / count for count in holders], device=mesh.device)
+        first = mesh.index("replica") == 0 and (sharded or mesh.index("shard") == 0)
+        self.counted = [first and (bool(group.get("divided")) or mesh.index("tensor") == 0) for group in groups]
+        """Of this process's groups, whether it is the one to count what it holds where others hold the same."""
+        self._device = mesh.device
+
+    def spread(self, squares: Tensor) -> Tensor:
+        """(own groups,) squared norms of what this process holds → (all groups,), whose sum over all processes is right."""
+        total = torch.zeros(len(self.blocks), device=self._device)
+        total[self.numbers] = squares * self._shares
+        return total
