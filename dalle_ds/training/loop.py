@@ -22,7 +22,7 @@ from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
-from dalle_ds.training.checkpoints.saver import Kept, Saver
+from dalle_ds.training.checkpoints.saver import Kept, Saver, Saving
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.lines import LineFile
@@ -31,7 +31,6 @@ from dalle_ds.training.passes import passes_of
 from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
-from dalle_ds.training.saving import Saving
 from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.step import COUNTED, TrainStep
 from dalle_ds.training.stragglers import Stragglers

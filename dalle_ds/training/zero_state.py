@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup, split_of
-from dalle_ds.training.checkpoints.fragments import Fragment, Rectangle, matrix_size
+from dalle_ds.training.checkpoints.storage import Fragment, Rectangle, matrix_size
 
 
 class MasterWeights:

@@ -17,8 +17,7 @@ from dalle_ds.planning.cluster import named_cluster
 from dalle_ds.planning.plan import make_plan
 from dalle_ds.precision import rates
 from dalle_ds.tasks.dvae import DvaeTask
-from dalle_ds.training.checkpoints.content import STATE_NAME
-from dalle_ds.training.checkpoints.manifest import FORMAT
+from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME
 from dalle_ds.training.deepspeed_config import is_auto, resolve, with_precision
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.trainer import Trainer

@@ -10,8 +10,7 @@ from typing import Any
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import ErrorSums
-from dalle_ds.training.checkpoints.folder import CheckpointFolder
-from dalle_ds.training.checkpoints.manifest import Manifest, record_of
+from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, record_of
 from dalle_ds.training.checkpoints.saver import Kept, Saver
 from dalle_ds.training.checkpoints.storage import Pieces
 from dalle_ds.training.checkpoints.writing import Planner

@@ -120,7 +120,7 @@ class Training:
         """Fragments tile the model, and have the values that DeepSpeed tells."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        from dalle_ds.training.checkpoints.fragments import matrix_size
+        from dalle_ds.training.checkpoints.storage import matrix_size
 
         plain = dict(Dalle(TINY_DALLE).named_parameters())
         everyone: list[Any] = [None] * self.mesh.world_size

@@ -30,7 +30,7 @@ from dalle_ds.errors import DalleError
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.training import saving
+from dalle_ds.training.checkpoints import saver as saving
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
 from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.signals import StopSignals

@@ -16,8 +16,7 @@ from torch import Tensor
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Split
 from dalle_ds.training.checkpoints import storage, writing
-from dalle_ds.training.checkpoints.fragments import Fragment, matrix_size
-from dalle_ds.training.checkpoints.storage import INDEX_NAME, Index, Pieces
+from dalle_ds.training.checkpoints.storage import INDEX_NAME, Fragment, Index, Pieces, matrix_size
 from dalle_ds.training.checkpoints.writing import write_safetensors
 from tests.training.by_hand import write_tensors
 

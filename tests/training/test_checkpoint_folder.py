@@ -16,14 +16,14 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
 from dalle_ds.training.checkpoints.folder import (
     CheckpointFolder,
+    Manifest,
     choose_checkpoint,
     faults_found_by_all,
     faults_of,
     require_whole,
 )
-from dalle_ds.training.checkpoints.fragments import Fragment
-from dalle_ds.training.checkpoints.manifest import Manifest
 from dalle_ds.training.checkpoints.saver import Kept, Saver
+from dalle_ds.training.checkpoints.storage import Fragment
 from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.zero_state import MasterWeights
 from tests.training.by_hand import save_checkpoint
@@ -310,7 +310,7 @@ def test_a_disk_that_cannot_be_read_now_says_nothing_of_a_checkpoint(
 
     folder = CheckpointFolder(tmp_path)
     with monkeypatch.context() as broken:
-        broken.setattr("dalle_ds.training.checkpoints.manifest.digest_of", fails)
+        broken.setattr("dalle_ds.training.checkpoints.folder.digest_of", fails)
         for look in (lambda: choose_checkpoint(folder, ALONE), lambda: folder.newest_good(ALONE)):
             with pytest.raises(
                 CheckpointError, match=r"step-2 cannot be read on .*Input/output error.*: it must lie where"

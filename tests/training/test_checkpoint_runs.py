@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from dalle_ds.config import DalleConfig, TransformerRun, to_dict
 from dalle_ds.models import Dalle
 from dalle_ds.sampling import TextToImage
-from dalle_ds.training.checkpoints.fragments import Rectangle, matrix_size
-from dalle_ds.training.checkpoints.storage import Index, Pieces
+from dalle_ds.training.checkpoints.storage import Index, Pieces, Rectangle, matrix_size
 from dalle_ds.training.export import export_checkpoint
 from tests.conftest import EVERYTHING, ROOT, TINY_DALLE, TINY_DVAE, thorough
 from tests.training.by_hand import write_checkpoint

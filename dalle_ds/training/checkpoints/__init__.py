@@ -1,11 +1,9 @@
 """Checkpoints: what is in one, how it lies on the disk, which there are and which is resumed, and how they are written.
 
 content     weights, moments, averages, error sums and state of an engine; going on from them
-fragments   which parts of which parameter a process has
-storage     tensors on the disk, and reading any part of them
+storage     which parts of which parameter a process has; tensors on the disk, and reading any part of them
 writing     who writes which part, and writing it
-manifest    every file with length and digest
-folder      the checkpoints of a run: complete or absent, damaged, kept
-saver       writing them beside training
+folder      every file with length and digest; the checkpoints of a run: complete or absent, damaged, kept
+saver       when they are written, beside training
 inspection  what `doctor.py checkpoint` says
 """

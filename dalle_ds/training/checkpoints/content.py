@@ -20,11 +20,11 @@ from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json
-from dalle_ds.training.checkpoints.fragments import matrix_size
-from dalle_ds.training.checkpoints.manifest import FORMAT
-from dalle_ds.training.checkpoints.storage import Index, Pieces
+from dalle_ds.training.checkpoints.storage import Index, Pieces, matrix_size
 from dalle_ds.training.zero_state import MasterWeights
 
+FORMAT = 3
+"""Of checkpoints. Those of format 2 had no manifest; those before had no number, and were of use to one layout only."""
 STATE_NAME = "state.json"
 TENSORS_NAME = "tensors"
 WEIGHT, AVERAGE, ERROR = "weight", "average", "error"

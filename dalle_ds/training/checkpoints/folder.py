@@ -4,6 +4,9 @@ A checkpoint is complete or absent (design decision 10): it is written as `parti
 to `step-N`. What is removed is renamed first, so that no half of it is ever taken for a whole. A complete checkpoint that
 has been damaged since is called `damaged-step-N`, and left for whoever wants to look at it until the next one is written.
 `latest` has the name of the newest; it is for people and scripts, and no decision here trusts it.
+
+`manifest.json` is written last. It names every other file with its length and digest, and has a digest of its own, so that
+a file that was cut off, overwritten, lost or in which one bit has changed is told from a good one, the manifest included.
 """
 
 from __future__ import annotations
@@ -12,15 +15,125 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+import xxhash
 
 from dalle_ds.errors import CheckpointError
 from dalle_ds.files import sync_directory, sync_folder, write_text
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import STATE_NAME, load_state, other_version
-from dalle_ds.training.checkpoints.manifest import FORMAT, MANIFEST_NAME, Manifest
+from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, load_state, other_version
+
+MANIFEST_NAME = "manifest.json"
+_CHUNK_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written."""
+
+    size: int
+    """Bytes."""
+    digest: str
+    """XXH3 of 128 bits, hexadecimal: against accidents, at the speed of memory; not against forgery."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a checkpoint."""
+
+    step: int
+    """Updates that it has seen."""
+    files: Mapping[str, FileRecord]
+    """By path within the checkpoint, with "/" between folders."""
+    format: int = FORMAT
+    """`FORMAT` of the version that wrote it."""
+
+    def write(self, folder: Path) -> None:
+        """Put it into `folder`, not yet forced to the disk."""
+        (folder / MANIFEST_NAME).write_text(self._text())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """That of a checkpoint, byte for byte as it was written.
+
+        Raises:
+            CheckpointError: it is missing or is not.
+            OSError: it may be, but cannot be read here and now.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            text = path.read_bytes().decode()
+            content = json.loads(text)
+            files = {name: FileRecord(*record) for name, record in content["files"].items()}
+            manifest = cls(content["step"], files, content["format"])
+            whole = text == manifest._text() and not any(map(_leaves, files))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path} is not as it was written")
+        return manifest
+
+    def faults(self, folder: Path, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
+        """A sentence for every file that is not as it was written.
+
+        Args:
+            names: files to look at; None takes all.
+            contents: whether to read them; their lengths are always looked at.
+
+        Raises:
+            OSError: one may be, but cannot be read here and now.
+        """
+        found = []
+        for name in self.files if names is None else names:
+            path, record = folder / name, self.files[name]
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                found.append(f"{path} is missing")
+                continue
+            if size != record.size:
+                found.append(f"{path} has {size:,} bytes, and had {record.size:,} when it was written")
+            elif contents and digest_of(path) != record.digest:
+                found.append(f"{path} has other contents than when it was written")
+        return found
+
+    def _text(self) -> str:
+        content: dict[str, Any] = {
+            "format": self.format,
+            "step": self.step,
+            "files": {name: [record.size, record.digest] for name, record in self.files.items()},
+        }
+        content["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+        return json.dumps(content, indent=1) + "\n"
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a file's contents."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def record_of(path: Path) -> FileRecord:
+    """What a manifest says of a file that has just been written."""
+    return FileRecord(path.stat().st_size, digest_of(path))
+
+
+def _leaves(name: str) -> bool:
+    """Whether a path leads out of its folder."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or not path.parts
+
 
 LATEST_NAME = "latest"
 _STEP = re.compile(r"step-(0|[1-9]\d*)")

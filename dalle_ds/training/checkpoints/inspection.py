@@ -24,8 +24,7 @@ from dalle_ds.training.checkpoints.content import (
     load_state,
 )
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, faults_of
-from dalle_ds.training.checkpoints.fragments import matrix_size
-from dalle_ds.training.checkpoints.storage import Index
+from dalle_ds.training.checkpoints.storage import Index, matrix_size
 from dalle_ds.training.export import read_run
 
 _KINDS = {

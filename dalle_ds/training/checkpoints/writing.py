@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from dalle_ds.training.checkpoints.manifest import FileRecord
+from dalle_ds.training.checkpoints.folder import FileRecord
 from dalle_ds.training.checkpoints.storage import BUFFER_BYTES, DTYPES, INDEX_NAME, Pieces, as_bytes, as_chunk
 
 
