@@ -24,9 +24,9 @@ def main() -> None:
     """Parse, export."""
     options = parse_options(Options)
     # Imported once the options are read, so that --help and mistakes in them are quick.
-    from dalle_ds.byte_pairs import BytePairs
     from dalle_ds.interop import export_clip
     from dalle_ds.models import Clip
+    from dalle_ds.text.clip_tokenizer import BytePairs
 
     model = Clip.from_pretrained(options.model)
     export_clip(model, options.out, options.format)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import load_preset
-from dalle_ds.tokenizer import Tokenizer, TokenizerConfig
+from dalle_ds.text.tokenizer import Tokenizer, TokenizerConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from dalle_ds.config import DalleConfig, DiscreteVAEConfig
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.models import DiscreteVAE
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 
 # Launched processes share two cores; more threads only make them wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

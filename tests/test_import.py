@@ -24,7 +24,7 @@ def test_import_takes_under_three_seconds() -> None:
 
 def test_models_and_sampling_import_no_training_framework() -> None:
     loaded, _ = modules_after(
-        "import dalle_ds, dalle_ds.models, dalle_ds.sampling, dalle_ds.config, dalle_ds.tokenizer"
+        "import dalle_ds, dalle_ds.models, dalle_ds.sampling, dalle_ds.config, dalle_ds.text.tokenizer"
     )
     assert not loaded & {"deepspeed", "wandb", "gradio", "datasets", "transformers", "matplotlib"}
 

@@ -19,7 +19,7 @@ from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.command import GenerateOptions
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE
 from tests.processes import run_ranks
 

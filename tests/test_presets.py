@@ -30,7 +30,7 @@ from dalle_ds.models.clip import INITIAL_SCALE, LARGEST_SCALE
 from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.parallel.powersgd import paper_rank
 from dalle_ds.parsing import parse_yaml
-from dalle_ds.tokenizer import TokenizerConfig
+from dalle_ds.text.tokenizer import TokenizerConfig
 
 PRESETS = ("dalle-1b", "dalle-3b", "dalle-6b", "dalle-12b")
 KINDS: dict[str, Any] = {"tokenizer": TokenizerConfig, "dvae": DvaeRun, "transformer": TransformerRun, "clip": ClipRun}

@@ -22,7 +22,7 @@ KEPT_BYTES = 2**26
 
 
 class Tokenizer(Protocol):
-    """The part of `dalle_ds.tokenizer.Tokenizer` that is used here."""
+    """The part of `dalle_ds.text.tokenizer.Tokenizer` that is used here."""
 
     def encode(
         self,
@@ -169,7 +169,7 @@ class TextImageSamples(RowSamples):
 
 
 class CaptionTokens(Protocol):
-    """The part of `dalle_ds.clip_tokenizer.ClipTokenizer` that is used here."""
+    """The part of `dalle_ds.text.clip_tokenizer.ClipTokenizer` that is used here."""
 
     end: int
 

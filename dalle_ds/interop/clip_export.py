@@ -9,8 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle_ds.byte_pairs import BytePairs
-from dalle_ds.clip_tokenizer import VOCABULARY_NAME, ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
@@ -24,6 +22,7 @@ from dalle_ds.interop.clip_import import (
 )
 from dalle_ds.interop.clip_layouts import BICUBIC, open_clip_config, to_huggingface, to_openai
 from dalle_ds.models.clip import Clip, huggingface_config
+from dalle_ds.text.clip_tokenizer import VOCABULARY_NAME, BytePairs, ClipTokenizer
 
 
 def export_clip(model: Clip, out: str | Path, format: ClipFormat) -> None:

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
@@ -37,6 +36,7 @@ from dalle_ds.interop.pickles import read_pickled_tensors
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.pretrained import check_shapes, load_weights
 from dalle_ds.parsing import parse_json
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
 ClipFormat = Literal["openai", "hf", "open_clip"]
 Activation = Literal["quick_gelu", "gelu"]

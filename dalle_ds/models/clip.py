@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import PADDING, Checkpointing, ClipConfig, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside
 from dalle_ds.models.clip_pixels import check_images, square_pixels
 from dalle_ds.models.clip_weights import initialize
 from dalle_ds.models.pretrained import check_shapes, export_folder, fingerprint, load_model, load_weights, save_model
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
 INITIAL_SCALE = 1 / 0.07
 """What cosines are multiplied by before training (CLIP §2.5)."""

@@ -26,7 +26,7 @@ from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.sampling.placement import load_spread
 from dalle_ds.sampling.rerank import Reranker, rank_candidates
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dalle_ds.models.clip import Clip

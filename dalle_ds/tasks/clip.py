@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig, ClipRun, SharpnessConfig, to_dict
 from dalle_ds.data import ClipSamples, PairDataset
 from dalle_ds.errors import ConfigError
@@ -25,6 +24,7 @@ from dalle_ds.tasks.base import Batch, Metrics, Samples
 from dalle_ds.tasks.embeddings import at_places, collapse, spread
 from dalle_ds.tasks.flops import training_flops
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
 PREVIEW_MATCHES = 4
 RECALLS = (1, 5, 10)

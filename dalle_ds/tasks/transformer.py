@@ -26,7 +26,7 @@ from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task, numbered
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 6
 PREVIEW_SAMPLES = 4

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.models import Clip, Dalle, DiscreteVAE
 from dalle_ds.sampling import TextToImage
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE
 
 TINY_CLIP = ClipConfig(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import COLOURS, SHAPES, TINY_DALLE
 from tests.fuzz.harness import COUNTS
 

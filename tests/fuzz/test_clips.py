@@ -13,11 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_ds.byte_pairs import BytePairs
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.interop import export_clip, load_clip, read_pickled_tensors
 from dalle_ds.interop.clip_layouts import to_openai
 from dalle_ds.models import Clip
+from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import any_text, damaged_bytes, damaged_json
 from tests.fuzz.test_models import Exchanged

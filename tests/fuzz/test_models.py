@@ -18,7 +18,7 @@ from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.interop import load_openai_dvae, read_pickled_tensors
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.sampling import TextToImage
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE, TINY_DVAE
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_bytes, damaged_json, damaged_tree

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.fuzz.harness import survives, survives_in_child
 from tests.fuzz.strategies import any_text, damaged_bytes
 

@@ -19,18 +19,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle_ds.byte_pairs import BytePairs
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.interop import export_clip, import_clip, load_clip, read_pickled_tensors
 from dalle_ds.interop.clip_layouts import to_openai
 from dalle_ds.models import Clip
+from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from tests.conftest import ROOT
 from tests.interop.programs import call, dictionary, name, program, tensor, text, write_zip
-from tests.interop.test_clip_tokenizer import CLIPS_FILE
 from tests.models.test_clip import SMALL, WIDE, captions, clip, openai_clip, pictures, standardized, transformers_clip
 from tests.references import reference
+from tests.text.test_clip_tokenizer import CLIPS_FILE
 
 TOLERANCE = 1e-5
 FORMATS = ("openai", "hf", "open_clip")

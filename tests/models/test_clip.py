@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dalle_ds.byte_pairs import BytePairs
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipRun, from_dict, load_preset, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.clip import huggingface_config
 from dalle_ds.models.clip_pixels import square_pixels
+from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from tests.references import FOLDER, reference
 
 TOLERANCE = 1e-5

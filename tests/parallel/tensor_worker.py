@@ -23,7 +23,7 @@ from dalle_ds.parallel import Mesh, TensorGroup, split_of
 from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.sampling import TextToImage
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 
 
 def gathered(local: Tensor, parameter: Tensor, group: TensorGroup) -> Tensor:

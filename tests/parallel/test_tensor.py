@@ -17,7 +17,7 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.parallel import Split, TensorGroup, split_of
 from dalle_ds.sampling import TextToImage
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE
 from tests.processes import run_ranks
 

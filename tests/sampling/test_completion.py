@@ -20,7 +20,7 @@ from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import Sampling, TextToImage, default_rows, kept_rows_mask, sample_codes, score
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import candidate_uniforms, draw
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE
 
 CONFIG = DalleConfig(width=32, depth=4, heads=2, text_len=5, grid=4, text_vocab=20, image_vocab=16, kernel=3)

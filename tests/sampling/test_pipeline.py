@@ -17,7 +17,7 @@ from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import TextToImage
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.sets import PictureFolder
@@ -37,7 +36,8 @@ from dalle_ds.sampling import (
 )
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.progress import DrawingProgress
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE
 from tests.processes import run_ranks
 from tests.sampling.two_processes import results

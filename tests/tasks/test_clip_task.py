@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
 from dalle_ds.data import BatchLoader, ClipSamples, PairDataset, evaluation_batches
 from dalle_ds.data.clip_views import center_view, random_view
@@ -25,7 +24,8 @@ from dalle_ds.models.contrastive import contrastive_loss
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.clip import ClipTask, recalls
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from dalle_ds.training.export import export_checkpoint
 from tests.conftest import TINY_DALLE
 from tests.processes import run_ranks

@@ -22,7 +22,7 @@ from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.sampling import TextToImage
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import COLOURS, SHAPES, TINY_DALLE, TINY_DVAE
 
 

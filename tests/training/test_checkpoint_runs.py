@@ -319,7 +319,7 @@ def test_a_large_model_is_exported_one_tensor_at_a_time(
 def _write_run(folder: Path, run: TransformerRun) -> None:
     """A run directory with a checkpoint of random weights."""
     from dalle_ds.models import DiscreteVAE
-    from dalle_ds.tokenizer import Tokenizer
+    from dalle_ds.text.tokenizer import Tokenizer
 
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"stage": "transformer", "run": to_dict(run)}))

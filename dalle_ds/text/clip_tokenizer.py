@@ -1,5 +1,6 @@
-"""CLIP's own vocabulary: byte-level BPE of lower-cased, cleaned text (Radford et al. 2021, §2.4; `clip/simple_tokenizer.py`).
+"""Captions to CLIP's tokens: pieces of one of two vocabularies between a start and an end token.
 
+CLIP's own vocabulary is byte-level BPE of lower-cased, cleaned text (Radford et al. 2021, §2.4; `clip/simple_tokenizer.py`).
 A piece is a run of UTF-8 bytes within a word, a digit or a run of other characters; the last one of each is another piece
 than the same bytes elsewhere. Tokens are the 256 bytes, the 256 bytes that end a word, and the merges in their order.
 """
@@ -8,18 +9,26 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import heapq
 import html
 import re
 import zlib
-from collections.abc import Callable, Iterable
-from functools import cache, cached_property, lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle_ds.config import PADDING, ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import write_text
 from dalle_ds.parsing import parse_json
+from dalle_ds.text.tokenizer import Tokenizer
+
+SENTENCEPIECE_NAME = "tokenizer.model"
+VOCABULARY_NAME = "vocab.json"
 
 MERGES_NAME = "merges.txt"
 _MOST_MERGES = 49_152 - 256 - 2
@@ -28,8 +37,139 @@ _FILE_BYTES = 2**26
 """Of a file, unpacked; CLIP's has 3 MB."""
 _END = "</w>"
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_MISSING = "CLIP's tokenizer needs ftfy and regex: pip install 'dalle-ds[clip]'"
+_MISSING = "CLIP's tokenizer needs tokenizers, ftfy and regex: pip install 'dalle-ds[clip]'"
+_NAMES = (SENTENCEPIECE_NAME, MERGES_NAME, "tokenizer.json")
 Merge = tuple[str, str]
+
+
+class Pieces(Protocol):
+    """A vocabulary: `Tokenizer`, or CLIP's own, `BytePairs`."""
+
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that its tokens depend on."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens in [0, vocab_size)."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of tokens."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write its file."""
+        ...
+
+
+class ClipTokenizer:
+    """Captions to rows of tokens, each with a start and an end token.
+
+    Args:
+        pieces: the vocabulary.
+        start: token that begins every caption; None is the first one behind the vocabulary.
+        end: token that ends every caption; None is the one behind `start`.
+
+    Raises:
+        ConfigError: `start` or `end` is a token of the vocabulary, or they are the same.
+    """
+
+    def __init__(self, pieces: Pieces, *, start: int | None = None, end: int | None = None) -> None:
+        self.pieces = pieces
+        self.start = pieces.vocab_size if start is None else start
+        self.end = self.start + 1 if end is None else end
+        if min(self.start, self.end) < pieces.vocab_size or self.start == self.end:
+            raise ConfigError(
+                f"the tokenizer has {pieces.vocab_size} pieces, but the start and end tokens are {self.start} and {self.end}: "
+                f"set model.text_vocab to {pieces.vocab_size + 2} or more"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, *, start: int | None = None, end: int | None = None) -> ClipTokenizer:
+        """Read a tokenizer's file, or the one in the folder `path`.
+
+        Args:
+            path: a file of `launchers/train_tokenizer.py`, or one that `BytePairs.load` reads.
+            start, end: as the class takes them; `ClipConfig.start` and `.end` of the model that it is for.
+
+        Raises:
+            CheckpointError: it is missing or broken.
+            ConfigError: `start` or `end` is a token of its vocabulary.
+        """
+        path = Path(path)
+        if path.is_dir():
+            found = cls.find(path, start=start, end=end)
+            if found is None:
+                raise CheckpointError(f"there is no tokenizer in {path}: it has none of {', '.join(_NAMES)}")
+            return found
+        pieces = BytePairs.load(path) if path.suffix in (".gz", ".txt", ".json") else Tokenizer.load(path)
+        return cls(pieces, start=start, end=end)
+
+    @classmethod
+    def find(cls, folder: Path, *, start: int | None = None, end: int | None = None) -> ClipTokenizer | None:
+        """The tokenizer whose file is in `folder`, one of ours or of Hugging Face's, if there is one; errors as `load`."""
+        file = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+        if file is None:
+            return None
+        found = cls.load(file, start=start, end=end)
+        vocabulary = folder / VOCABULARY_NAME
+        if isinstance(found.pieces, BytePairs) and vocabulary.is_file():
+            try:
+                check_vocabulary(found.pieces, parse_json(vocabulary.read_bytes()))
+            except (OSError, ValueError, CheckpointError) as error:
+                raise CheckpointError(f"tokenizer {vocabulary}: {error}") from error
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Write the vocabulary's file into a folder; DataError where that fails."""
+        name = MERGES_NAME if isinstance(self.pieces, BytePairs) else SENTENCEPIECE_NAME
+        self.pieces.save(Path(folder) / name)
+
+    def encode(self, texts: Sequence[str], length: int) -> Tensor:
+        """Tokens of captions: start, pieces, end.
+
+        Args:
+            length: positions; of captions that need more, the pieces are cut off, not the end token.
+
+        Returns:
+            (B, length) int64, -1 behind the end token.
+
+        Raises:
+            DataError: one text in place of a list, which would be a caption for each character.
+        """
+        if isinstance(texts, str):
+            raise DataError(f"captions must be a list of texts, found the text {texts[:50]!r}: put it into a list")
+        batch = np.full((len(texts), length), PADDING, dtype=np.int64)
+        for row, text in zip(batch, texts, strict=True):
+            tokens = [self.start, *self.pieces.encode(text)[: length - 2], self.end]
+            row[: len(tokens)] = tokens
+        return torch.from_numpy(batch)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of a row of tokens, up to its end token."""
+        pieces = []
+        for token in map(int, ids):
+            if token == self.end:
+                break
+            if token not in (self.start, PADDING):
+                pieces.append(token)
+        return self.pieces.decode(pieces)
+
+    def check(self, config: ClipConfig) -> None:
+        """Raise a `ConfigError` unless its tokens are those of a model of this configuration."""
+        if (self.start, self.end) != (config.start, config.end):
+            raise ConfigError(
+                f"the tokenizer's start and end tokens are {self.start} and {self.end}, the model's {config.start} and "
+                f"{config.end}: set model.start_token and model.end_token, or model.text_vocab, to the tokenizer's"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """The vocabulary's, and the start and end tokens."""
+        return f"{self.pieces.fingerprint}-{self.start}-{self.end}"
 
 
 class BytePairs:
@@ -60,8 +200,7 @@ class BytePairs:
             self._pieces.append(left + right)
         self.vocab_size = len(self._pieces)
         self._tokens = {piece: token for token, piece in enumerate(self._pieces)}
-        self._ranks = {merge: rank for rank, merge in enumerate(self._merges)}
-        self._spell = lru_cache(2**16)(self._spell_anew)
+        self._model = _model(self._tokens, self._merges)
 
     def __reduce__(self) -> tuple[type[BytePairs], tuple[list[Merge]]]:
         return BytePairs, (self._merges,)
@@ -109,7 +248,9 @@ class BytePairs:
         Raises:
             ConfigError: `ftfy` or `regex` is not installed.
         """
-        return [token for word in _words()(clean(text)) for token in self._spell(word)]
+        characters, tokenize = _byte_characters(), self._model.tokenize
+        words = ("".join([characters[byte] for byte in word.encode()]) for word in _words()(clean(text)))
+        return [token.id for word in words for token in tokenize(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of tokens, as far as it can be told: a space behind every word. Bytes that are not valid UTF-8 become U+FFFD.
@@ -128,40 +269,6 @@ class BytePairs:
             bytes(bytes_of[character] for character in word).decode(errors="replace") for word in words
         ).strip()
 
-    def _spell_anew(self, word: str) -> tuple[int, ...]:
-        """Tokens of a word: again and again, the pair that is earliest in the merges is joined, the leftmost among equals."""
-        characters = _byte_characters()
-        pieces = [characters[byte] for byte in word.encode()]
-        pieces[-1] += _END
-        length = len(pieces)
-        before = list(
-            range(-1, length - 1)
-        )  # where the neighbouring pieces start; a joined one starts at its left half
-        after = list(range(1, length + 1))
-        # Every piece is made by one merge, so that a merge never makes a pair possible that should have come before it.
-        queue = [
-            (self._ranks[pair], left)
-            for left in range(length - 1)
-            if (pair := (pieces[left], pieces[left + 1])) in self._ranks
-        ]
-        heapq.heapify(queue)
-        while queue:
-            rank, left = heapq.heappop(queue)
-            right = after[left]
-            if not pieces[left] or right == length or self._ranks.get((pieces[left], pieces[right])) != rank:
-                continue  # one of the two has since been joined with another
-            pieces[left] += pieces[right]
-            pieces[right] = ""
-            after[left] = after[right]
-            if after[left] < length:
-                before[after[left]] = left
-            for start in (before[left], left):
-                if start >= 0 and after[start] < length:
-                    found = self._ranks.get((pieces[start], pieces[after[start]]))
-                    if found is not None:
-                        heapq.heappush(queue, (found, start))
-        return tuple(self._tokens[piece] for piece in pieces if piece)
-
 
 def clean(text: str) -> str:
     """A caption as CLIP's tokenizers see it: mended by ftfy, HTML entities replaced (twice), lower case, single spaces.
@@ -176,6 +283,15 @@ def clean(text: str) -> str:
     mended = html.unescape(html.unescape(ftfy.fix_text(valid)))
     # An entity can stand for a surrogate too.
     return re.sub(r"\s+", " ", mended.encode(errors="replace").decode()).strip().lower()
+
+
+def _model(vocabulary: dict[str, int], merges: list[Merge]) -> Any:
+    """Byte-pair encoding of one word: again and again, the pair that is earliest in the merges is joined."""
+    try:
+        from tokenizers.models import BPE
+    except ImportError as error:
+        raise ConfigError(_MISSING) from error
+    return BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_END)
 
 
 @cache

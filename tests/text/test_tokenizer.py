@@ -26,10 +26,10 @@ import torch
 from dalle_ds import tokenizer as implementation
 from dalle_ds.data.faults import FaultLog
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.tokenizer import Tokenizer, TokenizerConfig
+from dalle_ds.text.tokenizer import Tokenizer, TokenizerConfig
 
 CAPTIONS = sorted({entry["en"].strip(":").replace("_", " ") for entry in emoji.EMOJI_DATA.values()})
-LAUNCHER = Path(__file__).parent.parent / "launchers" / "train_tokenizer.py"
+LAUNCHER = Path(__file__).parents[2] / "launchers" / "train_tokenizer.py"
 NEVER = 1e-300  # a dropout that takes our own merging, not sentencepiece's, and in practice never skips
 FOREIGN = [
     "Женщина, 30 лет — Ёлка",
