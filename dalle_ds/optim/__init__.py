@@ -3,6 +3,14 @@
 from dalle_ds.optim.adamw import AdamW
 from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.optim.groups import decay_groups, resblock_groups
-from dalle_ds.optim.schedules import LearningRate, half_cosine
+from dalle_ds.optim.schedules import LearningRate, gumbel_temperature, kl_weight
 
-__all__ = ["AdamW", "LearningRate", "WeightAverage", "decay_groups", "half_cosine", "resblock_groups"]
+__all__ = [
+    "AdamW",
+    "LearningRate",
+    "WeightAverage",
+    "decay_groups",
+    "gumbel_temperature",
+    "kl_weight",
+    "resblock_groups",
+]

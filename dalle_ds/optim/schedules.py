@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dalle_ds.config import OptimConfig
+from dalle_ds.config import DvaeObjective, OptimConfig
 
 
 def half_cosine(step: int, steps: int, start: float, end: float) -> float:
@@ -13,6 +13,16 @@ def half_cosine(step: int, steps: int, start: float, end: float) -> float:
     if step >= steps:
         return end
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
+
+
+def gumbel_temperature(objective: DvaeObjective, step: int) -> float:
+    """Temperature τ of the dVAE's Gumbel-softmax in update `step`, counted from 0 (DALL·E App. A.2)."""
+    return half_cosine(step, objective.temperature_steps, objective.temperature_start, objective.temperature_end)
+
+
+def kl_weight(objective: DvaeObjective, step: int) -> float:
+    """Weight β of the dVAE's KL term in update `step`, counted from 0 (DALL·E App. A.2)."""
+    return half_cosine(step, objective.kl_warmup_steps, 0.0, objective.kl_weight)
 
 
 class LearningRate:

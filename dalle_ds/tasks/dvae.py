@@ -16,7 +16,7 @@ from dalle_ds.data import DvaeSamples, PairDataset
 from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
-from dalle_ds.optim import half_cosine
+from dalle_ds.optim import gumbel_temperature, kl_weight
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
@@ -46,30 +46,21 @@ class DvaeTask(Task[DvaeRun]):
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "image": batch["image"].float() / 255}
 
-    def temperature(self, step: int) -> float:
-        """Gumbel-softmax temperature τ of update `step`."""
-        objective = self.run.objective
-        return half_cosine(step, objective.temperature_steps, objective.temperature_start, objective.temperature_end)
-
-    def kl_weight(self, step: int) -> float:
-        """β of update `step`."""
-        return half_cosine(step, self.run.objective.kl_warmup_steps, 0.0, self.run.objective.kl_weight)
-
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         config = self.run.model
         images = batch["image"]
         noise_shape = (config.vocab_size, config.grid, config.grid)
         noise = gumbel_noise(batch["key"], noise_shape, images.device)
-        temperature, kl_weight = self.temperature(step), self.kl_weight(step)
+        temperature, beta = gumbel_temperature(self.run.objective, step), kl_weight(self.run.objective, step)
         output = model(images, temperature, noise)
         # One KL term per code, spread over the pixel values that the code covers (App. A.2: β / 192 at full size).
         codes_per_value = config.grid**2 / (3 * config.image_size**2)
-        loss = output.nll + kl_weight * codes_per_value * output.kl
+        loss = output.nll + beta * codes_per_value * output.kl
         metrics = {
             "nll": output.nll.detach(),
             "kl": output.kl.detach(),
             "temperature": torch.tensor(temperature, device=loss.device),
-            "kl_weight": torch.tensor(kl_weight, device=loss.device),
+            "kl_weight": torch.tensor(beta, device=loss.device),
             "histogram": _histogram(output.logits.detach().argmax(1), config.vocab_size),
         }
         return loss, metrics

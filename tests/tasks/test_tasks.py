@@ -19,6 +19,7 @@ from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.attention import attention_mask, configured_kinds
 from dalle_ds.models.likelihood import map_pixels
+from dalle_ds.optim import gumbel_temperature
 from dalle_ds.sampling import TextToImage
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
@@ -138,7 +139,7 @@ def test_the_dvae_loss_is_the_papers_with_its_constants(dvae_run: DvaeRun) -> No
     kl_sum = metrics["kl"].item() * positions * images
     assert metrics["kl_weight"].item() == pytest.approx(1.5)
     assert loss.item() == pytest.approx((nll_sum + 1.5 * kl_sum) / (values * images), rel=1e-6)
-    assert task.temperature(10) == pytest.approx((1 + 1 / 16) / 2)
+    assert gumbel_temperature(task.run.objective, 10) == pytest.approx((1 + 1 / 16) / 2)
 
 
 def test_dvae_validation_figures_against_plain_arithmetic(dvae_run: DvaeRun) -> None:
