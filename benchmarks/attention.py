@@ -33,9 +33,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import DalleConfig
-from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.attention import attention_mask
 from dalle_ds.models.attention.blockwise import block_pairs, blockwise_attention
 from dalle_ds.models.attention.flex import Layout, Refused, flex_attention, flex_pairs

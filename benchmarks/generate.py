@@ -32,10 +32,10 @@ from measure import (
 from rich import print
 from rich.table import Table
 
+from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, bytes_per_step

@@ -34,10 +34,10 @@ from rich import print
 from rich.table import Table
 from torch import Tensor, nn
 
+from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import Checkpointing, DalleConfig, OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.errors import ConfigError
-from dalle_ds.memory import keep_freed_memory
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.flops import executed_flops, model_flops
 from dalle_ds.optim import decay_groups
@@ -62,7 +62,7 @@ class Options(ShapeOptions):
     model: Literal["ours", "dense", "dalle_pytorch"] = "ours"
     """`dense`: a plain causal transformer of the same shape; `dalle_pytorch`: that package, where it is installed."""
     keep_freed_memory: bool | None = None
-    """Whether freed memory is kept (`dalle_ds.memory`); None is as users have it: our training keeps it, baselines do not."""
+    """Whether freed memory is kept (`dalle_ds.allocator`); None is as users have it: our training does, baselines do not."""
     deepspeed_config: str | None = None
     """Measure a DeepSpeed engine with this JSON, as training uses it, instead of a plain loop."""
     blocks_only: bool = False

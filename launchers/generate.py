@@ -6,8 +6,8 @@ many, with --init_image FILE for the rest of a picture. For a transformer divide
 deepspeed refuses as an unclear option of its own; or torchrun --nproc_per_node N launchers/generate.py.
 """
 
+from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.memory import keep_freed_memory
 from dalle_ds.sampling.command import GenerateOptions, draw_to_file
 
 

@@ -9,13 +9,13 @@ from contextlib import nullcontext
 import torch
 from rich.console import Console
 
+from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import explain, parse_options
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.evaluation.options import CompareOptions, EvaluateOptions
 from dalle_ds.evaluation.page import comparison_table, console_table
 from dalle_ds.evaluation.results import Result, compare
 from dalle_ds.evaluation.run import evaluate
-from dalle_ds.memory import keep_freed_memory
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.watch import Watch
 

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from dalle_ds.errors import DataError
-from dalle_ds.metrics import read_records
+from dalle_ds.jsonl import read_records
 
 Series = list[tuple[int, float]]
 NAMED = 6

@@ -14,9 +14,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.config import OptimConfig, ScalingConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.memory import keep_freed_memory
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales

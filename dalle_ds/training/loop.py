@@ -16,6 +16,7 @@ from torch import nn
 from dalle_ds.config import Run
 from dalle_ds.data.faults import Unreadable, WorkerError
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
+from dalle_ds.jsonl import LineFile
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
@@ -25,7 +26,6 @@ from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
 from dalle_ds.training.checkpoints.saver import Kept, Saver, Saving
 from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
-from dalle_ds.training.lines import LineFile
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.passes import passes_of
 from dalle_ds.training.randomness import seed_update

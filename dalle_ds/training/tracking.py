@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from dalle_ds.config import ReportConfig, Run, to_dict
 from dalle_ds.errors import ConfigError, Interrupted
-from dalle_ds.training.lines import LineFile
+from dalle_ds.jsonl import LineFile
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a run whose output is no terminal prints a progress line."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle_ds.config import to_dict
 from dalle_ds.data.prepare import PrepareOptions, prepare
-from dalle_ds.metrics import read_records
+from dalle_ds.jsonl import read_records
 from tests.conftest import TINY_DALLE, thorough
 from tests.processes import run_ranks
 from tests.training.test_layouts import deepspeed_json

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.metrics import read_records
-from dalle_ds.training.lines import LineFile
+from dalle_ds.jsonl import LineFile, read_records
 
 
 class Disk:
@@ -20,7 +19,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room = room
         self.write = os.write
-        monkeypatch.setattr("dalle_ds.training.lines.os.write", self._write)
+        monkeypatch.setattr("dalle_ds.jsonl.os.write", self._write)
 
     def _write(self, file: int, content: bytes) -> int:
         if content and self.room <= 0:

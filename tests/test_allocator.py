@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import json, resource, sys
 import torch
-from dalle_ds.memory import keep_freed_memory
+from dalle_ds.allocator import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from dalle_ds.parsing import parse_json
 
 
 class LineFile:
@@ -106,3 +108,14 @@ class LineFile:
 
 def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Each whole line as a dict with the update as "step"; what is left of a line that was cut off is passed over."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**63:
+            yield record
