@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from dalle_ds.text.tokenizer import Tokenizer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read it already
+# Behind a shell's `&`, Ctrl-C is ignored, and by all that is started here, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 EVERYTHING = os.environ.get("TEST_ALL") == "1"
