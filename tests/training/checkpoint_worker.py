@@ -69,7 +69,7 @@ class Training:
     """An engine, and what else a checkpoint takes from it."""
 
     def __init__(self, layout: Layout, mesh: Mesh) -> None:
-        from dalle_ds.training.deepspeed_config import resolve
+        from dalle_ds.config.deepspeed import resolve
         from dalle_ds.training.engine import build_engine
         from dalle_ds.training.weights import MasterWeights
 
