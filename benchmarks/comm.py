@@ -33,6 +33,7 @@ from dalle_ds.config import (
     RecomputingTrainConfig,
     TransformerRun,
 )
+from dalle_ds.config.deepspeed import resolve
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.powersgd import paper_rank
@@ -40,7 +41,6 @@ from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.shards import compressed_shards
 from dalle_ds.planning.stages import stages_of
 from dalle_ds.planning.traffic import sent_along, traffic
-from dalle_ds.training.deepspeed_config import resolve
 
 AXES: tuple[Literal["tensor", "shard", "replica"], ...] = ("tensor", "shard", "replica")
 OTHER = "all"

@@ -45,8 +45,8 @@ def build_step(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) -> 
         json_config: the DeepSpeed JSON's content.
         mesh: from `Mesh.start`, before DeepSpeed is imported; divided here.
     """
+    from dalle_ds.config.deepspeed import resolve
     from dalle_ds.parallel.pipeline import Pipeline
-    from dalle_ds.training.deepspeed_config import resolve
     from dalle_ds.training.engine import build_engine, scale_gradients
     from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction

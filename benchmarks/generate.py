@@ -38,7 +38,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights, bytes_per_step
+from dalle_ds.models.decoding import DecodingWeights, bytes_per_step, new_cache, prefill
 from dalle_ds.models.flops import decoding_flops
 from dalle_ds.precision.rates import DTYPES, matmul_rate
 from dalle_ds.sampling.codes import even_batches, pictures_at_once
@@ -171,10 +171,10 @@ def decode(model: Dalle, prompts: list[int], size: int, tokens: int) -> tuple[fl
     config, device = model.config, model.image_head.weight.device
     weights = DecodingWeights(model)
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    cache = model.new_cache([numbers[prompt] for prompt in prompts] + [0] * (filled(size) - len(prompts)))
+    cache = new_cache(model, [numbers[prompt] for prompt in prompts] + [0] * (filled(size) - len(prompts)))
     text = torch.randint(0, config.text_vocab, (1, config.text_len), device=device)
-    prefix = model.new_cache(1)
-    model.prefill(text, prefix)
+    prefix = new_cache(model, 1)
+    prefill(model, text, prefix)
     cache.load([prefix] * len(numbers))
     codes = torch.zeros(cache.rows, dtype=torch.int64, device=device)
     uniforms = torch.rand(len(prompts), dtype=torch.float64, device=device)
@@ -183,7 +183,7 @@ def decode(model: Dalle, prompts: list[int], size: int, tokens: int) -> tuple[fl
     for position in measured[:1] * WARMUP + measured:
         synchronize(device)
         start = time.perf_counter()
-        logits = model.decode(codes, position - 1, cache, weights)
+        logits = weights.step(codes, position - 1, cache)
         synchronize(device)
         between = time.perf_counter()
         codes[: len(prompts)] = draw(logits[: len(prompts)], uniforms, Sampling())
@@ -199,8 +199,8 @@ def decode_without_cache(model: Dalle, pictures: int, tokens: int) -> float:
     config, device = model.config, model.image_head.weight.device
     text = torch.randint(0, config.text_vocab, (pictures, config.text_len), device=device)
     codes = torch.zeros(pictures, config.image_len // 2, dtype=torch.int64, device=device)
-    cache = model.new_cache(pictures)
-    return median_seconds(lambda: model.prefill(text, cache, codes), tokens, device, warmup=1)
+    cache = new_cache(model, pictures)
+    return median_seconds(lambda: prefill(model, text, cache, codes), tokens, device, warmup=1)
 
 
 if __name__ == "__main__":

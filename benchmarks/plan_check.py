@@ -34,6 +34,7 @@ from dalle_ds.config import (
     ScalingConfig,
     TransformerRun,
 )
+from dalle_ds.config.deepspeed import resolve
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.activations import transformer_activations
@@ -43,7 +44,6 @@ from dalle_ds.planning.stages import stages_of
 from dalle_ds.planning.traffic import Transfer, traffic
 from dalle_ds.precision import GradientScales
 from dalle_ds.precision.rates import DTYPES
-from dalle_ds.training.deepspeed_config import resolve
 
 BUCKET = 50_000
 """Elements of DeepSpeed's own buffers, small against the model."""

@@ -123,9 +123,9 @@ def plain_step(config: DalleConfig, options: Options, device: torch.device) -> S
 
 def engine_step(config: DalleConfig, options: Options, json_path: str) -> Step:
     """A step of the engine that training uses, gradient clipping included."""
+    from dalle_ds.config.deepspeed import is_auto, load_deepspeed_json, resolve
+    from dalle_ds.config.deepspeed import with_precision as with_precision_of
     from dalle_ds.parallel import Mesh
-    from dalle_ds.training.deepspeed_config import is_auto, load_deepspeed_json, resolve
-    from dalle_ds.training.deepspeed_config import with_precision as with_precision_of
 
     mesh = Mesh.start(options.device)
     run = TransformerRun(
@@ -153,7 +153,7 @@ def batch(config: DalleConfig, size: int, device: torch.device) -> tuple[Tensor,
 
 def settled(options: Options) -> Options:
     """The options with the arithmetic that "auto" stands for."""
-    from dalle_ds.training.deepspeed_config import is_auto, load_deepspeed_json, resolve
+    from dalle_ds.config.deepspeed import is_auto, load_deepspeed_json, resolve
 
     if options.dtype == "auto" and options.deepspeed_config is not None:
         run, json_config = TransformerRun(), load_deepspeed_json(options.deepspeed_config)

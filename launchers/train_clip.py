@@ -5,13 +5,14 @@ deepspeed launchers/train_clip.py --deepspeed_config FILE --preset NAME --data D
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.config import ClipRun
+from dalle_ds.planning.check import check_plan
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.training.launch import train
 
 
 def main() -> None:
     """Parse, build, run."""
-    train(ClipRun, ClipTask, "clip")
+    train(ClipRun, ClipTask, "clip", check_plan)
 
 
 if __name__ == "__main__":

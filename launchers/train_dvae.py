@@ -5,13 +5,14 @@ deepspeed launchers/train_dvae.py --deepspeed_config FILE --preset NAME --data D
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.config import DvaeRun
+from dalle_ds.planning.check import check_plan
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.training.launch import train
 
 
 def main() -> None:
     """Parse, build, run."""
-    train(DvaeRun, DvaeTask, "dvae")
+    train(DvaeRun, DvaeTask, "dvae", check_plan)
 
 
 if __name__ == "__main__":

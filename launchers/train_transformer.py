@@ -6,13 +6,14 @@ deepspeed launchers/train_transformer.py --deepspeed_config FILE --preset NAME -
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.config import TransformerRun
+from dalle_ds.planning.check import check_plan
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.launch import train
 
 
 def main() -> None:
     """Parse, build, run."""
-    train(TransformerRun, TransformerTask, "transformer")
+    train(TransformerRun, TransformerTask, "transformer", check_plan)
 
 
 if __name__ == "__main__":

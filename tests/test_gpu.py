@@ -13,6 +13,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.config.clip import CLIP_SHAPES
 from dalle_ds.evaluation.metrics.features import load_network
 from dalle_ds.models import Clip, Dalle, DiscreteVAE
+from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -69,10 +70,10 @@ def test_decoding_step_by_step() -> None:
     there = copy.deepcopy(model).to(GPU)
     with torch.no_grad():
         wanted = model(text, codes).image_logits
-        cache = there.new_cache(2)
-        logits = [there.prefill(text.to(GPU), cache)]
+        weights, cache = DecodingWeights(there, reused=False), new_cache(there, 2)
+        logits = [prefill(there, text.to(GPU), cache)]
         for step in range(config.grid**2 - 1):
-            logits.append(there.decode(codes[:, step].to(GPU), step, cache).clone())
+            logits.append(weights.step(codes[:, step].to(GPU), step, cache).clone())
     found = torch.stack([step.reshape(2, -1) for step in logits], dim=1)
     assert error(found, wanted) < 1e-4
 

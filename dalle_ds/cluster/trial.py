@@ -68,7 +68,7 @@ def _alone(config: DalleConfig, rows: tuple[Tensor, Tensor], device: torch.devic
 
 def _together(config: DalleConfig, rows: tuple[Tensor, Tensor], mesh: Mesh, losses: list[float]) -> Callable[[], None]:
     """A step under ZeRO-3, which adds its loss to a list."""
-    from dalle_ds.training.deepspeed_config import resolve
+    from dalle_ds.config.deepspeed import resolve
     from dalle_ds.training.engine import build_engine
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Literal
 from dalle_ds.config.checks import fraction, positive
 from dalle_ds.errors import ConfigError
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Arithmetic of a run; see `TrainConfig.precision`."""
 Checkpointing = Literal["none", "selective", "full"]
 """What a model computes again in the backward pass; see `RecomputingTrainConfig.activation_checkpointing`."""
 
@@ -176,7 +178,7 @@ class TrainConfig:
     micro_batch: int | None = None
     """Pictures per process and forward pass; None takes batch_size / processes, that is no gradient accumulation; in a
     pipeline, what leaves four micro-batches for each stage."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """Arithmetic; None takes the DeepSpeed JSON's. bf16 stores 16-bit weights beside fp32 ones; fp16 stores fp32 weights,
     computes in fp16 inside the transformer's residual blocks, and scales each block's gradients (docs/precision.md)."""
     zero_stage: Literal[0, 1, 2, 3] | None = None

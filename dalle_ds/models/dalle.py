@@ -14,7 +14,6 @@ paper's layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast, get_args
 
@@ -25,9 +24,7 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, Checkpointing, DalleConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
-from dalle_ds.models.cache import KVCache
 from dalle_ds.models.checkpointing import recomputed
-from dalle_ds.models.decoding import DecodingWeights, decoding_device, layer_devices
 from dalle_ds.models.dropout import dropout
 from dalle_ds.models.layers import (
     ColumnParallelLinear,
@@ -346,21 +343,6 @@ class Dalle(nn.Module):
             x = run_block(block, x, keys, keep, self.checkpointing)
         return x
 
-    # --- incremental decoding: prefill once, then decode(codes_0, 0), decode(codes_1, 1), …
-
-    def new_cache(self, rows: int | Sequence[int]) -> KVCache:
-        """An empty cache of whole pictures.
-
-        Args:
-            rows: the number of the prompt that each picture continues, counted from 0; or how many pictures, each with a
-                prompt of its own. A prompt's text is kept and read once, however many pictures continue it.
-        """
-        if self.tensor.sequence:
-            raise ConfigError("a transformer whose positions are divided (parallel.sequence) cannot draw: leave it out")
-        prompt_of_row = range(rows) if isinstance(rows, int) else rows
-        heads = self.layers[0][0].attention.heads
-        return KVCache(self.config, prompt_of_row, self.weights_dtype, layer_devices(self), heads)
-
     @property
     def weights_dtype(self) -> torch.dtype:
         """Of the blocks' weights, and of the keys and values that they make."""
@@ -374,61 +356,6 @@ class Dalle(nn.Module):
             (cast(AttentionBlock, attention), cast(MlpBlock, mlp))
             for attention, mlp in zip(blocks, blocks, strict=True)
         ]
-
-    @torch.no_grad()
-    def prefill(self, text: Tensor, cache: KVCache, codes: Tensor | None = None) -> Tensor:
-        """Start `cache` with captions, and with the first codes of their pictures if there are any.
-
-        Args:
-            text: (P, T), as in `forward`, one caption for each of the cache's prompts.
-            codes: (P, m) int64 in [0, image_vocab), with m < W²; None for m = 0.
-
-        Returns:
-            (rows, image_vocab) fp32 logits of code m.
-        """
-        _check(text, "text", self.config.text_len, PADDING, self.config.text_vocab)
-        if len(text) != cache.prompts:
-            raise DataError(f"the cache has {cache.prompts} prompts, found {len(text)} captions: give one for each")
-        x = self.embedding.prefix(text)
-        if codes is not None:
-            if codes.dim() != 2 or codes.shape[1] >= self.config.image_len:
-                raise DataError(
-                    f"codes must have shape (P, m) with m of at most {self.config.image_len - 1}, found {tuple(codes.shape)}"
-                )
-            _check(codes, "codes", codes.shape[1], 0, self.config.image_vocab)
-            if len(text) != len(codes):
-                raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
-            x = torch.cat([x, self.embedding.codes(codes, 0)], dim=1)
-        kept = kept_text(self.config, text)
-        cache.keep(kept)
-        cache.positions = x.shape[1] - self.config.text_len
-        of_row = torch.tensor(cache.prompt_of_row)
-        for (attention, mlp), layer in zip(self.layers, cache.layers, strict=True):
-            device = layer.codes.device
-            x = x.to(device)
-            qkv = attention.project(x)
-            layer.load(qkv, self.config.text_len, of_row)
-            x = mlp(x + attention.attention.attend(qkv, None if kept is None else kept.to(device)))
-        logits = self.image_head(self.norm(x[:, -1])).to(decoding_device(self))
-        return logits.index_select(0, of_row.to(logits.device))
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, step: int, cache: KVCache, weights: DecodingWeights | None = None) -> Tensor:
-        """Add code `step` of every picture to the cache, one position of it.
-
-        Args:
-            codes: (rows,) int64 in [0, image_vocab).
-            step: in [0, W² − 2]; codes 0 … step − 1 must have been added before.
-            weights: this model's, made ready for many steps; without them a step takes longer.
-
-        Returns:
-            (rows, image_vocab) fp32 logits of code step + 1.
-        """
-        if not 0 <= step < self.config.image_len - 1:
-            raise ConfigError(f"step must lie in [0, {self.config.image_len - 2}] for this model, found {step}")
-        _check(codes[:, None], "codes", 1, 0, self.config.image_vocab)
-        weights = DecodingWeights(self, reused=False) if weights is None else weights
-        return weights.step(codes, step, cache)
 
     # --- export
 
@@ -464,13 +391,13 @@ class Dalle(nn.Module):
 
 def check_tokens(config: DalleConfig, text: Tensor, codes: Tensor) -> None:
     """Raise a `DataError` where captions and pictures are not what `Dalle.forward` takes."""
-    _check(text, "text", config.text_len, PADDING, config.text_vocab)
-    _check(codes, "codes", config.image_len, 0, config.image_vocab)
+    check_range(text, "text", config.text_len, PADDING, config.text_vocab)
+    check_range(codes, "codes", config.image_len, 0, config.image_vocab)
     if len(text) != len(codes):
         raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
 
 
-def _check(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:
+def check_range(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:
     if tokens.dim() != 2 or tokens.shape[1] != length or len(tokens) == 0:
         raise DataError(f"{name} must have shape (B, {length}) with B of at least 1, found {tuple(tokens.shape)}")
     if tokens.dtype != torch.int64:

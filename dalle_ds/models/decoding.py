@@ -1,31 +1,84 @@
-"""One step of decoding: the transformer's arithmetic for one new position of every row, with weights made ready for it.
+"""Incremental decoding: `new_cache`, `prefill` once, then `DecodingWeights.step(codes_0, 0, …)`, `step(codes_1, 1, …)`, ….
 
-A step reads every weight once and multiplies few rows with it, so it runs at the speed of memory, if nothing else gets in its
-way. What does: on a CPU, a matrix product of few rows first rearranges its weight, in every call. Here weights are
-rearranged once. Matrix products also differ in the last bits of a row with the number of rows they have; pictures must
-not, so products are made of as many rows as are known to give the same bits (`ROWS_ALIKE`).
+A step is the transformer's arithmetic for one new position of every row, with weights made ready for it. It reads every
+weight once and multiplies few rows with it, so it runs at the speed of memory, if nothing else gets in its way. What does:
+on a CPU, a matrix product of few rows first rearranges its weight, in every call. Here weights are rearranged once. Matrix
+products also differ in the last bits of a row with the number of rows they have; pictures must not, so products are made of
+as many rows as are known to give the same bits (`ROWS_ALIKE`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_ds.config import PADDING, DalleConfig
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
 from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_read_per_row
+from dalle_ds.models.dalle import Dalle, check_range, kept_text
 from dalle_ds.models.layers import Linear, RowParallelLinear, Unembedding
 
-if TYPE_CHECKING:
-    from dalle_ds.config import DalleConfig
-    from dalle_ds.models.dalle import Dalle
-
 Layer = Callable[[Tensor], Tensor]
+
+
+def new_cache(model: Dalle, rows: int | Sequence[int]) -> KVCache:
+    """An empty cache of whole pictures.
+
+    Args:
+        rows: the number of the prompt that each picture continues, counted from 0; or how many pictures, each with a
+            prompt of its own. A prompt's text is kept and read once, however many pictures continue it.
+    """
+    if model.tensor.sequence:
+        raise ConfigError("a transformer whose positions are divided (parallel.sequence) cannot draw: leave it out")
+    prompt_of_row = range(rows) if isinstance(rows, int) else rows
+    heads = model.layers[0][0].attention.heads
+    return KVCache(model.config, prompt_of_row, model.weights_dtype, layer_devices(model), heads)
+
+
+@torch.no_grad()
+def prefill(model: Dalle, text: Tensor, cache: KVCache, codes: Tensor | None = None) -> Tensor:
+    """Start `cache` with captions, and with the first codes of their pictures if there are any.
+
+    Args:
+        text: (P, T), as in `Dalle.forward`, one caption for each of the cache's prompts.
+        codes: (P, m) int64 in [0, image_vocab), with m < W²; None for m = 0.
+
+    Returns:
+        (rows, image_vocab) fp32 logits of code m.
+    """
+    config = model.config
+    check_range(text, "text", config.text_len, PADDING, config.text_vocab)
+    if len(text) != cache.prompts:
+        raise DataError(f"the cache has {cache.prompts} prompts, found {len(text)} captions: give one for each")
+    x = model.embedding.prefix(text)
+    if codes is not None:
+        if codes.dim() != 2 or codes.shape[1] >= config.image_len:
+            raise DataError(
+                f"codes must have shape (P, m) with m of at most {config.image_len - 1}, found {tuple(codes.shape)}"
+            )
+        check_range(codes, "codes", codes.shape[1], 0, config.image_vocab)
+        if len(text) != len(codes):
+            raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
+        x = torch.cat([x, model.embedding.codes(codes, 0)], dim=1)
+    kept = kept_text(config, text)
+    cache.keep(kept)
+    cache.positions = x.shape[1] - config.text_len
+    of_row = torch.tensor(cache.prompt_of_row)
+    for (attention, mlp), layer in zip(model.layers, cache.layers, strict=True):
+        device = layer.codes.device
+        x = x.to(device)
+        qkv = attention.project(x)
+        layer.load(qkv, config.text_len, of_row)
+        x = mlp(x + attention.attention.attend(qkv, None if kept is None else kept.to(device)))
+    logits = model.image_head(model.norm(x[:, -1])).to(decoding_device(model))
+    return logits.index_select(0, of_row.to(logits.device))
 
 
 class PackedLinear:
@@ -122,8 +175,21 @@ class DecodingWeights:
             self.dtype = model.weights_dtype
             self.heads = model.layers[0][0].attention.heads
 
+    @torch.no_grad()
     def step(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
-        """As `Dalle.decode`, of arguments that are right."""
+        """Add code `step` of every picture to the cache, one position of it.
+
+        Args:
+            codes: (rows,) int64 in [0, image_vocab).
+            step: in [0, W² − 2]; codes 0 … step − 1 must have been added before.
+
+        Returns:
+            (rows, image_vocab) fp32 logits of code step + 1.
+        """
+        config = self.config
+        if not 0 <= step < config.image_len - 1:
+            raise ConfigError(f"step must lie in [0, {config.image_len - 2}] for this model, found {step}")
+        check_range(codes[:, None], "codes", 1, 0, config.image_vocab)
         if self.device.type == "cuda" and self._ready:
             return self.step_by_graph(codes, step, cache)
         return self.step_of_number(codes, step, cache)

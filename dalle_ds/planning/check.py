@@ -7,18 +7,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dalle_ds.config import DvaeRun, Run, TransformerRun
+from dalle_ds.config import DvaeRun, TransformerRun
+from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.memory import Memory, stage_memory
 from dalle_ds.planning.report import gigabytes, remedy
 from dalle_ds.planning.stages import stages_of
-from dalle_ds.training.deepspeed_config import EngineConfig
+from dalle_ds.tasks import Task
 
 DOUBT = 0.85
 """What a plan's bytes are multiplied by before a run is refused: formulas were at most a tenth too high, and nothing that
@@ -40,13 +42,14 @@ class _Place:
     host_need: int
 
 
-def check_plan(run: Run, engine: EngineConfig, mesh: Mesh, say: Callable[[str], None] = print) -> None:
+def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[[str], None] = print) -> None:
     """Tell the plan of a run in one line, or refuse the run if it cannot fit. Collective.
 
     To be called before the model is built: what is free then is what the run has. Of stages that the planner does not know,
     nothing is said.
 
     Args:
+        task: of the run.
         engine: from `resolve`.
         mesh: divided.
         say: how to tell the user; called on the main process.
@@ -55,6 +58,7 @@ def check_plan(run: Run, engine: EngineConfig, mesh: Mesh, say: Callable[[str], 
         ConfigError: a process needs more memory than it has, however the plan's errors lie, and `report.plan_check` is
             "refuse". Raised on all processes; the message has the bytes by kind, and what to change.
     """
+    run = task.run
     if run.report.plan_check == "off" or not isinstance(run, (TransformerRun, DvaeRun)):
         return
     layout = Layout.of(run, engine, mesh.world_size)

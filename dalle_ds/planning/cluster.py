@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
+from dalle_ds.config import Precision
 from dalle_ds.config.checks import positive
 from dalle_ds.errors import ConfigError
-from dalle_ds.precision.rates import Precision
 
 GB = 10**9
 

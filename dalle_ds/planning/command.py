@@ -12,9 +12,9 @@ import tyro
 
 from dalle_ds.cli import parse_options
 from dalle_ds.config import DvaeRun, Run, TransformerRun, load_preset, preset_names
+from dalle_ds.config.deepspeed import load_deepspeed_json
 from dalle_ds.errors import ConfigError
 from dalle_ds.planning.cluster import CLUSTERS, Cluster, named_cluster
-from dalle_ds.training.deepspeed_config import load_deepspeed_json
 
 _USAGE = f"""Plan a run: what it takes of memory and network, and how long an update takes, before anything is started.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, RecomputingTrainConfig, Run
+from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, Precision, RecomputingTrainConfig, Run
+from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.precision.rates import Precision
-from dalle_ds.training.deepspeed_config import EngineConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a number."""

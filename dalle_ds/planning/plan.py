@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dalle_ds.config import Run, TransformerRun
+from dalle_ds.config.deepspeed import is_auto, resolve, with_precision
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.cluster import Cluster
@@ -18,7 +19,6 @@ from dalle_ds.planning.stages import Stage, stages_of
 from dalle_ds.planning.steptime import StepTime, step_time
 from dalle_ds.planning.traffic import Transfer, compression, traffic
 from dalle_ds.planning.work import Work, work_of
-from dalle_ds.training.deepspeed_config import is_auto, resolve, with_precision
 
 
 @dataclass(frozen=True)

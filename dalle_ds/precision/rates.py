@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dalle_ds.config import Precision
+
 if TYPE_CHECKING:
     from dalle_ds.parallel import Mesh
 
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS = 0.1
 """What measuring a precision may take; a choice is between two."""

@@ -1,12 +1,12 @@
 """Drawing pictures from captions, choosing among them, completing them."""
 
-from dalle_ds.sampling.candidates import draw_candidates
+from dalle_ds.sampling.candidates import Ranking, draw_candidates, rank_candidates
 from dalle_ds.sampling.codes import Drawn, Progress, sample_codes, score
 from dalle_ds.sampling.completion import default_rows, kept_rows_mask
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pipeline import TextToImage
-from dalle_ds.sampling.rerank import ClipReranker, Ranking, Reranker, rank_candidates
+from dalle_ds.sampling.rerank import ClipReranker, Reranker
 
 __all__ = [
     "ClipReranker",

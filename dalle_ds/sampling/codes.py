@@ -24,7 +24,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_per_row
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights, decoding_device
+from dalle_ds.models.decoding import DecodingWeights, decoding_device, new_cache, prefill
 from dalle_ds.sampling.draw import Sampling, candidate_uniforms, draw, guide
 
 CPU_BUDGET = 2**30
@@ -197,7 +197,7 @@ class _Batches:
         for step in range(first, config.image_len):
             if step > first:
                 last = codes[:, step - 1]
-                logits = self.model.decode(last.repeat(2) if self.guided else last, step - 1, cache, self.weights)
+                logits = self.weights.step(last.repeat(2) if self.guided else last, step - 1, cache)
             # Of rows without a picture, codes that are drawn stay 0.
             mixed = logits[:count]
             if self.guided:
@@ -226,15 +226,15 @@ class _Batches:
             if prompt not in self.prefixes:
                 self.prefixes[prompt] = self._prefill(prompt)
         if self.cache is None:
-            self.cache = self.model.new_cache(prompt_of_row)
+            self.cache = new_cache(self.model, prompt_of_row)
         self.cache.load([self.prefixes[prompt][0] for prompt in distinct])
         return torch.cat([self.prefixes[prompt][1] for prompt in prompts]), self.cache
 
     def _prefill(self, prompt: Prompt) -> tuple[KVCache, Tensor]:
-        cache = self.model.new_cache(1)
+        cache = new_cache(self.model, 1)
         text = torch.tensor([prompt.text], device=self.weights.device)
         given = torch.tensor([prompt.given], device=self.weights.device) if prompt.given else None
-        return cache, self.model.prefill(text, cache, given)
+        return cache, prefill(self.model, text, cache, given)
 
 
 def even_batches(count: int, most: int) -> int:

@@ -20,13 +20,14 @@ from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import is_text
 from dalle_ds.precision.rates import DTYPES, choose_precision
+from dalle_ds.sampling.candidates import Ranking, rank_candidates
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pipeline import TextToImage
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.sampling.prompts import read_prompts
-from dalle_ds.sampling.rerank import ClipReranker, Ranking, rank_candidates
+from dalle_ds.sampling.rerank import ClipReranker
 from dalle_ds.sampling.scores import Scores
 
 LIST_NAME = "pictures.json"

@@ -20,12 +20,13 @@ from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, fingerprint
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parsing import parse_json
+from dalle_ds.sampling.candidates import rank_candidates
 from dalle_ds.sampling.codes import Progress, sample_codes
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.sampling.placement import load_spread
-from dalle_ds.sampling.rerank import Reranker, rank_candidates
+from dalle_ds.sampling.rerank import Reranker
 from dalle_ds.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

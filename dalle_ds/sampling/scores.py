@@ -18,7 +18,7 @@ from typing import Any
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import write_json
 from dalle_ds.parsing import is_text, parse_json, shown
-from dalle_ds.sampling.rerank import Ranking
+from dalle_ds.sampling.candidates import Ranking
 
 KIND = "scores of candidates"
 _LARGEST = 1e30

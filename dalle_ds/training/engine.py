@@ -16,11 +16,11 @@ from torch import nn
 
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.config import OptimConfig, ScalingConfig
+from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
-from dalle_ds.training.deepspeed_config import EngineConfig
 
 
 def build_engine(

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.config import ClipRun, DvaeRun, Run, TransformerRun
+from dalle_ds.config import ClipRun, DvaeRun, Precision, Run, TransformerRun
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
-from dalle_ds.precision.rates import DTYPES, Precision
+from dalle_ds.precision.rates import DTYPES
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.dvae import DvaeTask

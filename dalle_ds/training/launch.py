@@ -12,11 +12,11 @@ from typing import Any, Generic, TypeVar
 
 from dalle_ds.cli import explain, parse_options
 from dalle_ds.config import Run, load_preset, preset_names
+from dalle_ds.config.deepspeed import EngineConfig, load_deepspeed_json
 from dalle_ds.errors import ConfigError, Interrupted
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.watch import Watch
 from dalle_ds.tasks import Task
-from dalle_ds.training.deepspeed_config import load_deepspeed_json
 from dalle_ds.training.signals import StopSignals
 
 RunConfig = TypeVar("RunConfig", bound=Run)
@@ -74,8 +74,17 @@ def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | 
     return Command(run, json_config, known.device)
 
 
-def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig]], stage: str) -> None:
-    """Run a training launcher: parse the command line, join the other processes, train to the end."""
+def train(
+    kind: type[RunConfig],
+    make_task: Callable[[RunConfig], Task[RunConfig]],
+    stage: str,
+    check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] | None = None,
+) -> None:
+    """Run a training launcher: parse the command line, join the other processes, train to the end.
+
+    Args:
+        check_plan: as `Trainer` takes it.
+    """
     command = parse_command(kind, stage)
     run = command.run
     with StopSignals(quiet=os.environ.get("RANK", "0") != "0") as signals:
@@ -87,7 +96,10 @@ def train(kind: type[RunConfig], make_task: Callable[[RunConfig], Task[RunConfig
             from dalle_ds.training.trainer import Trainer
 
             try:
-                Trainer(make_task, run, command.deepspeed, mesh, signals=signals, pulse=watch.pulse).fit()
+                trainer = Trainer(
+                    make_task, run, command.deepspeed, mesh, signals=signals, pulse=watch.pulse, check_plan=check_plan
+                )
+                trainer.fit()
             except Interrupted as stopped:
                 interrupted = stopped
             watch.pulse(run.steps, "leaving", LONG_MINUTES)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dalle_ds.config import Run
+from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.data.faults import Unreadable, WorkerError
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
 from dalle_ds.jsonl import LineFile
@@ -24,7 +25,6 @@ from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
 from dalle_ds.training.checkpoints.saver import Kept, Saver, Saving
-from dalle_ds.training.deepspeed_config import EngineConfig
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.passes import passes_of

@@ -16,13 +16,13 @@ from typing import IO, Any, TypeVar
 
 import yaml
 
-from dalle_ds.config import Run, differences, from_dict, to_dict
+from dalle_ds.config import Precision, Run, differences, from_dict, to_dict
 from dalle_ds.config.plain import flatten
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.jsonl import LineFile, read_records
 from dalle_ds.parsing import parse_json, parse_yaml
-from dalle_ds.precision.rates import Choice, Precision
+from dalle_ds.precision.rates import Choice
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
 

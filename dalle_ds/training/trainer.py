@@ -11,17 +11,16 @@ from torch import nn
 
 import dalle_ds
 from dalle_ds.config import Run
+from dalle_ds.config.deepspeed import EngineConfig, is_auto, resolve, with_precision
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.optim.adamw import rounding_warning
 from dalle_ds.parallel import Mesh
-from dalle_ds.planning.check import check_plan
 from dalle_ds.precision.rates import Choice, choose, slow_warning
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
-from dalle_ds.training.deepspeed_config import EngineConfig, is_auto, resolve, with_precision
 from dalle_ds.training.engine import build_engine, scale_gradients
 from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
@@ -30,6 +29,8 @@ from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.zero_state import MasterGradients, MasterWeights
+
+CheckPlan = Callable[[Task[Any], EngineConfig, Mesh], None]
 
 
 class Trainer:
@@ -45,6 +46,7 @@ class Trainer:
         mesh: the processes that take part.
         signals: says when to stop; None never does.
         pulse: is told what this process is about to do (`Watch.pulse`).
+        check_plan: refuses a task that does not fit this engine and mesh, before a model is built.
 
     Raises:
         ConfigError, CheckpointError, DataError: what the user asked for cannot be done; raised before anything is written.
@@ -59,6 +61,7 @@ class Trainer:
         *,
         signals: StopSignals | None = None,
         pulse: Pulse | None = None,
+        check_plan: CheckPlan | None = None,
     ) -> None:
         self.run = run
         self.signals = signals or StopSignals()
@@ -84,7 +87,8 @@ class Trainer:
         # One process looks, since disks may show several ones different things at one time.
         self.directory: RunDirectory = mesh.decide(lambda: RunDirectory(run.run_dir, self.task.name, run))
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
-        check_plan(run, self.config, mesh)
+        if check_plan is not None:
+            check_plan(self.task, self.config, mesh)
         mesh.decide(self.directory.claim)
         self.checkpoint: Path | None = choose_checkpoint(self.directory.checkpoints, mesh)
         self.state = self._load_state()

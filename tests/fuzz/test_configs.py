@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_ds.config import DvaeRun, TransformerRun, from_dict, load_preset, to_dict
+from dalle_ds.config.deepspeed import _CHECKED, load_deepspeed_json, resolve
 from dalle_ds.errors import ConfigError
-from dalle_ds.training.deepspeed_config import _CHECKED, load_deepspeed_json, resolve
 from dalle_ds.training.launch import parse_command
 from dalle_ds.training.run_directory import RunDirectory, read_config
 from tests.conftest import ROOT

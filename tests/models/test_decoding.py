@@ -15,7 +15,7 @@ from dalle_ds.models.attention import attention_mask
 from dalle_ds.models.attention.decoding import _attend_plainly, slots_of
 from dalle_ds.models.cache import bytes_per_prompt, bytes_per_row, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights, PackedLinear, bytes_per_step
+from dalle_ds.models.decoding import DecodingWeights, PackedLinear, bytes_per_step, new_cache, prefill
 
 CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
 KINDS = ("row", "column", "conv", "full")
@@ -46,10 +46,11 @@ def decoded(
     model: Dalle, text: Tensor, codes: Tensor, first: int = 0, weights: DecodingWeights | None = None
 ) -> Tensor:
     """(B, W² − first, image_vocab) logits, one position at a time after `first` codes."""
-    cache = model.new_cache(len(text))
-    found = [model.prefill(text, cache, codes[:, :first] if first else None)]
+    weights = DecodingWeights(model, reused=False) if weights is None else weights
+    cache = new_cache(model, len(text))
+    found = [prefill(model, text, cache, codes[:, :first] if first else None)]
     steps = range(first, model.config.image_len - 1)
-    return torch.stack([*found, *(model.decode(codes[:, step], step, cache, weights) for step in steps)], dim=1)
+    return torch.stack([*found, *(weights.step(codes[:, step], step, cache) for step in steps)], dim=1)
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
@@ -81,8 +82,8 @@ def test_static_shapes_give_the_same_logits() -> None:
         model = build(attention=KINDS, depth=4, grid=grid, text_len=text_len, kernel=kernel, mask_padding=True)
         text, codes = batch(model.config)
         expected, weights = decoded(model, text, codes), DecodingWeights(model)
-        cache = model.new_cache(len(text))
-        model.prefill(text, cache)
+        cache = new_cache(model, len(text))
+        prefill(model, text, cache)
         for step in range(model.config.image_len - 1):
             logits = weights.step_of_tensor(codes[:, step], torch.tensor([step]), cache)
             assert (logits - expected[:, step + 1]).abs().max() < 1e-4
@@ -93,8 +94,8 @@ def test_static_shapes_never_wait_for_a_value() -> None:
     """Tensors without values refuse whatever a CUDA graph could not hold: a number read back, a shape that values decide."""
     model = build(attention=KINDS, depth=4, mask_padding=True)
     text, codes = batch(CONFIG)
-    weights, cache = DecodingWeights(model, reused=False), model.new_cache(len(text))
-    model.prefill(text, cache)
+    weights, cache = DecodingWeights(model, reused=False), new_cache(model, len(text))
+    prefill(model, text, cache)
     weights.step_of_tensor(codes[:, 0], torch.tensor([0]), cache)  # makes the tables
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_codes, step = mode.from_tensor(codes[:, 1]), mode.from_tensor(torch.tensor([1]))
@@ -110,10 +111,12 @@ def test_pictures_of_one_prompt_share_its_text(rows: list[int], mask_padding: bo
     model = build(attention=KINDS, depth=4, mask_padding=mask_padding)
     text = batch(CONFIG)[0][: max(rows) + 1]
     codes = torch.randint(0, CONFIG.image_vocab, (len(rows), CONFIG.image_len))
-    cache = model.new_cache(rows)
+    cache = new_cache(model, rows)
     assert {layer.text.shape for layer in cache.layers} == {(2, len(text), CONFIG.heads, CONFIG.text_len, 8)}
-    found = [model.prefill(text, cache)]
-    found += [model.decode(codes[:, step], step, cache) for step in range(CONFIG.image_len - 1)]
+    found = [prefill(model, text, cache)]
+    found += [
+        DecodingWeights(model, reused=False).step(codes[:, step], step, cache) for step in range(CONFIG.image_len - 1)
+    ]
     expected = model(text[rows], codes).image_logits
     assert (torch.stack(found, dim=1) - expected).abs().max() < 1e-4
 
@@ -127,14 +130,14 @@ def test_a_prompt_can_be_taken_over(first: int) -> None:
     rows = [2, 0, 1, 2, 0]
     known, prefixes = codes[:, :first], []
     for prompt in range(3):
-        prefix = model.new_cache(1)
-        model.prefill(text[prompt : prompt + 1], prefix, known[prompt : prompt + 1] if first else None)
+        prefix = new_cache(model, 1)
+        prefill(model, text[prompt : prompt + 1], prefix, known[prompt : prompt + 1] if first else None)
         prefixes.append(prefix)
-    cache = model.new_cache(rows)
+    cache = new_cache(model, rows)
     cache.load(prefixes)
     expected = model(text[rows], codes[rows]).image_logits
     for step in range(first, CONFIG.image_len - 1):
-        logits = model.decode(codes[rows][:, step], step, cache)
+        logits = DecodingWeights(model, reused=False).step(codes[rows][:, step], step, cache)
         assert (logits - expected[:, step + 1]).abs().max() < 1e-4
 
 
@@ -165,7 +168,7 @@ def test_slots_are_those_that_a_kind_needs() -> None:
 def test_bytes_are_those_of_the_buffers(dtype: torch.dtype) -> None:
     model = build(attention=KINDS, depth=4).to(dtype)
     config = model.config
-    cache = model.new_cache([0, 0, 1, 1, 1])
+    cache = new_cache(model, [0, 0, 1, 1, 1])
     assert cache.nbytes == 2 * bytes_per_prompt(config, dtype) + 5 * sum(bytes_per_row(config, dtype).values())
     for kind, layer in zip(KINDS, cache.layers, strict=True):
         assert layer.codes.nbytes == 5 * bytes_per_row(config, dtype)[kind]
@@ -188,13 +191,13 @@ def test_decoding_computes_one_position() -> None:
     """The regression of peers' caches that are never used: no layer may see more than one position in a step."""
     model = build()
     text, codes = batch(CONFIG)
-    cache = model.new_cache(len(text))
-    model.prefill(text, cache)
+    cache = new_cache(model, len(text))
+    prefill(model, text, cache)
     seen: list[int] = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
             module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].numel()))
-    model.decode(codes[:, 0], 0, cache)
+    DecodingWeights(model, reused=False).step(codes[:, 0], 0, cache)
     assert len(seen) == 6 * CONFIG.depth + 2
     assert max(seen) == 3 * 4 * CONFIG.width
 
@@ -208,14 +211,14 @@ def test_a_row_does_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None
     )
     weights, config = DecodingWeights(model), model.config
     text = torch.randint(0, 20, (1, config.text_len))
-    prefix = model.new_cache(1)
-    model.prefill(text, prefix)
+    prefix = new_cache(model, 1)
+    prefill(model, text, prefix)
     codes = torch.randint(0, config.image_vocab, (40, 12)).repeat(2, 1)
     expected = None
     for rows in (4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 64, 80):
-        cache = model.new_cache([0] * rows)
+        cache = new_cache(model, [0] * rows)
         cache.load([prefix])
-        logits = torch.stack([model.decode(codes[:rows, step], step, cache, weights) for step in range(12)])
+        logits = torch.stack([weights.step(codes[:rows, step], step, cache) for step in range(12)])
         expected = logits if expected is None else expected
         assert torch.equal(logits[:, :4], expected), f"{rows} rows"
     assert torch.equal(logits[:, 40:44], expected)
@@ -277,14 +280,14 @@ def test_what_a_graph_holds_attends_as_exactly_as_torch(dtype: torch.dtype, size
 def test_mistakes_are_named() -> None:
     model = build()
     text, codes = batch(CONFIG)
-    cache = model.new_cache(len(text))
-    model.prefill(text, cache)
+    cache = new_cache(model, len(text))
+    prefill(model, text, cache)
     for step in (-1, CONFIG.image_len - 1):
         with pytest.raises(ConfigError, match=rf"\[0, 14\].*found {step}"):
-            model.decode(codes[:, 0], step, cache)
+            DecodingWeights(model, reused=False).step(codes[:, 0], step, cache)
     with pytest.raises(DataError, match="3 prompts, found 2 captions"):
-        model.prefill(text[:2], cache)
+        prefill(model, text[:2], cache)
     with pytest.raises(DataError, match=r"at most 15.*\(3, 16\)"):
-        model.prefill(text, cache, codes)
+        prefill(model, text, cache, codes)
     with pytest.raises(DataError, match=r"\[0, 15\]"):
-        model.decode(codes[:, 0] + 16, 0, cache)
+        DecodingWeights(model, reused=False).step(codes[:, 0] + 16, 0, cache)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle_ds.config import DalleConfig
 from dalle_ds.models.attention import attention_mask, blockwise, configured_kinds, decoding
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights
+from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.models.flops import decoding_flops, executed_flops, executed_pairs, model_flops
 
 CONFIG = DalleConfig(width=48, depth=4, heads=3, text_len=4, grid=12, text_vocab=50, image_vocab=30, kernel=3)
@@ -55,8 +55,8 @@ def test_decoding_flops_are_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -
     """With attention made of matrix products, which torch counts; in fused form it does not on CPUs."""
     monkeypatch.setattr(decoding, "_attend", decoding._attend_plainly)
     model = Dalle(CONFIG).eval()
-    cache, weights = model.new_cache([0] * 4), DecodingWeights(model, reused=False)
-    model.prefill(torch.zeros(1, CONFIG.text_len, dtype=torch.int64), cache)
+    cache, weights = new_cache(model, [0] * 4), DecodingWeights(model, reused=False)
+    prefill(model, torch.zeros(1, CONFIG.text_len, dtype=torch.int64), cache)
     for step in (0, 20, 142):
         with FlopCounterMode(display=False) as counter:
             weights.step_of_number(torch.zeros(4, dtype=torch.int64), step, cache)

@@ -17,7 +17,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.models import decoding
 from dalle_ds.models.cache import KVCache
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights
+from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.sampling import Sampling, sample_codes
 
 CONFIG = DalleConfig(
@@ -95,11 +95,11 @@ def test_pictures_of_replayed_steps(
 
 @torch.no_grad()
 def test_each_step_has_logits_of_its_own(model: Dalle, captures: list) -> None:
-    weights, cache = DecodingWeights(model), model.new_cache(3)
-    model.prefill(TEXT, cache)
-    first = model.decode(torch.tensor([1, 2, 3]), 0, cache, weights)
+    weights, cache = DecodingWeights(model), new_cache(model, 3)
+    prefill(model, TEXT, cache)
+    first = weights.step(torch.tensor([1, 2, 3]), 0, cache)
     kept = first.clone()
-    second = model.decode(torch.tensor([3, 2, 1]), 1, cache, weights)
+    second = weights.step(torch.tensor([3, 2, 1]), 1, cache)
     assert torch.equal(first, kept)
     assert not torch.equal(first, second)
     assert len(captures) == 1
@@ -108,11 +108,11 @@ def test_each_step_has_logits_of_its_own(model: Dalle, captures: list) -> None:
 @torch.no_grad()
 def test_each_cache_has_a_graph_of_its_own(model: Dalle, captures: list) -> None:
     weights = DecodingWeights(model)
-    caches = [model.new_cache(3) for _ in range(2)]
+    caches = [new_cache(model, 3) for _ in range(2)]
     for cache, text in zip(caches, (TEXT, TEXT.flip(0)), strict=True):
-        model.prefill(text, cache)
+        prefill(model, text, cache)
     codes = torch.tensor([1, 2, 3])
-    found = [model.decode(codes, 0, cache, weights) for cache in caches]
+    found = [weights.step(codes, 0, cache) for cache in caches]
     assert len(captures) == 2
     expected = [weights.step_of_number(codes, 0, cache) for cache in caches]
     torch.testing.assert_close(found, expected)

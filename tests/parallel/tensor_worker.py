@@ -19,6 +19,7 @@ from dalle_ds.cli import run_launcher
 from dalle_ds.config import DalleConfig, ParallelConfig, from_dict
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.dalle import ResidualBlock
+from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.parallel import Mesh, TensorGroup, split_of
 from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.precision import BranchPrecision
@@ -68,10 +69,10 @@ def pictures(job: dict[str, Any], config: DalleConfig, mesh: Mesh) -> dict[str, 
     flat = [picture.tobytes() for row in drawn for picture in row]
     stacked = torch.stack([torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in flat])
     text, _ = pipeline.tokenizer.encode_padded(job["prompts"], config.text_len)
-    cache = model.new_cache(len(text))
-    logits = [model.prefill(text, cache)]
+    weights, cache = DecodingWeights(model, reused=False), new_cache(model, len(text))
+    logits = [prefill(model, text, cache)]
     for step in range(config.image_len - 1):
-        logits.append(model.decode(torch.full((len(text),), step % config.image_vocab), step, cache))
+        logits.append(weights.step(torch.full((len(text),), step % config.image_vocab), step, cache))
     return {"pictures": stacked, "decoded": torch.stack(logits)}
 
 

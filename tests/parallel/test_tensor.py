@@ -15,6 +15,7 @@ from torch import Tensor
 from dalle_ds.config import to_dict
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.models.decoding import new_cache
 from dalle_ds.parallel import Split, TensorGroup, split_of
 from dalle_ds.sampling import TextToImage
 from dalle_ds.text.tokenizer import Tokenizer
@@ -166,4 +167,4 @@ def test_a_group_that_does_not_divide_the_model_is_refused() -> None:
 
 def test_divided_positions_cannot_draw() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.sequence"):
-        Dalle(CONFIG, tensor=TensorGroup(0, 2, sequence=True)).new_cache(1)
+        new_cache(Dalle(CONFIG, tensor=TensorGroup(0, 2, sequence=True)), 1)

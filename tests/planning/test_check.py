@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dalle_ds.config import DvaeRun, Run, TransformerRun, load_preset
+from dalle_ds.config.deepspeed import resolve
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning import check
@@ -17,7 +19,6 @@ from dalle_ds.planning.check import check_plan, host_memory
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.memory import stage_memory
 from dalle_ds.planning.stages import stages_of
-from dalle_ds.training.deepspeed_config import resolve
 
 RUN = load_preset("medium", "transformer", TransformerRun)
 JSON = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
@@ -29,7 +30,7 @@ def told(
     """What the user is told where so many bytes are free."""
     monkeypatch.setattr(check, "_free", lambda device: (free, free if device.type == "cpu" else host_free))
     lines: list[str] = []
-    check_plan(run, resolve(JSON, run, 1), Mesh(0, 1, torch.device(device)), lines.append)
+    check_plan(SimpleNamespace(run=run), resolve(JSON, run, 1), Mesh(0, 1, torch.device(device)), lines.append)  # type: ignore[arg-type]
     return lines
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from dalle_ds.config import DiscreteVAEConfig, DvaeRun, TrainConfig
+from dalle_ds.config.deepspeed import is_auto, resolve, with_precision
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.cluster import named_cluster
@@ -18,7 +19,6 @@ from dalle_ds.planning.plan import make_plan
 from dalle_ds.precision import rates
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME
-from dalle_ds.training.deepspeed_config import is_auto, resolve, with_precision
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.trainer import Trainer
 

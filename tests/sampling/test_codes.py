@@ -12,6 +12,7 @@ from torch import Tensor
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.decoding import DecodingWeights
 from dalle_ds.sampling import Progress, Sampling, sample_codes, score
 from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.draw import candidate_uniforms, draw
@@ -93,8 +94,10 @@ def test_a_picture_does_not_depend_on_its_neighbours(
 def test_the_decoder_always_sees_a_multiple_of_4_rows(model: Dalle, text: Tensor, monkeypatch: object) -> None:
     """What the property above rests on; a toy model alone could keep it by luck."""
     rows: set[int] = set()
-    decode = Dalle.decode
-    monkeypatch.setattr(Dalle, "decode", lambda self, codes, *rest: rows.add(len(codes)) or decode(self, codes, *rest))
+    decode = DecodingWeights.step
+    monkeypatch.setattr(
+        DecodingWeights, "step", lambda self, codes, *rest: rows.add(len(codes)) or decode(self, codes, *rest)
+    )
     for batch_size in (1, 3, 4):
         sample_codes(model, text, num=3, batch_size=batch_size)
     assert rows == {4}
@@ -108,8 +111,8 @@ def test_each_caption_is_prefilled_once(
 ) -> None:
     """Nine candidates in batches of two; with guidance, the empty caption once for all of them."""
     calls: list[int] = []
-    prefill = Dalle.prefill
-    monkeypatch.setattr(Dalle, "prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
+    prefill = drawing.prefill
+    monkeypatch.setattr(drawing, "prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
     sample_codes(model, text[:2], num=9, batch_size=2, sampling=Sampling(guidance=guidance))
     assert len(calls) == expected
 
@@ -117,9 +120,9 @@ def test_each_caption_is_prefilled_once(
 def test_guidance_shares_each_step(model: Dalle, text: Tensor, monkeypatch: object) -> None:
     """Rows under the caption and rows under the empty one are decoded together, so that weights are read once."""
     seen: list[int] = []
-    decode = Dalle.decode
+    decode = DecodingWeights.step
     monkeypatch.setattr(
-        Dalle, "decode", lambda self, codes, *rest: seen.append(len(codes)) or decode(self, codes, *rest)
+        DecodingWeights, "step", lambda self, codes, *rest: seen.append(len(codes)) or decode(self, codes, *rest)
     )
     sample_codes(model, text[:1], num=8, sampling=Sampling(guidance=2.0))
     assert seen == [16] * (CODES - 1)
@@ -130,8 +133,10 @@ def test_as_many_pictures_at_once_as_fit(model: Dalle, text: Tensor, monkeypatch
     budget = 250_000
     monkeypatch.setattr(drawing, "CPU_BUDGET", budget)
     sizes: list[int] = []
-    cache = Dalle.new_cache
-    monkeypatch.setattr(Dalle, "new_cache", lambda *arguments: sizes.append((made := cache(*arguments)).nbytes) or made)
+    cache = drawing.new_cache
+    monkeypatch.setattr(
+        drawing, "new_cache", lambda *arguments: sizes.append((made := cache(*arguments)).nbytes) or made
+    )
     batches: list[int] = []
     codes = sample_codes(model, text[:1], num=40, on_row=lambda progress: batches.append(len(progress.pictures)))
     fitting = max(batches)
@@ -177,9 +182,9 @@ def test_batches_are_about_equally_full(count: int, most: int, expected: int) ->
 
 def test_no_rows_are_computed_for_nothing(model: Dalle, text: Tensor, monkeypatch: object) -> None:
     rows: list[int] = []
-    decode = Dalle.decode
+    decode = DecodingWeights.step
     monkeypatch.setattr(
-        Dalle, "decode", lambda self, codes, *rest: rows.append(len(codes)) or decode(self, codes, *rest)
+        DecodingWeights, "step", lambda self, codes, *rest: rows.append(len(codes)) or decode(self, codes, *rest)
     )
     sample_codes(model, text[:1], num=2, batch_size=512)
     sample_codes(model, text[:1], num=18, batch_size=16)
@@ -193,7 +198,7 @@ def test_prompts_count_too(model: Dalle, num: int, monkeypatch: object) -> None:
     monkeypatch.setattr(drawing, "CPU_BUDGET", budget)
     live: dict[int, int] = {}
     most = 0
-    new_cache = Dalle.new_cache
+    new_cache = drawing.new_cache
 
     def counted(*arguments: object) -> object:
         nonlocal most
@@ -203,7 +208,7 @@ def test_prompts_count_too(model: Dalle, num: int, monkeypatch: object) -> None:
         most = max(most, sum(live.values()))
         return cache
 
-    monkeypatch.setattr(Dalle, "new_cache", counted)
+    monkeypatch.setattr(drawing, "new_cache", counted)
     text = torch.arange(60).view(60, 1).expand(60, 6) % torch.tensor([20, 3, 4, 5, 7, 11])
     sample_codes(model, text[: max(2, 60 // num)], num=num)
     assert budget / 4 < most < budget

@@ -16,8 +16,10 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.data.images import center_crop_resize, decode_image
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.decoding import DecodingWeights
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import Sampling, TextToImage, default_rows, kept_rows_mask, sample_codes, score
+from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import candidate_uniforms, draw
 from dalle_ds.text.tokenizer import Tokenizer
@@ -90,8 +92,8 @@ def test_a_picture_is_completed_to_itself(guidance: float) -> None:
 
 def test_all_codes_given_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    monkeypatch.setattr(Dalle, "prefill", None)
-    monkeypatch.setattr(Dalle, "decode", None)
+    monkeypatch.setattr(drawing, "prefill", None)
+    monkeypatch.setattr(DecodingWeights, "step", None)
     assert torch.equal(sample_codes(model, TEXT, num=2, given=KNOWN), KNOWN[:, None].expand(-1, 2, -1))
 
 
@@ -115,9 +117,9 @@ def test_a_completion_does_not_depend_on_its_neighbours(guidance: float, dtype: 
 def test_given_codes_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch, guidance: float, prompts: int) -> None:
     """One for each caption, and with guidance one more for each beginning; decoding starts behind them."""
     model, passes, steps = build(), [], []
-    prefill, decode = Dalle.prefill, Dalle.decode
-    monkeypatch.setattr(Dalle, "prefill", lambda *given: passes.append(given[3].shape) or prefill(*given))
-    monkeypatch.setattr(Dalle, "decode", lambda *given: steps.append(given[2]) or decode(*given))
+    prefill, decode = drawing.prefill, DecodingWeights.step
+    monkeypatch.setattr(drawing, "prefill", lambda *given: passes.append(given[3].shape) or prefill(*given))
+    monkeypatch.setattr(DecodingWeights, "step", lambda *given: steps.append(given[2]) or decode(*given))
     sample_codes(model, TEXT, num=2, sampling=Sampling(guidance=guidance), given=KNOWN[:, :9])
     assert passes == [(1, 9)] * prompts
     assert steps == list(range(9, CODES - 1))

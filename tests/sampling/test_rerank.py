@@ -29,11 +29,12 @@ from dalle_ds.sampling import (
     Progress,
     Sampling,
     TextToImage,
+    candidates,
     draw_candidates,
     progress,
     rank_candidates,
-    rerank,
 )
+from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
@@ -86,8 +87,10 @@ def same(left: list[Image.Image], right: list[Image.Image]) -> bool:
 def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Filled with (prompt, number) of whatever is drawn by ranking from now on."""
     seen: list[tuple[int, int]] = []
-    draw = rerank.draw_batches
-    monkeypatch.setattr(rerank, "draw_batches", lambda *given, **named: seen.extend(given[2]) or draw(*given, **named))
+    draw = candidates.draw_batches
+    monkeypatch.setattr(
+        candidates, "draw_batches", lambda *given, **named: seen.extend(given[2]) or draw(*given, **named)
+    )
     return seen
 
 
@@ -142,7 +145,7 @@ def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pyt
     """Pictures that are alive at once, whatever their number; and rows of the caches."""
     alive: set[int] = set()
     most, count, rows = 0, 0, set()
-    decode, new_cache = TextToImage.decode, Dalle.new_cache
+    decode, new_cache = TextToImage.decode, drawing.new_cache
 
     def counted(self: TextToImage, codes: Tensor) -> list[Image.Image]:
         nonlocal most, count
@@ -155,7 +158,7 @@ def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pyt
         return pictures
 
     monkeypatch.setattr(TextToImage, "decode", counted)
-    monkeypatch.setattr(Dalle, "new_cache", lambda *given: rows.add((cache := new_cache(*given)).rows) or cache)
+    monkeypatch.setattr(drawing, "new_cache", lambda *given: rows.add((cache := new_cache(*given)).rows) or cache)
     rank_candidates(pipe, "a red circle", 64, brightness, keep=2, chunk=8)
     assert count == 64
     assert most <= 8 + 8 + 2  # one chunk may still be alive while the next is decoded

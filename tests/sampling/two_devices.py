@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from dalle_ds.config import DalleConfig
 from dalle_ds.models.attention.decoding import slots_of
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights
+from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.sampling.draw import Sampling, draw
 
 CONFIG = DalleConfig(width=32, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
@@ -47,11 +47,11 @@ def main(blocks_on_first: int) -> None:
             place = next(place for prefix, place in places.items() if name.startswith(prefix + "."))
             setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameter.to(place), requires_grad=False))
         model = dispatch_model(model, places, main_device=FIRST, force_hooks=True)
-        cache, weights = model.new_cache(4), DecodingWeights(model)
-        logits = model.prefill(torch.zeros(4, CONFIG.text_len, dtype=torch.int64, device=FIRST), cache)
+        cache, weights = new_cache(model, 4), DecodingWeights(model)
+        logits = prefill(model, torch.zeros(4, CONFIG.text_len, dtype=torch.int64, device=FIRST), cache)
         for step in range(3):
             codes = draw(logits, torch.rand(4, dtype=torch.float64, device=FIRST), Sampling())
-            logits = model.decode(codes, step, cache, weights)
+            logits = weights.step(codes, step, cache)
             assert logits.device == torch.device(FIRST), logits.device
         found = {str(layer.codes.device) for layer in cache.layers}
         assert found == {FIRST, SECOND}, found

@@ -140,7 +140,7 @@ def rows(first: int, count: int) -> Batch:
 
 def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     """What becomes of the batch: loss, named gradients, and whether weights are as they were."""
-    from dalle_ds.training.deepspeed_config import resolve
+    from dalle_ds.config.deepspeed import resolve
     from dalle_ds.training.engine import build_engine
     from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction

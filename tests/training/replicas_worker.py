@@ -74,7 +74,7 @@ class Replica:
         powersgd: PowerSGDConfig | None = None,
         blocks: bool = True,
     ) -> None:
-        from dalle_ds.training.deepspeed_config import resolve
+        from dalle_ds.config.deepspeed import resolve
         from dalle_ds.training.engine import build_engine
         from dalle_ds.training.replicas import ReplicaReduction
         from dalle_ds.training.zero_state import MasterGradients

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dalle_ds.config import OptimConfig, ParallelConfig, PowerSGDConfig, Run, TrainConfig
+from dalle_ds.config.deepspeed import is_auto, load_deepspeed_json, resolve, with_precision
 from dalle_ds.errors import ConfigError
-from dalle_ds.training.deepspeed_config import is_auto, load_deepspeed_json, resolve, with_precision
 from tests.conftest import ROOT
 
 UNKNOWN_TO_US = {"wall_clock_breakdown": True, "comms_logger": {"enabled": False}, "communication_data_type": "fp32"}

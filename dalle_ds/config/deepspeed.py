@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.config import Run
+from dalle_ds.config.runs import Run
+from dalle_ds.config.training import Precision
 from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json, shown
-from dalle_ds.precision.rates import Precision
 
 _OURS = {
     "optimizer": "the optim section",
