@@ -21,7 +21,7 @@ from dalle_ds.evaluation.results import flat
 from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json, shown
 from dalle_ds.precision.rates import DTYPES, Choice
-from dalle_ds.sampling import Sampling, TextToImage
+from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage, sample_codes
 
 CAPTIONS = 4
 """Captions whose candidates are in memory at once."""
@@ -117,7 +117,9 @@ class Candidates:
         if kept is not None:
             return kept
         text = self.pipeline.encode([self.captions[row] for row in rows])
-        codes = self.pipeline.generate_codes(text, num=self.num, sampling=self.sampling, seed=self.seed)
+        codes = sample_codes(
+            self.pipeline.model, text, SamplingRequest(num=self.num, sampling=self.sampling, seed=self.seed)
+        )
         self.drawn += codes.shape[0] * codes.shape[1]
         if path is not None:
             write_bytes(path, save({"codes": codes.to(torch.int32)}))

@@ -1,7 +1,7 @@
 """Drawing pictures from captions, choosing among them, completing them."""
 
-from dalle_ds.sampling.candidates import Ranking, draw_candidates, rank_candidates
-from dalle_ds.sampling.codes import Drawn, Progress, sample_codes, score
+from dalle_ds.sampling.candidates import Ranking, rank_candidates
+from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes, score
 from dalle_ds.sampling.completion import default_rows, kept_rows_mask
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
@@ -10,14 +10,13 @@ from dalle_ds.sampling.rerank import ClipReranker, Reranker
 
 __all__ = [
     "ClipReranker",
-    "Drawn",
     "Progress",
     "Ranking",
     "Reranker",
     "Sampling",
+    "SamplingRequest",
     "TextToImage",
     "default_rows",
-    "draw_candidates",
     "kept_rows_mask",
     "picture_grid",
     "rank_candidates",

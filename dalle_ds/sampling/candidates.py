@@ -1,7 +1,4 @@
-"""Candidates for prompts, chunk after chunk: many more than memory holds at once (DALL·E §2.6 draws 512 for each).
-
-`draw_candidates` yields their codes. `rank_candidates` scores them, and keeps only the best pictures in memory.
-"""
+"""Candidates for prompts, batch after batch: many more than memory holds at once (DALL·E §2.6 draws 512 for each)."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from torch import Tensor
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.parsing import shown
-from dalle_ds.sampling.codes import Drawn, Progress, draw_batches
-from dalle_ds.sampling.draw import Sampling
+from dalle_ds.sampling.codes import Drawn, SamplingRequest, sample_batches
 from dalle_ds.sampling.rerank import Reranker, as_reranker
 
 if TYPE_CHECKING:
@@ -42,45 +38,6 @@ class Pipeline(Protocol):
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Pictures of codes (B, W²)."""
         ...
-
-
-def draw_candidates(
-    pipe: Pipeline,
-    prompts: str | Sequence[str],
-    num: int,
-    chunk: int | None = None,
-    *,
-    first: int = 0,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    given: Tensor | None = None,
-    on_row: Callable[[Progress], None] | None = None,
-) -> Iterator[Drawn]:
-    """Draw candidates `first` … `num` − 1 of every prompt, those of one prompt before those of the next.
-
-    Candidate i of a prompt depends on the seed, i and the prompt only: the best of 8 are chosen among the first 8 of the very
-    candidates that the best of 64 are chosen among, and a larger `num` goes on where a smaller one ended.
-
-    Args:
-        num: candidates of each prompt, those before `first` included.
-        chunk: most candidates drawn at once; None draws as many as fit in memory. Chunks may reach over prompts.
-        sampling, seed, on_row: as in `sample_codes`.
-        given: (prompts, n) int64, codes that the candidates begin with.
-
-    Yields:
-        (prompt, candidate) numbers and codes (n, W²) of each chunk; `pipe.decode(codes)` has the pictures.
-
-    Raises:
-        ConfigError: chunk or num below 1, or `first` outside of [0, num].
-        DataError: no prompt; a model that yields no numbers.
-    """
-    if num < 1 or not 0 <= first <= num:
-        raise ConfigError(f"num must be at least 1, and first in [0, num], found num={num} and first={first}")
-    text = pipe.encode([prompts] if isinstance(prompts, str) else prompts)
-    wanted = [(prompt, number) for prompt in range(len(text)) for number in range(first, num)]
-    yield from draw_batches(
-        pipe.model, text, wanted, sampling=sampling, seed=seed, batch_size=chunk, on_row=on_row, given=given
-    )
 
 
 @dataclass(frozen=True)
@@ -113,40 +70,34 @@ class Ranking:
 def rank_candidates(
     pipe: Pipeline,
     prompts: str | Sequence[str],
-    num: int,
+    request: SamplingRequest,
     rerank: Reranker | Clip,
     *,
     keep: int | None = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    chunk: int | None = None,
-    given: Tensor | None = None,
     known: Mapping[str, Sequence[float]] | None = None,
-    on_row: Callable[[Progress], None] | None = None,
     on_scores: Callable[[Sequence[Ranking]], None] | None = None,
 ) -> list[Ranking]:
-    """Draw `num` candidates for each prompt, score them, keep the best.
+    """Sample `request.num` candidates for each prompt, score them, keep the best.
 
-    Memory is bounded by one chunk and `keep` pictures for each prompt, whatever `num` is.
+    Candidate i of a prompt depends on the seed, i and the prompt only: the best of 8 are chosen among the first 8 of the very
+    candidates that the best of 64 are chosen among. Memory is bounded by one batch and `keep` images for each prompt.
 
     Args:
-        keep: pictures to keep for each prompt; None keeps all, sorted.
-        chunk, sampling, seed, given, on_row: as in `draw_candidates`.
-        known: scores of a prompt's first candidates, by the same `rerank` under the same settings. They are not drawn and not
-            scored again; those of them that are among the best are drawn again, and are the same (on GPUs, where batches are).
-        on_scores: called after every chunk with all prompts; what they have of scores so far is complete from number 0 on.
+        keep: images to keep for each prompt; None keeps all, sorted.
+        known: scores of a prompt's first candidates, by the same `rerank` of the same request. They are not sampled and not
+            scored again; those of them that are among the best are sampled again; on GPUs, the same where batches are.
+        on_scores: called after every batch with all prompts; what they have of scores so far is complete from number 0 on.
 
     Returns:
         One for each prompt, in their order.
 
     Raises:
-        ConfigError: keep outside of [1, num]; an argument of `draw_candidates` out of range.
-        DataError: a reranker that does not give one number per picture.
+        ConfigError: keep outside of [1, num].
+        DataError: a reranker that does not give one number per image; as `sample_codes`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    num = request.num
     keep = num if keep is None else keep
-    if num < 1:
-        raise ConfigError(f"num must be at least 1, found {num}")
     if not 1 <= keep <= num:
         raise ConfigError(f"keep must be at least 1 and at most num={num}, found {keep}")
     score = as_reranker(rerank)
@@ -154,9 +105,7 @@ def rank_candidates(
     rankings = [Ranking(prompt, list((known or {}).get(prompt, ()))[:num]) for prompt in prompts]
 
     def draw(wanted: Sequence[tuple[int, int]]) -> Iterable[Drawn]:
-        return draw_batches(
-            pipe.model, text, wanted, sampling=sampling, seed=seed, batch_size=chunk, on_row=on_row, given=given
-        )
+        return sample_batches(pipe.model, text, wanted, request)
 
     missing = [(row, number) for row, of_row in enumerate(rankings) for number in range(len(of_row.scores), num)]
     for chunk_drawn in draw(missing):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import NamedTuple
 
@@ -61,83 +61,78 @@ class Prompt(NamedTuple):
     """The picture's first codes; none where it is drawn from the beginning."""
 
 
-def sample_codes(
-    model: Dalle,
-    text: Tensor,
-    *,
-    num: int = 1,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    on_row: Callable[[Progress], None] | None = None,
-    given: Tensor | None = None,
-) -> Tensor:
-    """Draw the codes of `num` pictures for every caption.
+@dataclass(frozen=True)
+class SamplingRequest:
+    """What is asked for of every caption.
+
+    Raises:
+        ConfigError: num or batch_size below 1.
+    """
+
+    num: int = 1
+    """Images of each caption."""
+    seed: int = 0
+    """Image i of a caption depends on the seed, i, the caption's tokens and what is given only."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Temperature and the like."""
+    given: Tensor | None = None
+    """(B, n) int64, the first n ≤ W² codes of every caption's images; they stay, and the rest is sampled (DALL·E §3.3)."""
+    batch_size: int | None = None
+    """Most images sampled at once; batches are of about equal size, and take rows of memory and arithmetic in multiples of 4.
+    None takes as many as fit in 1 GiB on a CPU, or in half of a GPU's free memory."""
+    on_row: Callable[[Progress], None] | None = None
+    """Called, without gradients, whenever a row of codes of the images in the making is complete."""
+
+    def __post_init__(self) -> None:
+        for name in ("num", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
+
+
+def sample_codes(model: Dalle, text: Tensor, request: SamplingRequest) -> Tensor:
+    """Sample the codes of `request.num` images for every caption.
 
     Args:
         text: (B, T) int64, −1 where padded; never modified.
-        sampling: temperature and the like; None draws from the model's distribution as it is.
-        seed: picture i of a caption depends on the seed, i, the caption's tokens and what is given only.
-        batch_size: most pictures drawn at once; batches are of about equal size, and take rows of memory and arithmetic in
-            multiples of 4. None draws as many as fit in 1 GiB on a CPU, or in half of a GPU's free memory.
-        on_row: called, without gradients, whenever a row of codes of the pictures in the making is complete.
-        given: (B, n) int64, the first n ≤ W² codes of every caption's pictures; they stay as they are, and the rest is drawn
-            (DALL·E §3.3).
 
     Returns:
         (B, num, W²) int64 on the CPU.
 
     Raises:
-        ConfigError: num or batch_size below 1.
         DataError: text or given codes of the wrong shape, dtype or range; a model that yields no numbers.
     """
-    if num < 1:
-        raise ConfigError(f"num must be at least 1, found {num}")
-    pictures = [(caption, number) for caption in range(len(text)) for number in range(num)]
-    drawn = draw_batches(
-        model, text, pictures, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row, given=given
-    )
-    codes = torch.cat([batch.codes for batch in drawn])
-    return codes.view(len(text), num, model.config.image_len)
+    images = [(caption, number) for caption in range(len(text)) for number in range(request.num)]
+    codes = torch.cat([batch.codes for batch in sample_batches(model, text, images, request)])
+    return codes.view(len(text), request.num, model.config.image_len)
 
 
 @torch.no_grad()
-def draw_batches(
-    model: Dalle,
-    text: Tensor,
-    pictures: Sequence[tuple[int, int]],
-    *,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    on_row: Callable[[Progress], None] | None = None,
-    given: Tensor | None = None,
+def sample_batches(
+    model: Dalle, text: Tensor, images: Sequence[tuple[int, int]], request: SamplingRequest
 ) -> Iterator[Drawn]:
-    """Draw any pictures of any captions, batch after batch: no more memory is taken than one batch needs.
+    """Sample any images of any captions, batch after batch: no more memory is taken than one batch needs.
 
     Args:
-        pictures: (row of `text`, number of the picture) of each that is wanted, best with those of one caption side by side.
-            A picture is the same whichever others are asked for.
-
-    The other arguments and the errors, which are raised when the first batch is asked for, are those of `sample_codes`.
+        text: as in `sample_codes`, whose errors are raised when the first batch is asked for.
+        images: (row of `text`, number of the image) of each that is wanted, best with those of one caption side by side. An
+            image is the same whichever others are asked for.
     """
     config = model.config
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, found {batch_size}")
     if text.dim() != 2 or text.shape[1] != config.text_len or len(text) == 0:
         raise DataError(f"text must have shape (B, {config.text_len}) with B of at least 1, found {tuple(text.shape)}")
-    prompts = _prompts(config, text, given)
-    if not pictures:
+    prompts = _prompts(config, text, request.given)
+    if not images:
         return
-    sampling = sampling if sampling is not None else Sampling()
+    batch_size = request.batch_size
     if batch_size is None:
-        fewest = min(Counter(caption for caption, _ in pictures).values())
-        batch_size = pictures_at_once(model, fewest, guided=sampling.guidance != 1)
-    batch_size = even_batches(len(pictures), batch_size)
-    batches = _Batches(model, sampling, rows=-(-batch_size // ROWS) * ROWS)
-    for start in range(0, len(pictures), batch_size):
-        batch = tuple(pictures[start : start + batch_size])
-        yield Drawn(batch, batches.draw(batch, prompts, index(seed), on_row))
+        fewest = min(Counter(caption for caption, _ in images).values())
+        batch_size = pictures_at_once(model, fewest, guided=request.sampling.guidance != 1)
+    batch_size = even_batches(len(images), batch_size)
+    batches = _Batches(model, request.sampling, rows=-(-batch_size // ROWS) * ROWS)
+    for start in range(0, len(images), batch_size):
+        batch = tuple(images[start : start + batch_size])
+        yield Drawn(batch, batches.draw(batch, prompts, index(request.seed), request.on_row))
 
 
 def _prompts(config: DalleConfig, text: Tensor, given: Tensor | None) -> list[Prompt]:

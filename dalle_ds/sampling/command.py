@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import is_text
 from dalle_ds.precision.rates import DTYPES, choose_precision
 from dalle_ds.sampling.candidates import Ranking, rank_candidates
+from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import picture_grid
@@ -100,8 +101,7 @@ class GenerateOptions:
             raise ConfigError(f"out={self.out} is a folder with other things in it: name a new one")
         if not self.prompt and self.prompts is None:
             raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one on each line")
-        if self.num < 1:
-            raise ConfigError(f"num must be at least 1, found {self.num}")
+        self.request(1, None, None)  # refuses what is out of range
         if self.init_rows is not None and self.init_image is None:
             raise ConfigError(f"init_rows={self.init_rows} keeps rows of a picture: name it with --init_image")
         for name, value in (("keep", self.keep), ("scores", self.scores)):
@@ -134,6 +134,11 @@ class GenerateOptions:
         """How codes are drawn."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.guidance)
 
+    def request(self, prompts: int, given: Tensor | None, on_row: Callable[[Progress], None] | None) -> SamplingRequest:
+        """What is asked of the transformer; all prompts' images begin with the codes `given` (n,)."""
+        codes = None if given is None else given.expand(prompts, -1)
+        return SamplingRequest(self.num, self.seed, self.sampling, codes, self.batch_size, on_row)
+
 
 def draw_to_file(options: GenerateOptions) -> list[Path]:
     """Draw what was asked for and write it; returns the files, on the first of several processes only.
@@ -142,7 +147,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
         ConfigError, DataError, CheckpointError: as `TextToImage` and `Scores`.
     """
     options.check()
-    sampling, prompts = options.sampling, options.all_prompts()
+    prompts = options.all_prompts()
     tensor = Mesh.tensor_group(options.device)
     options = replace(
         options, dtype=choose_precision(options.dtype, Mesh(tensor.rank, tensor.size, _first_device(options)))
@@ -158,10 +163,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
         with DrawingProgress(
             grid, len(prompts) * options.num, given_rows=rows_given, enabled=tensor.rank == 0
         ) as progress:
-            codes = pipe.generate_codes(
-                pipe.encode(prompts), options.num, sampling, options.seed, options.batch_size, progress,
-                None if given is None else given.expand(len(prompts), -1),
-            )  # fmt: skip
+            codes = sample_codes(pipe.model, pipe.encode(prompts), options.request(len(prompts), given, progress))
         if tensor.rank > 0:
             return []  # all have drawn the same
         pictures = (pipe.decode(of_prompt) for of_prompt in codes)  # a folder takes those of one prompt after another
@@ -246,12 +248,8 @@ def _ranked(
 
     rows_given = 0 if given is None else len(given) // grid
     with DrawingProgress(grid, missing, given_rows=rows_given, enabled=is_first) as progress:
-        rankings = rank_candidates(
-            pipe, prompts, options.num, reranker,
-            keep=keep, sampling=options.sampling, seed=options.seed, chunk=options.batch_size,
-            given=None if given is None else given.expand(len(prompts), -1),
-            known=known, on_row=progress, on_scores=keep_scores,
-        )  # fmt: skip
+        request = options.request(len(prompts), given, progress)
+        rankings = rank_candidates(pipe, prompts, request, reranker, keep=keep, known=known, on_scores=keep_scores)
     keep_scores(rankings)
     return rankings, scores
 

@@ -21,7 +21,7 @@ from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, fingerprint
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.candidates import rank_candidates
-from dalle_ds.sampling.codes import Progress, sample_codes
+from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.pixels import to_pictures
@@ -185,107 +185,44 @@ class TextToImage:
         batch_size: int | None = None,
         on_row: Callable[[Progress], None] | None = None,
         keep: int | None = None,
+        image: str | Path | Image.Image | None = None,
+        rows: int | None = None,
     ) -> list[list[Image.Image]]:
-        """Draw `num` pictures for each prompt.
+        """Sample `num` images for each prompt, or complete an image `num` times for each.
 
         Args:
             prompts: one or several; a prompt too long for the model is cut, with a warning.
             temperature, top_k, top_p, guidance: as in `Sampling`.
-            seed: picture i of a prompt depends on the seed, i and the prompt only, not on what is drawn beside it.
-            rerank: given, each prompt's pictures are sorted by its scores, best first; a CLIP, or what gives scores
+            seed: image i of a prompt depends on the seed, i and the prompt only, not on what is sampled beside it.
+            rerank: given, each prompt's images are sorted by its scores, best first; a CLIP, or what gives scores
                 (`rank_candidates` returns them, too).
-            batch_size, on_row: as in `sample_codes`.
-            keep: how many of the reranked pictures to return; memory is then bounded, whatever `num` is. None returns all.
+            batch_size, on_row: as in `SamplingRequest`.
+            keep: how many of the reranked images to return; memory is then bounded, whatever `num` is. None returns all.
+            image: a file or an image to complete (DALL·E §3.3), resized and cropped as in training. The codes of its top rows
+                stay as they are; its pixels there are those of the dVAE, and near the edge those that go with what is sampled
+                below.
+            rows: rows of its codes to keep; None keeps the paper's share, 15 of 32; all are the image through the dVAE.
 
         Returns:
-            One list of pictures per prompt.
+            One list of images per prompt.
 
         Raises:
-            ConfigError: an argument out of range, named.
-            DataError: a reranker that does not give one score per picture.
+            ConfigError: an argument out of range, or of something that was not asked for; named.
+            DataError: an image that cannot be read; a reranker that does not give one score per image.
         """
-        sampling = Sampling(temperature, top_k, top_p, guidance)
-        return self._pictures(prompts, num, sampling, seed, rerank, batch_size, on_row, keep, None)
-
-    def complete(
-        self,
-        prompts: str | Sequence[str],
-        image: str | Path | Image.Image,
-        rows: int | None = None,
-        num: int = 8,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float = 1.0,
-        seed: int = 0,
-        rerank: Reranker | Clip | None = None,
-        batch_size: int | None = None,
-        on_row: Callable[[Progress], None] | None = None,
-        keep: int | None = None,
-    ) -> list[list[Image.Image]]:
-        """Draw `num` pictures for each prompt that all begin with the top rows of `image` (DALL·E §3.3).
-
-        The picture is resized and cropped as in training. The codes of its top rows stay as they are; its pixels there are
-        those of the dVAE, and near the edge those that go with what is drawn below.
-
-        Args:
-            image: a file or a picture.
-            rows: rows of codes to keep; None keeps the paper's share, 15 of 32. With 0 this is `generate`, with all rows the
-                picture through the dVAE.
-
-        The other arguments and the result are those of `generate`.
-
-        Raises:
-            ConfigError: an argument out of range, named.
-            DataError: a picture that cannot be read; a reranker that does not give one score per picture.
-        """
-        given = top_rows(self.dvae, open_picture(image, self.dvae.config.image_size), rows)
-        sampling = Sampling(temperature, top_k, top_p, guidance)
-        return self._pictures(prompts, num, sampling, seed, rerank, batch_size, on_row, keep, given)
-
-    def _pictures(
-        self,
-        prompts: str | Sequence[str],
-        num: int,
-        sampling: Sampling,
-        seed: int,
-        rerank: Reranker | Clip | None,
-        batch_size: int | None,
-        on_row: Callable[[Progress], None] | None,
-        keep: int | None,
-        given: Tensor | None,
-    ) -> list[list[Image.Image]]:
-        """What `generate` and `complete` return; all pictures begin with the codes `given` (n,)."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        of_prompts = None if given is None else given.expand(len(prompts), -1)
-        if rerank is not None:
-            rankings = rank_candidates(
-                self, prompts, num, rerank, keep=keep, sampling=sampling, seed=seed, chunk=batch_size, given=of_prompts,
-                on_row=on_row,
-            )  # fmt: skip
-            return [[one.picture for one in ranking.kept] for ranking in rankings]
-        if keep is not None:
+        given = None
+        if image is not None:
+            given = top_rows(self.dvae, open_picture(image, self.dvae.config.image_size), rows).expand(len(prompts), -1)
+        elif rows is not None:
+            raise ConfigError(f"rows={rows} keeps rows of an image: give image, or leave rows out")
+        if keep is not None and rerank is None:
             raise ConfigError(f"keep={keep} takes the best by rerank: give rerank, or leave keep out and set num")
-        codes = sample_codes(
-            self.model, self.encode(prompts), num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row,
-            given=of_prompts,
-        )  # fmt: skip
-        return [self.decode(of_prompt) for of_prompt in codes]
-
-    def generate_codes(
-        self,
-        text: Tensor,
-        num: int = 1,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        batch_size: int | None = None,
-        on_row: Callable[[Progress], None] | None = None,
-        given: Tensor | None = None,
-    ) -> Tensor:
-        """`sample_codes` with this transformer: text (B, T), and codes (B, n) where some are given → (B, num, W²) int64."""
-        return sample_codes(
-            self.model, text, num=num, sampling=sampling, seed=seed, batch_size=batch_size, on_row=on_row, given=given
-        )
+        request = SamplingRequest(num, seed, Sampling(temperature, top_k, top_p, guidance), given, batch_size, on_row)
+        if rerank is not None:
+            rankings = rank_candidates(self, prompts, request, rerank, keep=keep)
+            return [[one.picture for one in ranking.kept] for ranking in rankings]
+        return [self.decode(codes) for codes in sample_codes(self.model, self.encode(prompts), request)]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts as the transformer reads them: (B, T) int64, −1 where padded; warns of each that is too long."""

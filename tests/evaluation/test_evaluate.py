@@ -223,7 +223,7 @@ def test_kept_pictures_give_the_same_figures(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was drawn before")
 
-    monkeypatch.setattr(TextToImage, "generate_codes", never)
+    monkeypatch.setattr("dalle_ds.evaluation.candidates.sample_codes", never)
     # In their precision, where the device would take another.
     monkeypatch.setattr(rates, "choose", lambda _: rates.Choice("bf16", "measured"))
     again = evaluate(replace(options, dtype="auto"), ALONE)
@@ -368,7 +368,7 @@ def test_a_dvae_is_no_transformer(options: EvaluateOptions) -> None:
 def test_one_caption_is_too_few_and_nothing_is_drawn(
     options: EvaluateOptions, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(TextToImage, "generate_codes")
+    monkeypatch.delattr("dalle_ds.evaluation.candidates.sample_codes")
     with pytest.raises(DataError, match="there are 1 captions to draw"):
         evaluate(replace(options, captions=1), ALONE)
 

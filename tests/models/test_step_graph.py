@@ -18,7 +18,7 @@ from dalle_ds.models import decoding
 from dalle_ds.models.cache import KVCache
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
-from dalle_ds.sampling import Sampling, sample_codes
+from dalle_ds.sampling import Sampling, SamplingRequest, sample_codes
 
 CONFIG = DalleConfig(
     width=32, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3, mask_padding=True
@@ -87,10 +87,10 @@ def test_pictures_of_replayed_steps(
 ) -> None:
     """Batch after batch with other captions, for which a cache is loaded anew and its graph is used again."""
     options = {"num": 4, "sampling": Sampling(guidance=guidance), "batch_size": 4, "seed": 2}
-    found = sample_codes(model, TEXT, **options)
+    found = sample_codes(model, TEXT, SamplingRequest(**options))
     assert len(captures) == (1 if guidance == 1 else 2)  # the empty caption guides itself, as one prompt
     monkeypatch.setattr(DecodingWeights, "step", decoding.DecodingWeights.step_of_number)
-    assert torch.equal(found, sample_codes(model, TEXT, **options))
+    assert torch.equal(found, sample_codes(model, TEXT, SamplingRequest(**options)))
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_a_graph_neither_keeps_its_cache_nor_outlives_it(model: Dalle, captures:
     """Without the help of the garbage collector, which comes when it likes."""
     gc.disable()
     try:
-        sample_codes(model, TEXT, num=5, batch_size=4)  # batches that share prompts differently
+        sample_codes(model, TEXT, SamplingRequest(num=5, batch_size=4))  # batches that share prompts differently
         assert len(captures) > 2
         assert all(cache() is None for cache in captures)
     finally:

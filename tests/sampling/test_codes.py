@@ -13,7 +13,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights
-from dalle_ds.sampling import Progress, Sampling, sample_codes, score
+from dalle_ds.sampling import Progress, Sampling, SamplingRequest, sample_codes, score
 from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.draw import candidate_uniforms, draw
 
@@ -56,7 +56,7 @@ def reference_codes(model: Dalle, caption: Tensor, sampling: Sampling, seed: int
 )
 def test_codes_are_those_of_the_uncached_model(model: Dalle, text: Tensor, sampling: Sampling) -> None:
     kept = text.clone()
-    codes = sample_codes(model, text, num=2, sampling=sampling, seed=5)
+    codes = sample_codes(model, text, SamplingRequest(num=2, sampling=sampling, seed=5))
     assert codes.shape == (3, 2, CODES)
     for caption in range(3):
         for candidate in range(2):
@@ -67,10 +67,12 @@ def test_codes_are_those_of_the_uncached_model(model: Dalle, text: Tensor, sampl
 
 def test_pictures_differ(model: Dalle, text: Tensor) -> None:
     """So that the tests of equality mean something: over candidates, captions, seeds, and with guidance."""
-    codes = sample_codes(model, text, num=3, seed=0)
+    codes = sample_codes(model, text, SamplingRequest(num=3, seed=0))
     assert len(codes.view(9, -1).unique(dim=0)) == 9
-    assert not torch.equal(codes, sample_codes(model, text, num=3, seed=1))
-    assert not torch.equal(codes, sample_codes(model, text, num=3, seed=0, sampling=Sampling(guidance=3.0)))
+    assert not torch.equal(codes, sample_codes(model, text, SamplingRequest(num=3, seed=1)))
+    assert not torch.equal(
+        codes, sample_codes(model, text, SamplingRequest(num=3, seed=0, sampling=Sampling(guidance=3.0)))
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -82,12 +84,14 @@ def test_a_picture_does_not_depend_on_its_neighbours(
     own = Dalle(CONFIG).to(dtype)
     own.load_state_dict(weights)
     sampling = Sampling(guidance=guidance)
-    expected = sample_codes(own, text, num=9, sampling=sampling, seed=2, batch_size=8)
+    expected = sample_codes(own, text, SamplingRequest(num=9, sampling=sampling, seed=2, batch_size=8))
     for batch_size in (1, 3, 9, 16, 24, None):
-        assert torch.equal(sample_codes(own, text, num=9, sampling=sampling, seed=2, batch_size=batch_size), expected)
-    fewer = sample_codes(own, text.flip(0), num=2, sampling=sampling, seed=2, batch_size=5)
+        assert torch.equal(
+            sample_codes(own, text, SamplingRequest(num=9, sampling=sampling, seed=2, batch_size=batch_size)), expected
+        )
+    fewer = sample_codes(own, text.flip(0), SamplingRequest(num=2, sampling=sampling, seed=2, batch_size=5))
     assert torch.equal(fewer, expected.flip(0)[:, :2])
-    alone = sample_codes(own, text[1:2], num=1, sampling=sampling, seed=2)
+    alone = sample_codes(own, text[1:2], SamplingRequest(num=1, sampling=sampling, seed=2))
     assert torch.equal(alone[0, 0], expected[1, 0])
 
 
@@ -99,9 +103,9 @@ def test_the_decoder_always_sees_a_multiple_of_4_rows(model: Dalle, text: Tensor
         DecodingWeights, "step", lambda self, codes, *rest: rows.add(len(codes)) or decode(self, codes, *rest)
     )
     for batch_size in (1, 3, 4):
-        sample_codes(model, text, num=3, batch_size=batch_size)
+        sample_codes(model, text, SamplingRequest(num=3, batch_size=batch_size))
     assert rows == {4}
-    sample_codes(model, text, num=3, batch_size=9)
+    sample_codes(model, text, SamplingRequest(num=3, batch_size=9))
     assert rows == {4, 12}
 
 
@@ -113,7 +117,7 @@ def test_each_caption_is_prefilled_once(
     calls: list[int] = []
     prefill = drawing.prefill
     monkeypatch.setattr(drawing, "prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
-    sample_codes(model, text[:2], num=9, batch_size=2, sampling=Sampling(guidance=guidance))
+    sample_codes(model, text[:2], SamplingRequest(num=9, batch_size=2, sampling=Sampling(guidance=guidance)))
     assert len(calls) == expected
 
 
@@ -124,7 +128,7 @@ def test_guidance_shares_each_step(model: Dalle, text: Tensor, monkeypatch: obje
     monkeypatch.setattr(
         DecodingWeights, "step", lambda self, codes, *rest: seen.append(len(codes)) or decode(self, codes, *rest)
     )
-    sample_codes(model, text[:1], num=8, sampling=Sampling(guidance=2.0))
+    sample_codes(model, text[:1], SamplingRequest(num=8, sampling=Sampling(guidance=2.0)))
     assert seen == [16] * (CODES - 1)
 
 
@@ -138,17 +142,19 @@ def test_as_many_pictures_at_once_as_fit(model: Dalle, text: Tensor, monkeypatch
         drawing, "new_cache", lambda *arguments: sizes.append((made := cache(*arguments)).nbytes) or made
     )
     batches: list[int] = []
-    codes = sample_codes(model, text[:1], num=40, on_row=lambda progress: batches.append(len(progress.pictures)))
+    codes = sample_codes(
+        model, text[:1], SamplingRequest(num=40, on_row=lambda progress: batches.append(len(progress.pictures)))
+    )
     fitting = max(batches)
     assert 4 < fitting < 40
     assert fitting % 4 == 0
     assert budget / 4 < max(sizes) < budget
-    assert torch.equal(codes[:, :3], sample_codes(model, text[:1], num=3, batch_size=1))
+    assert torch.equal(codes[:, :3], sample_codes(model, text[:1], SamplingRequest(num=3, batch_size=1)))
 
 
 def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> None:
     seen: list[Progress] = []
-    codes = sample_codes(model, text, num=2, batch_size=4, on_row=seen.append)
+    codes = sample_codes(model, text, SamplingRequest(num=2, batch_size=4, on_row=seen.append))
     assert [progress.codes.shape for progress in seen] == [
         (4, 4),
         (4, 8),
@@ -167,8 +173,10 @@ def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> No
 
 def test_progress_is_a_copy(model: Dalle, text: Tensor) -> None:
     """What a caller does with it does not reach the pictures."""
-    expected = sample_codes(model, text, seed=3)
-    assert torch.equal(sample_codes(model, text, seed=3, on_row=lambda progress: progress.codes.zero_()), expected)
+    expected = sample_codes(model, text, SamplingRequest(seed=3))
+    assert torch.equal(
+        sample_codes(model, text, SamplingRequest(seed=3, on_row=lambda progress: progress.codes.zero_())), expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,8 +194,8 @@ def test_no_rows_are_computed_for_nothing(model: Dalle, text: Tensor, monkeypatc
     monkeypatch.setattr(
         DecodingWeights, "step", lambda self, codes, *rest: rows.append(len(codes)) or decode(self, codes, *rest)
     )
-    sample_codes(model, text[:1], num=2, batch_size=512)
-    sample_codes(model, text[:1], num=18, batch_size=16)
+    sample_codes(model, text[:1], SamplingRequest(num=2, batch_size=512))
+    sample_codes(model, text[:1], SamplingRequest(num=18, batch_size=16))
     assert rows == [4] * (CODES - 1) + [12] * 2 * (CODES - 1)
 
 
@@ -210,7 +218,7 @@ def test_prompts_count_too(model: Dalle, num: int, monkeypatch: object) -> None:
 
     monkeypatch.setattr(drawing, "new_cache", counted)
     text = torch.arange(60).view(60, 1).expand(60, 6) % torch.tensor([20, 3, 4, 5, 7, 11])
-    sample_codes(model, text[: max(2, 60 // num)], num=num)
+    sample_codes(model, text[: max(2, 60 // num)], SamplingRequest(num=num))
     assert budget / 4 < most < budget
 
 
@@ -219,7 +227,7 @@ def test_a_model_without_numbers_is_named(text: Tensor) -> None:
     torch.nn.init.constant_(broken.norm.weight, float("nan"))
     for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_p=0.9)):
         with pytest.raises(DataError, match=r"not numbers.*diverged"):
-            sample_codes(broken, text, sampling=sampling)
+            sample_codes(broken, text, SamplingRequest(sampling=sampling))
 
 
 def test_the_lowest_temperature_takes_the_likeliest() -> None:
@@ -229,7 +237,9 @@ def test_the_lowest_temperature_takes_the_likeliest() -> None:
 
 
 def test_a_seed_is_a_number_whatever_its_type(model: Dalle, text: Tensor) -> None:
-    assert torch.equal(sample_codes(model, text, seed=np.int64(3)), sample_codes(model, text, seed=3))
+    assert torch.equal(
+        sample_codes(model, text, SamplingRequest(seed=np.int64(3))), sample_codes(model, text, SamplingRequest(seed=3))
+    )
 
 
 @torch.no_grad()
@@ -250,12 +260,12 @@ def test_score_is_a_log_probability(model: Dalle) -> None:
 
 def test_mistakes_are_named(model: Dalle, text: Tensor) -> None:
     with pytest.raises(ConfigError, match="num must be at least 1, found 0"):
-        sample_codes(model, text, num=0)
+        sample_codes(model, text, SamplingRequest(num=0))
     with pytest.raises(ConfigError, match="batch_size must be at least 1, found -1"):
-        sample_codes(model, text, batch_size=-1)
+        sample_codes(model, text, SamplingRequest(batch_size=-1))
     with pytest.raises(DataError, match=r"text must have shape \(B, 6\)"):
-        sample_codes(model, text[:, :4])
+        sample_codes(model, text[:, :4], SamplingRequest())
     with pytest.raises(DataError, match="B of at least 1"):
-        sample_codes(model, text[:0])
+        sample_codes(model, text[:0], SamplingRequest())
     with pytest.raises(DataError, match=r"\[-1, 19\]"):
-        sample_codes(model, text + 20)
+        sample_codes(model, text + 20, SamplingRequest())

@@ -18,7 +18,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.sampling import Sampling, TextToImage, default_rows, kept_rows_mask, sample_codes, score
+from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage, default_rows, kept_rows_mask, sample_codes, score
 from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.draw import candidate_uniforms, draw
@@ -66,7 +66,7 @@ def test_the_rest_is_what_the_uncached_model_draws(attention: tuple[str, ...], s
     model = build(attention=attention, depth=len(attention), mask_padding=attention == KINDS)
     before = score(model, TEXT, KNOWN)
     for count in (1, 6, 8, CODES - 1):
-        codes = sample_codes(model, TEXT, num=2, sampling=sampling, seed=4, given=KNOWN[:, :count])
+        codes = sample_codes(model, TEXT, SamplingRequest(num=2, sampling=sampling, seed=4, given=KNOWN[:, :count]))
         for caption in range(2):
             for number in range(2):
                 expected = reference(model, TEXT[caption], KNOWN[caption, :count], sampling, 4, number)
@@ -76,17 +76,19 @@ def test_the_rest_is_what_the_uncached_model_draws(attention: tuple[str, ...], s
 
 def test_without_given_codes_it_is_drawing() -> None:
     model = build()
-    expected = sample_codes(model, TEXT, num=3, seed=2)
-    assert torch.equal(sample_codes(model, TEXT, num=3, seed=2, given=KNOWN[:, :0]), expected)
+    expected = sample_codes(model, TEXT, SamplingRequest(num=3, seed=2))
+    assert torch.equal(sample_codes(model, TEXT, SamplingRequest(num=3, seed=2, given=KNOWN[:, :0])), expected)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_picture_is_completed_to_itself(guidance: float) -> None:
     """The random numbers of a code are those of its place, so a drawn picture's own beginning leads to its own end."""
     model, sampling = build(), Sampling(guidance=guidance)
-    drawn = sample_codes(model, TEXT, seed=3, sampling=sampling)
+    drawn = sample_codes(model, TEXT, SamplingRequest(seed=3, sampling=sampling))
     for rows in (1, 2, 3):
-        again = sample_codes(model, TEXT, seed=3, sampling=sampling, given=drawn[:, 0, : rows * CONFIG.grid])
+        again = sample_codes(
+            model, TEXT, SamplingRequest(seed=3, sampling=sampling, given=drawn[:, 0, : rows * CONFIG.grid])
+        )
         assert torch.equal(again, drawn)
 
 
@@ -94,7 +96,7 @@ def test_all_codes_given_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     monkeypatch.setattr(drawing, "prefill", None)
     monkeypatch.setattr(DecodingWeights, "step", None)
-    assert torch.equal(sample_codes(model, TEXT, num=2, given=KNOWN), KNOWN[:, None].expand(-1, 2, -1))
+    assert torch.equal(sample_codes(model, TEXT, SamplingRequest(num=2, given=KNOWN)), KNOWN[:, None].expand(-1, 2, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,12 +106,14 @@ def test_a_completion_does_not_depend_on_its_neighbours(guidance: float, dtype: 
     model = build().to(dtype)
     sampling = Sampling(guidance=guidance)
     text, given = TEXT[[0, 1, 0]], torch.cat([KNOWN, KNOWN[1:]])[:, :6]
-    expected = sample_codes(model, text, num=5, sampling=sampling, seed=2, given=given)
+    expected = sample_codes(model, text, SamplingRequest(num=5, sampling=sampling, seed=2, given=given))
     assert not torch.equal(expected[0, :, 6:], expected[2, :, 6:])
     for size in (1, 7, 15):
-        found = sample_codes(model, text, num=5, sampling=sampling, seed=2, batch_size=size, given=given)
+        found = sample_codes(
+            model, text, SamplingRequest(num=5, sampling=sampling, seed=2, batch_size=size, given=given)
+        )
         assert torch.equal(found, expected)
-    alone = sample_codes(model, text[2:], num=1, sampling=sampling, seed=2, given=given[2:])
+    alone = sample_codes(model, text[2:], SamplingRequest(num=1, sampling=sampling, seed=2, given=given[2:]))
     assert torch.equal(alone[0, 0], expected[2, 0])
 
 
@@ -120,7 +124,7 @@ def test_given_codes_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch, guida
     prefill, decode = drawing.prefill, DecodingWeights.step
     monkeypatch.setattr(drawing, "prefill", lambda *given: passes.append(given[3].shape) or prefill(*given))
     monkeypatch.setattr(DecodingWeights, "step", lambda *given: steps.append(given[2]) or decode(*given))
-    sample_codes(model, TEXT, num=2, sampling=Sampling(guidance=guidance), given=KNOWN[:, :9])
+    sample_codes(model, TEXT, SamplingRequest(num=2, sampling=Sampling(guidance=guidance), given=KNOWN[:, :9]))
     assert passes == [(1, 9)] * prompts
     assert steps == list(range(9, CODES - 1))
 
@@ -137,7 +141,7 @@ def test_given_codes_are_read_in_one_pass(monkeypatch: pytest.MonkeyPatch, guida
 )
 def test_wrong_codes_are_named(given: Tensor, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        sample_codes(build(), TEXT, given=given)
+        sample_codes(build(), TEXT, SamplingRequest(given=given))
 
 
 def test_the_paper_keeps_480_of_1024() -> None:
@@ -197,19 +201,17 @@ def test_the_top_rows_of_a_picture_are_kept(pipe: TextToImage, photo: Path) -> N
 
 def test_a_completed_picture(pipe: TextToImage, photo: Path) -> None:
     prompts, grid = ["a red circle", "a blue square"], 4
-    rows = pipe.complete(prompts, photo, rows=2, num=3, seed=1)
+    rows = pipe.generate(prompts, image=photo, rows=2, num=3, seed=1)
     assert [len(row) for row in rows] == [3, 3]
     given = codes_of(pipe, photo)[:2].flatten().expand(2, -1)
-    codes = pipe.generate_codes(pipe.encode(prompts), 3, seed=1, given=given)
+    codes = sample_codes(pipe.model, pipe.encode(prompts), SamplingRequest(num=3, seed=1, given=given))
     assert all(same(row, pipe.decode(of_prompt)) for row, of_prompt in zip(rows, codes, strict=True))
     assert torch.equal(codes[..., : 2 * grid], given[:, None].expand(-1, 3, -1))
-    assert same(pipe.complete(prompts, photo, rows=0, num=2, seed=1)[1], pipe.generate(prompts, num=2, seed=1)[1])
-    whole = pipe.complete("a red circle", photo, rows=4, num=1)[0]
+    assert same(pipe.generate(prompts, image=photo, rows=0, num=2, seed=1)[1], pipe.generate(prompts, num=2, seed=1)[1])
+    whole = pipe.generate("a red circle", image=photo, rows=4, num=1)[0]
     assert same(whole, pipe.decode(codes_of(pipe, photo).view(1, -1)))
-    by_brightness = pipe.complete(
-        prompts, photo, rows=2, num=3, seed=1, keep=1,
-        rerank=lambda _, pictures: [float(np.asarray(picture).mean()) for picture in pictures],
-    )  # fmt: skip
+    brightness = lambda _, images: [float(np.asarray(image).mean()) for image in images]  # noqa: E731
+    by_brightness = pipe.generate(prompts, image=photo, rows=2, num=3, seed=1, keep=1, rerank=brightness)
     for best, row in zip(by_brightness, rows, strict=True):
         assert same(best, [max(row, key=lambda picture: np.asarray(picture).mean())])
 
@@ -237,15 +239,15 @@ def test_a_picture_in_memory_is_the_file(photo: Path) -> None:
 
 def test_wrong_pictures_are_named(pipe: TextToImage, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.png cannot be read: No such file"):
-        pipe.complete("a red circle", tmp_path / "absent.png")
+        pipe.generate("a red circle", image=tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.png: picture cannot be decoded"):
-        pipe.complete("a red circle", tmp_path / "text.png")
+        pipe.generate("a red circle", image=tmp_path / "text.png")
     with pytest.raises(DataError, match=r"a picture of mode F cannot be used.*convert it"):
-        pipe.complete("a red circle", Image.new("F", (8, 8)))
+        pipe.generate("a red circle", image=Image.new("F", (8, 8)))
     cut_short = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(cut_short, "PNG")
     with pytest.raises(DataError, match="cannot be used"):
-        pipe.complete("a red circle", Image.open(io.BytesIO(cut_short.getvalue()[:2000])))
+        pipe.generate("a red circle", image=Image.open(io.BytesIO(cut_short.getvalue()[:2000])))
     with pytest.raises(ConfigError, match=r"\[0, 4\].*found 5"):
-        pipe.complete("a red circle", Image.new("RGB", (8, 8)), rows=5)
+        pipe.generate("a red circle", image=Image.new("RGB", (8, 8)), rows=5)

@@ -16,7 +16,7 @@ from dalle_ds.config import DalleConfig, DiscreteVAEConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling import SamplingRequest, TextToImage, sample_codes
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.processes import run_ranks
 
@@ -88,7 +88,7 @@ def test_pictures_depend_on_seed_number_and_prompt_only(pipe: TextToImage) -> No
 
 
 def test_pixels_are_those_of_the_dvae(pipe: TextToImage) -> None:
-    codes = pipe.generate_codes(pipe.encode(["a red cat"]), num=2, seed=3)
+    codes = sample_codes(pipe.model, pipe.encode(["a red cat"]), SamplingRequest(num=2, seed=3))
     expected = pipe.dvae.decode(codes.view(2, 4, 4)).permute(0, 2, 3, 1).numpy() * 255
     found = np.stack([np.asarray(picture) for picture in pipe.generate("a red cat", num=2, seed=3)[0]])
     assert found.dtype == np.uint8

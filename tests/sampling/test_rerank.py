@@ -28,13 +28,15 @@ from dalle_ds.sampling import (
     ClipReranker,
     Progress,
     Sampling,
+    SamplingRequest,
     TextToImage,
     candidates,
-    draw_candidates,
     progress,
     rank_candidates,
+    sample_codes,
 )
 from dalle_ds.sampling import codes as drawing
+from dalle_ds.sampling.codes import sample_batches
 from dalle_ds.sampling.completion import open_picture, top_rows
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
@@ -87,38 +89,36 @@ def same(left: list[Image.Image], right: list[Image.Image]) -> bool:
 def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Filled with (prompt, number) of whatever is drawn by ranking from now on."""
     seen: list[tuple[int, int]] = []
-    draw = candidates.draw_batches
+    draw = candidates.sample_batches
     monkeypatch.setattr(
-        candidates, "draw_batches", lambda *given, **named: seen.extend(given[2]) or draw(*given, **named)
+        candidates, "sample_batches", lambda *given, **named: seen.extend(given[2]) or draw(*given, **named)
     )
     return seen
 
 
-def test_candidates_are_the_pictures_of_generate(pipe: TextToImage) -> None:
-    """In their order, in chunks of any size, and continued where an earlier draw ended."""
+def test_candidates_are_the_images_of_generate(pipe: TextToImage) -> None:
+    """In their order, in batches of any size, and continued where an earlier request ended."""
     text = pipe.encode(PROMPTS)
-    expected = pipe.generate_codes(text, num=7, seed=3)
-    for chunk, first in ((None, 0), (1, 5), (4, 0), (8, 3)):
-        pictures, codes = [], []
-        for drawn in draw_candidates(pipe, PROMPTS, 7, chunk, first=first, seed=3):
-            assert len(drawn.codes) == len(drawn.pictures) <= (chunk or 14)
-            pictures += drawn.pictures
+    expected = sample_codes(pipe.model, text, SamplingRequest(num=7, seed=3))
+    for size, first in ((None, 0), (1, 5), (4, 0), (8, 3)):
+        wanted = [(prompt, number) for prompt in range(2) for number in range(first, 7)]
+        found, codes = [], []
+        for drawn in sample_batches(pipe.model, text, wanted, SamplingRequest(seed=3, batch_size=size)):
+            assert len(drawn.codes) == len(drawn.pictures) <= (size or 14)
+            found += drawn.pictures
             codes.append(drawn.codes)
-        assert pictures == [(prompt, number) for prompt in range(2) for number in range(first, 7)]
+        assert found == wanted
         assert torch.equal(torch.cat(codes).view(2, 7 - first, -1), expected[:, first:])
-    assert not list(draw_candidates(pipe, "a red circle", 7, first=7))
-    for wrong in ({"num": 0}, {"num": 3, "first": 4}, {"num": 3, "first": -1}):
-        with pytest.raises(ConfigError, match="num must be at least 1, and first in"):
-            next(draw_candidates(pipe, PROMPTS, **wrong))
-    with pytest.raises(ConfigError, match="batch_size"):
-        next(draw_candidates(pipe, PROMPTS, 3, 0))
+    assert not list(sample_batches(pipe.model, text, [], SamplingRequest()))
 
 
 @pytest.mark.parametrize("chunk", [3, 8, None])
 def test_the_best_of_all_are_kept(pipe: TextToImage, chunk: int | None) -> None:
     sampling = Sampling(0.9, guidance=2.0)
     everything = pipe.generate(PROMPTS, num=10, temperature=0.9, guidance=2.0, seed=1)
-    rankings = rank_candidates(pipe, PROMPTS, 10, brightness, keep=3, sampling=sampling, seed=1, chunk=chunk)
+    rankings = rank_candidates(
+        pipe, PROMPTS, SamplingRequest(num=10, sampling=sampling, seed=1, batch_size=chunk), brightness, keep=3
+    )
     for prompt, ranking, pictures in zip(PROMPTS, rankings, everything, strict=True):
         assert ranking.prompt == prompt
         assert ranking.scores == brightness(prompt, pictures)
@@ -136,7 +136,11 @@ def test_the_best_of_all_are_kept(pipe: TextToImage, chunk: int | None) -> None:
 def test_the_first_of_equals_is_kept(pipe: TextToImage) -> None:
     for chunk in (2, None):
         (ranking,) = rank_candidates(
-            pipe, "a red circle", 6, lambda _, images: [0.5] * len(images), keep=2, chunk=chunk
+            pipe,
+            "a red circle",
+            SamplingRequest(num=6, batch_size=chunk),
+            lambda _, images: [0.5] * len(images),
+            keep=2,
         )
         assert [one.number for one in ranking.kept] == [0, 1]
 
@@ -159,14 +163,14 @@ def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pyt
 
     monkeypatch.setattr(TextToImage, "decode", counted)
     monkeypatch.setattr(drawing, "new_cache", lambda *given: rows.add((cache := new_cache(*given)).rows) or cache)
-    rank_candidates(pipe, "a red circle", 64, brightness, keep=2, chunk=8)
+    rank_candidates(pipe, "a red circle", SamplingRequest(num=64, batch_size=8), brightness, keep=2)
     assert count == 64
     assert most <= 8 + 8 + 2  # one chunk may still be alive while the next is decoded
     assert rows == {1, 8}
     known = {"a red circle": [float(number) for number in range(60)]}
     for ranking in (
-        *rank_candidates(pipe, "a red circle", 64, brightness, keep=2, chunk=8),
-        *rank_candidates(pipe, "a red circle", 64, brightness, keep=64, chunk=8, known=known),
+        *rank_candidates(pipe, "a red circle", SamplingRequest(num=64, batch_size=8), brightness, keep=2),
+        *rank_candidates(pipe, "a red circle", SamplingRequest(num=64, batch_size=8), brightness, keep=64, known=known),
     ):
         for one in ranking.kept:  # and no codes but its own
             assert one.codes.untyped_storage().nbytes() == one.codes.nbytes == 8 * TINY_DALLE.image_len
@@ -174,11 +178,11 @@ def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pyt
 
 def test_known_candidates_are_not_drawn_again(pipe: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for those of them that are kept: they are the same pictures."""
-    expected = rank_candidates(pipe, PROMPTS, 12, brightness, keep=4)
+    expected = rank_candidates(pipe, PROMPTS, SamplingRequest(num=12), brightness, keep=4)
     known = {PROMPTS[0]: expected[0].scores[:7], PROMPTS[1]: expected[1].scores}
     seen, asked = drawn_pictures(monkeypatch), []
     scored = lambda prompt, images: asked.append(len(images)) or brightness(prompt, images)  # noqa: E731
-    found = rank_candidates(pipe, PROMPTS, 12, scored, keep=4, known=known)
+    found = rank_candidates(pipe, PROMPTS, SamplingRequest(num=12), scored, keep=4, known=known)
     for ranking, other in zip(found, expected, strict=True):
         assert ranking.scores == other.scores
         assert [(one.number, one.score) for one in ranking.kept] == [(one.number, one.score) for one in other.kept]
@@ -189,7 +193,7 @@ def test_known_candidates_are_not_drawn_again(pipe: TextToImage, monkeypatch: py
     assert set(seen) == {(0, number) for number in range(7, 12)} | old
     assert len(seen) == 5 + len(old)
     assert sum(asked) == 5
-    fewer = rank_candidates(pipe, PROMPTS, 3, scored, keep=1, known=known)
+    fewer = rank_candidates(pipe, PROMPTS, SamplingRequest(num=3), scored, keep=1, known=known)
     assert [ranking.scores for ranking in fewer] == [ranking.scores[:3] for ranking in expected]
 
 
@@ -271,7 +275,7 @@ def test_the_launcher_keeps_scores(
     assert launch(*prompts, "--num", "6", "--keep", "2", "--batch_size", "4")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cats.json", "cats.png"]
     content = json.loads((tmp_path / "cats.json").read_text())
-    rankings = rank_candidates(pipe, PROMPTS, 6, clip, keep=2)
+    rankings = rank_candidates(pipe, PROMPTS, SamplingRequest(num=6), clip, keep=2)
     assert content["of"] == {
         **pipe.fingerprints(), "clip": clip.fingerprint, "dtype": "fp32", "device": "cpu", "processes": 1, "seed": 0,
         "temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0, "given_codes": None,
@@ -290,7 +294,7 @@ def test_the_launcher_keeps_scores(
 
     seen = drawn_pictures(monkeypatch)
     assert launch(*prompts, "--num", "9", "--keep", "3")[0] == 0
-    more = rank_candidates(pipe, PROMPTS, 9, clip, keep=3)
+    more = rank_candidates(pipe, PROMPTS, SamplingRequest(num=9), clip, keep=3)
     content = json.loads((tmp_path / "cats.json").read_text())
     assert [entry["scores"] for entry in content["prompts"]] == [ranking.scores for ranking in more]
     assert [entry["kept"] for entry in content["prompts"]] == [[one.number for one in ranking.kept] for ranking in more]
@@ -393,7 +397,7 @@ def test_the_launcher_completes(
     assert launch("--prompt", "a", "--num", "2", "--init_rows", "2", *red, clip=None)[0] == 0
     sheet = np.asarray(Image.open(tmp_path / "cats.png"))
     assert (sheet[12:140, 204:332] == (255, 0, 0)).all()  # the picture itself comes first
-    expected = pipe.complete("a", folders / "red.png", rows=2, num=2)[0]
+    expected = pipe.generate("a", image=folders / "red.png", rows=2, num=2)[0]
     for column, picture in enumerate(expected, start=1):
         cell = sheet[12:140, 204 + column * 140 : 332 + column * 140]
         assert np.array_equal(cell, np.asarray(picture).repeat(8, axis=0).repeat(8, axis=1))
@@ -401,10 +405,10 @@ def test_the_launcher_completes(
     assert launch(*best, out="best.png")[0] == 0
     assert launch(*best, "--init_rows", "3", out="best.png")[0] == 1
     given = top_rows(pipe.dvae, open_picture(folders / "red.png", 16)).expand(1, -1)
-    (ranking,) = rank_candidates(pipe, "a", 5, clip, keep=2, given=given)
+    (ranking,) = rank_candidates(pipe, "a", SamplingRequest(num=5, given=given), clip, keep=2)
     (entry,) = json.loads((tmp_path / "best.json").read_text())["prompts"]
     assert entry == {"prompt": "a", "kept": [one.number for one in ranking.kept], "scores": ranking.scores}
-    assert entry["scores"] != rank_candidates(pipe, "a", 5, clip)[0].scores
+    assert entry["scores"] != rank_candidates(pipe, "a", SamplingRequest(num=5), clip)[0].scores
 
 
 def test_the_launcher_ranks_what_was_asked_for(
@@ -412,7 +416,7 @@ def test_the_launcher_ranks_what_was_asked_for(
 ) -> None:
     options = ["--seed", "3", "--temperature", "0.9", "--top_k", "20", "--top_p", "0.95", "--guidance", "2"]
     assert launch("--prompt", "a", "--num", "4", *options)[0] == 0
-    expected = rank_candidates(pipe, "a", 4, clip, seed=3, sampling=Sampling(0.9, 20, 0.95, 2.0))
+    expected = rank_candidates(pipe, "a", SamplingRequest(num=4, seed=3, sampling=Sampling(0.9, 20, 0.95, 2.0)), clip)
     (entry,) = json.loads((tmp_path / "cats.json").read_text())["prompts"]
     assert entry["scores"] == expected[0].scores
 
@@ -511,7 +515,7 @@ def test_a_folder_of_pictures(
     generated = PictureFolder(tmp_path / "pictures")  # what evaluate.py --fake reads
     assert same([generated.read(row, 16)[0] for row in range(len(generated))], expected)
     assert launch(*prompts, "--num", "5", "--keep", "1", out="pictures")[0] == 0  # in the place of the former
-    best = rank_candidates(pipe, every, 5, clip, keep=1)
+    best = rank_candidates(pipe, every, SamplingRequest(num=5), clip, keep=1)
     listed = json.loads((tmp_path / "pictures" / "pictures.json").read_text())
     assert len(list((tmp_path / "pictures").iterdir())) == 4
     for entry, ranking in zip(listed, best, strict=True):

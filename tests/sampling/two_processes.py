@@ -12,7 +12,7 @@ from typing import Any
 
 from dalle_ds.models.clip import Clip
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
-from dalle_ds.sampling import ClipReranker, TextToImage, rank_candidates
+from dalle_ds.sampling import ClipReranker, SamplingRequest, TextToImage, rank_candidates
 from dalle_ds.sampling.completion import open_picture, top_rows
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -33,7 +33,9 @@ def results(job: dict[str, str], tensor: TensorGroup = WHOLE) -> dict[str, Any]:
     given = top_rows(pipe.dvae, open_picture(job["picture"], 16), 2).expand(2, -1)
     found: dict[str, Any] = {"fingerprints": list(pipe.fingerprints().values())}
     for name, codes in (("whole", None), ("completed", given)):
-        rankings = rank_candidates(pipe, PROMPTS, 6, clip, keep=2, seed=1, chunk=4, given=codes)
+        rankings = rank_candidates(
+            pipe, PROMPTS, SamplingRequest(num=6, seed=1, batch_size=4, given=codes), clip, keep=2
+        )
         found[name] = {
             "scores": [ranking.scores for ranking in rankings],
             "kept": [[one.number for one in ranking.kept] for ranking in rankings],
@@ -42,7 +44,7 @@ def results(job: dict[str, str], tensor: TensorGroup = WHOLE) -> dict[str, Any]:
     unlike = Unlike(clip)
     unlike.rank = tensor.rank
     known = {PROMPTS[0]: [9.0, 0.0, 8.0]}  # numbers 0 and 2 are drawn again, by all processes
-    agreed = rank_candidates(pipe, PROMPTS, 6, unlike, keep=3, seed=1, known=known)
+    agreed = rank_candidates(pipe, PROMPTS, SamplingRequest(num=6, seed=1), unlike, keep=3, known=known)
     found["agreed"] = [[[one.number, one.codes.tolist()] for one in ranking.kept] for ranking in agreed]
     return found
 
