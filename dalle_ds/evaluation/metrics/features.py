@@ -17,7 +17,7 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.evaluation.metrics.blur import BLUR
 from dalle_ds.evaluation.metrics.inception import InceptionV3
 from dalle_ds.evaluation.metrics.statistics import SPLITS
-from dalle_ds.interop.pickles import read_pickled_tensors
+from dalle_ds.interop.torch_files import load_tensors
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
 def _loaded(module: nn.Module, path: Path, device: torch.device | str) -> nn.Module:
     """`module` with the weights of a state dict's file, for inference."""
     try:
-        module.load_state_dict(read_pickled_tensors(path))
+        module.load_state_dict(load_tensors(path))
     except (CheckpointError, RuntimeError) as error:
         found = str(error).splitlines()[0][:200]
         raise CheckpointError(
