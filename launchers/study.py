@@ -13,8 +13,7 @@ import tyro
 from rich.console import Console
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.evaluation.study.pages import MakeOptions, make_study
-from dalle_ds.evaluation.study.votes import CountOptions, count_study
+from dalle_ds.evaluation.study import CountOptions, MakeOptions, count_study, make_study
 
 
 def main() -> None:

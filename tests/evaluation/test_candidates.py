@@ -10,7 +10,7 @@ import torch
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.candidates import CAPTIONS, PROTOCOL_NAME, Candidates, best_of, kept_precision
-from dalle_ds.evaluation.dealing import dealt
+from dalle_ds.evaluation.sets import shard_rows
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import rates
@@ -34,7 +34,7 @@ def make(pipeline: TextToImage, folder: Path | None = None, **changes: object) -
 
 
 def all_codes(candidates: Candidates) -> torch.Tensor:
-    return torch.cat([candidates.codes(rows) for rows in dealt(len(candidates.captions), ALONE, chunk=CAPTIONS)])
+    return torch.cat([candidates.codes(rows) for rows in shard_rows(len(candidates.captions), ALONE, chunk=CAPTIONS)])
 
 
 def test_the_best_of_the_first_n() -> None:

@@ -24,11 +24,13 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.study.pages import MakeOptions, make_study, pictures_of
-from dalle_ds.evaluation.study.votes import (
+from dalle_ds.evaluation.study import (
     CountOptions,
+    MakeOptions,
     count_study,
+    images_by_caption,
     majority,
+    make_study,
     normal_half_width,
     wilson_interval,
 )
@@ -141,7 +143,7 @@ def test_a_page_runs_no_caption_and_needs_nothing(folders: Path) -> None:
         assert page.links == []
         assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp|innerHTML|WebSocket|sendBeacon", text)
         assert "default-src 'none'" in text
-        assert "@STUDY@" not in text and "p0.png" not in text and str(folders) not in text
+        assert "@CONTENT@" not in text and "p0.png" not in text and str(folders) not in text
         code = text[text.rindex("<script>") :]
         assert expected in (None, code)  # nothing of a study stands in the code
         expected = code
@@ -151,13 +153,13 @@ def test_a_page_runs_no_caption_and_needs_nothing(folders: Path) -> None:
 
 def test_pictures_by_list_and_by_name(folders: Path) -> None:
     (folders / "a" / "pictures.json").unlink()
-    by_name = pictures_of(str(folders / "a"), CAPTIONS)
+    by_name = images_by_caption(str(folders / "a"), CAPTIONS)
     assert [path.name for path in by_name.values()] == [f"p{number}.png" for number in range(12)]  # p2 before p10
     moved = json.loads((folders / "a.json").read_text())
     listed = folders / "a" / "list.json"
     listed.write_text(json.dumps([*moved, {"caption": CAPTIONS[1], "picture": "p7.png"}]))
-    assert pictures_of(str(listed), None) == by_name  # the first of a caption counts
-    assert list(pictures_of(str(listed), CAPTIONS[3:5])) == CAPTIONS[3:5]
+    assert images_by_caption(str(listed), None) == by_name  # the first of a caption counts
+    assert list(images_by_caption(str(listed), CAPTIONS[3:5])) == CAPTIONS[3:5]
     plain = [*CAPTIONS[1:]]
     (folders / "captions.txt").write_text("\n".join([*plain[:4], "", "a twelfth", *plain[4:]]) + "\n")
     key = make(folders, a=str(folders / "a"), captions=str(folders / "captions.txt"), b=str(folders / "a"))
@@ -169,7 +171,7 @@ def test_pictures_in_the_order_of_their_names(tmp_path: Path) -> None:
     names = ["2.png", "10.PNG", "a2.tif", "a10.png", "x²1.png", "²5.png"]
     for name in sorted(names):
         (tmp_path / name).touch()
-    assert [path.name for path in pictures_of(str(tmp_path), "abcdef").values()] == names
+    assert [path.name for path in images_by_caption(str(tmp_path), "abcdef").values()] == names
 
 
 def test_names_are_no_markup(folders: Path) -> None:
