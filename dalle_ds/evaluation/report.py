@@ -17,7 +17,7 @@ from dalle_ds.data.images import Pixels, center_crop_resize
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.curves import Series, curves_figure, gradient_scales, read_metrics, svg_of
-from dalle_ds.evaluation.metrics.ranking import ranking_accuracy
+from dalle_ds.evaluation.metrics.likelihood import ranking_accuracy
 from dalle_ds.evaluation.pages import encoded, figures_table, image_element, write_document
 from dalle_ds.files import write_bytes
 from dalle_ds.sampling import TextToImage, picture_grid
