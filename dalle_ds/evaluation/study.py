@@ -15,7 +15,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -221,106 +221,11 @@ class Vote:
     seconds: float
 
 
-@dataclass
-class Voter:
-    """How somebody voted."""
-
-    name: str
-    answers: int
-    hasty: float
-    """Share of answers that took less than 4 s."""
-    dissent: float
-    """Share of answers against the majority of the other voters, where they have one."""
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the voter seems not to have looked."""
-        return self.hasty >= HASTY_SHARE and self.dissent >= DISSENT_SHARE
-
-
-@dataclass
-class Tally:
-    """What came of one question."""
-
-    a: int
-    """Pairs whose majority prefers model A."""
-    b: int
-    tie: int
-    """Pairs without a majority for either."""
-    votes: dict[str, int]
-    """All votes: "a", "b", "tie"."""
-    incomplete: int
-    """Pairs with fewer than 5 voters, those without any included."""
-
-    @property
-    def pairs(self) -> int:
-        """Pairs with votes."""
-        return self.a + self.b + self.tie
-
-    @property
-    def share_a(self) -> float:
-        """Share of pairs for A, ties as half (GLIDE App. A.1)."""
-        return (self.a + self.tie / 2) / self.pairs if self.pairs else math.nan
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures; intervals are of `share_a`."""
-        share, pairs = self.share_a, self.pairs
-        figures: dict[str, Any] = {"a": self.a, "b": self.b, "tie": self.tie, "votes": self.votes}
-        figures |= {"pairs": pairs, "pairs_with_fewer_than_5_voters": self.incomplete}
-        if pairs:
-            figures |= {"share_a": share, "share_b": 1 - share, "half_width_95": normal_half_width(share, pairs)}
-            figures["wilson_95"] = list(wilson_interval(share, pairs))
-        return figures
-
-
-@dataclass
-class Count:
-    """A study's result."""
-
-    a: str
-    b: str
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    voters: list[Voter] = field(default_factory=list)
-    dropped: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures."""
-        return {
-            "a": self.a,
-            "b": self.b,
-            "questions": {name: tally.to_json() for name, tally in self.tallies.items()},
-            "voters": [{**vars(voter), "flagged": voter.flagged} for voter in self.voters],
-            "flagged_voters_left_out": self.dropped,
-        }
-
-    def report(self) -> RenderableType:
-        """Tables for a console."""
-        # Texts, so that brackets in names are no markup.
-        table = Table(title=Text(f"A: {self.a}\nB: {self.b}"), title_justify="left")
-        table.add_column("majority of voters")
-        for heading in ("pairs", "A", "B", "tie", "share of A ± 95 %", "Wilson 95 %"):
-            table.add_column(heading, justify="right")
-        notes = []
-        for name, tally in self.tallies.items():
-            share, pairs = tally.share_a, tally.pairs
-            if tally.incomplete:
-                notes.append(f"{name}: {tally.incomplete} pairs have fewer than {VOTERS} voters")
-            if pairs:
-                half, (low, high) = normal_half_width(share, pairs), wilson_interval(share, pairs)
-                counts = map(str, (pairs, tally.a, tally.b, tally.tie))
-                table.add_row(QUESTIONS[name], *counts, f"{share:.1%} ± {half:.1%}", f"{low:.1%} – {high:.1%}")
-        what = "left out" if self.dropped else "counted: leave out with --drop_flagged True"
-        notes += [
-            f"voter {voter.name[:8]}: {voter.hasty:.0%} of {voter.answers} answers under {FAST_SECONDS} s, "
-            f"{voter.dissent:.0%} are against the other voters' majority ({what})"
-            for voter in self.voters
-            if voter.flagged
-        ]
-        return Group(table, *map(Text, notes))
-
-
-def count_study(options: CountOptions) -> Count:
+def count_study(options: CountOptions) -> dict[str, Any]:
     """Count, and write the figures where they are wanted.
+
+    Returns:
+        The models' names, "questions" (`tally`), "voters" (`judge_voters`), and whether flagged voters were left out.
 
     Raises:
         ConfigError: votes of another study; a file for the figures that cannot be written.
@@ -332,13 +237,45 @@ def count_study(options: CountOptions) -> Count:
         raise ConfigError("no votes were given: name the files that the pages saved")
     key = read_key(options.study)
     votes = read_votes(options.votes, key)
-    count = Count(key["a"], key["b"], voters=judge_voters(votes), dropped=options.drop_flagged)
-    out = {voter.name for voter in count.voters if voter.flagged and options.drop_flagged}
+    voters = judge_voters(votes)
+    out = {voter["name"] for voter in voters if voter["flagged"] and options.drop_flagged}
     counted = [vote for vote in votes if vote.voter not in out]
-    count.tallies = {question: tally(counted, question, len(key["pairs"])) for question in QUESTIONS}
+    count = {
+        "a": key["a"],
+        "b": key["b"],
+        "questions": {question: tally(counted, question, len(key["pairs"])) for question in QUESTIONS},
+        "voters": voters,
+        "flagged_voters_left_out": options.drop_flagged,
+    }
     if options.json is not None:
-        write_json(Path(options.json), count.to_json())
+        write_json(Path(options.json), count)
     return count
+
+
+def report(count: dict[str, Any]) -> RenderableType:
+    """What `count_study` found, as a table for a console and notes."""
+    # Texts, so that brackets in names are no markup.
+    table = Table(title=Text(f"A: {count['a']}\nB: {count['b']}"), title_justify="left")
+    table.add_column("majority of voters")
+    for heading in ("pairs", "A", "B", "tie", "share of A ± 95 %", "Wilson 95 %"):
+        table.add_column(heading, justify="right")
+    notes = []
+    for name, found in count["questions"].items():
+        if missing := found["pairs_with_fewer_than_5_voters"]:
+            notes.append(f"{name}: {missing} pairs have fewer than {VOTERS} voters")
+        if found["pairs"]:
+            low, high = found["wilson_95"]
+            counts = (str(found[column]) for column in ("pairs", "a", "b", "tie"))
+            share = f"{found['share_a']:.1%} ± {found['half_width_95']:.1%}"
+            table.add_row(QUESTIONS[name], *counts, share, f"{low:.1%} – {high:.1%}")
+    what = "left out" if count["flagged_voters_left_out"] else "counted: leave out with --drop_flagged True"
+    notes += [
+        f"voter {voter['name'][:8]}: {voter['hasty']:.0%} of {voter['answers']} answers under {FAST_SECONDS} s, "
+        f"{voter['dissent']:.0%} are against the other voters' majority ({what})"
+        for voter in count["voters"]
+        if voter["flagged"]
+    ]
+    return Group(table, *map(Text, notes))
 
 
 def read_key(path: str | Path) -> dict[str, Any]:
@@ -419,21 +356,43 @@ def majority(votes: Mapping[Choice, int]) -> Choice:
     return best[0] if len(best) == 1 else "tie"
 
 
-def tally(votes: Sequence[Vote], question: str, pairs: int) -> Tally:
-    """Majorities of one question; `pairs` is how many the study has."""
+def tally(votes: Sequence[Vote], question: str, pairs: int) -> dict[str, Any]:
+    """What came of one question, in a study of so many pairs.
+
+    Returns:
+        a, b, tie: pairs whose majority prefers model A, B, neither.
+        votes: all of them, by choice.
+        pairs: those with votes.
+        pairs_with_fewer_than_5_voters: those without any included.
+        share_a, share_b: of pairs, ties as half (GLIDE App. A.1), with `half_width_95` and `wilson_95` of the former; where
+            there are votes.
+    """
     of_pairs: dict[str, Counter[Choice]] = defaultdict(Counter)
     for vote in votes:
         if vote.question == question:
             of_pairs[vote.pair][vote.choice] += 1
-    won = Counter(majority(of_pair) for of_pair in of_pairs.values())
-    every = sum(of_pairs.values(), Counter())
-    complete = sum(of_pair.total() >= VOTERS for of_pair in of_pairs.values())
-    by_choice = {choice: every[choice] for choice in get_args(Choice)}
-    return Tally(won["a"], won["b"], won["tie"], by_choice, pairs - complete)
+    won, every = Counter(map(majority, of_pairs.values())), sum(of_pairs.values(), Counter())
+    choices, voted = get_args(Choice), len(of_pairs)
+    found: dict[str, Any] = {choice: won[choice] for choice in choices}
+    found["votes"] = {choice: every[choice] for choice in choices}
+    found["pairs"] = voted
+    found["pairs_with_fewer_than_5_voters"] = pairs - sum(each.total() >= VOTERS for each in of_pairs.values())
+    if voted:
+        share = (won["a"] + won["tie"] / 2) / voted
+        found |= {"share_a": share, "share_b": 1 - share, "half_width_95": normal_half_width(share, voted)}
+        found["wilson_95"] = list(wilson_interval(share, voted))
+    return found
 
 
-def judge_voters(votes: Sequence[Vote]) -> list[Voter]:
-    """How hasty each voter was, and how often against the majority of the others."""
+def judge_voters(votes: Sequence[Vote]) -> list[dict[str, Any]]:
+    """How each voter voted.
+
+    Returns:
+        name, and how many "answers".
+        hasty: share of them that took less than 4 s.
+        dissent: share of them against the majority of the other voters, where these have one.
+        flagged: whether the voter seems not to have looked.
+    """
     of_questions: dict[tuple[str, str], list[Vote]] = defaultdict(list)
     of_voters: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
@@ -441,15 +400,16 @@ def judge_voters(votes: Sequence[Vote]) -> list[Voter]:
         of_voters[vote.voter].append(vote)
     voters = []
     for name, own in of_voters.items():
-        against = decided = 0
+        against = []
         for vote in own:
-            others = Counter(other.choice for other in of_questions[vote.pair, vote.question] if other.voter != name)
-            expected = majority(others)
+            others = of_questions[vote.pair, vote.question]
+            expected = majority(Counter(other.choice for other in others if other.voter != name))
             if expected != "tie":
-                decided += 1
-                against += vote.choice != expected
+                against.append(vote.choice != expected)
         hasty = sum(vote.seconds < FAST_SECONDS for vote in own) / len(own)
-        voters.append(Voter(name, len(own), hasty, against / decided if decided else 0.0))
+        dissent = sum(against) / len(against) if against else 0.0
+        flagged = hasty >= HASTY_SHARE and dissent >= DISSENT_SHARE
+        voters.append({"name": name, "answers": len(own), "hasty": hasty, "dissent": dissent, "flagged": flagged})
     return voters
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.evaluation.study import CountOptions, MakeOptions, count_study, images_by_caption, make_study
+from dalle_ds.evaluation.study import CountOptions, MakeOptions, count_study, images_by_caption, make_study, report
 from dalle_ds.sampling.scores import KIND, Scores
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_json
@@ -75,13 +75,13 @@ def count(place: Path) -> Any:
     """The whole way: read, counted, written, printed."""
     figures = place / "figures.json"
     found = count_study(CountOptions((str(place / "votes.json"),), str(place / "study"), json=str(figures)))
-    Console(file=io.StringIO()).print(found.report())
+    Console(file=io.StringIO()).print(report(found))
     json.loads(figures.read_bytes().decode())
     return found
 
 
 def test_what_is_whole_is_taken(study: Path) -> None:
-    assert survives("votes", lambda: count(study)).tallies["realism"].pairs == len(CAPTIONS)
+    assert survives("votes", lambda: count(study))["questions"]["realism"]["pairs"] == len(CAPTIONS)
     assert list(survives("lists of pictures", lambda: images_by_caption(str(study / "a"), None))) == list(CAPTIONS)
 
 
