@@ -106,53 +106,42 @@ def embed_split(
         CheckpointError: the model gives something that is no number.
     """
     with disk_full_is_a_data_error(folder), _alone(folder):
-        return _embed(embedder, dataset, folder, batch_size, workers, say)
-
-
-def _embed(
-    embedder: Embedder,
-    dataset: PairDataset,
-    folder: Path,
-    batch_size: int,
-    workers: int,
-    say: Callable[[str], None],
-) -> Embeddings:
-    size, width = embedder.config.image_size, embedder.config.embed_dim
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "detector": embedder.fingerprint,
-        "data": dataset.fingerprint,
-        "split": dataset.split,
-        "rows": len(dataset),
-        "embed_dim": width,
-    }
-    files = _Files(folder, width)
-    done = files.open(identity)
-    pictures = Subset(Views(dataset, size, None, 0), range(done, len(dataset)))
-    batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    with files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
-        saved, loaded = done, without_surprises(lambda: iter(batches))
-        for _ in range(len(batches)):
-            views, could_read = take(loaded)
-            embedded = embedder.embed_images(views.flatten(0, 1).float() / 255).float().cpu().numpy()
-            embedded[~could_read] = 0
-            if not np.isfinite(embedded).all():  # which would be like nothing, and so be no duplicate
-                raise CheckpointError(
-                    "the model gives embeddings that are not numbers: its training has diverged, take another one"
-                )
-            vectors.write(embedded.astype(_KIND).tobytes())
-            readable.write(could_read.astype(np.uint8).tobytes())
-            done += len(views)
-            if done - saved >= _SAVED_ROWS or done == len(dataset):
-                dataset.check_unchanged()
-                for file in (vectors, readable):
-                    file.flush()
-                    os.fsync(file.fileno())
-                # Only what is on the disk by now counts when this is gone on with.
-                write_json(files.progress, identity | {"done": done})
-                saved = done
-                say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {len(dataset):,} pictures embedded")
-    return files.read(len(dataset))
+        size, width = embedder.config.image_size, embedder.config.embed_dim
+        identity = {
+            "format_version": FORMAT_VERSION,
+            "detector": embedder.fingerprint,
+            "data": dataset.fingerprint,
+            "split": dataset.split,
+            "rows": len(dataset),
+            "embed_dim": width,
+        }
+        files = _Files(folder, width)
+        done = files.open(identity)
+        pictures = Subset(Views(dataset, size, None, 0), range(done, len(dataset)))
+        batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+        with files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
+            saved, loaded = done, without_surprises(lambda: iter(batches))
+            for _ in range(len(batches)):
+                views, could_read = take(loaded)
+                embedded = embedder.embed_images(views.flatten(0, 1).float() / 255).float().cpu().numpy()
+                embedded[~could_read] = 0
+                if not np.isfinite(embedded).all():  # which would be like nothing, and so be no duplicate
+                    raise CheckpointError(
+                        "the model gives embeddings that are not numbers: its training has diverged, take another one"
+                    )
+                vectors.write(embedded.astype(_KIND).tobytes())
+                readable.write(could_read.astype(np.uint8).tobytes())
+                done += len(views)
+                if done - saved >= _SAVED_ROWS or done == len(dataset):
+                    dataset.check_unchanged()
+                    for file in (vectors, readable):
+                        file.flush()
+                        os.fsync(file.fileno())
+                    # Only what is on the disk by now counts when this is gone on with.
+                    write_json(files.progress, identity | {"done": done})
+                    saved = done
+                    say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {len(dataset):,} pictures embedded")
+        return files.read(len(dataset))
 
 
 @contextmanager
@@ -249,44 +238,37 @@ def nearest(
     if (lists is not None and lists < 1) or probes < 1:
         raise ConfigError(f"lists and probes must be at least 1, found {lists} and {probes}")
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    if kind == "torch" or (kind == "auto" and _faiss(needed=False) is None):
-        return _by_torch(queries, base)
+    faiss = None if kind == "torch" else _faiss(needed=kind != "auto")
     if kind != "ivf":
-        return _flat(queries, base)
-    found = _by_lists(queries, base, lists, probes)
+        return _exact(queries, base, faiss)
+    found = _by_lists(queries, base, lists, probes, faiss)
     missing = found[1] < 0  # all lists that were looked through were empty
     if missing.any():
-        found[0][missing], found[1][missing] = _flat(queries[missing], base)
+        found[0][missing], found[1][missing] = _exact(queries[missing], base, faiss)
     return found
 
 
-def _flat(queries: Vectors, base: Embeddings) -> Found:
-    faiss = _faiss()
-    cosines, rows = _nothing(len(queries))
+def _exact(queries: Vectors, base: Embeddings, faiss: Any) -> Found:
+    """By comparing all with all, where `faiss` is None by PyTorch."""
+    cosines, rows = np.full(len(queries), -1.0, np.float32), np.full(len(queries), -1, np.int64)
     for numbers, vectors in blocks(base, BLOCK):
-        index = faiss.IndexFlatIP(queries.shape[1])
-        index.add(vectors)
-        best, places = index.search(queries, 1)
-        _take(cosines, rows, best[:, 0], numbers[places[:, 0]])
+        if faiss is None:
+            parts = torch.from_numpy(queries).split(_QUERIES)
+            found = [(part @ torch.from_numpy(vectors).T).max(dim=1) for part in parts]
+            best, places = (np.concatenate([part[index].numpy() for part in found]) for index in (0, 1))
+        else:
+            index = faiss.IndexFlatIP(queries.shape[1])
+            index.add(vectors)
+            best, places = (each[:, 0] for each in index.search(queries, 1))
+        won = (best > cosines) | (rows < 0)
+        cosines[won], rows[won] = best[won], numbers[places[won]]
     return cosines, rows
 
 
-def _by_torch(queries: Vectors, base: Embeddings) -> Found:
-    cosines, rows = _nothing(len(queries))
-    for numbers, vectors in blocks(base, BLOCK):
-        transposed = torch.from_numpy(vectors).T
-        for start in range(0, len(queries), _QUERIES):
-            part = slice(start, start + _QUERIES)
-            best, places = (torch.from_numpy(queries[part]) @ transposed).max(dim=1)
-            _take(cosines[part], rows[part], best.numpy(), numbers[places.numpy()])
-    return cosines, rows
-
-
-def _by_lists(queries: Vectors, base: Embeddings, lists: int | None, probes: int) -> Found:
-    faiss = _faiss()
+def _by_lists(queries: Vectors, base: Embeddings, lists: int | None, probes: int, faiss: Any) -> Found:
     readable = np.flatnonzero(base.readable)
     if len(readable) == 0:
-        return _nothing(len(queries))
+        return _exact(queries, base, faiss)
     count = min(lists or math.ceil(4 * math.sqrt(len(readable))), max(1, len(readable) // _TRAINING_PER_LIST))
     sample = readable[
         np.linspace(0, len(readable) - 1, min(len(readable), _TRAINING_PER_LIST * count)).astype(np.int64)
@@ -309,22 +291,7 @@ def blocks(embeddings: Embeddings, rows: int) -> Iterator[tuple[npt.NDArray[np.i
             yield numbers, np.ascontiguousarray(embeddings.vectors[numbers], dtype=np.float32)
 
 
-def _nothing(count: int) -> Found:
-    return np.full(count, -1.0, dtype=np.float32), np.full(count, -1, dtype=np.int64)
-
-
-def _take(
-    cosines: npt.NDArray[np.float32],
-    rows: npt.NDArray[np.int64],
-    better: npt.NDArray[np.float32],
-    numbers: npt.NDArray[np.int64],
-) -> None:
-    """Put in what is more similar than what was found before."""
-    won = (better > cosines) | (rows < 0)
-    cosines[won], rows[won] = better[won], numbers[won]
-
-
-def _faiss(needed: bool = True) -> Any:
+def _faiss(needed: bool) -> Any:
     try:
         import faiss
     except ImportError as error:
