@@ -78,18 +78,23 @@ def compare(one: Result, other: Result, allow: Sequence[str] = ()) -> dict[str, 
     Raises:
         ConfigError: their protocols differ elsewhere; every differing field is named, with both values.
     """
-    first, second = flat(one.protocol), flat(other.protocol)
-    differing = [
-        f"{name}: {shown(first.get(name))} and {shown(second.get(name))}"
-        for name in sorted({*first, *second})
-        if first.get(name) != second.get(name) and not any(name == a or name.startswith(f"{a}.") for a in allow)
-    ]
+    differing = differences(one.protocol, other.protocol, allow)
     if differing:
         raise ConfigError(
             f"these results were obtained by different protocols and cannot be compared: {'; '.join(differing)}. Evaluate "
             "one of them again like the other; where a difference is what you are after, name its field with --allow"
         )
     return {name: (value, other.metrics[name]) for name, value in one.metrics.items() if name in other.metrics}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], allow: Sequence[str] = ()) -> list[str]:
+    """The fields in which two protocols differ, with both values."""
+    first, second = flat(one), flat(other)
+    return [
+        f"{name}: {shown(first.get(name))} and {shown(second.get(name))}"
+        for name in sorted({*first, *second})
+        if first.get(name) != second.get(name) and not any(name == a or name.startswith(f"{a}.") for a in allow)
+    ]
 
 
 def flat(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
