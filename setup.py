@@ -19,7 +19,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["dalle_ds", "dalle_ds.*"]),
-    package_data={"dalle_ds": ["presets/*.yaml", "evaluation/study/*.html", "sampling/fonts/*"]},
+    package_data={"dalle_ds": ["presets/*.yaml", "evaluation/templates/*.html", "sampling/fonts/*"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.evaluation.command import compare_command, evaluate_command
+from dalle_ds.evaluation.evaluate import compare_command, evaluate_command
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import tyro
 from rich.console import Console
 
 from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.evaluation.study.pages import MakeOptions, make_study
-from dalle_ds.evaluation.study.votes import CountOptions, count_study
+from dalle_ds.evaluation.study import CountOptions, MakeOptions, count_study, make_study, report
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
             f"wrote {options.out}: {len(key['pairs'])} pairs; give each page in pages/ to 5 voters, and key.json to none"
         )
     else:
-        Console(width=None if sys.stdout.isatty() else 127).print(count_study(options).report())
+        Console(width=None if sys.stdout.isatty() else 127).print(report(count_study(options)))
 
 
 if __name__ == "__main__":

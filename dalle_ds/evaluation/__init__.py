@@ -1,13 +1,12 @@
-"""Measuring what trained models can do.
+"""Measuring what trained models can do. The room is large since every figure is defined here exactly: sums over processes,
+distances of rank-deficient sets, likelihoods of 8-bit images, a search that can be stopped, votes that can be checked.
 
-- `run`: an evaluation from its options to its result. Begin here
-- `of_dvae`, `of_transformer`, `of_pictures`: its parts, each of whose model is given; `context` is what they share
-- `folders`: two folders of pictures instead
+- `evaluate`: an evaluation from its options (`options`) to its result (`results`). Begin here
+- `measure`: its parts, each of whose model is given
 - `metrics/`: distances, scores, likelihoods, retrieval, the codebook
-- `candidates`: pictures drawn for captions, kept on disk; the best of n
-- `sets`, `dealing`: which rows and captions, and how they are dealt out to processes
-- `results`, `page`: what is written, compared and shown
-- `overlap/`: validation pictures that are in the training data
-- `study/`: people's choices between models
-- `report`, `curves`: the page of a finished pair of runs
+- `candidates`: images generated for captions, kept on disk; the best of n
+- `sets`: which rows and captions, and how processes share them out
+- `overlap`, `embeddings`: validation images that are in the training data
+- `study`: people's choices between models
+- `report`, `curves`: the page of a finished pair of runs; `pages` writes all pages
 """

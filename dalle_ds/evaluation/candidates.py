@@ -17,9 +17,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.results import flat
+from dalle_ds.evaluation.results import differences
 from dalle_ds.files import write_bytes, write_json
-from dalle_ds.parsing import parse_json, shown
+from dalle_ds.parsing import parse_json
 from dalle_ds.precision.rates import DTYPES, Choice
 from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage, sample_codes
 
@@ -94,18 +94,13 @@ class Candidates:
             return
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}; name another folder with --pictures") from error
-        old, new = flat(found if isinstance(found, dict) else {}), flat(protocol)
-        differing = [
-            f"{name}: {shown(old.get(name))} there, {shown(new.get(name))} asked for"
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
+        differing = differences(found if isinstance(found, dict) else {}, protocol)
         if differing:
             kept = kept_precision(self.folder)
             again = f", or give --dtype {kept.precision}" if kept and kept.precision != protocol["dtype"] else ""
             raise ConfigError(
-                f"the pictures in {self.folder} are other ones ({'; '.join(differing)}): name another folder with "
-                f"--pictures{again}"
+                f"the images in {self.folder} are other ones ({'; '.join(differing)}, there and asked for): name another "
+                f"folder with --pictures{again}"
             )
 
     def codes(self, rows: Sequence[int]) -> Tensor:

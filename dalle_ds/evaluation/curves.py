@@ -1,13 +1,15 @@
-"""A run's figures over its updates."""
+"""Figures over a run's updates, or over the number of candidates."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from dalle_ds.errors import DataError
 from dalle_ds.jsonl import read_records
@@ -63,12 +65,29 @@ def curves_figure(panels: dict[str, dict[str, Series]], columns: int = 3) -> Fig
     return figure
 
 
-def curves_svg(panels: dict[str, dict[str, Series]], columns: int = 3) -> str:
-    """`curves_figure` as an SVG element."""
+def svg_of(figure: Figure) -> str:
+    """A figure as an SVG element."""
     buffer = io.StringIO()
-    curves_figure(panels, columns).savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def best_of_curves(metrics: Mapping[str, float]) -> str:
+    """An SVG of an evaluation's figures over n, the number of candidates; "" where there are fewer than two n."""
+    series: dict[str, Series] = {}
+    for name, value in metrics.items():
+        start, _, rest = name.partition("/")
+        if start.startswith("best_of_"):
+            series.setdefault(rest, []).append((int(start.removeprefix("best_of_")), value))
+    if max(map(len, series.values()), default=0) < 2:
+        return ""
+    figure = curves_figure({name: {"": sorted(points)} for name, points in series.items()}, columns=4)
+    for axis in figure.axes[: len(series)]:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set_xlabel("n", fontsize=8)
+    return svg_of(figure)
 
 
 def gradient_scales(metrics: dict[str, Series]) -> dict[str, Series]:

@@ -44,8 +44,8 @@ class EvaluateOptions:
     reference: Literal["split", "captions"] = "split"
     """Real pictures that drawn ones are compared with: all of the split, or those of the captions only."""
     inception: str | None = None
-    """File pt_inception-2015-12-05-6726825d.pth, by whose features FID and Inception Score are defined; without it, an
-    EfficientNet-lite0 is used, and the figures have other names."""
+    """File pt_inception-2015-12-05-6726825d.pth, by whose features FID and Inception Score are defined (it needs
+    torch-fidelity), or a TorchScript archive; without it, an EfficientNet-lite0 is used, and the figures have other names."""
     blur: str = "0,1,2,4,8"
     """Radii of the Gaussian blur of real and generated pictures before features are taken: standard deviations, pixels."""
     size: int | None = None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,9 +16,10 @@ from dalle_ds.data.faults import FaultLog, RowError
 from dalle_ds.data.images import Pixels, center_crop_resize
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.curves import Series, curves_svg, gradient_scales, read_metrics
-from dalle_ds.evaluation.metrics.ranking import ranking_accuracy
-from dalle_ds.files import write_bytes, write_text
+from dalle_ds.evaluation.curves import Series, curves_figure, gradient_scales, read_metrics, svg_of
+from dalle_ds.evaluation.metrics.likelihood import ranking_accuracy
+from dalle_ds.evaluation.pages import encoded, figures_table, image_element, write_document
+from dalle_ds.files import write_bytes
 from dalle_ds.sampling import TextToImage, picture_grid
 
 Pair = tuple[str, Pixels]
@@ -59,14 +57,25 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [unseen[row] for row in _spread(len(unseen), 10)]
     sheet = _pictures(pipeline, {"validation": chosen, "seen in training": seen}, num, seed)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(folder / "pictures.png", buffer.getvalue())
+    content = encoded(sheet)
+    write_bytes(folder / "pictures.png", content)
     if len(unseen) >= CANDIDATES:
         figures["ranking_accuracy_16"] = _ranking(pipeline, unseen)
     if left_out := faults.left_out():
         warnings.warn(f"{data}: {left_out}", stacklevel=2)
-    write_text(folder / "report.html", _page(buffer.getvalue(), figures, dvae, transformer))
+    sections = [
+        f"<p>Made by dalle_ds {dalle_ds.__version__}. Each row of the sheet: a caption, its image, the image through the "
+        "dVAE's codes, and samples that the transformer generated from the caption alone. Captions marked [validation] were "
+        "never seen in training.</p>",
+        image_element(content, "captions, images, reconstructions and samples"),
+        "<h2>Figures</h2>",
+        figures_table({name: (f"{value:.3f}", MEANING[name]) for name, value in figures.items()}),
+        "<h2>dVAE</h2>",
+        svg_of(curves_figure(_dvae_panels(dvae))),
+        "<h2>Transformer</h2>",
+        svg_of(curves_figure(_transformer_panels(transformer))),
+    ]
+    write_document(folder / "report.html", "DALL·E: report", sections)
     return figures
 
 
@@ -138,29 +147,17 @@ def _figures(
     }
 
 
-def _page(picture: bytes, figures: dict[str, float], dvae: dict[str, Series], transformer: dict[str, Series]) -> str:
-    meaning = {
-        "dvae_psnr": "reconstruction of validation pictures, dB",
-        "dvae_perplexity": "perplexity of the codes of validation pictures",
-        "dvae_codes_used": "different codes in validation pictures",
-        "transformer_image_loss": "validation loss per code, nats",
-        "code_entropy": "entropy of the codes' frequencies, nats: what a model knows that has seen no order",
-        "gain_over_entropy": "how far the loss is below it, nats per code",
-        "caption_gain": "how much worse pictures are predicted under another picture's caption, nats per code",
-        "transformer_text_loss": "validation loss per text token, nats",
-        "ranking_accuracy_16": "share of validation captions that find their picture among 16 (chance 0.06)",
-    }
-    rows = "\n".join(
-        f"<tr><td>{name}</td><td class=number>{value:.3f}</td><td>{html.escape(meaning[name])}</td></tr>"
-        for name, value in figures.items()
-    )
-    return PAGE.format(
-        version=dalle_ds.__version__,
-        rows=rows,
-        picture=base64.b64encode(picture).decode(),
-        dvae=curves_svg(_dvae_panels(dvae)),
-        transformer=curves_svg(_transformer_panels(transformer)),
-    )
+MEANING = {
+    "dvae_psnr": "reconstruction of validation images, dB",
+    "dvae_perplexity": "perplexity of the codes of validation images",
+    "dvae_codes_used": "different codes in validation images",
+    "transformer_image_loss": "validation loss per code, nats",
+    "code_entropy": "entropy of the codes' frequencies, nats: what a model knows that has seen no order",
+    "gain_over_entropy": "how far the loss is below it, nats per code",
+    "caption_gain": "how much worse images are predicted under another image's caption, nats per code",
+    "transformer_text_loss": "validation loss per text token, nats",
+    "ranking_accuracy_16": "share of validation captions that find their image among 16 (chance 0.06)",
+}
 
 
 def _panel(metrics: dict[str, Series], **names: str) -> dict[str, Series]:
@@ -191,26 +188,3 @@ def _transformer_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Serie
     }
     scales = gradient_scales(metrics)
     return panels | ({"log2 of gradient scales, first block to last": scales} if scales else {})
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>DALL·E: report</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em; }}
-table {{ border-collapse: collapse; }} td {{ border-top: 1px solid #ddd; padding: .25em .8em; }}
-.number {{ text-align: right; font-variant-numeric: tabular-nums; }} img, svg {{ max-width: 100%; height: auto; }}
-</style></head><body>
-<h1>DALL·E: report</h1>
-<p>Made by dalle_ds {version}. Each row of the sheet: a caption, its picture, the picture through the dVAE's codes, and
-samples that the transformer drew from the caption alone. Captions marked [validation] were never seen in training.</p>
-<p><img alt="captions, pictures, reconstructions and samples" src="data:image/png;base64,{picture}"></p>
-<h2>Figures</h2>
-<table>
-{rows}
-</table>
-<h2>dVAE</h2>
-{dvae}
-<h2>Transformer</h2>
-{transformer}
-</body></html>
-"""

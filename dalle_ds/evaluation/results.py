@@ -1,14 +1,22 @@
-"""Results of evaluations: figures with the protocol that they were obtained by, and comparisons of what is comparable."""
+"""Results of evaluations: figures with the protocol that they were obtained by, as JSON, tables and a page; comparisons of
+what is comparable."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from rich.table import Table
+
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import write_json
+from dalle_ds.evaluation.curves import best_of_curves
+from dalle_ds.evaluation.pages import encoded, figures_table, image_element, write_document
+from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json, shown
 
 METHOD = 1
@@ -70,18 +78,23 @@ def compare(one: Result, other: Result, allow: Sequence[str] = ()) -> dict[str, 
     Raises:
         ConfigError: their protocols differ elsewhere; every differing field is named, with both values.
     """
-    first, second = flat(one.protocol), flat(other.protocol)
-    differing = [
-        f"{name}: {shown(first.get(name))} and {shown(second.get(name))}"
-        for name in sorted({*first, *second})
-        if first.get(name) != second.get(name) and not any(name == a or name.startswith(f"{a}.") for a in allow)
-    ]
+    differing = differences(one.protocol, other.protocol, allow)
     if differing:
         raise ConfigError(
             f"these results were obtained by different protocols and cannot be compared: {'; '.join(differing)}. Evaluate "
             "one of them again like the other; where a difference is what you are after, name its field with --allow"
         )
     return {name: (value, other.metrics[name]) for name, value in one.metrics.items() if name in other.metrics}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], allow: Sequence[str] = ()) -> list[str]:
+    """The fields in which two protocols differ, with both values."""
+    first, second = flat(one), flat(other)
+    return [
+        f"{name}: {shown(first.get(name))} and {shown(second.get(name))}"
+        for name in sorted({*first, *second})
+        if first.get(name) != second.get(name) and not any(name == a or name.startswith(f"{a}.") for a in allow)
+    ]
 
 
 def flat(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,3 +104,77 @@ def flat(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict) and prefix.count(".") < DEPTH
         found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
+
+
+MEANING = {
+    "fid": "Fréchet distance from real images in Inception features; less is better",
+    "inception_score": "Inception Score; more is better",
+    "efficientnet_frechet": "Fréchet distance from real images in EfficientNet features; not FID",
+    "efficientnet_score": "the Inception Score's formula on EfficientNet",
+    "psnr": "mean peak signal-to-noise ratio, dB",
+    "ssim": "mean structural similarity",
+    "perplexity": "exp of the entropy of the codes' frequencies",
+    "used": "codes that occur",
+    "dead": "codes that do not",
+    "usage": "share of codes that occur",
+    "clip_score": "100 · cosine of image and caption, by the judge",
+    "retrieval_at_1": "captions whose own image comes first among all",
+    "retrieval_at_5": "… is among the first 5",
+    "retrieval_at_10": "… is among the first 10",
+    "reranker_score": "100 · cosine, by the model that chose",
+    "text_nats_per_token": "−ln P of captions, nats per token",
+    "image_nats_per_token": "−ln P of codes given captions, nats per code",
+    "codes_bits_per_dimension": "the same in bits per pixel value",
+    "pixels_bits_per_dimension": "−log2 P of 8-bit images given their codes, per pixel value",
+    "bits_per_dimension": "the sum: upper bound on −log2 P of images given captions",
+    "captions_cut": "captions with more tokens than fit, share",
+}
+
+
+def console_table(result: Result) -> Table:
+    """The figures as a table."""
+    table = Table("figure", "value", "meaning", title="evaluation")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.4f}", meaning(name))
+    return table
+
+
+def comparison_table(figures: Mapping[str, tuple[float, float]], names: tuple[str, str]) -> Table:
+    """Figures of two results side by side."""
+    table = Table("figure", *names, "difference")
+    for name, (one, other) in figures.items():
+        table.add_row(name, f"{one:.4f}", f"{other:.4f}", f"{other - one:+.4f}")
+    return table
+
+
+def meaning(name: str) -> str:
+    """What a figure is, by a part of its name."""
+    return next((MEANING[part] for part in name.split("/") if part in MEANING), "")
+
+
+SHEETS = {
+    "pictures": "Images generated for captions",
+    "reconstructions": "Reconstructions by the dVAE",
+    "codebook": "The most and the least used codes",
+}
+"""Headings of the page's images, by their files' names."""
+
+
+def write_page(out: Path, result: Result, sheets: Mapping[str, Image.Image]) -> None:
+    """Write `evaluation.html` and the images on it, `NAME.png`, into the folder `out`."""
+    sections = [
+        f"<p>Made by dalle_ds {result.version}. Figures are comparable with those of results that have the same protocol, "
+        "below.</p>",
+        *[f"<p><b>{html.escape(note)}</b></p>" for note in result.notes],
+    ]
+    if curves := best_of_curves(result.metrics):
+        sections += ["<h2>Best of n</h2>", curves]
+    for name, sheet in sheets.items():
+        content = encoded(sheet)
+        write_bytes(out / f"{name}.png", content)
+        sections += [f"<h2>{SHEETS[name]}</h2>", image_element(content, name)]
+    rows = {name: (f"{value:.4f}", meaning(name)) for name, value in result.metrics.items()}
+    protocol = {"protocol": result.protocol, "models": result.models, "seconds": result.seconds}
+    text = html.escape(json.dumps(protocol, indent=2, ensure_ascii=False))
+    sections += ["<h2>Figures</h2>", figures_table(rows), "<h2>Protocol</h2>", f"<pre>{text}</pre>"]
+    write_document(out / "evaluation.html", "DALL·E: evaluation", sections)

@@ -1,9 +1,14 @@
-"""Sets that models are measured on: which rows, which captions, and their pictures."""
+"""Sets that models are measured on: which rows, which captions, their images, and the processes that share them out.
+
+Rows go out in chunks of a fixed size, chunk i to process i mod P. What shares a batch is therefore the same for any number of
+processes, and so are the bits of each row's results on CPUs.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +21,15 @@ from dalle_ds.data.corpora.files import is_read, walk
 from dalle_ds.data.images import Pixels, center_crop_resize, decode_image, image_suffixes
 from dalle_ds.data.samples import channels_first
 from dalle_ds.errors import DataError
+from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json, shown
 
 RESIZE = "shorter side by Lanczos, then the central square"
 """Of pictures decoded at their full size, for protocols."""
+CHUNK = 16
+"""Rows in a chunk."""
+TELL_SECONDS = 30.0
+"""Time between two lines that say how far it is."""
 Selections = dict[str, Tensor]
 """Name → (N,) bool, which of N rows or captions belong to it; "" is all of them."""
 
@@ -51,21 +61,21 @@ def choose_captions(dataset: PairDataset, number: int | None, seed: int) -> list
     return [captions[index] for index in order[:number]]
 
 
-def pictures_of(dataset: PairDataset, rows: Sequence[int], size: int) -> Tensor:
-    """(B, 3, size, size) uint8 pictures of some rows, resized and cropped as `RESIZE` says."""
+def images_of(dataset: PairDataset, rows: Sequence[int], size: int) -> Tensor:
+    """(B, 3, size, size) uint8 images of some rows, resized and cropped as `RESIZE` says."""
     return stacked([center_crop_resize(dataset.picture(row), size) for row in rows])
 
 
-def stacked(pictures: Sequence[Pixels]) -> Tensor:
-    """(H, W, 3) pictures of one size → (B, 3, H, W) uint8."""
-    return torch.stack([torch.tensor(channels_first(picture)) for picture in pictures])
+def stacked(images: Sequence[Pixels]) -> Tensor:
+    """(H, W, 3) images of one size → (B, 3, H, W) uint8."""
+    return torch.stack([torch.tensor(channels_first(image)) for image in images])
 
 
 def to_size(pixels: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) uint8 pictures resized and cropped as `RESIZE` says; those that have the size are returned as they are."""
+    """(B, 3, H, W) uint8 images resized and cropped as `RESIZE` says; those that have the size are returned as they are."""
     if pixels.shape[2:] == (size, size):
         return pixels
-    resized = [center_crop_resize(picture.permute(1, 2, 0).cpu().numpy(), size) for picture in pixels]
+    resized = [center_crop_resize(image.permute(1, 2, 0).cpu().numpy(), size) for image in pixels]
     return stacked(resized).to(pixels.device)
 
 
@@ -142,3 +152,44 @@ class PictureFolder:
         except (OSError, DataError) as error:
             raise DataError(f"{self.paths[row]}: {error}; repair it or take it out") from error
         return pixels if size is None else center_crop_resize(pixels, size), hashlib.sha256(content).digest()
+
+
+def shard_rows(rows: int, mesh: Mesh, what: str = "", chunk: int = CHUNK) -> Iterator[list[int]]:
+    """This process's chunks of the rows 0 … rows − 1.
+
+    Args:
+        what: what is done with them, for a line about every half minute from the main process; "" says nothing.
+    """
+    started = told = time.monotonic()
+    for start in range(mesh.rank * chunk, rows, mesh.world_size * chunk):
+        yield list(range(start, min(rows, start + chunk)))
+        now = time.monotonic()
+        if what and mesh.is_main and now - told > TELL_SECONDS:
+            told = now
+            print(f"{what}: {min(rows, start + chunk):,} of {rows:,} after {now - started:.0f} s", flush=True)
+
+
+class GatheredRows:
+    """One value per row, filled in by whichever process has the row.
+
+    Args:
+        rows: how many there are.
+        shape: of a value.
+        dtype: of a value; sums of it with zeros must be exact.
+    """
+
+    def __init__(self, rows: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> None:
+        self._values = torch.zeros(rows, *shape, dtype=dtype)
+        self._filled = torch.zeros(rows, dtype=torch.int64)
+
+    def put(self, rows: list[int], values: Tensor) -> None:
+        """The values (len(rows), *shape) of some rows."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        self._values[index] = values.detach().cpu().to(self._values.dtype)
+        self._filled[index] += 1
+
+    def gather(self, mesh: Mesh) -> Tensor:
+        """(rows, *shape) on the CPU, on all processes. Collective."""
+        filled = mesh.sum(self._filled, "world").cpu()
+        assert bool((filled == 1).all()), "every row is one process's, once"
+        return mesh.sum(self._values, "world").cpu()

@@ -3,7 +3,7 @@
 from dalle_ds.interop.clip_export import export_clip
 from dalle_ds.interop.clip_import import import_clip, load_clip
 from dalle_ds.interop.openai_dvae import import_openai_dvae, load_openai_dvae
-from dalle_ds.interop.pickles import TORCH_CLASSES, read_pickled_tensors
+from dalle_ds.interop.torch_files import TORCH_CLASSES, load_tensors
 
 __all__ = [
     "TORCH_CLASSES",
@@ -12,5 +12,5 @@ __all__ = [
     "import_openai_dvae",
     "load_clip",
     "load_openai_dvae",
-    "read_pickled_tensors",
+    "load_tensors",
 ]

@@ -32,7 +32,7 @@ from dalle_ds.interop.clip_layouts import (
     unwrapped,
 )
 from dalle_ds.interop.openai_dvae import SOURCE_NAME, sha256_of
-from dalle_ds.interop.pickles import read_pickled_tensors
+from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.pretrained import check_shapes, load_weights
 from dalle_ds.parsing import parse_json
@@ -245,7 +245,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         ) as error:  # KeyError: a dtype that this version of safetensors lacks
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     else:
-        found = read_pickled_tensors(file, scripted=True, wrapped=True)
+        found = load_tensors(file, classes=None)
     return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in found.items()}
 
 

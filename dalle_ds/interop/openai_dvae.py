@@ -1,6 +1,6 @@
 """OpenAI's released dVAE (`encoder.pkl`, `decoder.pkl`: pickled modules of the package `dall_e`) as one of ours.
 
-Neither the package nor the files' pickled code is run (`dalle_ds.interop.pickles`).
+Neither the package nor the files' pickled code is run (`dalle_ds.interop.torch_files`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
-from dalle_ds.interop.pickles import read_pickled_tensors
+from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import check_shapes, load_weights
 
@@ -83,7 +83,7 @@ def import_openai_dvae(encoder: str | Path, decoder: str | Path, out: str | Path
 
 
 def _read(path: str | Path, part: str) -> dict[str, Tensor]:
-    tensors = read_pickled_tensors(path, _CLASSES)
+    tensors = load_tensors(path, _CLASSES)
     for name, shape in _ENDS[part].items():
         found = tuple(tensors[name].shape) if name in tensors else ()
         if len(found) != 4 or 0 in found or any(n not in (None, size) for size, n in zip(found, shape, strict=True)):

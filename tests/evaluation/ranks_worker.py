@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_ds.evaluation.dealing import Collected, dealt
-from dalle_ds.evaluation.metrics.appearance import Appearance, distances
 from dalle_ds.evaluation.metrics.features import FeatureNetwork
-from dalle_ds.evaluation.sets import Selections
+from dalle_ds.evaluation.metrics.frechet import Appearance, distances
+from dalle_ds.evaluation.sets import GatheredRows, Selections, shard_rows
 from dalle_ds.parallel import Mesh
 
 RADII = [0.0, 1.0]
@@ -55,16 +54,16 @@ def measure(mesh: Mesh) -> dict[str, object]:
     for name, rows, generated in (("real", REAL, False), ("fake", FAKE, True), ("few", FEW, True)):
         pixels = pictures(rows, seed=rows)
         looks = Appearance(NETWORK, RADII, selections(rows), generated=generated)
-        for chosen in dealt(rows, mesh):
+        for chosen in shard_rows(rows, mesh):
             looks.add(chosen, pixels[chosen])
         found[name] = looks.summed(mesh)
-    collected = Collected(FAKE)
-    for chosen in dealt(FAKE, mesh, chunk=5):
+    collected = GatheredRows(FAKE)
+    for chosen in shard_rows(FAKE, mesh, chunk=5):
         collected.put(chosen, torch.tensor(chosen) * 0.1)
     return {
         "fake": distances(found["real"], found["fake"]),
         "few": distances(found["real"], found["few"]),
-        "rows": collected.everything(mesh).tolist(),
+        "rows": collected.gather(mesh).tolist(),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.candidates import CAPTIONS, PROTOCOL_NAME, Candidates, best_of, kept_precision
-from dalle_ds.evaluation.dealing import dealt
+from dalle_ds.evaluation.sets import shard_rows
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import rates
@@ -34,7 +34,7 @@ def make(pipeline: TextToImage, folder: Path | None = None, **changes: object) -
 
 
 def all_codes(candidates: Candidates) -> torch.Tensor:
-    return torch.cat([candidates.codes(rows) for rows in dealt(len(candidates.captions), ALONE, chunk=CAPTIONS)])
+    return torch.cat([candidates.codes(rows) for rows in shard_rows(len(candidates.captions), ALONE, chunk=CAPTIONS)])
 
 
 def test_the_best_of_the_first_n() -> None:
@@ -66,9 +66,9 @@ def test_a_damaged_file_is_drawn_again(pipeline: TextToImage, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("num", 4, "num: 3 there, 4 asked for"),
-        ("seed", 6, "seed: 5 there, 6 asked for"),
-        ("sampling", Sampling(temperature=0.5), "sampling.temperature: 1.0 there, 0.5 asked for"),
+        ("num", 4, "num: 3 and 4"),
+        ("seed", 6, "seed: 5 and 6"),
+        ("sampling", Sampling(temperature=0.5), "sampling.temperature: 1.0 and 0.5"),
         ("captions", TEXTS[::-1], "captions: "),
     ],
 )
@@ -83,7 +83,7 @@ def test_other_candidates_are_refused(
 def test_another_transformers_candidates_are_refused(pipeline: TextToImage, tmp_path: Path) -> None:
     candidates = make(pipeline, tmp_path)
     assert isinstance(pipeline.model, Dalle)
-    with pytest.raises(ConfigError, match="transformer: 'weights' there, 'others' asked for"):
+    with pytest.raises(ConfigError, match="transformer: 'weights' and 'others'"):
         candidates.prepare(candidates.protocol("fp32", "others"))
 
 
@@ -96,7 +96,7 @@ def test_the_precision_of_kept_candidates_is_taken_up_again(
     assert rates.choose_precision("auto", ALONE, kept) == "bf16"
     candidates = make(pipeline, tmp_path / "kept")
     assert rates.choose_precision("auto", ALONE, kept) == "fp32"
-    with pytest.raises(ConfigError, match=r"dtype: 'fp32' there.*--dtype fp32$"):
+    with pytest.raises(ConfigError, match=r"dtype: 'fp32' and .*--dtype fp32$"):
         candidates.prepare(candidates.protocol(rates.choose_precision("bf16", ALONE, kept), "weights"))
     for damaged in ("[", "[]", '{"dtype": []}', '{"dtype": "int8"}', "{}"):
         (tmp_path / "kept" / PROTOCOL_NAME).write_text(damaged)

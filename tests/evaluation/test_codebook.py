@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_ds.evaluation.metrics import codebook
-from dalle_ds.evaluation.metrics.codebook import code_picture, codebook_panel, codebook_usage
+from dalle_ds.evaluation.metrics import dvae as codebook
+from dalle_ds.evaluation.metrics.dvae import code_picture, codebook_panel, codebook_usage
 from dalle_ds.models import DiscreteVAE
 from tests.conftest import TINY_DVAE
 

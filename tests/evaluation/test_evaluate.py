@@ -20,11 +20,11 @@ from dalle_ds.data import PairDataset
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.evaluation import folders, of_pictures, page, run
-from dalle_ds.evaluation.command import compare_command
+from dalle_ds.evaluation import evaluate as evaluate_module
+from dalle_ds.evaluation import measure, results
+from dalle_ds.evaluation.evaluate import compare_command, evaluate
 from dalle_ds.evaluation.metrics.features import FeatureNetwork
-from dalle_ds.evaluation.metrics.likelihood import pixel_nats
-from dalle_ds.evaluation.metrics.statistics import (
+from dalle_ds.evaluation.metrics.frechet import (
     Moments,
     Predictions,
     frechet_distance,
@@ -32,10 +32,10 @@ from dalle_ds.evaluation.metrics.statistics import (
     split_count,
     split_of_rows,
 )
+from dalle_ds.evaluation.metrics.likelihood import pixel_nats
 from dalle_ds.evaluation.options import EvaluateOptions
 from dalle_ds.evaluation.results import Result, compare
-from dalle_ds.evaluation.run import evaluate
-from dalle_ds.evaluation.sets import choose_captions, pictures_of
+from dalle_ds.evaluation.sets import choose_captions, images_of
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import rates
@@ -60,9 +60,8 @@ NETWORK = FeatureNetwork("colours", "00", "colour_distance", "colour_score", Col
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features that take no time, and no curves, which take seconds."""
-    monkeypatch.setattr(page, "best_of_curves", lambda _: "")
-    for module in (run, folders):
-        monkeypatch.setattr(module, "load_network", lambda *_: NETWORK)
+    monkeypatch.setattr(results, "best_of_curves", lambda _: "")
+    monkeypatch.setattr(evaluate_module, "load_network", lambda *_: NETWORK)
 
 
 @pytest.fixture
@@ -150,7 +149,7 @@ def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: Non
     for caption, candidates in zip(captions, drawn, strict=True):
         scores = clip.embed_images(pixels(candidates) / 255) @ clip.embed_texts([caption])[0]
         best.append(candidates[int(scores.argmax())])
-    fake, real = pixels(best), pictures_of(dataset, range(len(dataset)), 16)
+    fake, real = pixels(best), images_of(dataset, range(len(dataset)), 16)
     fid, isc = reference("torch_fidelity.metric_fid"), reference("torch_fidelity.metric_isc")
     statistics = [fid.fid_features_to_statistics(NETWORK(each)[0].double()) for each in (real, fake)]
     distance = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
@@ -175,7 +174,7 @@ def test_likelihoods_and_what_real_pictures_reach_are_those_computed_by_hand(
     found = evaluate(options, ALONE).metrics
     dataset = PairDataset.open(str(options.data), "validation")
     pipeline, judge = TextToImage.from_pretrained(str(options.transformer)), Clip.from_pretrained(str(options.judge))
-    pixels = pictures_of(dataset, range(len(dataset)), 16)
+    pixels = images_of(dataset, range(len(dataset)), 16)
     codes = pipeline.dvae.encode(pixels / 255)
     nats, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(2)
     for row in range(len(dataset)):
@@ -262,9 +261,9 @@ def test_without_the_overlap_is_as_if_its_rows_were_not_there(
             return self.whole.picture(self.rows[row], short_side)
 
     kept = [caption.text for caption in choose_captions(dataset, 7, 0)[3:]]
-    monkeypatch.setattr(run, "PairDataset", Fewer)
+    monkeypatch.setattr(evaluate_module, "PairDataset", Fewer)
     monkeypatch.setattr(
-        run,
+        evaluate_module,
         "choose_captions",
         lambda fewer, *_: [
             next(caption for caption in choose_captions(fewer, None, 0) if caption.text == text) for text in kept
@@ -302,10 +301,10 @@ def test_the_score_is_of_the_generated_pictures(tmp_path: Path, quick: None) -> 
 def test_the_score_is_of_drawn_pictures_too(
     options: EvaluateOptions, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(of_pictures, "drawn_pixels", lambda pipeline, codes, size: _plain(len(codes), size))
+    monkeypatch.setattr(measure, "generated_pixels", lambda pipeline, codes, size: _plain(len(codes), size))
     dataset = PairDataset.open(str(options.data), "validation")
     rows = [caption.row for caption in choose_captions(dataset, 5, 0)]
-    of_real = Predictions.of(NETWORK(pictures_of(dataset, rows, 16))[1], split_of_rows(5), split_count(5))
+    of_real = Predictions.of(NETWORK(images_of(dataset, rows, 16))[1], split_of_rows(5), split_count(5))
     assert inception_score(of_real) > 1.0001
     result = evaluate(replace(options, dvae=None, best_of="1", captions=5), ALONE)
     assert result.metrics["best_of_1/colour_score/blur_0"] == pytest.approx(1)
@@ -369,14 +368,14 @@ def test_one_caption_is_too_few_and_nothing_is_drawn(
     options: EvaluateOptions, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("dalle_ds.evaluation.candidates.sample_codes")
-    with pytest.raises(DataError, match="there are 1 captions to draw"):
+    with pytest.raises(DataError, match="there are 1 captions"):
         evaluate(replace(options, captions=1), ALONE)
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
     options: EvaluateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(run, "_evaluate_models")
+    monkeypatch.delattr(evaluate_module, "_evaluate_models")
     (tmp_path / "file").touch()
     for out in ("file", "file/below"):
         with pytest.raises(ConfigError, match=f"{out} must be a folder"):

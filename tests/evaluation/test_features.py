@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dalle_ds.errors import CheckpointError
+from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.evaluation.metrics.features import load_network
-from dalle_ds.evaluation.metrics.inception import InceptionV3, resize_like_tensorflow
 from tests.references import reference
 
 
 @pytest.fixture(scope="module")
-def weights() -> Iterator[dict[str, torch.Tensor]]:
-    """Random weights under which features differ between pictures, statistics of batch normalization too."""
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """torch-fidelity's network of random weights under which features differ between images, batch normalization's too."""
+    module = reference("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
-    network = InceptionV3()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.05, 0.2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    yield network.state_dict()
+    nothing = tmp_path_factory.mktemp("inception") / "nothing.pth"
+    torch.save({}, nothing)
+
+    class Network(module.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
+        def load_state_dict(self, _: object) -> None:  # type: ignore[override]
+            """Keep the random ones."""
+
+    network = Network("inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(nothing))
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.05, 0.2)
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 0, 0.1)
+    return network
 
 
-@pytest.fixture(scope="module")
-def file(weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(weights, path)
-    return path
-
-
-def test_inception_computes_what_torch_fidelity_does(file: Path) -> None:
-    theirs = reference("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3(
-        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file)
-    )
+def test_fids_network_is_torch_fidelitys(theirs: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(theirs.state_dict(), file)
     network = load_network(str(file))
     assert (network.distance, network.score) == ("fid", "inception_score")
     pixels = torch.randint(0, 256, (2, 3, 32, 39), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -49,12 +48,33 @@ def test_inception_computes_what_torch_fidelity_does(file: Path) -> None:
         assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("size", [7, 299, 401])
-def test_pictures_are_resized_as_tensorflow_does(size: int) -> None:
-    theirs = reference("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
-    pixels = 255 * torch.rand(1, 3, size, size + 5, generator=torch.Generator().manual_seed(3))
-    expected = theirs(pixels, size=(299, 299), align_corners=False)
-    assert (resize_like_tensorflow(pixels, 299) - expected).abs().max() < 1e-3  # of 256 levels
+def test_without_torch_fidelity_its_name_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match="pip install torch-fidelity"):
+        load_network(str(tmp_path / "weights.pth"))
+
+
+class Colours(nn.Module):
+    """Means of colours, and classes red, green and blue."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means = pixels.float().mean(dim=[2, 3])
+        return torch.cat([means, means.square()], dim=1), 50 * means
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_torchscript_archive_is_a_network(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(Colours()), str(tmp_path / "colours.pt"))
+    network = load_network(str(tmp_path / "colours.pt"))
+    assert network.name == "colours.pt" and len(network.sha256) == 64
+    pixels = torch.randint(0, 256, (2, 3, 8, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for ours, expected in zip(network(pixels), Colours()(pixels), strict=True):
+        assert torch.equal(ours, expected)
+    torch.jit.save(torch.jit.script(nn.ReLU()), str(tmp_path / "relu.pt"))
+    with pytest.raises(CheckpointError, match=r"relu\.pt"):
+        load_network(str(tmp_path / "relu.pt"))
 
 
 def test_without_a_file_nothing_is_called_fid() -> None:
@@ -82,6 +102,7 @@ class Trap:
 @pytest.mark.parametrize("what", ["missing", "text", "other weights", "a tensor", "a trap"])
 def test_other_files_are_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    reference("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path / "weights.pth"
     if what == "text":
         path.write_text("no weights")

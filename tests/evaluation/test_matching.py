@@ -10,8 +10,8 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.metrics import matching
+from dalle_ds.evaluation.metrics.dvae import psnr, ssim
 from dalle_ds.evaluation.metrics.matching import clip_scores, recalls, retrieval_ranks
-from dalle_ds.evaluation.metrics.reconstruction import psnr, ssim
 
 
 def unit(count: int, seed: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.page import best_of_curves, write_page
-from dalle_ds.evaluation.results import Result, compare
+from dalle_ds.evaluation.curves import best_of_curves
+from dalle_ds.evaluation.results import Result, compare, write_page
 
 RESULT = Result(
     protocol={

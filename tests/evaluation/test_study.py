@@ -24,12 +24,15 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.study.pages import MakeOptions, make_study, pictures_of
-from dalle_ds.evaluation.study.votes import (
+from dalle_ds.evaluation.study import (
     CountOptions,
+    MakeOptions,
     count_study,
+    images_by_caption,
     majority,
+    make_study,
     normal_half_width,
+    report,
     wilson_interval,
 )
 from tests.conftest import ROOT
@@ -141,7 +144,7 @@ def test_a_page_runs_no_caption_and_needs_nothing(folders: Path) -> None:
         assert page.links == []
         assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttp|innerHTML|WebSocket|sendBeacon", text)
         assert "default-src 'none'" in text
-        assert "@STUDY@" not in text and "p0.png" not in text and str(folders) not in text
+        assert "@CONTENT@" not in text and "p0.png" not in text and str(folders) not in text
         code = text[text.rindex("<script>") :]
         assert expected in (None, code)  # nothing of a study stands in the code
         expected = code
@@ -151,13 +154,13 @@ def test_a_page_runs_no_caption_and_needs_nothing(folders: Path) -> None:
 
 def test_pictures_by_list_and_by_name(folders: Path) -> None:
     (folders / "a" / "pictures.json").unlink()
-    by_name = pictures_of(str(folders / "a"), CAPTIONS)
+    by_name = images_by_caption(str(folders / "a"), CAPTIONS)
     assert [path.name for path in by_name.values()] == [f"p{number}.png" for number in range(12)]  # p2 before p10
     moved = json.loads((folders / "a.json").read_text())
     listed = folders / "a" / "list.json"
     listed.write_text(json.dumps([*moved, {"caption": CAPTIONS[1], "picture": "p7.png"}]))
-    assert pictures_of(str(listed), None) == by_name  # the first of a caption counts
-    assert list(pictures_of(str(listed), CAPTIONS[3:5])) == CAPTIONS[3:5]
+    assert images_by_caption(str(listed), None) == by_name  # the first of a caption counts
+    assert list(images_by_caption(str(listed), CAPTIONS[3:5])) == CAPTIONS[3:5]
     plain = [*CAPTIONS[1:]]
     (folders / "captions.txt").write_text("\n".join([*plain[:4], "", "a twelfth", *plain[4:]]) + "\n")
     key = make(folders, a=str(folders / "a"), captions=str(folders / "captions.txt"), b=str(folders / "a"))
@@ -169,7 +172,7 @@ def test_pictures_in_the_order_of_their_names(tmp_path: Path) -> None:
     names = ["2.png", "10.PNG", "a2.tif", "a10.png", "x²1.png", "²5.png"]
     for name in sorted(names):
         (tmp_path / name).touch()
-    assert [path.name for path in pictures_of(str(tmp_path), "abcdef").values()] == names
+    assert [path.name for path in images_by_caption(str(tmp_path), "abcdef").values()] == names
 
 
 def test_names_are_no_markup(folders: Path) -> None:
@@ -184,7 +187,7 @@ def test_names_are_no_markup(folders: Path) -> None:
         content = json.loads(Path(file).read_text())
         Path(file).write_text(json.dumps({**content, "voter": "[/no]"}))
     shown = io.StringIO()
-    Console(file=shown, width=200).print(count(folders, files).report())
+    Console(file=shown, width=200).print(report(count(folders, files)))
     assert "[bold]a/x]" in shown.getvalue() and "voter [/no]: 100%" in shown.getvalue()
 
 
@@ -262,20 +265,20 @@ def test_votes_are_counted_by_majority(folders: Path) -> None:
 
     files = [file for voter in range(5) for file in write_votes(folders, key, f"voter{voter}", choose)]
     found = count(folders, files, json=str(folders / "count.json"))
-    for question, tally in found.tallies.items():
+    for question, tally in found["questions"].items():
         ballots = [Counter(votes) for (_, asked), votes in cast.items() if asked == question]
         a = sum(votes["a"] > max(votes["b"], votes["tie"]) for votes in ballots)
         b = sum(votes["b"] > max(votes["a"], votes["tie"]) for votes in ballots)
-        assert (tally.a, tally.b, tally.tie, tally.incomplete) == (a, b, 12 - a - b, 0)
-        assert Counter(tally.votes) == sum(ballots, Counter())
-        assert tally.share_a == pytest.approx((a + (12 - a - b) / 2) / 12)
+        assert (tally["a"], tally["b"], tally["tie"], tally["pairs_with_fewer_than_5_voters"]) == (a, b, 12 - a - b, 0)
+        assert Counter(tally["votes"]) == sum(ballots, Counter())
+        assert tally["share_a"] == pytest.approx((a + (12 - a - b) / 2) / 12)
     written = json.loads((folders / "count.json").read_text())
-    assert written["questions"]["realism"]["share_a"] == found.tallies["realism"].share_a
+    assert written["questions"]["realism"]["share_a"] == found["questions"]["realism"]["share_a"]
     assert {voter["name"] for voter in written["voters"]} == {f"voter{voter}" for voter in range(5)}
     fewer = count(folders, files[:8])  # two voters of all pages and one of two
-    assert fewer.tallies["caption"].incomplete == 12
-    assert fewer.tallies["caption"].pairs == 12
-    assert count(folders, files[:1]).tallies["realism"].pairs == 5
+    assert fewer["questions"]["caption"]["pairs_with_fewer_than_5_voters"] == 12
+    assert fewer["questions"]["caption"]["pairs"] == 12
+    assert count(folders, files[:1])["questions"]["realism"]["pairs"] == 5
 
 
 def test_majorities() -> None:
@@ -316,21 +319,21 @@ def test_voters_who_did_not_look_are_flagged(folders: Path) -> None:
     files += write_votes(folders, key, "contrary", lambda *_: "b")
     files += write_votes(folders, key, "careless", lambda *_: "b", seconds=3.9)
     found = count(folders, files)
-    assert [voter.name for voter in found.voters if voter.flagged] == ["careless"]
-    assert found.tallies["realism"].votes == {"a": 48, "b": 24, "tie": 0}
+    assert [voter["name"] for voter in found["voters"] if voter["flagged"]] == ["careless"]
+    assert found["questions"]["realism"]["votes"] == {"a": 48, "b": 24, "tie": 0}
     dropped = count(folders, files, drop_flagged=True)
-    assert dropped.tallies["realism"].votes == {"a": 48, "b": 12, "tie": 0}
-    assert next(voter for voter in found.voters if voter.name == "quick").hasty == 1
-    assert next(voter for voter in found.voters if voter.name == "contrary").dissent == 1
+    assert dropped["questions"]["realism"]["votes"] == {"a": 48, "b": 12, "tie": 0}
+    assert next(voter for voter in found["voters"] if voter["name"] == "quick")["hasty"] == 1
+    assert next(voter for voter in found["voters"] if voter["name"] == "contrary")["dissent"] == 1
 
 
 def test_voters_are_held_against_the_others_alone(folders: Path) -> None:
     """Their own votes make no majority of the others; and where the others have none, nobody is against it."""
     key = make(folders)
     files = [*write_votes(folders, key, "v1", lambda *_: "a"), *write_votes(folders, key, "v2", lambda *_: "b")]
-    assert [voter.dissent for voter in count(folders, files).voters] == [1, 1]
+    assert [voter["dissent"] for voter in count(folders, files)["voters"]] == [1, 1]
     files += write_votes(folders, key, "v3", lambda *_: "tie")
-    assert [voter.dissent for voter in count(folders, files).voters] == [0, 0, 0]
+    assert [voter["dissent"] for voter in count(folders, files)["voters"]] == [0, 0, 0]
 
 
 def test_the_same_votes_count_once(folders: Path) -> None:
@@ -340,7 +343,7 @@ def test_the_same_votes_count_once(folders: Path) -> None:
     content = json.loads(Path(files[0]).read_text())
     half = folders / "half.json"
     half.write_text(json.dumps({**content, "answers": content["answers"][:4]}))
-    assert count(folders, [str(half), *files]).tallies["realism"].votes == {"a": 12, "b": 0, "tie": 0}
+    assert count(folders, [str(half), *files])["questions"]["realism"]["votes"] == {"a": 12, "b": 0, "tie": 0}
     changed = [{**content["answers"][0], "answer": "tie"}]
     half.write_text(json.dumps({**content, "answers": changed}))
     with pytest.raises(DataError, match="otherwise than another file of the same voter"):
@@ -470,9 +473,9 @@ def test_a_browser_keeps_the_place_and_saves_the_votes(folders: Path) -> None:
         assert told["title"] == "untouched" and not told["injected"]
     file = folders / "votes.json"
     file.write_text(json.dumps(second["votes"]))
-    tallies = count(folders, [str(file)]).tallies
-    assert sum(tallies["realism"].votes.values()) == sum(tallies["caption"].votes.values()) == 12
-    assert tallies["caption"].votes["tie"] == 1
+    tallies = count(folders, [str(file)])["questions"]
+    assert sum(tallies["realism"]["votes"].values()) == sum(tallies["caption"]["votes"].values()) == 12
+    assert tallies["caption"]["votes"]["tie"] == 1
 
 
 def test_pages_hold_every_pixel(folders: Path) -> None:

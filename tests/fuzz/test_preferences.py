@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.evaluation.study.pages import MakeOptions, make_study, pictures_of
-from dalle_ds.evaluation.study.votes import CountOptions, count_study
+from dalle_ds.evaluation.study import CountOptions, MakeOptions, count_study, images_by_caption, make_study, report
 from dalle_ds.sampling.scores import KIND, Scores
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_json
@@ -76,14 +75,14 @@ def count(place: Path) -> Any:
     """The whole way: read, counted, written, printed."""
     figures = place / "figures.json"
     found = count_study(CountOptions((str(place / "votes.json"),), str(place / "study"), json=str(figures)))
-    Console(file=io.StringIO()).print(found.report())
+    Console(file=io.StringIO()).print(report(found))
     json.loads(figures.read_bytes().decode())
     return found
 
 
 def test_what_is_whole_is_taken(study: Path) -> None:
-    assert survives("votes", lambda: count(study)).tallies["realism"].pairs == len(CAPTIONS)
-    assert list(survives("lists of pictures", lambda: pictures_of(str(study / "a"), None))) == list(CAPTIONS)
+    assert survives("votes", lambda: count(study))["questions"]["realism"]["pairs"] == len(CAPTIONS)
+    assert list(survives("lists of pictures", lambda: images_by_caption(str(study / "a"), None))) == list(CAPTIONS)
 
 
 @given(data=st.data())
@@ -109,7 +108,7 @@ def test_lists_of_pictures(data: st.DataObject, study: Path) -> None:
     """And what is taken becomes a study."""
     content = data.draw(damaged_json(json.loads((study / "a" / "pictures.json").read_text())))
     with Exchanged(study / "a" / "pictures.json", content):
-        found = survives("lists of pictures", lambda: pictures_of(str(study / "a"), None))
+        found = survives("lists of pictures", lambda: images_by_caption(str(study / "a"), None))
         if found is not None:
             out = study / "again"
             survives("lists of pictures", lambda: make_study(MakeOptions(str(study / "a"), str(study / "a"), str(out))))

@@ -24,7 +24,7 @@ def number(value: int) -> bytes:
     if 0 <= value < 2**31:
         return b"J" + struct.pack("<i", value)
     encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8b" + struct.pack("<i", len(encoded)) + encoded  # LONG4
+    return b"\x8a" + bytes([len(encoded)]) + encoded  # LONG1
 
 
 def name(module: str, attribute: str) -> bytes:
@@ -64,13 +64,15 @@ def write_zip(path: Path, content: bytes, entries: dict[str, bytes] | None = Non
     """A file as PyTorch ≥ 1.6 writes it."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", b"3\n")
         for entry, data in ({"data/0": bytes(4 * FLOATS)} if entries is None else entries).items():
             archive.writestr(f"archive/{entry}", data)
     return path
 
 
 def write_legacy(path: Path, content: bytes, keys: tuple[str, ...] = ("0",), numel: int = FLOATS) -> Path:
-    """A file as earlier ones wrote it."""
+    """A file as earlier ones wrote it; a storage's id has one entry more, None."""
+    content = content.replace(b"tQ", b"NtQ")
     head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}]
     parts = [pickle.dumps(each, 2) for each in head] + [content, pickle.dumps(list(keys), 2)]
     path.write_bytes(b"".join(parts) + struct.pack("<q", numel) + bytes(4 * FLOATS))

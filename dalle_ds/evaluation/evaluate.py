@@ -1,33 +1,53 @@
-"""An evaluation from its options to its result."""
+"""An evaluation from its options to its result, and the commands of launchers/evaluate.py."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
 import dalle_ds
+from dalle_ds.allocator import keep_freed_memory
+from dalle_ds.cli import explain, parse_options
+from dalle_ds.config.watch import WatchConfig
 from dalle_ds.data import PairDataset
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.candidates import Candidates, kept_precision, texts_sha256
-from dalle_ds.evaluation.context import Context
-from dalle_ds.evaluation.folders import compare_folders
-from dalle_ds.evaluation.metrics.features import load_network
-from dalle_ds.evaluation.of_dvae import measure_dvae
-from dalle_ds.evaluation.of_pictures import measure_pictures, measure_real_matching
-from dalle_ds.evaluation.of_transformer import measure_likelihood
-from dalle_ds.evaluation.options import EvaluateOptions
-from dalle_ds.evaluation.page import write_page
-from dalle_ds.evaluation.results import METHOD, Result
-from dalle_ds.evaluation.sets import RESIZE, choose_captions, without_overlap
+from dalle_ds.evaluation.measure import (
+    Context,
+    measure_dvae,
+    measure_generated,
+    measure_likelihood,
+    measure_real_matching,
+)
+from dalle_ds.evaluation.metrics.features import FeatureNetwork, load_network
+from dalle_ds.evaluation.metrics.frechet import Appearance, distances
+from dalle_ds.evaluation.options import CompareOptions, EvaluateOptions
+from dalle_ds.evaluation.results import METHOD, Result, compare, comparison_table, console_table, write_page
+from dalle_ds.evaluation.sets import (
+    RESIZE,
+    GatheredRows,
+    PictureFolder,
+    choose_captions,
+    shard_rows,
+    stacked,
+    without_overlap,
+)
 from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
+from dalle_ds.parallel.watch import Watch
 from dalle_ds.precision.rates import DTYPES, choose_precision
 from dalle_ds.sampling import ClipReranker, TextToImage
 
@@ -81,8 +101,8 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[R
         judge = reranker
     seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge)
     size = options.size or next(model.config.image_size for model in seen_by if model is not None)
-    draws = pipeline is not None and bool(options.numbers)
-    network = load_network(options.inception, mesh.device) if vae is not None or draws else None
+    generates = pipeline is not None and bool(options.numbers)
+    network = load_network(options.inception, mesh.device) if vae is not None or generates else None
     context = Context(
         mesh=mesh,
         dataset=dataset,
@@ -94,7 +114,7 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[R
         reference_of_captions=options.reference == "captions",
         judge=judge,
     )
-    if draws:
+    if generates:
         _check_captions(context)
     models = {"dvae": vae.fingerprint} if vae is not None else {}
     protocol = _protocol(options, context)
@@ -108,19 +128,25 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[R
         with context.timed("likelihood"):
             measure_likelihood(context, pipeline)
         if options.numbers:
-            protocol["generation"] = _generation(options)
+            protocol["generation"] = {
+                "best_of": options.numbers,
+                "seed": options.seed,
+                "sampling": vars(options.sampling),
+                "dtype": options.dtype,
+                "reference": options.reference,
+            }
             protocol["reranker"] = reranker.fingerprint if reranker is not None and max(options.numbers) > 1 else None
             with context.timed("pictures"):
-                _measure_drawn(options, context, pipeline, reranker, weights, out)
+                _measure_generated(options, context, pipeline, reranker, weights, out)
     if judge is not None:
         with context.timed("real pictures and captions"):
             measure_real_matching(context)
-        if draws and judge is reranker and max(options.numbers) > 1:
+        if generates and judge is reranker and max(options.numbers) > 1:
             context.notes.append(JUDGED_BY_ITSELF)
     return Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds), context
 
 
-def _measure_drawn(
+def _measure_generated(
     options: EvaluateOptions, context: Context, pipeline: TextToImage, reranker: Clip | None, weights: str, out: Path
 ) -> None:
     captions, mesh = [caption.text for caption in context.captions], context.mesh
@@ -131,7 +157,7 @@ def _measure_drawn(
     if folder is not None:
         mesh.decide(lambda: candidates.prepare(candidates.protocol(options.dtype, weights)))
     choosing = ClipReranker(reranker) if reranker is not None and max(options.numbers) > 1 else None
-    lines = measure_pictures(context, pipeline, candidates, options.numbers, choosing)
+    lines = measure_generated(context, pipeline, candidates, options.numbers, choosing)
     if mesh.is_main:
         write_text(out / CAPTIONS_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -148,12 +174,12 @@ def _prepare(out: Path) -> None:
 
 
 def _check_captions(context: Context) -> None:
-    """Refuse too few captions before any is drawn."""
+    """Refuse too few captions before any image is generated."""
     for name, members in context.of_captions.items():
         if int(members.sum()) < 2:
             where = " without the overlap" if name else ""
             raise DataError(
-                f"there are {int(members.sum())} captions to draw{where}, of whose pictures nothing can be said: raise "
+                f"there are {int(members.sum())} captions{where}, of whose generated images nothing can be said: raise "
                 "--captions, or take another split"
             )
 
@@ -166,7 +192,7 @@ def _clip(path: str, mesh: Mesh) -> Clip:
 
 
 def _protocol(options: EvaluateOptions, context: Context) -> dict[str, Any]:
-    """How it is measured, but for how pictures are drawn."""
+    """How it is measured, but for how images are generated."""
     dataset, captions = context.dataset, context.captions
     overlap = None if context.kept is None else (~context.kept).nonzero()[:, 0].tolist()
     return {
@@ -205,11 +231,104 @@ def _filtered(data: str | None) -> dict[str, Any]:
     return {"filters": filters or "none", "dropped": dropped or "none"}
 
 
-def _generation(options: EvaluateOptions) -> dict[str, Any]:
-    return {
-        "best_of": options.numbers,
-        "seed": options.seed,
-        "sampling": vars(options.sampling),
-        "dtype": options.dtype,
-        "reference": options.reference,
+def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
+    """Distance of the pictures in `fake` from those in `real`, and score of the former. Collective.
+
+    Raises:
+        ConfigError: no size is given, and the pictures have several.
+        DataError: a folder with fewer than two pictures, or a picture that cannot be read.
+    """
+    assert options.real is not None and options.fake is not None
+    real, fake = PictureFolder(options.real), PictureFolder(options.fake)
+    size = options.size or _only_size((real, fake))
+    network = load_network(options.inception, mesh.device)
+    of_real, real_sha256 = _appearance(real, network, options.radii, size, mesh, generated=False)
+    of_fake, fake_sha256 = _appearance(fake, network, options.radii, size, mesh, generated=True)
+    protocol = {
+        "method": METHOD,
+        "set": {"fingerprint": real_sha256, "rows": len(real)},
+        "pictures": {"size": size, "resize": RESIZE},
+        "generated": {"number": len(fake)},
+        "features": network.protocol(options.radii),
     }
+    notes = real.notes() + fake.notes()
+    return Result(protocol, {"pictures": fake_sha256}, distances(of_real, of_fake)[""], dalle_ds.__version__, notes)
+
+
+def _only_size(folders: Sequence[PictureFolder]) -> int:
+    """The side of square pictures, judged by the first of each folder; where one of the others differs, it is resized."""
+    shapes = {folder.read(0)[0].shape[:2] for folder in folders}
+    sides = {side for shape in shapes for side in shape}
+    if len(sides) > 1:
+        raise ConfigError(
+            f"the pictures have sides of {', '.join(map(str, sorted(sides)))} pixels: say with --size at which they are to be "
+            "compared"
+        )
+    return sides.pop()
+
+
+def _appearance(
+    folder: PictureFolder,
+    network: FeatureNetwork,
+    radii: Sequence[float],
+    size: int,
+    mesh: Mesh,
+    *,
+    generated: bool,
+) -> tuple[Appearance, str]:
+    """Statistics of a folder, and the SHA-256 of its files' contents in the order of their names."""
+    every = {"": torch.ones(len(folder), dtype=torch.bool)}
+    found = Appearance(network, radii, every, generated=generated)
+    digests = GatheredRows(len(folder), (32,), torch.int32)
+    for rows in shard_rows(len(folder), mesh, str(folder.folder)):
+        images = [folder.read(row, size) for row in rows]
+        found.add(rows, stacked([pixels for pixels, _ in images]).to(mesh.device))
+        digests.put(rows, torch.tensor([list(digest) for _, digest in images]))
+    contents = bytes(digests.gather(mesh).flatten().tolist())
+    return found.summed(mesh), hashlib.sha256(contents).hexdigest()
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """Measure, write, print the figures.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as `evaluate`.
+    """
+    options = parse_options(EvaluateOptions, arguments)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and (options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())):
+        keep_freed_memory()
+        _report(options, evaluate(options, Mesh(0, 1, torch.device("cpu"))))  # with no process group, at no cost
+        return
+    mesh = Mesh.start(options.device)
+    with nullcontext() if alone else Watch(mesh, explain, WatchConfig()):
+        result = evaluate(options, mesh)
+        mesh.barrier()
+    mesh.stop()
+    if mesh.is_main:
+        _report(options, result)
+
+
+def compare_command(arguments: Sequence[str]) -> None:
+    """Print the figures of two results side by side.
+
+    Raises:
+        ConfigError: their protocols differ.
+        DataError: a file is no result.
+    """
+    options = parse_options(CompareOptions, arguments)
+    one, other = (Result.load(path) for path in options.results)
+    figures = compare(one, other, options.allow)
+    console = Console(width=None if Console().is_terminal else 140)
+    for name in sorted({*one.models, *other.models}):
+        before, after = one.models.get(name), other.models.get(name)
+        console.print(f"{name}: " + ("the same" if before == after else f"{str(before)[:12]} and {str(after)[:12]}"))
+    console.print(comparison_table(figures, options.results))
+
+
+def _report(options: EvaluateOptions, result: Result) -> None:
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(console_table(result))
+    for note in result.notes:
+        console.print(f"note: {note}")
+    console.print(f"wrote {options.out}/result.json and {options.out}/evaluation.html")

@@ -1,5 +1,8 @@
-"""From two sets of pictures and a CLIP to the nearest training pictures, a page to choose a threshold on, and the rows
-that are held to be duplicates."""
+"""Which validation images are in the training data (DALL·E §3.1, after CLIP App. C).
+
+From two sets of images and a CLIP, or perceptual hashes, to the nearest training images, a page on which a person chooses the
+threshold by eye, and the rows that are held to be duplicates.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,25 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from PIL import Image
 
 from dalle_ds.config.checks import positive
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.faults import RowError
+from dalle_ds.data.images import Pixels
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.overlap.embeddings import Embedder, PerceptualHashes, embed_split
-from dalle_ds.evaluation.overlap.neighbours import IndexKind, nearest
-from dalle_ds.evaluation.overlap.page import Pair, data_uri, write_page
+from dalle_ds.evaluation.embeddings import Embedder, IndexKind, PerceptualHashes, embed_split, nearest
+from dalle_ds.evaluation.pages import data_uri, encoded, write_template
 from dalle_ds.files import write_json, write_text
 from dalle_ds.models import Clip
 
 FORMAT_VERSION = 1
 _DIGITS = 6
 """Of similarities, everywhere: what is above a threshold on the page is so in the files."""
+_SHOWN_SIDE = 192
+"""Longest side in pixels of an image on the page; larger ones shrink."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +168,7 @@ def find_overlap(
         about |= {"lists": options.lists, "probes": options.probes}
     with disk_full_is_a_data_error(out):
         write_text(out / "neighbours.jsonl", _lines(found, train, validation))
-        pairs = [_pair(found, place, train, validation) for place in _shown(found, options)]
-        write_page(out / "pairs.html", about, found.rows, found.similarity, pairs, options.threshold)
+        write_template(out / "pairs.html", "overlap.html", _page(found, about, options, train, validation))
         if options.threshold is not None:
             chosen = {"threshold": options.threshold, "rows": found.at_or_above(options.threshold)}
             write_json(out / "overlap.json", about | chosen)
@@ -172,11 +178,8 @@ def find_overlap(
 
 
 def _load(options: OverlapOptions) -> Embedder:
-    import torch
-
     if options.clip is None:
         return PerceptualHashes()
-
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda finds no GPU: set --device cpu")
     return Clip.from_pretrained(options.clip).to(options.device).eval()
@@ -202,30 +205,47 @@ def _shown(found: Overlap, options: OverlapOptions) -> list[int]:
     return sorted(chosen, key=lambda place: (-similarity[place], place))
 
 
-def _pair(found: Overlap, place: int, train: PairDataset, validation: PairDataset) -> Pair:
-    row, other = int(found.rows[place]), int(found.nearest[place])
-    return Pair(
-        row=row,
-        nearest=other,
-        similarity=float(found.similarity[place]),
-        picture=data_uri(_picture(validation, row)),
-        nearest_picture=data_uri(_picture(train, other)),
-        **_texts(validation, train, row, other),
-    )
+def _page(
+    found: Overlap, about: dict[str, Any], options: OverlapOptions, train: PairDataset, validation: PairDataset
+) -> dict[str, Any]:
+    """What the page shows: pairs, the most similar first, and all similarities, by which its threshold moves."""
+    pairs = []
+    for place in _shown(found, options):
+        pair = _texts(found, place, train, validation)
+        images = _image(validation, pair["row"]), _image(train, pair["nearest"])
+        pair["pictures"] = [thumbnail_uri(image) for image in images]
+        pairs.append(pair)
+    threshold = options.threshold
+    if threshold is None:
+        threshold = pairs[len(pairs) // 2]["similarity"] if pairs else 1.0
+    every = {"rows": found.rows.tolist(), "similarity": found.similarity.tolist()}
+    return {"about": about, **every, "threshold": threshold, "pairs": pairs}
+
+
+def thumbnail_uri(pixels: Pixels) -> str:
+    """An image for the page, as an address."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+    if max(image.size) < _SHOWN_SIDE:
+        return data_uri(encoded(image))
+    return data_uri(encoded(image, "JPEG", quality=90, subsampling=0), "jpeg")
 
 
 def _lines(found: Overlap, train: PairDataset, validation: PairDataset) -> str:
-    """A line of JSON for each validation picture, the most similar first."""
-    lines = []
-    for place in np.argsort(-found.similarity, kind="stable"):
-        row, other = int(found.rows[place]), int(found.nearest[place])
-        numbers = {"row": row, "nearest": other, "similarity": float(found.similarity[place])}
-        lines.append(json.dumps(numbers | _texts(validation, train, row, other), ensure_ascii=False))
-    return "".join(f"{line}\n" for line in lines)
+    """A line of JSON for each validation image, the most similar first."""
+    places = np.argsort(-found.similarity, kind="stable")
+    return "".join(
+        json.dumps(_texts(found, int(place), train, validation), ensure_ascii=False) + "\n" for place in places
+    )
 
 
-def _texts(validation: PairDataset, train: PairDataset, row: int, other: int) -> dict[str, str]:
+def _texts(found: Overlap, place: int, train: PairDataset, validation: PairDataset) -> dict[str, Any]:
+    """A pair: numbers, names, captions."""
+    row, other = int(found.rows[place]), int(found.nearest[place])
     return {
+        "row": row,
+        "nearest": other,
+        "similarity": float(found.similarity[place]),
         "name": _text(validation.name, row),
         "nearest_name": _text(train.name, other),
         "caption": _text(lambda number: validation.captions(number)[0], row),
@@ -236,11 +256,11 @@ def _texts(validation: PairDataset, train: PairDataset, row: int, other: int) ->
 def _text(read: Callable[[int], str], row: int) -> str:
     try:
         return read(row)
-    except RowError:  # its picture could be read, which is all that matters
+    except RowError:  # its image could be read, which is all that matters
         return "(unreadable)"
 
 
-def _picture(dataset: PairDataset, row: int) -> Any:
+def _image(dataset: PairDataset, row: int) -> Pixels:
     try:
         return dataset.picture(row)
     except RowError:  # damaged since it was embedded

@@ -7,6 +7,7 @@ import copyreg
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import time
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.interop import read_pickled_tensors
+from dalle_ds.interop import load_tensors
 from tests.fuzz.limits import limited_memory
 from tests.interop.programs import (
     call,
@@ -46,7 +47,7 @@ SECONDS = 10.0
 def refused(path: Path, words: str = ".") -> None:
     began = time.process_time()
     with limited_memory(), pytest.raises(CheckpointError, match=words) as error:
-        read_pickled_tensors(path, CLASSES)
+        load_tensors(path, CLASSES)
     assert str(error.value).startswith(str(path)) and len(str(error.value)) < 500
     assert time.process_time() - began < SECONDS
 
@@ -59,15 +60,14 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1)))
 
 
-@pytest.mark.parametrize("new_format", [True, False])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("new_format", "whole"), [(True, True), (True, False), (False, False)])
 def test_modules_and_state_dicts_are_read_as_pytorch_reads_them(tmp_path: Path, new_format: bool, whole: bool) -> None:
     original = model()
     original[0].register_buffer("passing", torch.ones(5), persistent=False)
     torch.save(
         original if whole else original.state_dict(), tmp_path / "m.pt", _use_new_zipfile_serialization=new_format
     )
-    found = read_pickled_tensors(tmp_path / "m.pt", CLASSES)
+    found = load_tensors(tmp_path / "m.pt", CLASSES)
     wanted = original.state_dict()
     assert set(found) == set(wanted) and len(found) == 9
     for key, value in wanted.items():
@@ -88,7 +88,7 @@ def test_views_and_every_dtype(tmp_path: Path, new_format: bool) -> None:
     }
     tensors |= {"part": numbers[3:9], "turned": numbers.view(4, 6).T, "scalar": torch.tensor(2.5)}
     torch.save(tensors, tmp_path / "t.pt", _use_new_zipfile_serialization=new_format)
-    found = read_pickled_tensors(tmp_path / "t.pt")
+    found = load_tensors(tmp_path / "t.pt")
     assert list(found) == list(tensors)
     for key, value in tensors.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value)
@@ -98,9 +98,31 @@ def test_views_and_every_dtype(tmp_path: Path, new_format: bool) -> None:
 def test_what_is_put_together_by_hand_is_read(tmp_path: Path, write: Callable[..., Path]) -> None:
     """So that the refusals below are of what each changes in it."""
     path = write(tmp_path / "f", program(dictionary(w=tensor())))
-    assert torch.equal(read_pickled_tensors(path)["w"], torch.zeros(2, 3))
+    assert torch.equal(load_tensors(path)["w"], torch.zeros(2, 3))
     nested = module(_modules=dictionary(a=module(_parameters=dictionary(w=tensor()))))
-    assert list(read_pickled_tensors(write(path, program(nested)))) == ["a.w"]
+    assert list(load_tensors(write(path, program(nested)))) == ["a.w"]
+
+
+def test_what_torch_load_does_not_read_says_what_to_do(tmp_path: Path) -> None:
+    torch.save(model(), tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    refused(tmp_path / "m.pt", r"before PyTorch 1\.6.*state dict")
+    for protocol in (3, 4, 5):
+        torch.save(model().state_dict(), tmp_path / "m.pt", pickle_protocol=protocol)
+        refused(tmp_path / "m.pt", "pickle_protocol")
+
+
+def test_damage_is_found_wherever_it_is(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1000)}, tmp_path / "m.pt")
+    content = bytearray((tmp_path / "m.pt").read_bytes())
+    content[content.index(struct.pack("<f", 1.0) * 3) + 100] ^= 1
+    (tmp_path / "m.pt").write_bytes(content)
+    refused(tmp_path / "m.pt", "CRC")
+
+
+def test_files_of_machines_with_the_other_byte_order_are_read(tmp_path: Path) -> None:
+    numbers = struct.pack(">6f", *range(6))
+    path = write_zip(tmp_path / "f", program(dictionary(w=tensor())), {"data/0": numbers, "byteorder": b"big"})
+    assert torch.equal(load_tensors(path)["w"], torch.arange(6.0).view(2, 3))
 
 
 # --- what would be run ----------------------------------------------------------------------------------------------
@@ -149,7 +171,7 @@ def test_nothing_of_a_malicious_file_is_run(
     torch.load(path, weights_only=False)
     assert canary.exists(), "the attack itself works"
     canary.unlink()
-    refused(path, "is not among what a file of its kind may have")
+    refused(path, "not trusted|of protocol")
     assert not canary.exists()
 
 
@@ -165,9 +187,7 @@ ATTACKS_BY_HAND = {
     "INST": b"(" + TOUCH + b"ios\nsystem\n",
     "OBJ": b"(" + SYSTEM + TOUCH + b"o",
     "NEWOBJ of a function": name("torch._utils", "_rebuild_tensor_v2") + b")\x81",
-    "NEWOBJ with arguments": name("torch.nn.modules.conv", "Conv2d") + b"(" + TOUCH + b"t\x81",
     "NEWOBJ_EX": name("torch.nn.modules.conv", "Conv2d") + b")}\x92",
-    "REDUCE of a class": name("torch.nn.modules.conv", "Conv2d") + b")R",
     "REDUCE of text": TOUCH + b")R",
     "REDUCE of no tuple": name("torch", "Size") + b"]R",
     "BUILD of a function": name("torch", "Size") + b"}b",
@@ -198,6 +218,9 @@ ATTACKS_BY_HAND = {
 }
 
 
+TOLD = "not trusted|of protocol|neither a module"
+
+
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 @pytest.mark.parametrize("attack", ATTACKS_BY_HAND)
 def test_instructions_that_torch_save_does_not_write_are_refused(
@@ -206,11 +229,29 @@ def test_instructions_that_torch_save_does_not_write_are_refused(
     monkeypatch.chdir(tmp_path)
     # A process may have given functions numbers by which pickles call them.
     monkeypatch.setitem(copyreg._inverted_registry, 1, ("os", "system"))  # type: ignore[attr-defined]
-    refused(
-        write(tmp_path / "f", program(ATTACKS_BY_HAND[attack], version=5)), "not trusted|no module|neither a module"
-    )
-    refused(write(tmp_path / "f", program(dictionary(w=tensor(), x=ATTACKS_BY_HAND[attack]), version=5)), "not trusted")
+    refused(write(tmp_path / "f", program(ATTACKS_BY_HAND[attack])), TOLD)
+    refused(write(tmp_path / "f", program(dictionary(w=tensor(), x=ATTACKS_BY_HAND[attack]))), TOLD)
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_any_class_that_is_asked_for_does_nothing(
+    tmp_path: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the files of training programs."""
+    monkeypatch.chdir(tmp_path)
+    for attack in (*ATTACKS_BY_HAND.values(), call(name("builtins", "eval"), text("open('canary', 'w')"))):
+        path = write(tmp_path / "f", program(dictionary(w=tensor(), x=attack)))
+        try:
+            assert set(load_tensors(path, None)) == {"w"}
+        except CheckpointError as error:
+            assert re.search(TOLD, str(error))
+    path = write(tmp_path / "f", program(dictionary(w=tensor(), x=call(name("argparse", "Namespace"), TOUCH) + b"}b")))
+    assert set(load_tensors(path, None)) == {"w"}
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    refused_any = name("builtins", "bytearray") + b"(" + number(2**33) + b"tR"
+    with limited_memory(), pytest.raises(CheckpointError, match=r"builtins\.bytearray"):
+        load_tensors(write(path, program(dictionary(w=tensor(), x=refused_any))), None)
 
 
 # --- what would take for ever, or all memory ------------------------------------------------------------------------
@@ -228,21 +269,27 @@ def fan(levels: int) -> bytes:
     """Two of each level in the next: 2^levels names of one tensor."""
     code = module(_parameters=dictionary(w=tensor())) + b"q\x00"
     for _ in range(levels):
-        code += b"0" + module(_modules=b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00u") + b"q\x00"
+        code += module(_modules=b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00u") + b"q\x00"
     return code
 
 
 def long_names() -> bytes:
     """One name of half a million characters before each of twenty thousand."""
     children = b"".join(text(f"{child:x}") + b"h\x00" for child in range(20_000))
-    inner = module() + b"q\x000" + module(_modules=b"}(" + children + b"u")
-    return module(_modules=b"}(" + text("n" * 500_000) + inner + b"u")
+    inner = module() + b"q\x00" + module(_modules=b"}(" + children + b"u") + b"q\x01"
+    return inner + module(_modules=b"}(" + text("n" * 500_000) + b"h\x01u")
 
 
 def itself() -> bytes:
     """A module that is its own child."""
     kind = name("torch.nn.modules.container", "Sequential")
     return kind + b")\x81q\x00}(" + text("_modules") + b"}(" + text("m") + b"h\x00uub"
+
+
+def many_classes() -> bytes:
+    """A list of many classes and many objects."""
+    classes = b"".join(name("a", f"x{n}") for n in range(2_000))
+    return b"](" + classes + name("a", "x") + b"q\x00" + b"h\x00)\x81" * 200_000 + b"e"
 
 
 def colliding() -> bytes:
@@ -258,10 +305,7 @@ BOMBS = {
     "much out of little by strides": dictionary(w=tensor(size=(MUCH, MUCH), stride=(0, 0))),
     "a huge empty tensor": dictionary(w=tensor(size=(2**62, 2**62, 0), stride=(0, 0, 0))),
     "more dimensions than strides": dictionary(w=tensor(size=(2, 3, 1))),
-    "a hundred dimensions": dictionary(w=tensor(size=(1,) * 100, stride=(1,) * 100)),
     "a storage larger than the file": dictionary(w=tensor(size=(MUCH,), stride=(1,), numel=MUCH)),
-    "a storage of 2^80": dictionary(w=tensor(numel=2**80)),
-    "two sizes of a storage": dictionary(w=tensor(), v=tensor(numel=7)),
     "a storage that is not there": dictionary(w=tensor(key="1")),
     "a storage elsewhere": dictionary(w=tensor(key="../../etc/passwd")),
     "one tensor under thousands of names": b"}("
@@ -277,6 +321,7 @@ BOMBS = {
     "modules in two places each": fan(40),
     "long names": long_names(),
     "numbers that collide": colliding(),
+    "many classes and objects": many_classes(),
     "nested tuples as a key": b"}(" + b")" + b"\x85" * 500_000 + b"Nu",
     "nested lists": b"]" * 500_000 + b"a" * 499_999,
     "nested tuples": b")" + b"\x85" * 1_000_000,
@@ -298,9 +343,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_no_program_takes_much_time_or_memory(tmp_path: Path, bomb: str) -> None:
-    refused(write_zip(tmp_path / "f", program(BOMBS[bomb], version=5)))
+    refused(write_zip(tmp_path / "f", program(BOMBS[bomb])))
     if len(BOMBS[bomb]) < 100_000:  # the long ones take a second each, in a machine that is the same
-        refused(write_legacy(tmp_path / "f", program(BOMBS[bomb], version=5)))
+        refused(write_legacy(tmp_path / "f", program(BOMBS[bomb])))
 
 
 def claiming(path: Path, size: int) -> Path:
@@ -318,15 +363,12 @@ def test_archives_that_torch_save_does_not_write_are_refused(tmp_path: Path) -> 
     refused(write_zip(path, bytes(50_000_000), compression=zipfile.ZIP_DEFLATED), "is a compressed archive")
     refused(write_zip(path, good, {"data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED), "is a compressed archive")
     refused(write_zip(path, good, {"data/0": bytes(24), "constants.pkl": b""}), "is a TorchScript archive")
-    refused(write_zip(path, good, {"data/0": bytes(24), "byteorder": b"big"}), "big-endian")
     with zipfile.ZipFile(write_zip(path, good), "a") as archive:
         archive.writestr("another/data.pkl", good)
     refused(path, "no data.pkl, or several")
-    refused(write_zip(path, good, {"data/0": bytes(20)}), "is cut off")
-    refused(write_zip(path, good, {"data/0": bytes(28)}), "the most that fit")
-    refused(write_zip(path, good, {}), "has no 'data/0'")
-    refused(write_zip(path, bytes(2**21)), "of 'data.pkl'")
-    refused(claiming(path, 2**31 - 16), "more bytes than")
+    refused(write_zip(path, good, {}), "data/0")
+    refused(write_zip(path, bytes(2**21)), "a pickle of")
+    refused(claiming(path, 2**31 - 16))
     with pytest.warns(UserWarning, match="Duplicate name"):
         refused(write_zip(path, good, {"data/0": bytes(24), "data.pkl": good}), "or several")
 

@@ -1,0 +1,333 @@
+"""The parts of an evaluation, on what they share: a dVAE, likelihoods, images generated for captions, the real ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.config import PADDING
+from dalle_ds.data import PairDataset
+from dalle_ds.data.images import Pixels, center_crop_resize
+from dalle_ds.evaluation.candidates import CAPTIONS, Candidates, best_of
+from dalle_ds.evaluation.metrics.dvae import codebook_panel, codebook_usage, psnr, ssim
+from dalle_ds.evaluation.metrics.features import FeatureNetwork
+from dalle_ds.evaluation.metrics.frechet import Appearance, distances
+from dalle_ds.evaluation.metrics.likelihood import pixel_nats, transformer_nats
+from dalle_ds.evaluation.metrics.matching import clip_scores, recalls, retrieval_ranks
+from dalle_ds.evaluation.sets import Caption, GatheredRows, Selections, images_of, shard_rows, stacked, to_size
+from dalle_ds.models.clip import Clip
+from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.parallel import Mesh
+from dalle_ds.sampling import Reranker, TextToImage, picture_grid
+from dalle_ds.sampling.pixels import to_pictures
+
+EXTREMES = 8
+"""Worst and best reconstructions that are shown, each."""
+ROWS = 4
+"""Captioned images whose logits are in memory at once."""
+SHOWN = 8
+"""Captions on the sheet."""
+
+
+@dataclass
+class Context:
+    """A split, how its images are looked at, and what has been found so far."""
+
+    mesh: Mesh
+    dataset: PairDataset
+    captions: list[Caption]
+    """To generate images for."""
+    size: int
+    """Side in pixels that images are compared at."""
+    radii: list[float]
+    """Of the blur."""
+    network: FeatureNetwork | None
+    """None where no two sets are compared."""
+    kept: Tensor | None = None
+    """(rows,) bool, rows that do not overlap with the training data; None where that is not looked at."""
+    reference_of_captions: bool = False
+    """Whether the real set is that of the captions' rows instead of the whole split."""
+    judge: Clip | None = None
+    """Says how well captions and images match."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Figures by name."""
+    sheets: dict[str, Image.Image] = field(default_factory=dict)
+    """Images for the page by name, on the main process."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each part took."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know."""
+
+    def selections(self, rows: Tensor) -> Selections:
+        """Of things that belong to `rows` (N,) of the split."""
+        every: Selections = {"": torch.ones(len(rows), dtype=torch.bool)}
+        return every if self.kept is None else every | {"without_overlap": self.kept[rows]}
+
+    @property
+    def of_rows(self) -> Selections:
+        """Of all rows."""
+        return self.selections(torch.arange(len(self.dataset)))
+
+    @property
+    def of_captions(self) -> Selections:
+        """Of all captions."""
+        return self.selections(torch.tensor([caption.row for caption in self.captions], dtype=torch.int64))
+
+    def record(self, selection: str, prefix: str, figures: dict[str, float]) -> None:
+        """Add figures under their names."""
+        start = "/".join(part for part in (selection, prefix) if part)
+        self.metrics |= {f"{start}/{name}": value for name, value in figures.items()}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Measure how long a part takes."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = round(time.monotonic() - started, 1)
+
+    @cached_property
+    def whole_split(self) -> Appearance:
+        """Statistics of all real images of the split. Collective, at the first use."""
+        return self._real(list(range(len(self.dataset))))
+
+    @cached_property
+    def reference(self) -> Appearance:
+        """Statistics of the real images that generated ones are compared with. Collective, at the first use."""
+        if not self.reference_of_captions:
+            return self.whole_split
+        return self._real(sorted({caption.row for caption in self.captions}))
+
+    def _real(self, rows: list[int]) -> Appearance:
+        assert self.network is not None
+        found = Appearance(self.network, self.radii, self.selections(torch.tensor(rows)), generated=False)
+        for indices in shard_rows(len(rows), self.mesh, "real images"):
+            pixels = images_of(self.dataset, [rows[index] for index in indices], self.size)
+            found.add(indices, pixels.to(self.mesh.device))
+        return found.summed(self.mesh)
+
+    @cached_property
+    def caption_embeddings(self) -> Tensor:
+        """(captions, D) fp32 on the CPU, by the judge. Collective, at the first use."""
+        assert self.judge is not None
+        found = GatheredRows(len(self.captions), (self.judge.config.embed_dim,), torch.float32)
+        for rows in shard_rows(len(self.captions), self.mesh):
+            found.put(rows, self.judge.embed_texts([self.captions[row].text for row in rows]))
+        return found.gather(self.mesh)
+
+
+def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
+    """PSNR, SSIM, distance of the reconstructed set from the real one, and use of the codebook, over all rows. Collective.
+
+    Images are reconstructed at the dVAE's size, where PSNR and SSIM are taken; the sets are compared at the context's.
+    """
+    assert context.network is not None
+    dataset, mesh, size = context.dataset, context.mesh, vae.config.image_size
+    rows, grid = len(dataset), vae.config.grid
+    signal, similarity = GatheredRows(rows), GatheredRows(rows)
+    codes = GatheredRows(rows, (grid, grid), torch.int32)
+    restored = Appearance(context.network, context.radii, context.of_rows, generated=False)
+    for indices in shard_rows(rows, mesh, "reconstructions"):
+        pixels = images_of(dataset, indices, size).to(mesh.device)
+        found = vae.encode(pixels.float() / 255)
+        again = (vae.decode(found) * 255).round().byte()
+        signal.put(indices, psnr(pixels, again))
+        similarity.put(indices, ssim(pixels, again))
+        codes.put(indices, found)
+        restored.add(indices, to_size(again, context.size))
+    all_codes, signals, similarities = (each.gather(mesh) for each in (codes, signal, similarity))
+    apart = distances(context.whole_split, restored.summed(mesh))
+    for name, chosen in context.of_rows.items():
+        mean = {"psnr": float(signals[chosen].mean()), "ssim": float(similarities[chosen].mean())}
+        context.record(name, "reconstruction", mean | apart[name])
+        histogram = torch.bincount(all_codes[chosen].flatten().long(), minlength=vae.config.vocab_size)
+        context.record(name, "codebook", codebook_usage(histogram))
+    if mesh.is_main:
+        context.sheets |= _dvae_sheets(context, vae, all_codes.long(), signals)
+
+
+def _dvae_sheets(context: Context, vae: DiscreteVAE, codes: Tensor, signals: Tensor) -> dict[str, Image.Image]:
+    """Codes and what they look like; the worst and best reconstructions by their PSNR, `signals` (rows,)."""
+
+    def image(row: int) -> Pixels:
+        return center_crop_resize(context.dataset.picture(row), vae.config.image_size)
+
+    order = signals.argsort().tolist()
+    count = min(EXTREMES, len(order) // 2)
+    lines: list[tuple[str, list[Image.Image]]] = []
+    for what, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
+        images = [image(row) for row in rows]
+        batch = stacked(images).to(context.mesh.device).float() / 255
+        values = ", ".join(f"{signals[row]:.1f}" for row in rows)
+        lines.append((f"{what} by PSNR: {values} dB", [Image.fromarray(pixels) for pixels in images]))
+        lines.append(("their reconstructions", to_pictures(vae.decode(vae.encode(batch)))))
+    return {"codebook": codebook_panel(vae, codes, image), "reconstructions": picture_grid(lines, cell=96)}
+
+
+def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
+    """What first captions, codes and pixels of all rows cost under the transformer and its dVAE. Collective.
+
+    - text_nats_per_token: of the captions' tokens, padding left out.
+    - image_nats_per_token: of the codes, given the caption.
+    - codes_bits_per_dimension: of the codes, given the caption, in bits per pixel value (3 · H · W of them). No likelihood of
+      the image: codes lose what the dVAE does not keep.
+    - pixels_bits_per_dimension: of the 8-bit image, given its codes, under the dVAE.
+    - bits_per_dimension: the sum of these two, an upper bound on −log2 P(image | caption) per pixel value.
+    - captions_cut: share of captions with more tokens than the model has room for.
+    """
+    dataset, mesh, vae = context.dataset, context.mesh, pipeline.dvae
+    size, length, rows = vae.config.image_size, pipeline.model.config.text_len, len(context.dataset)
+    found = {name: GatheredRows(rows) for name in ("text", "tokens", "codes", "pixels", "cut")}
+    for indices in shard_rows(rows, mesh, "likelihoods", ROWS):
+        pixels = images_of(dataset, indices, size).to(mesh.device)
+        codes = vae.encode(pixels.float() / 255)
+        encoded = [pipeline.tokenizer.encode_padded([dataset.captions(row)[0]], length) for row in indices]
+        text = torch.cat([tokens for tokens, _ in encoded]).to(mesh.device)
+        found["cut"].put(indices, torch.tensor([cut for _, cut in encoded]))
+        text_nats, code_nats = transformer_nats(pipeline.model, text, codes.flatten(1))
+        found["text"].put(indices, text_nats)
+        found["tokens"].put(indices, (text != PADDING).sum(dim=1))
+        found["codes"].put(indices, code_nats)
+        found["pixels"].put(indices, pixel_nats(vae, pixels, codes))
+    sums = {name: values.gather(mesh) for name, values in found.items()}
+    dimensions = 3 * size**2 * math.log(2)
+    for name, chosen in context.of_rows.items():
+        mean = {what: float(values[chosen].mean()) for what, values in sums.items()}
+        in_codes, in_pixels = mean["codes"] / dimensions, mean["pixels"] / dimensions
+        figures = {
+            "text_nats_per_token": mean["text"] / max(mean["tokens"], 1e-12),
+            "image_nats_per_token": mean["codes"] / pipeline.model.config.image_len,
+            "codes_bits_per_dimension": in_codes,
+            "pixels_bits_per_dimension": in_pixels,
+            "bits_per_dimension": in_codes + in_pixels,
+            "captions_cut": mean["cut"],
+        }
+        context.record(name, "likelihood", figures)
+
+
+def measure_real_matching(context: Context) -> None:
+    """CLIP score and retrieval of the captions' own, real images: what to compare generated ones with. Collective."""
+    judge, captions, mesh = context.judge, context.captions, context.mesh
+    assert judge is not None
+    rows = sorted({caption.row for caption in captions})
+    embedded = GatheredRows(len(rows), (judge.config.embed_dim,), torch.float32)
+    for indices in shard_rows(len(rows), mesh, "real images and captions"):
+        pixels = images_of(context.dataset, [rows[index] for index in indices], context.size)
+        embedded.put(indices, judge.embed_images(pixels.to(mesh.device).float() / 255))
+    place = {row: index for index, row in enumerate(rows)}
+    own = torch.tensor([place[caption.row] for caption in captions])
+    images, texts = embedded.gather(mesh), context.caption_embeddings
+    for name, chosen in context.of_captions.items():
+        pool, inverse = own[chosen].unique(return_inverse=True)
+        ranks = retrieval_ranks(images[pool], texts[chosen], inverse)
+        figures = {"clip_score": float(clip_scores(images[own[chosen]], texts[chosen]).mean())}
+        context.record(name, "real", figures | recalls(ranks, len(pool)))
+
+
+class BestOf:
+    """What is found of the best of the first n candidates of every caption.
+
+    Args:
+        n: how many there are to choose among.
+    """
+
+    def __init__(self, context: Context, n: int) -> None:
+        assert context.network is not None
+        count = len(context.captions)
+        self.context = context
+        self.n = n
+        self.looks = Appearance(context.network, context.radii, context.of_captions, generated=True)
+        self.picks = GatheredRows(count, dtype=torch.int64)
+        self.scores = GatheredRows(count)
+        self.images: GatheredRows | None = None
+        if context.judge is not None:
+            self.images = GatheredRows(count, (context.judge.config.embed_dim,), torch.float32)
+
+    def add(self, rows: list[int], picks: Tensor, scores: Tensor, pixels: Tensor) -> None:
+        """What was chosen for some captions.
+
+        Args:
+            picks: (B,) int64, the candidates' numbers.
+            scores: (B,) theirs.
+            pixels: (B, 3, size, size) uint8 images of them.
+        """
+        pixels = pixels.to(self.context.mesh.device)
+        self.picks.put(rows, picks)
+        self.scores.put(rows, scores)
+        self.looks.add(rows, pixels)
+        if self.images is not None and self.context.judge is not None:
+            self.images.put(rows, self.context.judge.embed_images(pixels.float() / 255))
+
+    def record(self, *, chosen_by_score: bool) -> list[int]:
+        """Compute the figures; the picks of all captions. Collective."""
+        context, mesh = self.context, self.context.mesh
+        apart = distances(context.reference, self.looks.summed(mesh))
+        scores = self.scores.gather(mesh)
+        images = self.images.gather(mesh) if self.images is not None else None
+        for name, members in context.of_captions.items():
+            figures = dict(apart[name])
+            if images is not None:
+                texts = context.caption_embeddings[members]
+                figures["clip_score"] = float(clip_scores(images[members], texts).mean())
+                figures |= recalls(retrieval_ranks(images[members], texts), int(members.sum()))
+            if chosen_by_score:
+                figures["reranker_score"] = 100 * float(scores[members].mean())
+            context.record(name, f"best_of_{self.n}", figures)
+        return self.picks.gather(mesh).tolist()
+
+
+def measure_generated(
+    context: Context, pipeline: TextToImage, candidates: Candidates, numbers: Sequence[int], reranker: Reranker | None
+) -> list[dict[str, object]]:
+    """The best of the first n candidates of every caption, for each n: appearance, and match with the caption. Collective.
+
+    Args:
+        candidates: of the context's captions, at least the greatest of `numbers` each.
+        numbers: n.
+        reranker: chooses; needed where an n is above 1.
+
+    Returns:
+        One line per caption that says what was chosen.
+    """
+    captions, mesh = context.captions, context.mesh
+    found = [BestOf(context, n) for n in numbers]
+    shown = GatheredRows(min(SHOWN, len(captions)), (len(numbers), pipeline.model.config.image_len), torch.int64)
+    for rows in shard_rows(len(captions), mesh, "captions", CAPTIONS):
+        codes = candidates.codes(rows)  # (B, N, W²)
+        scores = torch.zeros(codes.shape[:2], dtype=torch.float64)
+        if reranker is not None:
+            for index, row in enumerate(rows):
+                scores[index] = torch.tensor(reranker(captions[row].text, pipeline.decode(codes[index])))
+        batch, best = torch.arange(len(rows)), []
+        for of_n in found:
+            picks = best_of(scores, of_n.n)
+            best.append(codes[batch, picks])
+            of_n.add(rows, picks, scores[batch, picks], generated_pixels(pipeline, best[-1], context.size))
+        on_sheet = [row for row in rows if row < SHOWN]
+        shown.put(on_sheet, torch.stack(best, dim=1)[: len(on_sheet)])
+    picks_of = [of_n.record(chosen_by_score=reranker is not None) for of_n in found]
+    on_sheet_codes = shown.gather(mesh)
+    if mesh.is_main:
+        lines = []
+        for caption, of_caption in zip(captions, on_sheet_codes, strict=False):
+            real = center_crop_resize(context.dataset.picture(caption.row), context.size)
+            lines.append((caption.text, [Image.fromarray(real), *pipeline.decode(of_caption)]))
+        titles = ["real", *[f"best of {n}" for n in numbers]]
+        context.sheets["pictures"] = picture_grid(lines, titles=titles, cell=96, label_width=240)
+    return [
+        {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), picks, strict=True))}
+        for caption, *picks in zip(captions, *picks_of, strict=True)
+    ]
+
+
+def generated_pixels(pipeline: TextToImage, codes: Tensor, size: int) -> Tensor:
+    """(B, W²) codes → (B, 3, size, size) uint8, on the CPU: the images that `TextToImage` gives out, resized if need be."""
+    return to_size(stacked([np.asarray(image) for image in pipeline.decode(codes)]), size)
