@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["dalle = dalle_ds.__main__:main"]},
     packages=find_packages(include=["dalle_ds", "dalle_ds.*"]),
     package_data={"dalle_ds": ["presets/*.yaml", "evaluation/templates/*.html", "sampling/fonts/*"]},
     install_requires=[

@@ -1,34 +1,7 @@
 """Plot how a run is doing, while it goes on or after: loss, gradient norm, learning rate, gradient scales."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-
-from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.errors import ConfigError
-from dalle_ds.evaluation.curves import curves_figure, numerics_panels, read_metrics
-
-
-@dataclass(frozen=True)
-class Options:
-    """Draw the curves of a run's metrics.jsonl."""
-
-    run_dir: str
-    """Run directory."""
-    out: str
-    """Picture to write; its name ends in .png, .svg or .pdf."""
-
-
-def main() -> None:
-    """Parse, read, draw."""
-    options = parse_options(Options)
-    if Path(options.out).suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--out {options.out} must end in .png, .svg or .pdf")
-    figure = curves_figure(numerics_panels(read_metrics(options.run_dir)), columns=2)
-    figure.savefig(options.out, dpi=150)
-    print(f"wrote {options.out}")
-
+from dalle_ds.cli import run_launcher
+from dalle_ds.commands.curves import main
 
 if __name__ == "__main__":
     run_launcher(main)

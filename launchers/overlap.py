@@ -1,15 +1,7 @@
 """Find validation pictures that are in the training data, and show them: OUT/neighbours.jsonl, pairs.html, overlap.json."""
 
-from __future__ import annotations
-
-from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.evaluation.overlap import OverlapOptions, find_overlap
-
-
-def main() -> None:
-    """Parse, search, say what was found."""
-    find_overlap(parse_options(OverlapOptions))
-
+from dalle_ds.cli import run_launcher
+from dalle_ds.commands.overlap import main
 
 if __name__ == "__main__":
     run_launcher(main)

@@ -1,20 +1,7 @@
-"""Prepare a corpus for training, cache image codes of prepared data, or both.
+"""Prepare a corpus for training, cache image codes of prepared data, or both."""
 
-python launchers/prepare_data.py --corpus twemoji --out DIR, or --corpus folder --source PICTURES --out DIR; docs/data.md tells
-of other corpora, and of parts that several jobs do.
-"""
-
-from rich import print
-
-from dalle_ds.cli import parse_options, run_launcher
-from dalle_ds.data.command import Preparation, carry_out
-
-
-def main() -> None:
-    """Parse, prepare, cache."""
-    for report in carry_out(parse_options(Preparation)):
-        print(report)
-
+from dalle_ds.cli import run_launcher
+from dalle_ds.commands.prepare_data import main
 
 if __name__ == "__main__":
     run_launcher(main)

@@ -1,19 +1,7 @@
-"""Train the discrete VAE.
-
-deepspeed launchers/train_dvae.py --deepspeed_config FILE --preset NAME --data DIR --run_dir DIR
-"""
+"""Train the discrete VAE."""
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.config import DvaeRun
-from dalle_ds.planning.check import check_plan
-from dalle_ds.tasks.dvae import DvaeTask
-from dalle_ds.training.launch import train
-
-
-def main() -> None:
-    """Parse, build, run."""
-    train(DvaeRun, DvaeTask, "dvae", check_plan)
-
+from dalle_ds.commands.train_dvae import main
 
 if __name__ == "__main__":
     run_launcher(main)

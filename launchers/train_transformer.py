@@ -1,20 +1,7 @@
-"""Train the text-image transformer, on cached or live image codes.
-
-deepspeed launchers/train_transformer.py --deepspeed_config FILE --preset NAME --data DIR --dvae DIR \\
-    --tokenizer FILE --run_dir DIR
-"""
+"""Train the text-image transformer, on cached or live image codes."""
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.config import TransformerRun
-from dalle_ds.planning.check import check_plan
-from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.training.launch import train
-
-
-def main() -> None:
-    """Parse, build, run."""
-    train(TransformerRun, TransformerTask, "transformer", check_plan)
-
+from dalle_ds.commands.train_transformer import main
 
 if __name__ == "__main__":
     run_launcher(main)

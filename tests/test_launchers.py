@@ -248,3 +248,21 @@ def test_what_is_found_in_the_process_group_is_told_once(
     assert f"error: {words}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_one_command_has_them_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also as `deepspeed --module dalle_ds NAME` calls it, which puts an argument of its own first."""
+    from dalle_ds.__main__ import main as dalle
+
+    monkeypatch.setattr(sys, "argv", ["dalle"])
+    dalle()
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert listed == {path.stem for path in (ROOT / "launchers").glob("*.py")}
+    monkeypatch.setattr(sys, "argv", ["dalle", "--local_rank=0", "train-tokenizer", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        dalle()
+    assert ended.value.code == 0 and "--vocab_size" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["dalle", "genrate"])
+    with pytest.raises(SystemExit) as ended:
+        dalle()
+    assert ended.value.code == 1 and "generate" in capsys.readouterr().err
