@@ -36,11 +36,11 @@ from torch import Tensor
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import DalleConfig
-from dalle_ds.models.attention import attention_mask
-from dalle_ds.models.attention.blockwise import block_pairs, blockwise_attention
-from dalle_ds.models.attention.flex import Layout, Refused, flex_attention, flex_pairs
-from dalle_ds.models.attention.pattern import KERNELS, dense_attention
 from dalle_ds.models.flops import BACKWARD_PRODUCTS
+from dalle_ds.nn.attention import attention_mask
+from dalle_ds.nn.attention.blockwise import block_pairs, blockwise_attention
+from dalle_ds.nn.attention.flex import Layout, Refused, flex_attention, flex_pairs
+from dalle_ds.nn.attention.pattern import KERNELS, dense_attention
 from dalle_ds.precision.rates import DTYPES, matmul_rate
 
 

@@ -36,10 +36,10 @@ from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.models.attention.decoding import ROWS
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, bytes_per_step, new_cache, prefill
 from dalle_ds.models.flops import decoding_flops
+from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.precision.rates import DTYPES, matmul_rate
 from dalle_ds.sampling.codes import even_batches, pictures_at_once
 from dalle_ds.sampling.draw import Sampling, draw

@@ -54,7 +54,7 @@ from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import DalleConfig, ScalingConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Dalle
-from dalle_ds.models.layers import Linear
+from dalle_ds.nn.layers import Linear
 from dalle_ds.optim import decay_groups
 from dalle_ds.precision import BranchPrecision, GradientScales
 

@@ -34,7 +34,7 @@ def main() -> None:
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
     data = Annotated[DataOptions, tyro.conf.subcommand("data")]
     env = Annotated[EnvOptions, tyro.conf.subcommand("env")]
-    options = parse_options(checkpoint | cluster | data | env, description=__doc__)
+    options = parse_options(checkpoint | cluster | data | env, description=__doc__)  # type: ignore[arg-type]
     if isinstance(options, ClusterOptions):
         report, faults = check_cluster(options)
     elif isinstance(options, DataOptions):

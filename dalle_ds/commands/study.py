@@ -20,7 +20,7 @@ def main() -> None:
     """Parse, then make or count."""
     make = Annotated[MakeOptions, tyro.conf.subcommand("make")]
     count = Annotated[CountOptions, tyro.conf.subcommand("count")]
-    options = parse_options(make | count, description=__doc__)
+    options = parse_options(make | count, description=__doc__)  # type: ignore[arg-type]
     if isinstance(options, MakeOptions):
         key = make_study(options)
         print(

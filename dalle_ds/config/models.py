@@ -85,7 +85,7 @@ class DalleConfig:
     image_vocab: int = 8192
     """Image vocabulary. Must be the dVAE's."""
     attention: tuple[Literal["row", "column", "conv", "full"], ...] | None = None
-    """Attention kind of every layer, first to last; None is the paper's schedule (`dalle_ds.models.attention.layer_kinds`)."""
+    """Attention kind of every layer, first to last; None is the paper's schedule (`dalle_ds.nn.attention.layer_kinds`)."""
     kernel: int = 11
     """Side of the conv kind's kernel; odd."""
     mask_padding: bool = False

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.models.attention.decoding import Groups, Slots, slots_of
-from dalle_ds.models.attention.kinds import configured_kinds
+from dalle_ds.nn.attention.decoding import Groups, Slots, slots_of
+from dalle_ds.nn.attention.masks import configured_kinds
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, Checkpointing, DalleConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.models.attention import AttentionPattern, SelfAttention, configured_kinds
-from dalle_ds.models.checkpointing import recomputed
-from dalle_ds.models.dropout import dropout
-from dalle_ds.models.layers import (
+from dalle_ds.models.pretrained import check_shapes, load_model, load_weights, save_model
+from dalle_ds.nn.attention import AttentionPattern, SelfAttention, configured_kinds
+from dalle_ds.nn.dropout import dropout
+from dalle_ds.nn.layers import (
     ColumnParallelLinear,
     Embedding,
     LayerNorm,
@@ -35,7 +35,7 @@ from dalle_ds.models.layers import (
     Unembedding,
     VocabParallelEmbedding,
 )
-from dalle_ds.models.pretrained import check_shapes, load_model, load_weights, save_model
+from dalle_ds.nn.recompute import recomputed
 from dalle_ds.parallel import WHOLE, TensorGroup, split_of
 from dalle_ds.precision import BranchPrecision, enter_branch, join_branch
 
@@ -275,7 +275,7 @@ class Dalle(nn.Module):
     """The autoregressive transformer over text tokens and image codes.
 
     The paper does not say, and this model chooses: layer normalization before each residual branch; GELU; no dropout, but
-    for those who ask for it; untied embeddings; initial weights as `models/layers.py` says, those that end a residual branch
+    for those who ask for it; untied embeddings; initial weights as `nn/layers.py` says, those that end a residual branch
     scaled by 1 / sqrt(number of residual blocks), as in GPT-2; padding left out of the text loss.
 
     The residual stream is fp32 whatever the dtype of the weights (DALL·E §2.4 keeps its identity path so); each block

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
 from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle, check_range, kept_text
-from dalle_ds.models.layers import Linear, RowParallelLinear, Unembedding
+from dalle_ds.nn.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
+from dalle_ds.nn.layers import Linear, RowParallelLinear, Unembedding
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.models.attention.blockwise import block_pairs, is_worthwhile
-from dalle_ds.models.attention.flex import Layout, flex_pairs
-from dalle_ds.models.attention.kinds import attention_mask, configured_kinds
-from dalle_ds.models.attention.pattern import KERNELS, SHORTEST_FLEX
 from dalle_ds.models.cache import bytes_read_per_row
+from dalle_ds.nn.attention.blockwise import block_pairs, is_worthwhile
+from dalle_ds.nn.attention.flex import Layout, flex_pairs
+from dalle_ds.nn.attention.masks import attention_mask, configured_kinds
+from dalle_ds.nn.attention.pattern import KERNELS, SHORTEST_FLEX
 
 BACKWARD_PRODUCTS = {"blockwise": 5, "flex": 7, "masked": 5, "causal": 5}
 """Matrix products over the scores in a backward pass, by kernel; forward there are two. Four are needed. The fifth makes the

@@ -9,7 +9,6 @@ from typing import cast
 from torch import Tensor, nn
 
 from dalle_ds.config import Checkpointing, DalleConfig
-from dalle_ds.models.attention import AttentionPattern, configured_kinds
 from dalle_ds.models.dalle import (
     DalleOutput,
     InputEmbedding,
@@ -20,7 +19,8 @@ from dalle_ds.models.dalle import (
     transformer_output,
 )
 from dalle_ds.models.flops import layer_flops
-from dalle_ds.models.layers import LayerNorm, Unembedding
+from dalle_ds.nn.attention import AttentionPattern, configured_kinds
+from dalle_ds.nn.layers import LayerNorm, Unembedding
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 

@@ -1,7 +1,7 @@
 """How processes divide the work. Nothing outside this room reads a rank or a world size from the environment.
 
 `mesh.py` says who does what; `tensor.py` how layers are divided among processes. The layers themselves stand beside the
-others in `models/layers.py`.
+others in `nn/layers.py`.
 """
 
 from dalle_ds.parallel.mesh import Mesh

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dalle_ds.config import DalleConfig, DiscreteVAEConfig
 from dalle_ds.models import DiscreteVAE
-from dalle_ds.models.cross_entropy import CHUNK, CHUNK_ON_GPU
+from dalle_ds.nn.cross_entropy import CHUNK, CHUNK_ON_GPU
 from dalle_ds.planning.layout import Layout
 
 STREAM = 4

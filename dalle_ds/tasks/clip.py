@@ -14,8 +14,8 @@ from dalle_ds.config import ClipConfig, ClipRun, SharpnessConfig, to_dict
 from dalle_ds.data import ClipSamples, PairDataset
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import LARGEST_SCALE, Clip
-from dalle_ds.models.contrastive import contrastive_logits
 from dalle_ds.models.pretrained import load_model
+from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import picture_grid

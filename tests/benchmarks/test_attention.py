@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_ds.models.attention import attention_mask
+from dalle_ds.nn.attention import attention_mask
 from tests.conftest import ROOT
 from tests.processes import run_ranks
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import CheckpointError, DataError
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.layers import LayerNorm
+from dalle_ds.nn.layers import LayerNorm
 
 CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
 T, CODES = CONFIG.text_len, CONFIG.image_len

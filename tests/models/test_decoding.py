@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.attention import attention_mask
-from dalle_ds.models.attention.decoding import _attend_plainly, slots_of
 from dalle_ds.models.cache import bytes_per_prompt, bytes_per_row, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, PackedLinear, bytes_per_step, new_cache, prefill
+from dalle_ds.nn.attention import attention_mask
+from dalle_ds.nn.attention.decoding import _attend_plainly, slots_of
 
 CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
 KINDS = ("row", "column", "conv", "full")

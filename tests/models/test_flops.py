@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.models.attention import attention_mask, blockwise, configured_kinds, decoding
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.models.flops import decoding_flops, executed_flops, executed_pairs, model_flops
+from dalle_ds.nn.attention import attention_mask, blockwise, configured_kinds, decoding
 
 CONFIG = DalleConfig(width=48, depth=4, heads=3, text_len=4, grid=12, text_vocab=50, image_vocab=30, kernel=3)
 

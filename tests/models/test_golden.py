@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.models.attention import blockwise
+from dalle_ds.nn.attention import blockwise
 from tests.models.golden import STEPS, losses
 
 

@@ -13,9 +13,9 @@ from accelerate import dispatch_model
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.models.attention.decoding import slots_of
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
+from dalle_ds.nn.attention.decoding import slots_of
 from dalle_ds.sampling.draw import Sampling, draw
 
 CONFIG = DalleConfig(width=32, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)

@@ -20,7 +20,7 @@ from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.clip_pixels import square_pixels
-from dalle_ds.models.contrastive import contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_loss
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.clip import ClipTask, recalls

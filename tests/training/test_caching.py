@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun, OptimConfig, SharpnessConfig, TrainConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.models.contrastive import contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_loss
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers

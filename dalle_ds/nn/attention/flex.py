@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.models.attention.kinds import attention_mask
+from dalle_ds.nn.attention.masks import attention_mask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

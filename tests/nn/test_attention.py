@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.models.attention import AttentionPattern, attention_mask, configured_kinds, layer_kinds
-from dalle_ds.models.attention.blockwise import is_worthwhile
+from dalle_ds.nn.attention import AttentionPattern, attention_mask, configured_kinds, layer_kinds
+from dalle_ds.nn.attention.blockwise import is_worthwhile
 
 
 def allowed_codes(kind: str, query: int, side: int, kernel: int) -> set[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_ds.models.contrastive import contrastive_logits, contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_logits, contrastive_loss
 from dalle_ds.parallel.peers import Peers
 from tests.references import reference
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dalle_ds.models.attention.kinds import allowed_offsets
+from dalle_ds.nn.attention.masks import allowed_offsets
 
 BLOCK = 32
 """Codes that meet their keys together. Fewer waste less of a block on forbidden pairs, more use wide arithmetic better."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dalle_ds.models.attention.pattern import AttentionPattern
-from dalle_ds.models.layers import ColumnParallelLinear, RowParallelLinear
+from dalle_ds.nn.attention.pattern import AttentionPattern
+from dalle_ds.nn.layers import ColumnParallelLinear, RowParallelLinear
 from dalle_ds.parallel import WHOLE, TensorGroup
 
 

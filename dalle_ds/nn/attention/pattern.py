@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.models.attention.blockwise import blockwise_attention, is_worthwhile
-from dalle_ds.models.attention.flex import Refused, flex_attention
-from dalle_ds.models.attention.kinds import attention_mask
+from dalle_ds.nn.attention.blockwise import blockwise_attention, is_worthwhile
+from dalle_ds.nn.attention.flex import Refused, flex_attention
+from dalle_ds.nn.attention.masks import attention_mask
 
 KERNELS = {"cpu": "blockwise", "cuda": "flex"}
 """What computes the sparse kinds on which device; on others dense attention is masked. `benchmarks/attention.py` tells

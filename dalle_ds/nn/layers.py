@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.models.cross_entropy import linear_cross_entropy
+from dalle_ds.nn.cross_entropy import linear_cross_entropy
 from dalle_ds.parallel import WHOLE, Split, TensorGroup
 from dalle_ds.precision import BranchPrecision, branch_bias, branch_linear
 

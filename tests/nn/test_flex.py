@@ -23,9 +23,9 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_ds.models.attention import AttentionPattern, attention_mask, flex, pattern
-from dalle_ds.models.attention.flex import BLOCK, Layout, Refused, block_mask
-from dalle_ds.models.attention.pattern import dense_attention
+from dalle_ds.nn.attention import AttentionPattern, attention_mask, flex, pattern
+from dalle_ds.nn.attention.flex import BLOCK, Layout, Refused, block_mask
+from dalle_ds.nn.attention.pattern import dense_attention
 
 SPARSE_KINDS = ("row", "column", "conv")
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dalle_ds.models.attention.kinds import allowed_offsets
+from dalle_ds.nn.attention.masks import allowed_offsets
 
 ROWS = 4
 """Rows of a matrix product are filled up to a multiple of this: with fewer, the same row may come out differently."""

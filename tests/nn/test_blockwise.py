@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.models.attention import attention_mask, blockwise
-from dalle_ds.models.attention.blockwise import blockwise_attention
+from dalle_ds.nn.attention import attention_mask, blockwise
+from dalle_ds.nn.attention.blockwise import blockwise_attention
 
 SPARSE_KINDS = ("row", "column", "conv")
 

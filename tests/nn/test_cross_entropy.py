@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_ds.models import cross_entropy
-from dalle_ds.models.cross_entropy import linear_cross_entropy
-from dalle_ds.models.layers import Unembedding
+from dalle_ds.nn import cross_entropy
+from dalle_ds.nn.cross_entropy import linear_cross_entropy
+from dalle_ds.nn.layers import Unembedding
 
 
 def operands(rows: int, vocab: int, dtype: torch.dtype, scale: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,0 @@
-"""The transformer's attention: what each kind means, and how it is computed where."""
-
-from dalle_ds.models.attention.kinds import attention_mask, configured_kinds, layer_kinds
-from dalle_ds.models.attention.layer import SelfAttention
-from dalle_ds.models.attention.pattern import AttentionPattern
-
-__all__ = ["AttentionPattern", "SelfAttention", "attention_mask", "configured_kinds", "layer_kinds"]
