@@ -51,7 +51,7 @@ _MOST_NAMES = 10_000
 """Named tensors and modules. One that lies in several places counts in each: that is how little becomes much."""
 _NAME_CHARS = 1_000
 """Longest name of a tensor, with those of the modules around it. Modules within each other are bounded by it too."""
-_LEGACY_PICKLES = 5
+_LEGACY_PICKLES, _LEGACY_CONTENT = 5, 3
 """In a file of before PyTorch 1.6: a magic number, a protocol, the machine, the content, the storages' keys."""
 _NOT_TRUSTED = ("builtins.bytearray", "torch._utils.", "os.", "posix.", "nt.", "sys.")
 """How names begin by which `torch.load` may make much of little, or which it takes for nobody."""
@@ -95,6 +95,13 @@ class _Scripted(_Inert):
     """A module of a TorchScript archive, whose state has its tensors and modules by name."""
 
 
+_SECOND = f"{__name__}._second"
+
+
+def _second(*arguments: Any) -> Any:
+    return arguments[1]
+
+
 def _empty_list(*_: Any) -> list[Any]:
     return []
 
@@ -103,7 +110,7 @@ def load_tensors(path: str | Path, classes: Collection[str] | None = ()) -> dict
     """The named tensors of a module or state dict, in the dtypes they have, on the CPU.
 
     Args:
-        path: the file of `torch.save`: a zip archive, or as before PyTorch 1.6 pickles one after the other, without modules.
+        path: the file of `torch.save`: a zip archive, or as before PyTorch 1.6 pickles one after the other.
         classes: full names, such as "dall_e.utils.Conv2d", of the classes that the file may have instances of, besides
             `TORCH_CLASSES`. None: any, as in a training program's checkpoint, whose dictionaries and modules are searched
             (names are put together, such as "state_dict.module.visual.proj"); a TorchScript archive too. No class is
@@ -116,7 +123,6 @@ def load_tensors(path: str | Path, classes: Collection[str] | None = ()) -> dict
         CheckpointError: the file cannot be read, is damaged, or asks for what it may not.
     """
     path = Path(path)
-    zipped = True
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -174,13 +180,40 @@ def _load_zip(path: Path, classes: Collection[str] | None) -> Any:
 
 def _load_legacy(file: BinaryIO, classes: Collection[str] | None) -> Any:
     file.seek(0)
-    program = io.BytesIO(file.read(_PROGRAM_BYTES))
+    head = io.BytesIO(file.read(_PROGRAM_BYTES))
     names: set[str] = set()
+    ends = [0]
     for _ in range(_LEGACY_PICKLES):
-        names |= _scan(program)
+        names |= _scan(head)
+        ends.append(head.tell())
+    begin, end = ends[_LEGACY_CONTENT : _LEGACY_CONTENT + 2]
+    content = head.getvalue()[begin:end]
+    plain = _without_sources(content)
     file.seek(0)
-    with safe_globals(_stand_ins(names, classes)):
+    if plain != content:
+        file = io.BytesIO(file.read(begin) + plain + file.read()[end - begin :])
+    with safe_globals([*_stand_ins(names, classes), (_second, _SECOND)]):
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _without_sources(program: bytes) -> bytes:
+    """The same pickle for `torch.load`, which takes no persistent ids of classes as modules have them before PyTorch 1.6:
+    ("module", class, file, source) becomes the argument of a call that returns the class."""
+    marks: list[int] = []
+    parts, done, begin, named = [], 0, 0, (-1, "")
+    for instruction, argument, position in pickletools.genops(program):
+        place = position or 0
+        if instruction.name == "MARK":
+            marks.append(place)
+        elif pickletools.markobject in instruction.stack_before:
+            begin = marks.pop()
+        elif instruction.name == "GLOBAL":
+            named = place, str(argument)
+        elif instruction.name == "BINPERSID" and named[0] > begin and not named[1].endswith("Storage"):
+            call = "c{}\n{}\n".format(*_SECOND.rsplit(".", 1)).encode()
+            parts += [program[done:begin], call, program[begin:place], b"R"]
+            done = place + 1
+    return b"".join([*parts, program[done:]])
 
 
 def _stand_ins(names: set[str], classes: Collection[str] | None) -> list[Any]:

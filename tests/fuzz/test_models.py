@@ -99,7 +99,7 @@ def saved(content: Any, new_format: bool) -> bytes:
 
 CLASSES = ("torch.nn.modules.linear.Linear",)
 MODULE = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 1)))
-PICKLES = [saved(MODULE, True), saved(MODULE.state_dict(), True), saved(MODULE.state_dict(), False)]
+PICKLES = [saved(content, new) for content in (MODULE, MODULE.state_dict()) for new in (True, False)]
 OPCODES = [
     b"\x80\x02",
     b"}",

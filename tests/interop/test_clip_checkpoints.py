@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import pathlib
 import subprocess
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,8 @@ def beside(**more: Any) -> dict[str, Any]:
         "args": argparse.Namespace(lr=1e-3, out=pathlib.PosixPath("/runs"), seen={1, 2}, kinds=(int, torch.float16)),
         "scores": defaultdict(list, {"loss": [np.float64(0.5)], 7: np.arange(3)}),
         "hyper_parameters": Settings({"lr": 1e-3, "device": torch.device("cpu"), "size": torch.Size([2])}),
+        "last": deque([0.5, 0.25], maxlen=3),
+        "schedule": [partial(max, 1), Counter("ab"), inspect.Parameter.POSITIONAL_ONLY],
         "random": torch.get_rng_state(),
         "complex": torch.zeros(2, dtype=torch.complex64),
         "callbacks": {"Checkpoint{'monitor': None}": {"best": torch.tensor(1.0)}},
