@@ -60,7 +60,9 @@ def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[
     layout, device = Layout.of(task.run, engine, mesh.world_size), mesh.device.type
     try:
         stages = stages_of(task, layout, device)
-    except RuntimeError as error:  # an operator, of another version of a library, that has no shapes on "meta"
+    except ConfigError:
+        raise
+    except Exception as error:  # operators of another version of a library, say, that have no shapes on "meta"
         if mesh.is_main:
             say(f"no plan of memory: {error}")
         return
