@@ -19,7 +19,7 @@ from dalle_ds.parallel.powersgd import MatrixShard, paper_rank
 from dalle_ds.parallel.stages import PipelineLayer, balanced
 from dalle_ds.parallel.tensor import split_of
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.trace import Exchange, Pass, on_meta, traced
+from dalle_ds.planning.trace import Exchange, Pass, Work, on_meta, traced
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.whole_batch import WholeBatchTask
@@ -157,20 +157,15 @@ class Update:
     """Forward passes that gather ZeRO-3's weights."""
     backwards: int = 0
     """Backward passes that gather them, and reduce gradients."""
-    flops: Counter[torch.dtype] = field(default_factory=Counter)
-    """By the type of the factors."""
-    exchanged: Counter[Exchange] = field(default_factory=Counter)
-    """Bytes."""
-    exchanges: Counter[Exchange] = field(default_factory=Counter)
-    """How often."""
+    work: Work = field(default_factory=Work)
+    """Of all passes."""
 
     def with_work(self, *passes: tuple[int, Pass]) -> Update:
-        """With the operations and exchanges of passes, each so many times."""
-        counters = {name: Counter(getattr(self, name)) for name in ("flops", "exchanged", "exchanges")}
+        """With the work of passes beside, each so many times."""
+        work = Work().add(self.work)
         for times, one in passes:
-            for name, counter in counters.items():
-                counter.update({key: times * value for key, value in getattr(one, name).items()})
-        return replace(self, **counters)  # type: ignore[arg-type]
+            work.add(one.work, times)
+        return replace(self, work=work)
 
 
 @dataclass(frozen=True)
@@ -423,6 +418,6 @@ def _whole_batch(model: _Model, task: WholeBatchTask[Any], update: Update, layou
     if span > 1:
         ascent = Exchange("data", "all-reduce", span)
         size, times = moves * 4 * count, moves * len(list(_built(model)[1].parameters()))
-        update = replace(update, exchanged=Counter({ascent: size}), exchanges=Counter({ascent: times}))
+        update = replace(update, work=Work(exchanged=Counter({ascent: size}), exchanges=Counter({ascent: times})))
     through = pieces * (2 if groups == 1 else 3)
     return update.with_work((2 * pieces if pieces > 1 else 0, first), (through, again), (2, of_all))

@@ -84,7 +84,7 @@ def step_time(
 
 
 def _computation(stage: Stage, cluster: Cluster) -> float:
-    flops = stage.update.flops.items()
+    flops = stage.update.work.flops.items()
     return sum(count / cluster.flops(_PRECISIONS.get(dtype, "fp32")) for dtype, count in flops) / cluster.utilization
 
 

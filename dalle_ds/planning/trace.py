@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -35,6 +35,24 @@ class Exchange:
     processes: int
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is computed and exchanged."""
+
+    flops: Counter[torch.dtype] = field(default_factory=Counter)
+    """By the type of the factors."""
+    exchanged: Counter[Exchange] = field(default_factory=Counter)
+    """Bytes."""
+    exchanges: Counter[Exchange] = field(default_factory=Counter)
+    """How often."""
+
+    def add(self, other: Work, times: int = 1) -> Work:
+        """Take in other work, so many times; returns itself."""
+        for entry in fields(self):
+            getattr(self, entry.name).update({key: times * n for key, n in getattr(other, entry.name).items()})
+        return self
+
+
 class Trace(TorchDispatchMode):
     """Counts all that is done with "meta" tensors while it is on."""
 
@@ -44,12 +62,7 @@ class Trace(TorchDispatchMode):
         """Bytes of the tensors that were made meanwhile, and still exist."""
         self.peak = 0
         """The most of them at a time; to be set to `live` where counting begins anew."""
-        self.flops: Counter[torch.dtype] = Counter()
-        """By the type of the factors."""
-        self.exchanged: Counter[Exchange] = Counter()
-        """Bytes."""
-        self.exchanges: Counter[Exchange] = Counter()
-        """How often."""
+        self.work = Work()
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,8 +70,8 @@ class Trace(TorchDispatchMode):
         if func is torch.ops.dalle_ds.exchange.default:
             whole, operation, axis, processes = args
             kind = Exchange(axis, operation, processes)
-            self.exchanged[kind] += whole.nbytes
-            self.exchanges[kind] += 1
+            self.work.exchanged[kind] += whole.nbytes
+            self.work.exchanges[kind] += 1
             return None
         inputs = _tensors((args, kwargs))
         for tensor in inputs:
@@ -71,7 +84,7 @@ class Trace(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         formula = _FLOPS.get(func._overloadpacket)
         if formula is not None:
-            self.flops[_computed_in(inputs[0].dtype)] += formula(*args, **kwargs, out_val=result)
+            self.work.flops[_computed_in(inputs[0].dtype)] += formula(*args, **kwargs, out_val=result)
         return result
 
     def _note(self, tensor: Tensor, *, counted: bool) -> None:
@@ -151,10 +164,8 @@ class Pass:
     """The most in the forward pass."""
     backward: int
     """The most in the backward pass, its weights' gradients one at a time included."""
-    flops: Counter[torch.dtype]
+    work: Work
     """Of both passes, with what is computed again."""
-    exchanged: Counter[Exchange]
-    exchanges: Counter[Exchange]
     outputs: tuple[Tensor, ...]
 
 
@@ -186,7 +197,7 @@ def traced(
     finally:
         for handle in handles:
             handle.remove()
-    return Pass(kept, forward, trace.peak, trace.flops, trace.exchanged, trace.exchanges, shapes)
+    return Pass(kept, forward, trace.peak, trace.work, shapes)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -114,10 +114,16 @@ def _replicas(stage: Stage, layout: Layout) -> Iterator[Transfer]:
 
 def _model(stage: Stage) -> Iterator[Transfer]:
     """What the model exchanges: activations and gradients of a tensor group, rows that are compared."""
-    for kind, size in stage.update.exchanged.items():
+    for kind, size in stage.update.work.exchanged.items():
         what = "activations" if kind.axis == "tensor" else "rows"
         yield Transfer(
-            kind.axis, what, kind.operation, kind.processes, size, stage.update.exchanges[kind], kind.axis == "tensor"
+            kind.axis,
+            what,
+            kind.operation,
+            kind.processes,
+            size,
+            stage.update.work.exchanges[kind],
+            kind.axis == "tensor",
         )
 
 

@@ -183,7 +183,7 @@ def test_layer_by_layer_is_the_whole_model(checkpointing: Any, device: str) -> N
             values,
             list(model.parameters()),
         )
-    assert planned.flops == whole.flops
+    assert planned.work.flops == whole.work.flops
     assert planned.kept == pytest.approx(whole.kept, rel=1e-3)
     assert planned.forward == pytest.approx(whole.forward, rel=0.03)
     assert planned.backward == pytest.approx(whole.backward, rel=0.03)
@@ -192,7 +192,7 @@ def test_layer_by_layer_is_the_whole_model(checkpointing: Any, device: str) -> N
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(("precision", "device"), [("fp32", "cpu"), ("bf16", "cpu"), ("bf16", "cuda")])
 def test_operations_are_those_that_are_counted_from_shapes(checkpointing: Any, precision: Any, device: str) -> None:
-    planned = stage_of(Layout(checkpointing=checkpointing, precision=precision), LONG, device).update.flops
+    planned = stage_of(Layout(checkpointing=checkpointing, precision=precision), LONG, device).update.work.flops
     counted = executed_flops(LONG, checkpointing, dtype=DTYPES[precision], device=device)
     # FlexAttention's backward pass has two more products than the plain kernel that stands for it.
     assert planned.total() == pytest.approx(counted.total, rel=0.01 if device == "cpu" else 0.05)
@@ -202,7 +202,7 @@ def test_operations_are_those_that_are_counted_from_shapes(checkpointing: Any, p
 def test_operations_are_those_that_torch_counts(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     task = STAGES[stage][1].planned(RUNS[stage])
-    planned = stages_of(task, Layout(micro_batch=2), "cpu")[0].update.flops.total()
+    planned = stages_of(task, Layout(micro_batch=2), "cpu")[0].update.work.flops.total()
     batch = importlib.import_module("plan_check").real_batch(task, 2)
     model = task.build_model()
     with FlopCounterMode(display=False) as counter:
@@ -219,7 +219,7 @@ def test_a_tensor_group_keeps_its_part_and_with_sequence_its_positions() -> None
     stream = 2 * LONG.total_len * LONG.width * 4
     # The stream that enters each block and the last normalization, and what normalizations keep beside it.
     assert divided.kept - positions.kept == pytest.approx((2 * LONG.depth + 1) * stream / 2, rel=0.05)
-    assert divided.flops.total() == pytest.approx(whole.flops.total() / 2, rel=0.01)
+    assert divided.work.flops.total() == pytest.approx(whole.work.flops.total() / 2, rel=0.01)
 
 
 # --- updates that compare all rows of a batch
@@ -232,7 +232,7 @@ def clip_update(layout: Layout, sharpness: SharpnessConfig | None = None) -> Any
 
 def test_cached_gradients_take_one_more_forward_pass_and_memory_of_a_micro_batch() -> None:
     one, four = clip_update(Layout(micro_batch=4)).update, clip_update(Layout(micro_batch=4, accumulation=4)).update
-    assert four.flops.total() == pytest.approx(4 * one.flops.total() * 4 / 3, rel=0.02)
+    assert four.work.flops.total() == pytest.approx(4 * one.work.flops.total() * 4 / 3, rel=0.02)
     assert four.kept < 1.2 * one.kept and (four.forwards, four.backwards) == (8, 4)
 
 
@@ -242,7 +242,7 @@ def test_more_processes_compare_more_rows() -> None:
         clip_update(Layout(shards=64, micro_batch=4)).update,
     )
     assert many.kept > few.kept
-    rows = {kind.operation: size for kind, size in many.exchanged.items() if size > 1000}
+    rows = {kind.operation: size for kind, size in many.work.exchanged.items() if size > 1000}
     assert rows["all-gather"] == rows["reduce-scatter"] == 2 * 64 * 4 * CLIP.embed_dim * 4
 
 
@@ -251,5 +251,7 @@ def test_sharpness_holds_a_second_model_and_takes_more_passes() -> None:
     sharp = clip_update(Layout(micro_batch=4, accumulation=4), SharpnessConfig(rho=0.1, pairs=4))
     assert sharp.update.always - plain.update.always == 4 * plain.parameters.count
     # Of 4 pieces, in passes: 2 without gradients, and 3 with them for each of 4 groups. Cached gradients: 1 and 1.
-    assert sharp.update.flops.total() == pytest.approx(plain.update.flops.total() * (2 + 3 * 3) / (1 + 3), rel=0.02)
+    assert sharp.update.work.flops.total() == pytest.approx(
+        plain.update.work.flops.total() * (2 + 3 * 3) / (1 + 3), rel=0.02
+    )
     assert sharp.update.backwards == 1

@@ -51,7 +51,7 @@ def test_compute_follows_operations_and_rates() -> None:
     found = plan()
     # Needed: 6 operations per parameter of the blocks' matrices and token, logits, and attention beside them.
     matrices = 64 * 12 * 3968**2
-    needed, executed = needed_flops(found.task), found.stages[0].update.flops.total()
+    needed, executed = needed_flops(found.task), found.stages[0].update.work.flops.total()
     assert needed == pytest.approx(6 * matrices * 1280, rel=0.03)
     # Recomputation repeats all but each block's last product: 7 of 12 d².
     assert executed == pytest.approx(1024 / 8 * 6 * matrices * 1280 * (1 + 7 / 36), rel=0.03)
