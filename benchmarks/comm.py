@@ -38,9 +38,9 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.powersgd import paper_rank
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.shards import compressed_shards
-from dalle_ds.planning.stages import stages_of
+from dalle_ds.planning.model import compressed_shards, stages_of
 from dalle_ds.planning.traffic import sent_along, traffic
+from dalle_ds.tasks.transformer import TransformerTask
 
 AXES: tuple[Literal["tensor", "shard", "replica"], ...] = ("tensor", "shard", "replica")
 OTHER = "all"
@@ -146,9 +146,9 @@ def measure(options: Options, mesh: Mesh, *, compressed: bool) -> dict[str, Any]
         zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     json_config = {"bf16": {"enabled": options.precision == "bf16"}, "zero_optimization": zero}
     layout = Layout.of(run, resolve(json_config, run, mesh.world_size), mesh.world_size)
-    (stage,) = stages_of(run, layout, mesh.device.type)
-    transfers = traffic(stage, run.model, layout)
-    shards = compressed_shards(stage.parameters, layout, run.model.width)
+    (stage,) = stages_of(TransformerTask.planned(run), layout, mesh.device.type)
+    transfers = traffic(stage, layout)
+    shards = compressed_shards(stage.parameters, layout)
     engine, train_step = build_step(run, json_config, mesh)
     divided = mesh.divide(run.parallel)
     generator = torch.Generator().manual_seed(divided.index("data"))

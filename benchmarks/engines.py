@@ -5,45 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dalle_ds.config import TransformerRun
-from dalle_ds.models import Dalle
-from dalle_ds.models.dalle import ResidualBlock
-from dalle_ds.models.pipeline import pipeline_layers
-from dalle_ds.optim import resblock_groups
+from dalle_ds.config import Run
 from dalle_ds.parallel import Mesh
+from dalle_ds.tasks import Task
+from dalle_ds.tasks.transformer import TransformerTask
 
 
-class BatchLoss:
-    """What a `TrainStep` asks of a task: the transformer's loss on {"text": (B, T), "codes": (B, W²)}."""
-
-    rho = None
-
-    def weight_of(self, batch: dict[str, Tensor]) -> Tensor:
-        """Batches without padding all weigh the same."""
-        return torch.ones((), device=batch["codes"].device)
-
-    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the transformer takes of a batch."""
-        return batch["text"], batch["codes"]
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """() loss, and no other figures."""
-        return model(batch["text"], batch["codes"], logits=False).loss, {}
-
-    def digest(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """No vectors among the figures."""
-        return {}
-
-
-def build_step(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) -> tuple[Any, Any]:
-    """An engine around `run.model`, and the `TrainStep` that trains it.
+def build_step(
+    run: Run, json_config: dict[str, Any], mesh: Mesh, kind: type[Task[Any]] = TransformerTask
+) -> tuple[Any, Any]:
+    """An engine around a run's model, and the `TrainStep` that trains it. No files are read.
 
     Args:
-        run: `model`, `train`, `parallel`, `powersgd`, `optim`, `scaling` and `seed` are used.
         json_config: the DeepSpeed JSON's content.
         mesh: from `Mesh.start`, before DeepSpeed is imported; divided here.
+        kind: the run's task.
     """
     from dalle_ds.config.deepspeed import resolve
     from dalle_ds.parallel.pipeline import Pipeline
@@ -53,34 +31,24 @@ def build_step(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) -> 
     from dalle_ds.training.step import TrainStep
     from dalle_ds.training.zero_state import MasterGradients
 
+    task = kind.planned(run)
     mesh = mesh.divide(run.parallel)
     config = resolve(json_config, run, mesh.world_size)
     torch.manual_seed(run.seed)
-    options: dict[str, Any] = {"checkpointing": run.train.activation_checkpointing, "tensor": mesh.tensor}
 
     def build_model() -> nn.Module:
         if mesh.size("pipe") > 1:
-            return Pipeline(pipeline_layers(run.model, **options), mesh)
-        return Dalle(run.model, **options)
+            return Pipeline(task.pipeline_layers(mesh.tensor), mesh)
+        return task.build_model(mesh.tensor)
 
-    def blocks_of(model: nn.Module) -> list[ResidualBlock]:
-        return [module for module in model.modules() if isinstance(module, ResidualBlock)]
-
-    engine = build_engine(
-        build_model,
-        lambda model: resblock_groups(model, blocks_of(model), run.optim),
-        run.optim,
-        config,
-        mesh,
-        run.seed,
-    )
+    engine = build_engine(build_model, task.parameter_groups, run.optim, config, mesh, run.seed)
     scales = replicas = None
     if config.precision == "fp16":
-        blocks = blocks_of(engine.module)
-        scales = scale_gradients(blocks, 2 * run.model.depth, run.scaling, config.precision, mesh)
+        assert task.scaling is not None
+        blocks = task.resblocks(engine.module)
+        scales = scale_gradients(blocks, task.resblock_count, task.scaling, config.precision, mesh)
     if mesh.size("replica") > 1:
         replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
-    task: Any = BatchLoss()
     train_step = TrainStep(
         task,
         engine,
@@ -88,7 +56,7 @@ def build_step(run: TransformerRun, json_config: dict[str, Any], mesh: Mesh) -> 
         mesh,
         run.optim,
         scales=scales,
-        scaling=run.scaling,
+        scaling=task.scaling,
         average=None,
         numerics=None,
         replicas=replicas,

@@ -1,9 +1,9 @@
-"""Holds the planner's formulas against what real runs hold and exchange.
+"""Holds plans against what real runs hold and exchange.
 
     deepspeed --num_gpus 2 benchmarks/plan_check.py [--few True] [--json FILE]
 
-Bytes are counted, not sampled: those of every storage that exists, and the most at any moment (`counting.py`). Activations are
-counted around a plain model; weights, optimizer state, gradients and buffers in DeepSpeed engines of this many processes,
+Bytes are counted, not sampled: those of every storage that exists, and the most at any moment (`counting.py`). Passes are
+counted around plain models; weights, optimizer state, gradients and buffers in DeepSpeed engines of this many processes,
 between updates, before the step, and at the peak of an update; exchanges by collective.
 """
 
@@ -26,24 +26,31 @@ from torch import Tensor
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import (
+    ClipConfig,
+    ClipRun,
     DalleConfig,
+    DiscreteVAEConfig,
+    DvaeRun,
     OptimConfig,
     ParallelConfig,
     PowerSGDConfig,
     RecomputingTrainConfig,
+    Run,
     ScalingConfig,
+    SharpnessConfig,
+    TrainConfig,
     TransformerRun,
 )
 from dalle_ds.config.deepspeed import resolve
-from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
-from dalle_ds.planning.activations import transformer_activations
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.memory import Memory, heaviest, stage_memory
-from dalle_ds.planning.stages import stages_of
+from dalle_ds.planning.memory import Memory, stage_memory
+from dalle_ds.planning.model import stages_of
 from dalle_ds.planning.traffic import Transfer, traffic
 from dalle_ds.precision import GradientScales
 from dalle_ds.precision.rates import DTYPES
+from dalle_ds.tasks import Batch, Task
+from dalle_ds.tasks.stages import STAGES
 
 BUCKET = 50_000
 """Elements of DeepSpeed's own buffers, small against the model."""
@@ -51,7 +58,7 @@ BUCKET = 50_000
 
 @dataclass(frozen=True)
 class Options:
-    """Which formulas to check."""
+    """What to check."""
 
     parts: tuple[str, ...] = ("activations", "engines", "parallel")
     """Of "activations", "engines" (ZeRO stages, on any number of processes) and "parallel" (on 2 processes)."""
@@ -80,7 +87,7 @@ class Check:
 class Setting:
     """A DeepSpeed engine to count in."""
 
-    stage: int
+    zero_stage: int
     precision: str = "fp32"
     moments: str = "fp32"
     accumulation: int = 1
@@ -92,11 +99,14 @@ class Setting:
     degrees: ParallelConfig = field(default_factory=ParallelConfig)
     powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
     zero: tuple[tuple[str, int], ...] = ()
+    stage: str = "transformer"
+    sharpness: SharpnessConfig = field(default_factory=SharpnessConfig)
 
     @property
     def name(self) -> str:
         """For the table."""
-        parts = [f"ZeRO-{self.stage} {self.precision}", f"recompute {self.checkpointing}"]
+        parts = [self.stage] if self.stage != "transformer" else []
+        parts += [f"ZeRO-{self.zero_stage} {self.precision}", f"recompute {self.checkpointing}"]
         parts += ["16-bit moments"] if self.moments == "16-bit" else []
         parts += [f"{self.accumulation} micro-batches"] if self.accumulation > 1 else []
         parts += ["offload"] if self.offload else []
@@ -104,10 +114,46 @@ class Setting:
         parts += ["long sequences"] if self.is_long else []
         parts += [f"{name} {value}" for name, value in asdict(self.degrees).items() if value not in (1, False)]
         parts += [f"PowerSGD {self.powersgd.storage}"] if self.powersgd.enabled else []
+        parts += [f"sharpness over {self.sharpness.pairs} pairs"] if self.sharpness.rho is not None else []
         parts += [f"{name.removeprefix('stage3_')} {value}" for name, value in self.zero]
         return ", ".join(parts)
 
+    def run(self, processes: int) -> Run:
+        """The run to count in, of a few million parameters at most."""
+        readers = processes // (self.degrees.tensor * self.degrees.pipe)
+        shared: dict[str, Any] = {"parallel": self.degrees, "powersgd": self.powersgd}
+        shared["optim"] = OptimConfig(warmup_steps=0, moments=self.moments)  # type: ignore[arg-type]
+        rows = 1 if self.stage == "transformer" else 2
+        sizes = {"batch_size": rows * readers * self.accumulation, "micro_batch": rows, "average_decay": None}
+        if self.stage == "dvae":
+            shape = DiscreteVAEConfig(
+                image_size=32, groups=2, encoder_width=32, decoder_width=32, decoder_input=16, vocab_size=128
+            )
+            return DvaeRun(model=shape, train=TrainConfig(**sizes), **shared)  # type: ignore[arg-type]
+        train = RecomputingTrainConfig(**sizes, activation_checkpointing=self.checkpointing)  # type: ignore[arg-type]
+        if self.stage == "clip":
+            return ClipRun(model=CLIP, train=train, sharpness=self.sharpness, **shared)
+        text_len, grid = (64, 16) if self.is_long else (4, 4)
+        model = DalleConfig(width=64, depth=8, heads=2, text_len=text_len, grid=grid, text_vocab=32, image_vocab=32)
+        return TransformerRun(model=model, train=train, **shared)
 
+    def json_config(self) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
+        zero = {"stage": self.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, **dict(self.zero)} if self.zero_stage == 3 else {}
+        zero |= {"offload_optimizer": {"device": "cpu"}} if self.offload else {}  # type: ignore[dict-item]
+        found: dict[str, Any] = {name: {"enabled": name == self.precision} for name in ("bf16", "fp16")}
+        found["zero_optimization"] = zero
+        if self.bf16_states:
+            found["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+            found["data_types"] = {"grad_accum_dtype": "bf16"}
+        return found
+
+
+CLIP = ClipConfig(
+    embed_dim=32, image_size=32, patch_size=8, vision_width=64, vision_depth=4, vision_heads=2, text_width=64,
+    text_depth=4, text_heads=2, text_len=16, text_vocab=64,
+)  # fmt: skip
 # Of a small model, DeepSpeed would otherwise keep all that it has gathered.
 SHARDED = (
     ("stage3_param_persistence_threshold", 0),
@@ -115,6 +161,7 @@ SHARDED = (
     ("stage3_max_reuse_distance", 0),
 )
 REUSED = (("stage3_param_persistence_threshold", 0), ("stage3_max_live_parameters", 200_000))
+SHARP = SharpnessConfig(rho=0.1, pairs=2)
 SETTINGS = [
     *(Setting(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16", "fp16")),
     *(Setting(3, precision, zero=SHARDED) for precision in ("fp32", "bf16", "fp16")),
@@ -131,6 +178,14 @@ SETTINGS = [
     Setting(3, "bf16", bf16_states=True, zero=SHARDED),
     Setting(1, "bf16", is_long=True),
     Setting(2, checkpointing="none", is_long=True),
+    Setting(1, stage="dvae"),
+    Setting(2, "bf16", "16-bit", accumulation=2, stage="dvae"),
+    Setting(3, "bf16", stage="dvae", zero=SHARDED),
+    Setting(1, stage="clip", checkpointing="none"),
+    Setting(1, "bf16", "16-bit", stage="clip", accumulation=3),
+    Setting(3, stage="clip", accumulation=2, zero=SHARDED),
+    Setting(0, stage="clip", accumulation=2, sharpness=SHARP),
+    Setting(1, "bf16", stage="clip", checkpointing="none", sharpness=SharpnessConfig(rho=0.1)),
 ]
 
 FEW = [
@@ -139,6 +194,9 @@ FEW = [
     Setting(2, "bf16", "16-bit", accumulation=2),
     Setting(3, "fp16", "16-bit", zero=SHARDED),
     Setting(3, "bf16", zero=REUSED),
+    Setting(2, "bf16", "16-bit", accumulation=2, stage="dvae"),
+    Setting(1, "bf16", "16-bit", stage="clip", accumulation=3),
+    Setting(0, stage="clip", accumulation=2, sharpness=SHARP),
 ]
 PARALLEL = [
     Setting(1, "bf16", degrees=ParallelConfig(tensor=2)),
@@ -168,44 +226,60 @@ FEW_PARALLEL = (6, 8, 12, 14)
 
 
 def check_activations() -> Iterator[Check]:
-    """Of a plain model: kept at the end of the forward pass, and the peaks of both passes."""
+    """Of plain models: kept at the end of the forward pass, and the peaks of both passes."""
+    policies = ("none", "selective", "full")
     for precision in ("fp32", "bf16", "fp16"):
         # Arithmetic in fp16 is slow on CPUs.
         width, text_len, grid = (64, 16, 8) if precision == "fp16" else (256, 64, 16)
         config = DalleConfig(
             width=width, depth=3, heads=4, text_len=text_len, grid=grid, text_vocab=512, image_vocab=256
         )
-        for checkpointing in ("none", "selective", "full"):
-            layout = Layout(precision=precision, checkpointing=checkpointing, micro_batch=2)  # type: ignore[arg-type]
-            plan = transformer_activations(config, layout, range(2 * config.depth), last=True, device="cpu")
-            kept, forward, backward = _activations(config, layout)
-            setting = f"{precision}, recompute {checkpointing}"
-            # One weight's gradient at a time, which the plan counts among the gradients.
-            gradient = 4 * width**2 * (6 if precision == "fp16" else layout.weight_bytes)
-            yield Check(setting, "kept for the backward pass", plan.kept + plan.loss_kept, kept)
-            yield Check(setting, "peak of the forward pass", plan.kept + plan.loss_kept + plan.loss_working, forward)
-            yield Check(setting, "peak of the backward pass", plan.kept + plan.working + gradient, backward)
+        for policy in policies:
+            train = RecomputingTrainConfig(activation_checkpointing=policy)  # type: ignore[arg-type]
+            yield from _check_passes("transformer", TransformerRun(model=config, train=train), precision)
+    for precision in ("fp32", "bf16"):
+        yield from _check_passes("dvae", Setting(0, stage="dvae").run(1), precision)
+        for policy in ("none", "full"):
+            run = Setting(0, stage="clip", checkpointing=policy).run(1)
+            yield from _check_passes("clip", run, precision)
 
 
-def _activations(config: DalleConfig, layout: Layout) -> tuple[int, int, int]:
-    model = Dalle(config, checkpointing=layout.checkpointing)
-    if layout.precision == "fp16":
+def _check_passes(stage: str, run: Run, precision: str) -> Iterator[Check]:
+    rows, policy = 2, getattr(run.train, "activation_checkpointing", "none")
+    layout = Layout(precision=precision, checkpointing=policy, micro_batch=rows)  # type: ignore[arg-type]
+    task = STAGES[stage][1].planned(run)
+    planned = stages_of(task, layout, "cpu")[0].update
+    model: Any = task.build_model()
+    if precision == "fp16":
         scales = GradientScales(ScalingConfig(), len(model.blocks), 1)
         for number, block in enumerate(model.blocks):
-            block.use(scales.precision(number, torch.float16))  # type: ignore[operator]
+            block.use(scales.precision(number, torch.float16))
     else:
-        model.to(DTYPES[layout.precision])
+        model.to(DTYPES[precision])
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    text = torch.zeros(layout.micro_batch, config.text_len, dtype=torch.int64)
-    codes = torch.zeros(layout.micro_batch, config.image_len, dtype=torch.int64)
-    model(text, codes, logits=False).loss.backward()  # what is made once, such as masks
-    with Allocations(left_out=list(model.parameters())) as allocations:
-        loss = model(text, codes, logits=False).loss
+    batch = real_batch(task, rows)
+    task.loss(model, batch, 0)[0].backward()  # what is made once, such as masks
+    with Allocations(left_out=[*model.parameters(), *batch.values()]) as allocations:
+        loss = task.loss(model, batch, 0)[0]
         forward, kept = allocations.peak, allocations.now()
         allocations.peak = 0
         loss.backward()
-    return kept, forward, allocations.peak
+    setting = f"{stage} {precision}, recompute {policy}"
+    yield Check(setting, "kept for the backward pass", planned.kept, kept)
+    yield Check(setting, "peak of the forward pass", planned.forward, forward)
+    yield Check(setting, "peak of the backward pass", planned.backward, allocations.peak)
+
+
+def real_batch(task: Task[Any], rows: int) -> Batch:
+    """A batch as `batch_spec` has it, of zeros; captions end at once."""
+    batch = {
+        name: torch.zeros(shape.shape, dtype=shape.dtype) if shape.ndim else torch.ones(())
+        for name, shape in task.batch_spec(rows).items()
+    }
+    if "text" in batch:
+        batch["text"].fill_(getattr(task.run.model, "end", 0))  # type: ignore[attr-defined]
+    return batch
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -220,35 +294,14 @@ def check_engines(mesh: Mesh, settings: Sequence[Setting] = SETTINGS) -> Iterato
 
 
 def _check_engine(setting: Setting, mesh: Mesh) -> list[Check]:
-    text_len, grid = (64, 16) if setting.is_long else (4, 4)
-    model = DalleConfig(width=64, depth=8, heads=2, text_len=text_len, grid=grid, text_vocab=32, image_vocab=32)
-    readers = mesh.world_size // (setting.degrees.tensor * setting.degrees.pipe)
-    run = TransformerRun(
-        model=model,
-        parallel=setting.degrees,
-        powersgd=setting.powersgd,
-        train=RecomputingTrainConfig(
-            batch_size=readers * setting.accumulation,
-            micro_batch=1,
-            activation_checkpointing=setting.checkpointing,  # type: ignore[arg-type]
-            average_decay=None,
-        ),
-        optim=OptimConfig(warmup_steps=0, moments=setting.moments),  # type: ignore[arg-type]
-    )
-    zero: dict[str, Any] = {"stage": setting.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    zero |= {"stage3_prefetch_bucket_size": BUCKET, **dict(setting.zero)} if setting.stage == 3 else {}
-    zero |= {"offload_optimizer": {"device": "cpu"}} if setting.offload else {}
-    json_config: dict[str, Any] = {name: {"enabled": name == setting.precision} for name in ("bf16", "fp16")}
-    json_config["zero_optimization"] = zero
-    if setting.bf16_states:
-        json_config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-        json_config["data_types"] = {"grad_accum_dtype": "bf16"}
+    run, json_config = setting.run(mesh.world_size), setting.json_config()
+    task = STAGES[setting.stage][1].planned(run)
     layout = Layout.of(run, resolve(json_config, run, mesh.world_size), mesh.world_size)
     layout = replace(layout, saves_beside=False)  # these engines write no checkpoints
-    stages = stages_of(run, layout, "cpu")
-    memory = heaviest(stage_memory(stage, layout, "cpu") for stage in stages)
-    transfers = max((traffic(stage, model, layout) for stage in stages), key=_sent)
-    counted = _count(run, json_config, setting, mesh)
+    stages = stages_of(task, layout, "cpu")
+    memory = max((stage_memory(stage, layout, "cpu") for stage in stages), key=lambda memory: memory.peak)
+    transfers = max((traffic(stage, layout) for stage in stages), key=_sent)
+    counted = _count(task, json_config, setting, mesh)
     before = memory.at("step") - _kind(memory, "optimizer's step", "step")
     passes = max(map(memory.at, ("loss", "backward", "reduce")))
     checks = [
@@ -272,30 +325,29 @@ def _kind(memory: Memory, name: str, moment: str = "between") -> int:
     return sum(use.at(moment) for use in memory.uses if use.kind == name)
 
 
-def _count(run: TransformerRun, json_config: dict[str, Any], setting: Setting, mesh: Mesh) -> dict[str, int]:
+def _count(task: Task[Any], json_config: dict[str, Any], setting: Setting, mesh: Mesh) -> dict[str, int]:
     """Bytes of one process, the most of all. Collective."""
-    engine, train_step = build_step(run, json_config, mesh)
-    text = torch.zeros(1, run.model.text_len, dtype=torch.int64)
-    codes = torch.zeros(1, run.model.image_len, dtype=torch.int64)
+    run = task.run
+    engine, train_step = build_step(run, json_config, mesh, type(task))
+    # A run has its batches all the time: the next one is made ready while an update is computed.
+    batches = [real_batch(task, run.train.micro_batch) for _ in range(setting.accumulation)]
+    for batch in batches:
+        batch.pop("share", None)
 
     def update(number: int) -> None:
-        batches = [{"text": text.clone(), "codes": codes.clone()} for _ in range(setting.accumulation)]
         train_step.run(batches, number, 1e-3)
 
     for number in range(3):  # DeepSpeed traces the first, and makes Adam's state in it
         update(number)
     gc.collect()
+    held = tensors_behind([engine, train_step, batches])
     weights = [parameter.data for parameter in engine.module.parameters()]
     weights += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
     states = [v for state in engine.client_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    counted = {
-        "between": _bytes(tensors_behind([engine, train_step])),
-        "weights": _bytes(weights),
-        "moments": _bytes(states),
-    }
+    counted = {"between": _bytes(held), "weights": _bytes(weights), "moments": _bytes(states)}
     passes = train_step._passes
     step = passes.step
-    with Allocations(known=tensors_behind([engine, train_step])) as allocations:
+    with Allocations(known=held) as allocations:
 
         def watched_step() -> None:
             counted.update(passes=allocations.peak, before=allocations.now())
@@ -354,7 +406,7 @@ def main() -> None:
         checks += check_engines(mesh, [PARALLEL[number] for number in FEW_PARALLEL] if options.few else PARALLEL)
     if mesh.is_main:
         table = Table(title=f"{mesh.world_size} processes", title_justify="left")
-        for column in ("setting", "formula", "predicted", "measured", "error"):
+        for column in ("setting", "what", "predicted", "measured", "error"):
             table.add_column(column, justify="right" if column in ("predicted", "measured", "error") else "left")
         for check in checks:
             row = (f"{check.predicted:,.0f}", f"{check.measured:,.0f}", f"{check.error:+.1%}")

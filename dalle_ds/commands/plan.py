@@ -2,6 +2,7 @@
 
 python launchers/plan.py --preset dalle-12b --cluster h100-80gb --gpus 64 --deepspeed_config ds_configs/zero3_bf16.json
 python launchers/plan.py --preset dalle-12b --cluster h100-80gb --gpus 64 --search True
+python launchers/plan.py --preset dalle-12b --stage clip --cluster h100-80gb --gpus 256
 """
 
 import json
@@ -25,10 +26,10 @@ def main() -> None:
         raise ConfigError(f"--json must be a file in a folder that exists, found {command.json}")
     figures: dict[str, Any]
     if command.search:
-        found = search(command.run, command.deepspeed, command.cluster, command.device)
+        found = search(command.task, command.deepspeed, command.cluster, command.device)
         tables, figures = found_tables(found), found.to_dict()
     else:
-        plan = make_plan(command.run, command.deepspeed, command.cluster, command.device)
+        plan = make_plan(command.task, command.deepspeed, command.cluster, command.device)
         tables, figures = plan_tables(plan), plan.to_dict()
     Console(width=130).print(tables)
     if command.json is not None:

@@ -16,9 +16,10 @@ def gumbel_noise(seeds: Tensor, shape: tuple[int, ...], device: torch.device | s
         seeds: (B,) int64.
     """
     noise = torch.empty((len(seeds), *shape), device=device)
-    generator = torch.Generator(device=device)
-    for row, seed in zip(noise, seeds.tolist(), strict=True):
-        generator.manual_seed(seed)
-        row.exponential_(generator=generator)
+    if not noise.is_meta:
+        generator = torch.Generator(device=device)
+        for row, seed in zip(noise, seeds.tolist(), strict=True):
+            generator.manual_seed(seed)
+            row.exponential_(generator=generator)
     # −ln of a standard exponential is standard Gumbel; the floor keeps a drawn 0 finite.
     return -torch.log(noise.clamp_min(1e-30))

@@ -61,13 +61,13 @@ def pipeline_layers(
         for kind in sorted(set(configured_kinds(config)))
     }
     costs = layer_flops(config)
-    layers = [PipelineLayer("embedding.", costs[0], partial(InputEmbedding, config, tensor), _embed)]
+    layers = [PipelineLayer("embedding.", costs[0], partial(InputEmbedding, config, tensor), _embed, "embedding")]
     for number in range(2 * config.depth):
-        pattern = patterns[configured_kinds(config)[number // 2]]
-        build: Callable[[], nn.Module] = partial(residual_block, config, number, tensor, pattern)
+        kind = configured_kinds(config)[number // 2]
+        build: Callable[[], nn.Module] = partial(residual_block, config, number, tensor, patterns[kind])
         run = partial(_run_block, config=config, checkpointing=checkpointing)
-        layers.append(PipelineLayer(f"blocks.{number}.", costs[1 + number], build, run))
-    layers.append(PipelineLayer("", costs[-1], partial(OutputStage, config, tensor), _finish))
+        layers.append(PipelineLayer(f"blocks.{number}.", costs[1 + number], build, run, "mlp" if number % 2 else kind))
+    layers.append(PipelineLayer("", costs[-1], partial(OutputStage, config, tensor), _finish, "output"))
     return layers
 
 

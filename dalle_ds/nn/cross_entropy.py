@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import PADDING
+from dalle_ds.meta import device_type
 from dalle_ds.parallel import WHOLE, TensorGroup
 
 CHUNK = 2**22
@@ -58,9 +59,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         counted = targets != PADDING
         used = None
-        if hidden.device.type in COMPACTED:
+        device = device_type(hidden)
+        if device in COMPACTED:
             # Padding takes no arithmetic. A GPU would have to wait here to learn how many rows are left.
-            used = counted.nonzero()[:, 0]
+            used = torch.arange(len(targets), device="meta") if hidden.is_meta else counted.nonzero()[:, 0]
             hidden_used, targets, counted = hidden[used], targets[used], counted[used]
         else:
             hidden_used = hidden
@@ -70,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        rows = max(1, (CHUNK if hidden.device.type == "cpu" else CHUNK_ON_GPU) // len(weight))
+        rows = max(1, (CHUNK if device == "cpu" else CHUNK_ON_GPU) // len(weight))
         for start in range(0, len(factors), rows):
             some = slice(start, start + rows)
             at = targets[some].clamp(min=0)[:, None]
@@ -144,7 +146,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(rows, vocabulary) fp32."""
     if weight.dtype == torch.float32:
         return F.linear(hidden, weight, bias)
-    if hidden.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads():
+    if device_type(hidden) == "cuda" and "dtype" in torch.ops.aten.mm.overloads():
         return torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32).add_(bias)
     logits = hidden.new_empty(len(hidden), len(weight))
     # Piece by piece, so that no fp32 copy of the whole weight exists.

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dalle_ds.meta import skipped
+
 
 @dataclass(frozen=True)
 class Peers:
@@ -50,7 +52,8 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, peers: Peers, alike: bool) -> Tensor:
         ctx.peers, ctx.alike = peers, alike
         everyone = rows.new_empty(peers.size * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, rows.contiguous(), group=peers.group)
+        if not skipped(everyone, "all-gather", "data", peers.size):
+            dist.all_gather_into_tensor(everyone, rows.contiguous(), group=peers.group)
         return everyone
 
     @staticmethod
@@ -61,7 +64,8 @@ class _GatherRows(torch.autograd.Function):
         if ctx.alike:
             return own * peers.size, None, None
         total = torch.empty_like(own, memory_format=torch.contiguous_format)
-        dist.reduce_scatter_tensor(total, gradient.contiguous(), group=peers.group)
+        if not skipped(gradient, "reduce-scatter", "data", peers.size):
+            dist.reduce_scatter_tensor(total, gradient.contiguous(), group=peers.group)
         return total, None, None
 
 
@@ -76,5 +80,6 @@ class _Shared(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         peers: Peers = ctx.peers
         mean = gradient / peers.size
-        dist.all_reduce(mean, group=peers.group)
+        if not skipped(mean, "all-reduce", "data", peers.size):
+            dist.all_reduce(mean, group=peers.group)
         return mean, None

@@ -24,6 +24,8 @@ class PipelineLayer:
     run: Callable[[nn.Module, Any], Any]
     """(the layer, what the layer before returned) → what the next one takes: a tensor or a tuple of tensors, of which those
     of floating-point numbers have gradients. The last layer may return anything."""
+    kind: str = ""
+    """Layers of a kind differ in nothing but the values of their weights; what they take of memory is planned once."""
 
 
 def balanced(costs: Sequence[float], stages: int) -> list[int]:

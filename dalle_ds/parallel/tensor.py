@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.meta import skipped
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,13 @@ class TensorGroup:
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum over the group, in place and outside of autograd; for memory of the caller's own."""
-        if self.size > 1:
+        if self.size > 1 and not skipped(x, "all-reduce", "tensor", self.size):
             dist.all_reduce(x, group=self.group)
         return x
 
     def max_(self, x: Tensor) -> Tensor:
         """The greatest over the group, elementwise, as `sum_`."""
-        if self.size > 1:
+        if self.size > 1 and not skipped(x, "all-reduce", "tensor", self.size):
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
@@ -158,15 +159,20 @@ def _reduced(x: Tensor, group: TensorGroup) -> Tensor:
 
 def _gathered(x: Tensor, group: TensorGroup, axis: int) -> Tensor:
     pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size)]
-    dist.all_gather(pieces, x.contiguous(), group=group.group)
-    return torch.cat(pieces, axis)
+    x = x.contiguous()
+    if not x.is_meta:
+        dist.all_gather(pieces, x, group=group.group)
+    whole = torch.cat(pieces, axis)
+    skipped(whole, "all-gather", "tensor", group.size)
+    return whole
 
 
 def _scattered(x: Tensor, group: TensorGroup, axis: int) -> Tensor:
     """This process's part of the sum along `axis`."""
     pieces = [piece.contiguous() for piece in x.chunk(group.size, axis)]
     own = torch.empty_like(pieces[0])
-    dist.reduce_scatter(own, pieces, group=group.group)
+    if not skipped(x, "reduce-scatter", "tensor", group.size):
+        dist.reduce_scatter(own, pieces, group=group.group)
     return own
 
 

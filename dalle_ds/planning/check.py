@@ -12,32 +12,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dalle_ds.config import DvaeRun, TransformerRun
 from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.memory import Memory, stage_memory
+from dalle_ds.planning.memory import stage_memory
+from dalle_ds.planning.model import stages_of
 from dalle_ds.planning.report import gigabytes, remedy
-from dalle_ds.planning.stages import stages_of
 from dalle_ds.tasks import Task
 
-DOUBT = 0.85
-"""What a plan's bytes are multiplied by before a run is refused: formulas were at most a tenth too high, and nothing that
-would fit may be refused."""
+SAFETY_FACTOR = 0.85
+"""What a plan's bytes are multiplied by before a run is refused: plans were at most a tenth too high, and nothing that would
+fit may be refused."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A process, what it needs and what it has."""
+class _Process:
+    """What a process needs and what it has, in bytes."""
 
-    rank: int
-    host: str
-    device: str
+    stage: int
+    machine: str
     free: int
-    """Bytes of the GPU that this process may take; of main memory without one."""
+    """Of the GPU, or of main memory without one."""
     host_free: int
-    """Bytes of main memory, all processes of the machine together."""
+    """Of main memory, all processes of the machine together."""
     need: int
     host_need: int
 
@@ -45,80 +43,67 @@ class _Place:
 def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[[str], None] = print) -> None:
     """Tell the plan of a run in one line, or refuse the run if it cannot fit. Collective.
 
-    To be called before the model is built: what is free then is what the run has. Of stages that the planner does not know,
-    nothing is said.
+    To be called before the model is built: what is free then is what the run has.
 
     Args:
-        task: of the run.
         engine: from `resolve`.
         mesh: divided.
         say: how to tell the user; called on the main process.
 
     Raises:
-        ConfigError: a process needs more memory than it has, however the plan's errors lie, and `report.plan_check` is
-            "refuse". Raised on all processes; the message has the bytes by kind, and what to change.
+        ConfigError: a process needs more memory than it has, whatever the plan's error, and `report.plan_check` is "refuse".
+            Raised on all processes; the message has the bytes by kind, and what to change.
     """
-    run = task.run
-    if run.report.plan_check == "off" or not isinstance(run, (TransformerRun, DvaeRun)):
+    mode = task.run.report.plan_check
+    if mode == "off":
         return
-    layout = Layout.of(run, engine, mesh.world_size)
-    device = mesh.device.type
-    memories = [stage_memory(stage, layout, device) for stage in stages_of(run, layout, device)]
-    memory = memories[mesh.index("pipe")]
-    places = _gathered(
-        _Place(mesh.rank, socket.gethostname(), device, *_free(mesh.device), memory.peak, memory.host), mesh
-    )
-    worst = max(places, key=lambda place: _ratio(place, places))
-    ratio = _ratio(worst, places)
-    planned = memories[mesh.size("pipe") * worst.rank // mesh.world_size] if len(memories) > 1 else memories[0]
-    line = _line(worst, places, planned)
-    if ratio * DOUBT > 1 and run.report.plan_check == "refuse":
-        raise ConfigError(_refusal(line, planned, layout, device))
+    layout, device = Layout.of(task.run, engine, mesh.world_size), mesh.device.type
+    try:
+        stages = stages_of(task, layout, device)
+    except ConfigError:
+        raise
+    except Exception as error:  # operators of another version of a library, say, that have no shapes on "meta"
+        if mesh.is_main:
+            say(f"no plan of memory: {error}")
+        return
+    memories = [stage_memory(stage, layout, device) for stage in stages]
+    number = mesh.index("pipe")
+    own = _Process(number, socket.gethostname(), *_free(mesh.device), memories[number].peak, memories[number].host)
+    processes: list[Any] = [own] * mesh.world_size
+    if mesh.world_size > 1:
+        dist.all_gather_object(processes, own)
+    neighbours = Counter(process.machine for process in processes)
+
+    def free(process: _Process) -> tuple[int, int]:
+        """What a process may take of its device and of main memory."""
+        host = max(1, process.host_free // neighbours[process.machine])
+        return host if device == "cpu" else max(1, process.free), host
+
+    def ratio(process: _Process) -> float:
+        return max(process.need / free(process)[0], process.host_need / free(process)[1])
+
+    worst = max(processes, key=ratio)
+    memory, (on_device, on_host) = memories[worst.stage], free(worst)
+    moment, uses = memory.peak_moment, memory.uses
+    most = sorted(((use.at(moment), use.kind) for use in uses if use.at(moment)), reverse=True)[:3]
+    kinds = ", ".join(f"{kind} {gigabytes(size)}" for size, kind in most)
+    where = "process" if device == "cpu" else "GPU"
+    line = f"plan: {gigabytes(worst.need)} of {gigabytes(on_device)} GB per {where} ({kinds})"
+    if worst.host_need:
+        line += f", {gigabytes(worst.host_need)} of {gigabytes(on_host)} GB in main memory"
+    if ratio(worst) * SAFETY_FACTOR > 1 and mode == "refuse":
+        held = [
+            f"  {use.kind}: {gigabytes(use.at(moment))} GB"
+            + (f", and {gigabytes(use.host)} GB in main memory" if use.host else "")
+            for use in uses
+            if use.at(moment) or use.host
+        ]
+        raise ConfigError(
+            "\n".join([f"this run does not fit. {line}", *held, remedy(memory, layout, device)])
+            + "\nlaunchers/plan.py shows other layouts; --report.plan_check warn tries nevertheless"
+        )
     if mesh.is_main:
-        say(f"{line}: it may not fit. {remedy(planned, layout, device)}" if ratio > 1 else line)
-
-
-def _ratio(place: _Place, places: list[_Place]) -> float:
-    """What a process needs in relation to what it has; of GPU and main memory, the greater."""
-    neighbours = Counter(other.host for other in places)[place.host]
-    share = max(1, place.host_free // neighbours)
-    if place.device == "cpu":
-        return place.need / share
-    return max(place.need / max(1, place.free), place.host_need / share)
-
-
-def _line(place: _Place, places: list[_Place], memory: Memory) -> str:
-    neighbours = Counter(other.host for other in places)[place.host]
-    share = place.host_free // neighbours
-    free = share if place.device == "cpu" else place.free
-    what = "process" if place.device == "cpu" else "GPU"
-    moment = memory.peak_moment
-    kinds = sorted(((use.at(moment), use.kind) for use in memory.uses), reverse=True)
-    shown = ", ".join(f"{kind} {gigabytes(size)}" for size, kind in kinds[:3] if size)
-    host = f", {gigabytes(place.host_need)} of {gigabytes(share)} GB in main memory" if place.host_need else ""
-    return f"plan: {gigabytes(place.need)} of {gigabytes(free)} GB per {what} ({shown}){host}"
-
-
-def _refusal(line: str, memory: Memory, layout: Layout, device: str) -> str:
-    moment = memory.peak_moment
-    kinds = "\n".join(
-        f"  {use.kind}: {gigabytes(use.at(moment))} GB"
-        + (f", and {gigabytes(use.host)} GB in main memory" if use.host else "")
-        for use in memory.uses
-        if use.at(moment) or use.host
-    )
-    return (
-        f"this run does not fit. {line}\n{kinds}\n{remedy(memory, layout, device)}\nlaunchers/plan.py shows other layouts; "
-        "--report.plan_check warn tries nevertheless"
-    )
-
-
-def _gathered(place: _Place, mesh: Mesh) -> list[_Place]:
-    if mesh.world_size == 1:
-        return [place]
-    places: list[_Place | None] = [None] * mesh.world_size
-    dist.all_gather_object(places, place)
-    return [found for found in places if found is not None]
+        say(f"{line}: it may not fit. {remedy(memory, layout, device)}" if ratio(worst) > 1 else line)
 
 
 def _free(device: torch.device) -> tuple[int, int]:

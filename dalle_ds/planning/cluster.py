@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
 from dalle_ds.config import Precision
@@ -107,49 +106,22 @@ class Cluster:
 # assumed: the paper does not give its own.
 CLUSTERS: dict[str, Cluster] = {
     "v100-16gb": Cluster(
-        memory_gb=16.9,
-        reserved_gb=1.0,
-        host_memory_gb=500.0,
-        fp32_tflops=15.7,
-        fp16_tflops=125.0,
-        bf16_tflops=None,
-        memory_gb_s=900.0,
-        node_gb_s=150.0,
-        network_gb_s=1.56,
-        host_gb_s=12.0,
-        host_memory_gb_s=15.0,
+        memory_gb=16.9, reserved_gb=1.0, host_memory_gb=500.0, fp32_tflops=15.7, fp16_tflops=125.0, bf16_tflops=None,
+        memory_gb_s=900.0, node_gb_s=150.0, network_gb_s=1.56, host_gb_s=12.0, host_memory_gb_s=15.0,
     ),
     "a100-80gb": Cluster(
-        memory_gb=85.0,
-        fp32_tflops=19.5,
-        fp16_tflops=312.0,
-        bf16_tflops=312.0,
-        memory_gb_s=2039.0,
-        node_gb_s=300.0,
-        network_gb_s=25.0,
-        host_gb_s=25.0,
+        memory_gb=85.0, fp32_tflops=19.5, fp16_tflops=312.0, bf16_tflops=312.0, memory_gb_s=2039.0, node_gb_s=300.0,
+        network_gb_s=25.0, host_gb_s=25.0,
     ),
     "h100-80gb": Cluster(host_memory_gb=2000.0),
     "h200-141gb": Cluster(memory_gb=150.0, host_memory_gb=2000.0, memory_gb_s=4800.0),
     # Two processes of one core each, as the demo runs; the rates are those of docs/performance.md.
     "cpu": Cluster(
-        gpus=2,
-        gpus_per_node=2,
-        memory_gb=4.0,
-        reserved_gb=0.5,
-        host_memory_gb=8.0,
-        fp32_tflops=0.08,
-        fp16_tflops=0.00015,
-        bf16_tflops=0.2,
-        memory_gb_s=15.0,
-        node_gb_s=2.0,
-        network_gb_s=0.1,
-        host_gb_s=15.0,
-        host_memory_gb_s=15.0,
-        collective_us=200.0,
-        overlap=0.0,
+        gpus=2, gpus_per_node=2, memory_gb=4.0, reserved_gb=0.5, host_memory_gb=8.0, fp32_tflops=0.08,
+        fp16_tflops=0.00015, bf16_tflops=0.2, memory_gb_s=15.0, node_gb_s=2.0, network_gb_s=0.1, host_gb_s=15.0,
+        host_memory_gb_s=15.0, collective_us=200.0, overlap=0.0,
     ),
-}
+}  # fmt: skip
 
 
 def named_cluster(name: str, gpus: int | None = None) -> Cluster:
@@ -159,8 +131,6 @@ def named_cluster(name: str, gpus: int | None = None) -> Cluster:
         ConfigError: an unknown name.
     """
     if name not in CLUSTERS:
-        guess = difflib.get_close_matches(name, CLUSTERS, 1, cutoff=0.4)
-        hint = f"; did you mean {guess[0]}?" if guess else ""
-        raise ConfigError(f"--cluster {name} is unknown: give one of {', '.join(CLUSTERS)}{hint}")
+        raise ConfigError(f"--cluster {name} is unknown: give one of {', '.join(CLUSTERS)}")
     cluster = CLUSTERS[name]
     return cluster if gpus is None else replace(cluster, gpus=gpus)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, Precision, RecomputingTrainConfig, Run
+from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, Precision, Run
 from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
 
@@ -13,6 +13,9 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a number."""
 STAGE_0_BUCKET = 500_000_000
 """Elements of gradients that DeepSpeed reduces at a time where ZeRO does not (a constant of its engine)."""
+REUSE_STEPS = 4
+"""How often DeepSpeed counts a weight on the way to its next use, as measured, where it compares that with
+`stage3_max_reuse_distance`."""
 REPLICA_BUCKET = 2**24
 """Elements of uncompressed gradients that cross between replicas at a time (`BUCKET` of `training/replicas.py`)."""
 
@@ -115,9 +118,7 @@ class Layout:
             zero_stage=engine.zero_stage,
             micro_batch=engine.micro_batch,
             accumulation=engine.accumulation,
-            checkpointing=run.train.activation_checkpointing
-            if isinstance(run.train, RecomputingTrainConfig)
-            else "none",
+            checkpointing=getattr(run.train, "activation_checkpointing", "none"),
             moments=run.optim.moments,
             average="none" if run.train.average_decay is None else run.train.average_device,
             average_every=run.train.average_every,
@@ -154,19 +155,18 @@ def _is_offloaded(zero: dict[str, Any], name: str) -> bool:
 def _buffers(zero: dict[str, Any]) -> Buffers:
     """DeepSpeed takes each of the stage 3 settings by two names, and numbers as 5e8."""
     names = {
-        "reduce": ("reduce_bucket_size",),
-        "prefetch": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
-        "live": ("stage3_max_live_parameters", "max_live_parameters"),
-        "reuse": ("stage3_max_reuse_distance", "max_reuse_distance"),
-        "persistent": ("stage3_param_persistence_threshold", "param_persistence_threshold"),
+        "reduce_bucket_size": "reduce",
+        "prefetch_bucket_size": "prefetch",
+        "max_live_parameters": "live",
+        "max_reuse_distance": "reuse",
+        "param_persistence_threshold": "persistent",
     }
     found: dict[str, int] = {}
-    for field, spellings in names.items():
-        for name in spellings:
-            if name not in zero:
-                continue
-            value = zero[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise ConfigError(f'"zero_optimization.{name}" in the DeepSpeed JSON must be a number, found {value!r}')
-            found[field] = int(value)
+    for name, value in zero.items():
+        field = names.get(name.removeprefix("stage3_"))
+        if field is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ConfigError(f'"zero_optimization.{name}" in the DeepSpeed JSON must be a number, found {value!r}')
+        found[field] = int(value)
     return Buffers(**found)

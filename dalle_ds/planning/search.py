@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dalle_ds.config import Checkpointing, ParallelConfig, Run, TransformerRun
+from dalle_ds.config import ParallelConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.parallel import WHOLE
 from dalle_ds.planning.cluster import Cluster
 from dalle_ds.planning.plan import Plan, make_plan
-
-_RECOMPUTE: tuple[Checkpointing, ...] = ("none", "selective", "full")
+from dalle_ds.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Refusal:
     """Their degrees and ZeRO stage."""
     reason: str
     """What does not divide, or what does not fit and by how much."""
-    lacking: int
-    """Bytes that are lacking at least; 0 where the reason is another."""
+    deficit_bytes: int
+    """The least that is missing; 0 where the reason is another."""
 
 
 @dataclass(frozen=True)
@@ -33,115 +33,102 @@ class Found:
     plans: tuple[Plan, ...]
     """One for each arrangement that fits, with the micro-batch and recomputation that make it fastest; fastest first."""
     refusals: tuple[Refusal, ...]
-    """Those that lack the least first, then those that cannot be."""
+    """Those with the smallest deficit first, then those that cannot be."""
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        return {
-            "plans": [plan.to_dict() for plan in self.plans],
-            "refusals": [asdict(refusal) for refusal in self.refusals],
-        }
+        return {"plans": [plan.to_dict() for plan in self.plans], "refusals": [asdict(each) for each in self.refusals]}
 
 
-@dataclass(frozen=True)
-class _Arrangement:
-    """Degrees and a ZeRO stage."""
-
-    degrees: ParallelConfig
-    shards: int
-    zero_stage: int
-
-    @property
-    def name(self) -> str:
-        counts = {"replicas": self.degrees.replicas, "pipe": self.degrees.pipe, "tensor": self.degrees.tensor}
-        parts = [f"{name} {count}" for name, count in counts.items() if count > 1]
-        return " ".join([*parts, f"shards {self.shards} ZeRO-{self.zero_stage}"]) + (
-            " sequence" if self.degrees.sequence else ""
-        )
-
-
-def search(run: Run, json_config: dict[str, Any], cluster: Cluster, device: str = "cuda") -> Found:
-    """Plan every arrangement of a run.
+def search(task: Task[Any], json_config: dict[str, Any], cluster: Cluster, device: str = "cuda") -> Found:
+    """Plan every arrangement of a task's run.
 
     Tried are all degrees that multiply to the cluster's processes, tensor groups within a machine; ZeRO stages, unless the
     JSON or `train.zero_stage` states one; recomputation; and micro-batches, unless stated, of 1, 2, 4, … samples. The
-    precision, unless stated, is bf16 where the cluster has it, else fp16. All else is the run's.
+    precision, unless stated, is bf16 where the cluster has it, else fp16, or fp32 for what cannot be fp16. All else is the
+    run's.
     """
-    run, json_config = _with_precision(run, json_config, cluster)
+    if task.run.train.precision is None and not {"bf16", "fp16"} & set(json_config):
+        precision = "bf16" if cluster.bf16_tflops is not None else "fp16" if task.scaling is not None else "fp32"
+        json_config = {**json_config, **{name: {"enabled": name == precision} for name in ("bf16", "fp16")}}
     plans: list[Plan] = []
-    lacking: list[Refusal] = []
+    too_large: list[Refusal] = []
     impossible: dict[str, list[str]] = {}
-    for arrangement in _arrangements(run, json_config, cluster):
+    for degrees, stage in _arrangements(task, json_config, cluster):
+        shards = cluster.gpus // (degrees.replicas * degrees.pipe * degrees.tensor)
+        counts = {"replicas": degrees.replicas, "pipe": degrees.pipe, "tensor": degrees.tensor}
+        parts = [f"{axis} {count}" for axis, count in counts.items() if count > 1]
+        name = " ".join([*parts, f"shards {shards} ZeRO-{stage}", *["sequence"] * degrees.sequence])
         try:
-            best, least = _best(run, json_config, arrangement, cluster, device)
+            best, deficit = _best(task, json_config, degrees, stage, shards, cluster, device)
         except ConfigError as error:
-            impossible.setdefault(str(error), []).append(arrangement.name)
+            impossible.setdefault(str(error), []).append(name)
             continue
         if best is not None:
             plans.append(best)
         else:
-            reason = f"does not fit: {least / 1e9:.1f} GB are lacking with the smallest micro-batch"
-            lacking.append(Refusal((arrangement.name,), reason, least))
+            reason = f"does not fit: {deficit / 1e9:.1f} GB are missing with the smallest micro-batch"
+            too_large.append(Refusal((name,), reason, deficit))
     plans.sort(key=lambda plan: (plan.time.total, plan.memory.peak))
-    lacking.sort(key=lambda refusal: refusal.lacking)
-    refused = [Refusal(tuple(names), reason, 0) for reason, names in impossible.items()]
-    return Found(tuple(plans), (*lacking, *refused))
+    too_large.sort(key=lambda refusal: refusal.deficit_bytes)
+    return Found(tuple(plans), (*too_large, *(Refusal(tuple(names), why, 0) for why, names in impossible.items())))
 
 
 def _best(
-    run: Run, json_config: dict[str, Any], arrangement: _Arrangement, cluster: Cluster, device: str
+    task: Task[Any],
+    json_config: dict[str, Any],
+    degrees: ParallelConfig,
+    stage: int,
+    shards: int,
+    cluster: Cluster,
+    device: str,
 ) -> tuple[Plan | None, int]:
-    """The fastest plan that fits, and the fewest bytes that are lacking where none does."""
-    best: Plan | None = None
-    least: int | None = None
-    zero = {**json_config.get("zero_optimization", {}), "stage": arrangement.zero_stage}
-    json_config = {**json_config, "zero_optimization": zero}
-    powersgd = run.powersgd if arrangement.degrees.replicas > 1 else replace(run.powersgd, enabled=False)
-    recomputations = [{"activation_checkpointing": kind} for kind in _RECOMPUTE]
-    for recompute in recomputations if isinstance(run, TransformerRun) else [{}]:
-        for micro_batch in _micro_batches(run, arrangement, cluster):
-            train = replace(run.train, micro_batch=micro_batch, **recompute)  # type: ignore[arg-type]
-            changed = replace(run, parallel=arrangement.degrees, powersgd=powersgd, train=train)
-            plan = make_plan(changed, json_config, cluster, device)
-            least = plan.lacking if least is None else min(least, plan.lacking)
-            if plan.lacking:
+    """The fastest plan that fits, and the least deficit where none does.
+
+    Raises:
+        ConfigError: nothing of the arrangement can be planned.
+    """
+    run, fitting, deficits = task.run, list[Plan](), list[int]()
+    refusal: ConfigError | None = None
+    json_config = {**json_config, "zero_optimization": {**json_config.get("zero_optimization", {}), "stage": stage}}
+    powersgd = run.powersgd if degrees.replicas > 1 else replace(run.powersgd, enabled=False)
+    rows = run.train.batch_size // (shards * degrees.replicas)
+    # Where nothing divides what a process sees of an update, 1 tells why.
+    sizes = [size for size in (2**power for power in range(rows.bit_length())) if rows % size == 0] or [1]
+    policies = ("none", "selective", "full") if hasattr(run.train, "activation_checkpointing") else (None,)
+    for policy in policies:
+        options = {} if policy is None else {"activation_checkpointing": policy}
+        for micro_batch in sizes if run.train.micro_batch is None else [run.train.micro_batch]:
+            train = replace(run.train, micro_batch=micro_batch, **options)
+            changed = replace(run, parallel=degrees, powersgd=powersgd, train=train)
+            try:
+                plan = make_plan(type(task).planned(changed), json_config, cluster, device)
+            except ConfigError as error:
+                refusal = error
+                break
+            deficits.append(plan.deficit_bytes)
+            if plan.deficit_bytes:
                 break  # more samples need more
-            if best is None or plan.time.total < best.time.total:
-                best = plan
-    assert least is not None, "no micro-batch was tried"
-    return best, least
+            fitting.append(plan)
+    if not deficits and refusal is not None:
+        raise refusal
+    return min(fitting, key=lambda plan: plan.time.total, default=None), min(deficits)
 
 
-def _arrangements(run: Run, json_config: dict[str, Any], cluster: Cluster) -> Iterator[_Arrangement]:
-    stated = run.train.zero_stage
+def _arrangements(
+    task: Task[Any], json_config: dict[str, Any], cluster: Cluster
+) -> Iterator[tuple[ParallelConfig, int]]:
+    """Degrees and a ZeRO stage."""
+    stated = task.run.train.zero_stage
     if stated is None:
         stated = json_config.get("zero_optimization", {}).get("stage")
-    processes = cluster.gpus
-    is_divided = isinstance(run, TransformerRun)
+    processes, is_divided = cluster.gpus, bool(task.pipeline_layers(WHOLE))
     for tensor in _divisors(min(processes, cluster.gpus_per_node)) if is_divided else [1]:
         for pipe in _divisors(processes // tensor) if is_divided and processes % tensor == 0 else [1]:
             for replicas in _divisors(processes // (tensor * pipe)) if pipe == 1 else [1]:
-                shards = processes // (tensor * pipe * replicas)
                 for stage in [stated] if stated is not None else [1] if pipe > 1 else [0, 1, 2, 3]:
                     for sequence in [False, True] if tensor > 1 else [False]:
-                        degrees = ParallelConfig(replicas=replicas, tensor=tensor, pipe=pipe, sequence=sequence)
-                        yield _Arrangement(degrees, shards, stage)
-
-
-def _micro_batches(run: Run, arrangement: _Arrangement, cluster: Cluster) -> list[int]:
-    """Powers of two that divide what a process sees of an update; 1 where nothing does, to be told why."""
-    if run.train.micro_batch is not None:
-        return [run.train.micro_batch]
-    rows = run.train.batch_size // (arrangement.shards * arrangement.degrees.replicas)
-    return [size for size in (2**power for power in range(rows.bit_length())) if rows % size == 0] or [1]
-
-
-def _with_precision(run: Run, json_config: dict[str, Any], cluster: Cluster) -> tuple[Run, dict[str, Any]]:
-    is_stated = run.train.precision is not None or any(name in json_config for name in ("bf16", "fp16"))
-    if is_stated:
-        return run, json_config
-    name = "bf16" if cluster.bf16_tflops is not None or not isinstance(run, TransformerRun) else "fp16"
-    return run, {**json_config, name: {"enabled": True}}
+                        yield ParallelConfig(replicas=replicas, tensor=tensor, pipe=pipe, sequence=sequence), stage
 
 
 def _divisors(number: int) -> list[int]:

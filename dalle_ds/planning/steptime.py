@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
+
+from dalle_ds.config import Precision
 from dalle_ds.planning.cluster import GB, Cluster
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.shards import compressed_shards
-from dalle_ds.planning.stages import Stage
+from dalle_ds.planning.model import Stage, compressed_shards
 from dalle_ds.planning.traffic import Transfer, owned
-from dalle_ds.planning.work import Operations
 
 FUSED_BYTES = 40
 """Read and written for each parameter by the norm and a fused optimizer's step: gradient, weight and two moments."""
@@ -23,6 +24,7 @@ CHUNKED_BYTES = 200
 """The same with 16-bit moments, which take passes of their own: their step was measured to take seven times as long."""
 AVERAGE_BYTES = 12
 """Read and written for each parameter by the average."""
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class StepTime:
     """Waiting of stages for each other: (p − 1) / m of the passes of p stages and m micro-batches."""
     replica: float
     """Exchanges between replicas, and PowerSGD's arithmetic."""
+    data: float
+    """Exchanges of rows that are compared."""
     update: float
     """Optimizer and average."""
 
@@ -51,48 +55,43 @@ class StepTime:
 
 
 def step_time(
-    stages: Sequence[Stage],
-    transfers: Sequence[Sequence[Transfer]],
-    executed: Sequence[Operations],
-    layout: Layout,
-    cluster: Cluster,
+    stages: Sequence[Stage], transfers: Sequence[Sequence[Transfer]], layout: Layout, cluster: Cluster
 ) -> StepTime:
     """The time of an update, whose pace the slowest stage sets.
 
     Args:
         transfers: `traffic` of each stage.
-        executed: operations of each stage.
     """
-    computations = [_computation(operations, layout, cluster) for operations in executed]
+    computations = [_computation(stage, cluster) for stage in stages]
     computation = max(computations)
     of_slowest = transfers[computations.index(computation)]
-    times = {axis: _exchange(of_slowest, axis, layout, cluster) for axis in ("tensor", "pipe", "shard", "replica")}
+    times = {
+        axis: _exchange(of_slowest, axis, layout, cluster) for axis in ("tensor", "pipe", "shard", "replica", "data")
+    }
     in_passes, afterwards = times["shard"]
     hidden = cluster.overlap * computation if layout.overlap else 0.0
     tensor, pipe = sum(times["tensor"]), sum(times["pipe"])
-    passes = computation + tensor + pipe
     return StepTime(
         computation=computation,
         tensor=tensor,
         shard=max(0.0, in_passes - hidden) + afterwards,
         pipe=pipe,
-        bubble=passes * (layout.pipe - 1) / layout.accumulation,
+        bubble=(computation + tensor + pipe) * (layout.pipe - 1) / layout.accumulation,
         replica=sum(times["replica"]) + max(_compression(stage, layout, cluster) for stage in stages),
+        data=sum(times["data"]),
         update=max(_update(stage, layout, cluster) for stage in stages),
     )
 
 
-def _computation(operations: Operations, layout: Layout, cluster: Cluster) -> float:
-    samples = layout.micro_batch * layout.accumulation
-    body = operations.body / cluster.flops(layout.precision)
-    heads = operations.heads / cluster.flops("bf16" if layout.precision == "bf16" else "fp32")
-    return samples * (body + heads) / cluster.utilization
+def _computation(stage: Stage, cluster: Cluster) -> float:
+    flops = stage.update.work.flops.items()
+    return sum(count / cluster.flops(_PRECISIONS.get(dtype, "fp32")) for dtype, count in flops) / cluster.utilization
 
 
 def _exchange(transfers: Sequence[Transfer], axis: str, layout: Layout, cluster: Cluster) -> tuple[float, float]:
     """Seconds of what can be hidden behind the passes, and of what comes after them."""
-    inner = {"tensor": 1, "shard": layout.tensor, "pipe": layout.shards * layout.tensor}
-    stride = inner.get(axis, layout.pipe * layout.shards * layout.tensor)
+    strides = {"tensor": 1, "shard": layout.tensor, "data": layout.tensor, "pipe": layout.shards * layout.tensor}
+    stride = strides.get(axis, layout.pipe * layout.shards * layout.tensor)
     seconds = {True: 0.0, False: 0.0}
     for transfer in transfers:
         if transfer.axis == axis:
@@ -104,7 +103,7 @@ def _exchange(transfers: Sequence[Transfer], axis: str, layout: Layout, cluster:
 
 def _compression(stage: Stage, layout: Layout, cluster: Cluster) -> float:
     """PowerSGD's three products with every shard, in fp32, and its passes over gradients and errors."""
-    shards = compressed_shards(stage.parameters, layout, stage.width)
+    shards = compressed_shards(stage.parameters, layout)
     operations = sum(3 * 2 * shard.numel * shard.rank for shard in shards)
     # Householder's reflections, and the columns made from them.
     operations += sum(4 * shard.parts * shard.short * shard.rank**2 for shard in shards)
@@ -113,7 +112,7 @@ def _compression(stage: Stage, layout: Layout, cluster: Cluster) -> float:
 
 
 def _update(stage: Stage, layout: Layout, cluster: Cluster) -> float:
-    count = owned(stage.parameters, layout)
+    count = owned(stage, layout)
     each = CHUNKED_BYTES if layout.moments == "16-bit" else FUSED_BYTES
     rate = (cluster.host_memory_gb_s if layout.offload_optimizer else cluster.memory_gb_s) * GB
     seconds = count * each / rate

@@ -19,6 +19,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
+from dalle_ds.tasks.flops import training_flops
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Metrics = dict[str, Tensor]
@@ -36,6 +37,13 @@ class Task(ABC, Generic[RunConfig]):
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+
+    @classmethod
+    def planned(cls, run: RunConfig) -> Task[RunConfig]:
+        """A task that has read no files: `build_model`, `parameter_groups`, `batch_spec` and `loss` work on "meta" tensors."""
+        task = cls.__new__(cls)
+        Task.__init__(task, run)
+        return task
 
     @abstractmethod
     def build_model(self, tensor: TensorGroup = WHOLE) -> nn.Module:
@@ -57,8 +65,8 @@ class Task(ABC, Generic[RunConfig]):
                 )
 
     def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
-        """The layers of `build_model`'s model, for tasks whose `check_layout` allows pipelines."""
-        raise NotImplementedError
+        """The layers of `build_model`'s model, for tasks whose `check_layout` allows pipelines; none for others."""
+        return []
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the first of `pipeline_layers` takes of a batch."""
@@ -104,6 +112,10 @@ class Task(ABC, Generic[RunConfig]):
             if split == "train" and len(corpus) == 0:
                 raise DataError(f"{folder} has no training rows: prepare more data, or leave it out of --data")
         return Mixture(corpora, self.run.data_weights)
+
+    @abstractmethod
+    def batch_spec(self, rows: int) -> Batch:
+        """What `loss` takes of a batch of so many rows, on torch's "meta" device: shapes and types to plan with."""
 
     @abstractmethod
     def corpus_samples(self, folder: str, split: str) -> Samples:
@@ -178,9 +190,9 @@ class Task(ABC, Generic[RunConfig]):
         """A sentence for the user if the metrics of update `step` show that something is going wrong."""
         return None
 
-    @abstractmethod
     def flops_per_sample(self) -> float:
-        """Model FLOPs of one sample, forward and backward, for the utilization that is shown."""
+        """FLOPs that one sample needs, forward and backward, for the utilization that is shown."""
+        return training_flops(self.build_model, lambda model: self.loss(model, self.batch_spec(1), 0))
 
     def describe(self) -> list[str]:
         """Lines for the user at the start of a run."""

@@ -22,7 +22,6 @@ from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples
 from dalle_ds.tasks.embeddings import at_places, collapse, spread
-from dalle_ds.tasks.flops import training_flops
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
@@ -60,7 +59,8 @@ class ClipTask(WholeBatchTask[ClipRun]):
             )
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> Clip:
-        return Clip(self.run.model, tokenizer=self.tokenizer, checkpointing=self.run.train.activation_checkpointing)
+        tokenizer = getattr(self, "tokenizer", None)  # a task that is only planned has none
+        return Clip(self.run.model, tokenizer=tokenizer, checkpointing=self.run.train.activation_checkpointing)
 
     def residual_blocks(self, model: nn.Module) -> list[nn.Module]:
         clip = cast(Clip, model)
@@ -78,6 +78,14 @@ class ClipTask(WholeBatchTask[ClipRun]):
         super().check_layout(mesh, micro_batch)
         if self.sharpness is not None:
             self.sharpness.span(self.run.train.batch_size, micro_batch, mesh.size("data"))
+
+    def batch_spec(self, rows: int) -> Batch:
+        config = self.run.model
+        return {
+            "image": torch.empty(rows, 3, config.image_size, config.image_size, device="meta"),
+            "text": torch.empty(rows, config.text_len, dtype=torch.int64, device="meta"),
+            "key": torch.empty(rows, dtype=torch.int64, device="meta"),
+        }
 
     def corpus_samples(self, folder: str, split: str) -> Samples:
         return ClipSamples(
@@ -159,15 +167,6 @@ class ClipTask(WholeBatchTask[ClipRun]):
         """A folder that `Clip.from_pretrained` reads: the model and its tokenizer."""
         cast(Clip, model).save_pretrained(folder)
         self.tokenizer.save(folder)  # a model that is read from a checkpoint writes its weights only
-
-    def flops_per_sample(self) -> float:
-        config = self.run.model
-
-        def forward(model: nn.Module) -> object:
-            text = torch.full((1, config.text_len), config.end)
-            return model(torch.zeros(1, 3, config.image_size, config.image_size), text)
-
-        return training_flops(lambda: Clip(config), forward)
 
     def alarm(self, metrics: Mapping[str, float], step: int) -> str | None:
         if step < self.run.optim.warmup_steps:

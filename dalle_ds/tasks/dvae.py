@@ -21,7 +21,6 @@ from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
-from dalle_ds.tasks.flops import training_flops
 
 PREVIEW_PICTURES = 12
 
@@ -36,6 +35,13 @@ class DvaeTask(Task[DvaeRun]):
 
     def residual_blocks(self, model: nn.Module) -> list[nn.Module]:
         return [module for module in model.modules() if isinstance(module, ResidualBlock)]
+
+    def batch_spec(self, rows: int) -> Batch:
+        side = self.run.model.image_size
+        return {
+            "image": torch.empty(rows, 3, side, side, device="meta"),
+            "key": torch.empty(rows, dtype=torch.int64, device="meta"),
+        }
 
     def corpus_samples(self, folder: str, split: str) -> Samples:
         return DvaeSamples(PairDataset.open(folder, split), self.run.model.image_size, train=split == "train")
@@ -102,17 +108,6 @@ class DvaeTask(Task[DvaeRun]):
     def export(self, model: nn.Module, folder: Path) -> None:
         cast(DiscreteVAE, model).save_pretrained(folder)
 
-    def flops_per_sample(self) -> float:
-        config = self.run.model
-        side = config.image_size
-
-        def forward(model: nn.Module) -> object:
-            return model(
-                torch.zeros(1, 3, side, side), 1.0, torch.zeros(1, config.vocab_size, config.grid, config.grid)
-            )
-
-        return training_flops(self.build_model, forward)
-
     def alarm(self, metrics: Mapping[str, float], step: int) -> str | None:
         limit = max(2.0, 0.01 * self.run.model.vocab_size)
         if step < self.run.objective.kl_warmup_steps or metrics["perplexity"] >= limit:
@@ -125,7 +120,10 @@ class DvaeTask(Task[DvaeRun]):
 
 def _histogram(codes: Tensor, vocab_size: int) -> Tensor:
     """(vocab_size,) how often each code occurs, as floats."""
-    return torch.bincount(codes.flatten(), minlength=vocab_size).float()
+    codes = codes.flatten()
+    return torch.zeros(vocab_size, device=codes.device).index_add_(
+        0, codes, torch.ones_like(codes, dtype=torch.float32)
+    )
 
 
 def _usage(histogram: Tensor) -> dict[str, float]:

@@ -114,7 +114,7 @@ class TransformerTask(Task[TransformerRun]):
         return pipeline_layers(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        return batch["text"], batch["codes"], batch["key"]
+        return tuple(batch[name] for name in ("text", "codes", "key") if name in batch)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return resblock_groups(model, self.resblocks(model), self.run.optim)
@@ -129,6 +129,13 @@ class TransformerTask(Task[TransformerRun]):
     @property
     def resblock_count(self) -> int:
         return 2 * self.run.model.depth
+
+    def batch_spec(self, rows: int) -> Batch:
+        # Without keys: dropout keeps nothing.
+        config = self.run.model
+        shapes = {"text": (rows, config.text_len), "codes": (rows, config.image_len)}
+        tokens = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in shapes.items()}
+        return {**tokens, "share": torch.empty((), device="meta")}
 
     def corpus_samples(self, folder: str, split: str) -> Samples:
         cache = None

@@ -12,15 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.config import ClipRun, DvaeRun, Precision, Run, TransformerRun
+from dalle_ds.config import Precision, Run
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
 from dalle_ds.precision.rates import DTYPES
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.clip import ClipTask
-from dalle_ds.tasks.dvae import DvaeTask
-from dalle_ds.tasks.transformer import TransformerTask
+from dalle_ds.tasks.stages import STAGES
 from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT, load_state
 from dalle_ds.training.checkpoints.folder import require_whole
 from dalle_ds.training.checkpoints.storage import Index
@@ -28,11 +26,6 @@ from dalle_ds.training.checkpoints.writing import write_safetensors
 from dalle_ds.training.run_directory import RunDirectory, read_config, run_of
 
 Weights = Literal["average", "raw"]
-_STAGES: dict[str, tuple[type[Run], Callable[[Any], Task[Any]]]] = {
-    "clip": (ClipRun, ClipTask),
-    "dvae": (DvaeRun, DvaeTask),
-    "transformer": (TransformerRun, TransformerTask),
-}
 
 
 def read_run(path: Path) -> tuple[str, Run]:
@@ -42,9 +35,9 @@ def read_run(path: Path) -> tuple[str, Run]:
         CheckpointError: there is no run, or one of an unknown stage.
     """
     stage, values = read_config(path)
-    if stage not in _STAGES:
-        raise CheckpointError(f"{path} holds a run of stage {stage!r}: this version knows {', '.join(_STAGES)}")
-    return stage, run_of(_STAGES[stage][0], values, str(path))
+    if stage not in STAGES:
+        raise CheckpointError(f"{path} holds a run of stage {stage!r}: this version knows {', '.join(STAGES)}")
+    return stage, run_of(STAGES[stage][0], values, str(path))
 
 
 def export_checkpoint(
@@ -72,7 +65,7 @@ def export_checkpoint(
     """
     path = Path(run_dir)
     stage, run = read_run(path)
-    task = _STAGES[stage][1](run)
+    task = STAGES[stage][1](run)
     directory = RunDirectory(path, stage, run)
     checkpoints = directory.checkpoints
     newest = next(reversed(checkpoints.all()), None)

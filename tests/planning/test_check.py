@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dalle_ds.config import DvaeRun, Run, TransformerRun, load_preset
+from dalle_ds.config import ClipRun, DvaeRun, Run, TransformerRun, load_preset
 from dalle_ds.config.deepspeed import resolve
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
@@ -18,10 +17,16 @@ from dalle_ds.planning import check
 from dalle_ds.planning.check import check_plan, host_memory
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.memory import stage_memory
-from dalle_ds.planning.stages import stages_of
+from dalle_ds.planning.model import stages_of
+from dalle_ds.tasks import Task
+from dalle_ds.tasks.stages import STAGES
 
 RUN = load_preset("medium", "transformer", TransformerRun)
 JSON = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+
+
+def task_of(run: Run) -> Task[Any]:
+    return next(task for kind, task in STAGES.values() if kind is type(run)).planned(run)
 
 
 def told(
@@ -30,13 +35,13 @@ def told(
     """What the user is told where so many bytes are free."""
     monkeypatch.setattr(check, "_free", lambda device: (free, free if device.type == "cpu" else host_free))
     lines: list[str] = []
-    check_plan(SimpleNamespace(run=run), resolve(JSON, run, 1), Mesh(0, 1, torch.device(device)), lines.append)  # type: ignore[arg-type]
+    check_plan(task_of(run), resolve(JSON, run, 1), Mesh(0, 1, torch.device(device)), lines.append)
     return lines
 
 
 def needed(run: Run, device: str = "cpu", **changes: Any) -> int:
     layout = replace(Layout.of(run, resolve(JSON, run, 1), 1), **changes)
-    return stage_memory(stages_of(run, layout, device)[0], layout, device).peak
+    return stage_memory(stages_of(task_of(run), layout, device)[0], layout, device).peak
 
 
 def test_what_fits_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,12 +92,20 @@ def test_a_gpus_main_memory_counts_by_itself(monkeypatch: pytest.MonkeyPatch) ->
         told(run, 10**12, monkeypatch, "cuda", host_free=10**8)
 
 
-def test_a_dvae_is_planned_and_other_stages_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = load_preset("toy", "dvae", DvaeRun)
+@pytest.mark.parametrize(("stage", "kind"), [("dvae", DvaeRun), ("clip", ClipRun)])
+def test_other_stages_are_planned_too(stage: str, kind: type[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_preset("toy", stage, kind)
     assert told(run, 10**12, monkeypatch)[0].startswith("plan: ")
     with pytest.raises(ConfigError, match="does not fit"):
         told(run, 10**6, monkeypatch)
-    assert told(Run(), 1, monkeypatch) == []
+
+
+def test_what_cannot_be_traced_is_told_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("aten::new_operator has no meta kernel")
+
+    monkeypatch.setattr(check, "stages_of", fail)
+    assert told(RUN, 1, monkeypatch) == ["no plan of memory: aten::new_operator has no meta kernel"]
 
 
 @pytest.mark.parametrize(

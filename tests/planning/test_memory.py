@@ -9,15 +9,22 @@ import pytest
 from dalle_ds.config import PowerSGDConfig, TransformerRun, load_preset
 from dalle_ds.planning.layout import Buffers, Layout
 from dalle_ds.planning.memory import MOMENTS, Memory, stage_memory
-from dalle_ds.planning.stages import stages_of
+from dalle_ds.planning.model import Stage, stages_of
+from dalle_ds.tasks.transformer import TransformerTask
 
 RUN = load_preset("dalle-12b", "transformer", TransformerRun)
 COUNT = 12_292_840_960
 LEAN = Buffers(reduce=1, prefetch=0, live=0, reuse=0, persistent=0)
 
 
+def stages(layout: Layout, device: str = "cuda") -> tuple[Stage, ...]:
+    train = replace(RUN.train, activation_checkpointing=layout.checkpointing)
+    run = replace(RUN, optim=replace(RUN.optim, moments=layout.moments), train=train)
+    return stages_of(TransformerTask.planned(run), layout, device)
+
+
 def memories(layout: Layout, device: str = "cuda") -> list[Memory]:
-    return [stage_memory(stage, layout, device) for stage in stages_of(RUN, layout, device)]
+    return [stage_memory(stage, layout, device) for stage in stages(layout, device)]
 
 
 def kinds(memory: Memory, moment: str = "between") -> dict[str, int]:
@@ -68,12 +75,12 @@ def test_early_stages_hold_activations_of_more_micro_batches() -> None:
     layout = Layout(pipe=4, zero_stage=1, precision="bf16", accumulation=16, checkpointing="none")
     held = [kinds(memory, "backward")["activations"] for memory in memories(layout)]
     assert held == sorted(held, reverse=True)
-    stages = stages_of(RUN, layout, "cuda")
+    planned = stages(layout)
     boundary = 1280 * 3968 * 4
-    assert held[0] == 4 * stages[0].activations.kept + 4 * boundary
-    assert held[2] == 2 * stages[2].activations.kept + 2 * 2 * boundary
+    assert held[0] == 4 * planned[0].update.kept + 4 * boundary
+    assert held[2] == 2 * planned[2].update.kept + 2 * 2 * boundary
     few = replace(layout, accumulation=2)
-    assert kinds(memories(few)[0], "backward")["activations"] == 2 * stages[0].activations.kept + 2 * boundary
+    assert kinds(memories(few)[0], "backward")["activations"] == 2 * planned[0].update.kept + 2 * boundary
 
 
 def test_powersgd_keeps_errors_of_what_it_compresses() -> None:

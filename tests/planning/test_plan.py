@@ -8,20 +8,30 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dalle_ds.config import DvaeRun, ParallelConfig, PowerSGDConfig, TransformerRun, load_preset
+from dalle_ds.config import ClipRun, DvaeRun, ParallelConfig, PowerSGDConfig, TransformerRun, load_preset
 from dalle_ds.errors import ConfigError
-from dalle_ds.planning.cluster import CLUSTERS, named_cluster
+from dalle_ds.planning.cluster import CLUSTERS, Cluster, named_cluster
 from dalle_ds.planning.command import parse_plan_command
-from dalle_ds.planning.plan import Plan, make_plan
-from dalle_ds.planning.report import verdict
+from dalle_ds.planning.model import needed_flops
+from dalle_ds.planning.plan import Plan
+from dalle_ds.planning.plan import make_plan as plan_of_task
+from dalle_ds.planning.report import fit_sentence
 from dalle_ds.planning.search import search
+from dalle_ds.tasks.clip import ClipTask
+from dalle_ds.tasks.dvae import DvaeTask
+from dalle_ds.tasks.transformer import TransformerTask
 from tests.conftest import ROOT
 
 RUN = load_preset("dalle-12b", "transformer", TransformerRun)
 ZERO_3 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+
+
+def make_plan(run: TransformerRun, json_config: dict[str, Any], cluster: Cluster) -> Plan:
+    return plan_of_task(TransformerTask.planned(run), json_config, cluster)
 
 
 def plan(gpus: int = 8, cluster: str = "h100-80gb", micro_batch: int = 1, **parallel: int) -> Plan:
@@ -41,13 +51,12 @@ def test_compute_follows_operations_and_rates() -> None:
     found = plan()
     # Needed: 6 operations per parameter of the blocks' matrices and token, logits, and attention beside them.
     matrices = 64 * 12 * 3968**2
-    assert found.work.needed == pytest.approx(6 * matrices * 1280, rel=0.03)
-    executed = found.work.executed[0]
+    needed, executed = needed_flops(found.task), found.stages[0].update.work.flops.total()
+    assert needed == pytest.approx(6 * matrices * 1280, rel=0.03)
     # Recomputation repeats all but each block's last product: 7 of 12 d².
-    assert executed.body == pytest.approx(6 * matrices * 1280 * (1 + 7 / 36), rel=0.03)
-    seconds = 1024 / 8 * (executed.body + executed.heads) / (989e12 * 0.5)
-    assert found.time.computation == pytest.approx(seconds)
-    assert found.mfu == pytest.approx(found.work.needed * 1024 / found.time.total / (8 * 989e12))
+    assert executed == pytest.approx(1024 / 8 * 6 * matrices * 1280 * (1 + 7 / 36), rel=0.03)
+    assert found.time.computation == pytest.approx(executed / (989e12 * 0.5))
+    assert found.mfu == pytest.approx(needed * 1024 / found.time.total / (8 * 989e12))
     assert found.items_per_second == pytest.approx(1024 * 1280 / found.time.total)
     assert found.days == pytest.approx(430_000 * found.time.total / 86_400)
 
@@ -85,18 +94,18 @@ def test_links_are_those_of_a_machine_or_of_the_network() -> None:
 # --- what fits
 
 
-def test_a_plan_says_what_is_lacking() -> None:
+def test_a_plan_says_what_is_missing() -> None:
     found = plan(1, "h200-141gb")
-    assert found.lacking == found.memory.peak - found.cluster.memory > 0
-    assert "It does not fit" in verdict(found) and "offload the optimizer" in verdict(found)
-    assert plan(8, "h200-141gb").lacking == 0
+    assert found.deficit_bytes == found.memory.peak - found.cluster.memory > 0
+    assert "It does not fit" in fit_sentence(found) and "offload the optimizer" in fit_sentence(found)
+    assert plan(8, "h200-141gb").deficit_bytes == 0
 
 
 def test_main_memory_may_lack_too() -> None:
     cluster = replace(named_cluster("h200-141gb", 8), host_memory_gb=50.0)
     found = make_plan(replace(RUN, train=replace(RUN.train, micro_batch=1)), ZERO_3, cluster)
-    assert found.memory.peak < cluster.memory and found.lacking > 0
-    assert "keep less in main memory" in verdict(found)
+    assert found.memory.peak < cluster.memory and found.deficit_bytes > 0
+    assert "keep less in main memory" in fit_sentence(found)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +121,15 @@ def test_what_training_refuses_is_refused(parallel: dict[str, int], words: str) 
         plan(8, **parallel)
 
 
-def test_v100_has_no_bf16_and_a_dvae_no_parts() -> None:
+def test_v100_has_no_bf16_and_a_dvae_no_parts_and_no_fp16() -> None:
     with pytest.raises(ConfigError, match="no units for bf16"):
         plan(8, "v100-16gb")
     dvae = replace(load_preset("toy", "dvae", DvaeRun), parallel=ParallelConfig(tensor=2))
-    with pytest.raises(ConfigError, match="a dVAE is divided by ZeRO and replicas only"):
-        make_plan(dvae, {}, named_cluster("cpu"))
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2"):
+        plan_of_task(DvaeTask.planned(dvae), {}, named_cluster("cpu"))
+    whole = DvaeTask.planned(replace(dvae, parallel=ParallelConfig()))
+    with pytest.raises(ConfigError, match="fp16"):
+        plan_of_task(whole, {"fp16": {"enabled": True}}, named_cluster("v100-16gb"))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +147,8 @@ def test_compression_that_training_refuses_is_refused(stage: int, rank: int | No
 
 def test_search_ranks_what_fits_and_says_why_others_do_not() -> None:
     cluster = named_cluster("h100-80gb", 16)
-    found = search(RUN, {}, cluster)
-    assert found.plans and all(not each.lacking and each.layout.processes == 16 for each in found.plans)
+    found = search(TransformerTask.planned(RUN), {}, cluster)
+    assert found.plans and all(not each.deficit_bytes and each.layout.processes == 16 for each in found.plans)
     times = [each.time.total for each in found.plans]
     assert times == sorted(times)
     assert {each.layout.precision for each in found.plans} == {"bf16"}
@@ -144,10 +156,10 @@ def test_search_ranks_what_fits_and_says_why_others_do_not() -> None:
         (p.layout.replicas, p.layout.pipe, p.layout.tensor, p.layout.sequence, p.layout.zero_stage) for p in found.plans
     }
     assert len(names) == len(found.plans), "one plan for each arrangement"
-    lacking = [refusal for refusal in found.refusals if refusal.lacking]
-    assert lacking and [each.lacking for each in lacking] == sorted(each.lacking for each in lacking)
+    too_large = [refusal for refusal in found.refusals if refusal.deficit_bytes]
+    assert too_large and [each.deficit_bytes for each in too_large] == sorted(each.deficit_bytes for each in too_large)
     reasons = " ".join(refusal.reason for refusal in found.refusals)
-    assert "model.heads=62 cannot be divided among parallel.tensor=4" in reasons and "GB are lacking" in reasons
+    assert "model.heads=62 cannot be divided among parallel.tensor=4" in reasons and "GB are missing" in reasons
     # Each arrangement is either planned or refused, once.
     refused = [name for refusal in found.refusals for name in refusal.layouts]
     pipes = sum(1 for tensor in (1, 2, 4, 8) for pipe in (2, 4, 8, 16) if tensor * pipe <= 16)
@@ -160,11 +172,20 @@ def test_search_keeps_to_what_is_stated() -> None:
     cluster = named_cluster("v100-16gb", 8)
     run = load_preset("dalle-1b", "transformer", TransformerRun)
     run = replace(run, train=replace(run.train, micro_batch=2))
-    found = search(run, {"zero_optimization": {"stage": 3}}, cluster)
+    found = search(TransformerTask.planned(run), {"zero_optimization": {"stage": 3}}, cluster)
     assert {each.layout.micro_batch for each in found.plans} == {2}
     assert {each.layout.zero_stage for each in found.plans if each.layout.pipe == 1} == {3}
     assert {each.layout.precision for each in found.plans} == {"fp16"}
     assert any("a pipeline adds up gradients" in refusal.reason for refusal in found.refusals)
+
+
+def test_clip_is_searched_too() -> None:
+    run = load_preset("toy", "clip", ClipRun)
+    found = search(ClipTask.planned(run), {}, named_cluster("h100-80gb", 4))
+    assert {each.layout.tensor * each.layout.pipe for each in found.plans} == {1}
+    assert {each.layout.checkpointing for each in found.plans} <= {"none", "full"}
+    # Micro-batches other than all rows at once take one more forward pass.
+    assert found.plans[0].layout.accumulation == 1
 
 
 # --- the command line
@@ -196,7 +217,7 @@ def test_the_launcher_prints_tables_and_writes_figures(
     ):
         assert words in text
     figures = json.loads(out.read_text())
-    assert figures["layout"]["micro_batch"] == 8 and figures["memory"]["lacking"] == 0
+    assert figures["layout"]["micro_batch"] == 8 and figures["memory"]["deficit_bytes"] == 0
     moments = [kind["step"] for kind in figures["memory"]["bytes"].values()]
     assert sum(moments) <= figures["memory"]["peak"] and figures["seconds"]["total"] > 0
 
@@ -236,12 +257,12 @@ def test_every_number_of_a_cluster_can_be_changed() -> None:
     [
         (["--cluster", "cpu"], "--preset is missing"),
         (["--preset", "toy"], "--cluster is missing: give one of v100-16gb"),
-        (["--preset", "toy", "--cluster", "h200"], "did you mean h200-141gb"),
+        (["--preset", "toy", "--cluster", "h200"], "give one of v100-16gb"),
         (
             ["--preset", "toy", "--cluster", "cpu", "--gpus", "0"],
             "--gpus must be a whole number of at least 1, found 0",
         ),
-        (["--preset", "toy", "--cluster", "cpu", "--stage", "clip"], "--stage must be transformer or dvae, found clip"),
+        (["--preset", "toy", "--cluster", "cpu", "--stage", "prior"], "found prior"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.reserved_gb", "9"], "cluster.reserved_gb=9"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.overlap", "2"], "cluster.overlap must lie in"),
         (["--preset", "toy", "--cluster", "cpu", "--json", "/nowhere/x.json"], "--json must be a file in a folder"),

@@ -6,19 +6,24 @@ from dataclasses import replace
 
 import pytest
 
-from dalle_ds.config import DalleConfig, PowerSGDConfig, TransformerRun, load_preset
+from dalle_ds.config import DalleConfig, PowerSGDConfig, RecomputingTrainConfig, TransformerRun, load_preset
 from dalle_ds.planning.layout import REPLICA_BUCKET, Buffers, Layout
-from dalle_ds.planning.shards import compressed_shards, whole_rank
-from dalle_ds.planning.stages import Stage, stages_of
+from dalle_ds.planning.model import Stage, compressed_shards, stages_of
 from dalle_ds.planning.traffic import Transfer, compression, sent_along, traffic
+from dalle_ds.tasks.transformer import TransformerTask
 
 RUN = load_preset("dalle-12b", "transformer", TransformerRun)
 SMALL = DalleConfig(width=64, depth=3, heads=2, text_len=8, grid=4, text_vocab=64, image_vocab=32)
 NOTHING_KEPT = Buffers(live=0, reuse=0, persistent=0)
 
 
+def stages(layout: Layout, config: DalleConfig) -> tuple[Stage, ...]:
+    train = RecomputingTrainConfig(activation_checkpointing=layout.checkpointing)
+    return stages_of(TransformerTask.planned(TransformerRun(model=config, train=train)), layout, "cuda")
+
+
 def stage_of(layout: Layout, config: DalleConfig = RUN.model) -> Stage:
-    return stages_of(TransformerRun(model=config), layout, "cuda")[0]
+    return stages(layout, config)[0]
 
 
 def sizes(transfers: tuple[Transfer, ...], axis: str) -> dict[str, int]:
@@ -43,7 +48,7 @@ def test_zero_3_gathers_twice_and_reduces_once_for_every_micro_batch(precision: 
         buffers=NOTHING_KEPT,
     )
     stage = stage_of(layout, SMALL)
-    found = sizes(traffic(stage, SMALL, layout), "shard")
+    found = sizes(traffic(stage, layout), "shard")
     matrices = 3 * 12 * 64**2
     rest = stage.parameters.count - matrices
     gathered = {"fp32": 4 * (matrices + rest), "bf16": 2 * (matrices + rest), "fp16": 2 * matrices + 4 * rest}
@@ -55,9 +60,9 @@ def test_zero_3_gathers_twice_and_reduces_once_for_every_micro_batch(precision: 
 def test_what_zero_3_keeps_is_gathered_once() -> None:
     layout = Layout(zero_stage=3, shards=4, buffers=Buffers(live=10**9, reuse=0, persistent=0))
     stage = stage_of(layout, SMALL)
-    assert sizes(traffic(stage, SMALL, layout), "shard")["weights, all-gather"] == 4 * stage.parameters.count
+    assert sizes(traffic(stage, layout), "shard")["weights, all-gather"] == 4 * stage.parameters.count
     always = replace(layout, buffers=Buffers(persistent=10**6))
-    found = sizes(traffic(stage, SMALL, always), "shard")
+    found = sizes(traffic(stage, always), "shard")
     assert found["small weights, after the step, all-gather"] == 4 * stage.parameters.count
     assert "weights, all-gather" not in found
 
@@ -66,7 +71,7 @@ def test_stages_0_and_1_reduce_once_and_2_after_every_micro_batch() -> None:
     count = stage_of(Layout(shards=2), SMALL).parameters.count
     for stage, times in ((0, 1), (1, 1), (2, 3)):
         layout = Layout(zero_stage=stage, shards=2, accumulation=3)
-        found = sizes(traffic(stage_of(layout, SMALL), SMALL, layout), "shard")
+        found = sizes(traffic(stage_of(layout, SMALL), layout), "shard")
         assert found["gradients, all-reduce"] == 4 * count * times
         assert found.get("updated weights, all-gather", 0) == (4 * count if stage else 0)
 
@@ -79,45 +84,45 @@ def test_the_papers_compression(width: int, heads: int, rank: int) -> None:
         zero_stage=3, replicas=128, shards=8, precision="fp16", powersgd=PowerSGDConfig(enabled=True, transport="1-6-9")
     )
     stage = stage_of(layout, config)
-    assert whole_rank(layout, width) == rank
     assert compression(stage, layout) == pytest.approx(1 - 5 * rank / (8 * width), abs=1e-12)
-    shards = compressed_shards(stage.parameters, layout, width)
+    shards = compressed_shards(stage.parameters, layout)
     numbers = sum(shard.factor_numel for shard in shards)
     # Of Table 2's last line, the first is P's and the second Q's.
     assert numbers == 64 * ((5 * width * rank * 8 + 4 * width * rank) + (width * rank * 8 + 8 * width * rank)) / 8**2
-    assert sizes(traffic(stage, config, layout), "replica")["factors of gradients, all-reduce"] == 2 * numbers
+    assert sizes(traffic(stage, layout), "replica")["factors of gradients, all-reduce"] == 2 * numbers
 
 
 def test_replicas_exchange_what_a_process_owns() -> None:
     layout = Layout(zero_stage=3, replicas=4, shards=2)
     stage = stage_of(layout, SMALL)
-    plain = sizes(traffic(stage, SMALL, layout), "replica")["gradients, all-reduce"]
+    plain = sizes(traffic(stage, layout), "replica")["gradients, all-reduce"]
     assert plain == pytest.approx(4 * stage.parameters.count / 2, rel=0.01)
     whole = replace(layout, zero_stage=0)
-    assert sizes(traffic(stage, SMALL, whole), "replica")["gradients, all-reduce"] == 4 * stage.parameters.count
+    assert sizes(traffic(stage, whole), "replica")["gradients, all-reduce"] == 4 * stage.parameters.count
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_tensor_groups_exchange_as_much_with_positions_divided(checkpointing: str) -> None:
     plain = Layout(zero_stage=1, tensor=2, precision="bf16", micro_batch=2, checkpointing=checkpointing)  # type: ignore[arg-type]
     stage = stage_of(plain, SMALL)
-    positions = 2 * 24
-    inside = 6 * 2 * positions * 64 * 2  # 6 blocks, entry and exit, bf16
-    found = sizes(traffic(stage, SMALL, plain), "tensor")
-    assert found["exits of blocks, all-reduce"] + found["entries' gradients, all-reduce"] == inside
+    inside = 6 * 2 * (2 * 24) * 64 * 2  # 6 blocks, entry and exit, bf16
+    # Beside blocks: embedded tokens, of text and of 15 codes, in bf16; hidden states' gradients, and over the vocabulary the
+    # greatest logits, and two sums, in fp32.
+    embedded, hidden, sums = 2 * 23 * 64 * 2, 2 * 24 * 64 * 4, 2 * 24 * 3 * 4
+    found = sizes(traffic(stage, plain), "tensor")
+    assert found == {"activations, all-reduce": inside + embedded + hidden + sums}
     divided = replace(plain, sequence=True)
-    found = sizes(traffic(stage_of(divided, SMALL), SMALL, divided), "tensor")
-    halves = ("entries of blocks, all-gather", "entries' gradients, reduce-scatter")
-    halves += ("exits of blocks, reduce-scatter", "exits' gradients, all-gather")
+    found = sizes(traffic(stage_of(divided, SMALL), divided), "tensor")
     again = inside // 2 if checkpointing == "full" else 0  # entries are gathered once more
-    assert sum(found[name] for name in halves) == 2 * inside + again
+    stream = 2 * 24 * 64 * 4  # gathered: gradients of embeddings, hidden states; scattered: gradients of these
+    assert found["activations, all-gather"] == inside + again + 2 * stream
+    assert found["activations, reduce-scatter"] == inside + stream
 
 
 def test_pipelines_send_the_stream_both_ways() -> None:
     layout = Layout(zero_stage=1, pipe=3, micro_batch=2, accumulation=5)
-    stages = stages_of(TransformerRun(model=SMALL), layout, "cuda")
     stream, tokens = 5 * 2 * 24 * 64 * 4, 5 * 2 * 24 * 8
-    sent = [sent_along(traffic(stage, SMALL, layout), "pipe") for stage in stages]
+    sent = [sent_along(traffic(stage, layout), "pipe") for stage in stages(layout, SMALL)]
     assert sent == [stream + tokens, 2 * stream + tokens, stream]
 
 

@@ -134,7 +134,7 @@ def test_auto_in_a_json_is_for_whoever_states_nothing_else() -> None:
 def test_a_plan_takes_what_the_cluster_is_faster_in() -> None:
     for cluster, precision in (("h100-80gb", "bf16"), ("v100-16gb", "fp32"), ("cpu", "bf16")):
         run = DvaeRun(data="data", run_dir="run", train=TrainConfig(batch_size=64))
-        assert make_plan(run, AUTO, named_cluster(cluster)).layout.precision == precision
+        assert make_plan(DvaeTask.planned(run), AUTO, named_cluster(cluster)).layout.precision == precision
 
 
 def written(folder: Path, choice: rates.Choice | None) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_ds.meta import device_type
 from dalle_ds.nn.attention.blockwise import blockwise_attention, is_worthwhile
-from dalle_ds.nn.attention.flex import Refused, flex_attention
+from dalle_ds.nn.attention.flex import Layout, Refused, flex_attention, flex_pairs
 from dalle_ds.nn.attention.masks import attention_mask
 
 KERNELS = {"cpu": "blockwise", "cuda": "flex"}
@@ -55,10 +56,12 @@ class AttentionPattern:
             "grid": self.grid,
             "kernel": self.kernel,
         }
-        kernel = KERNELS.get(qkv.device.type)
+        kernel = KERNELS.get(device_type(qkv))
         if kernel == "blockwise" and is_worthwhile(**options, length=length, dtype=qkv.dtype):
             return blockwise_attention(qkv, keep, **options)
         if kernel == "flex" and length >= SHORTEST_FLEX:
+            if qkv.is_meta:  # what cannot be compiled for it has its counterpart in as many pairs of a plain kernel
+                return dense_attention(qkv, keys=flex_pairs(Layout(**options), keep is not None) // length)
             try:
                 return flex_attention(qkv, keep, **options)
             except Refused as refusal:
@@ -88,8 +91,13 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def dense_attention(qkv: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention over all pairs: causal, or under a bool mask that broadcasts to (B, heads, n, n)."""
-    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+def dense_attention(qkv: Tensor, mask: Tensor | None = None, keys: int | None = None) -> Tensor:
+    """Attention over all pairs: causal, or under a bool mask that broadcasts to (B, heads, n, n).
+
+    Args:
+        keys: attend to the first keys only.
+    """
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
     return attended.transpose(1, 2).flatten(2)
