@@ -51,7 +51,7 @@ COLLECTIVES = ("torch.distributed.", "deepspeed.comm.")
 ALLOWED = {
     ("dalle_ds", "objects between processes"): "of one run, in a network that PyTorch trusts whatever is sent",
     (
-        "dalle_ds/parallel",
+        "dalle_ds/resilience",
         "listening to other machines",
     ): "the watch for dead processes on them: it reads lines of JSON",
 }

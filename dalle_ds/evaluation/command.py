@@ -17,7 +17,7 @@ from dalle_ds.evaluation.results import Result, compare
 from dalle_ds.evaluation.run import evaluate
 from dalle_ds.memory import keep_freed_memory
 from dalle_ds.parallel import Mesh
-from dalle_ds.parallel.watch import Watch
+from dalle_ds.resilience.watch import Watch
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:

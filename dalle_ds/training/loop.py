@@ -19,12 +19,14 @@ from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingEr
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
+from dalle_ds.resilience.guard import Guard, Rollbacks
+from dalle_ds.resilience.signals import StopSignals
+from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
 from dalle_ds.training.checkpoints.saver import Kept, Saver
 from dalle_ds.training.deepspeed_config import EngineConfig
-from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.lines import LineFile
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.passes import passes_of
@@ -32,8 +34,6 @@ from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.saving import Saving
-from dalle_ds.training.signals import StopSignals
-from dalle_ds.training.stragglers import Stragglers
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.update import COUNTED, Updater
 from dalle_ds.training.weights import MasterWeights
@@ -195,7 +195,7 @@ class Loop:
             began = time.perf_counter()
             # The first update starts loaders, compiles, and connects processes.
             self._minutes = LONG_MINUTES if self.step == first else 0.0
-            with self._stragglers.waiting():
+            with self._stragglers.waiting(self.step):
                 batches = self._next_batches()
             waited.append(time.perf_counter() - began)
             self._setup.pulse(self.step, "step", self._minutes)

@@ -20,7 +20,7 @@ SMALLEST_SPIKE = 0.05
 
 
 class Guard:
-    """Counts bad updates in a row. Given the same losses, every process comes to the same verdict.
+    """Counts bad updates in a row. Given the same losses, every process decides alike.
 
     Args:
         config: what is bad, and how many of them are too many.
