@@ -17,17 +17,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from dalle_ds.cli import explain
 from dalle_ds.errors import EXIT_REQUEUE, CheckpointError, DataError
+from dalle_ds.parallel import Mesh
 from dalle_ds.resilience import coordinator, processes
 from dalle_ds.resilience.coordinator import Coordinator
 from dalle_ds.resilience.failures import KINDS, Failure, FailureClassifier, Position, behind, log_line
 from dalle_ds.resilience.messages import Channel, Settings
 from dalle_ds.resilience.monitor import MonitorProcess, raise_file_limit
 from dalle_ds.resilience.processes import Clock, Progress, TrainingProcess, main_thread
-from dalle_ds.resilience.watch import classify
+from dalle_ds.resilience.watch import Watch, classify
 
 FAILURES = {kind: Failure(kind, f"{kind}!") for kind in KINDS}
 
@@ -485,6 +487,15 @@ def test_a_monitor_whose_process_closes_the_connection_knows_that_it_is_ending()
         for key, _ in at.selector.select(1):
             key.data()
         assert at.monitor.process.ending and not at.monitor.process.gone
+
+
+def test_a_coordinator_that_cannot_be_reached_is_told_as_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    with pytest.raises(SystemExit) as ended:
+        Watch(Mesh(1, 2, torch.device("cpu")), explain)._connect("127.0.0.1", port, "secret")
+    assert ended.value.code == EXIT_REQUEUE
+    assert capfd.readouterr().err.startswith("dalle_ds monitor: lost rank=0 host=127.0.0.1 step=none exit=75: rank 1 ")
 
 
 # --- what a training process shows of itself
