@@ -516,7 +516,11 @@ def data(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
         if (run_dir / "metrics.jsonl").exists():
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             skipped = max((int(line.get("skipped_total", 0)) for line in lines), default=0)
-        told = [line for line in ranks.output.splitlines() if line.startswith("error") or "skipped" in line]
+        told = [
+            line
+            for line in ranks.output.splitlines()
+            if line.startswith(("error", "dalle_ds monitor")) or "skipped" in line
+        ]
         ranks.kill()
         good = "Traceback" not in ranks.output and statuses == [status] * PROCESSES
         good &= skipped > 0 if status == 0 else bool(told)

@@ -1,4 +1,4 @@
-"""What being watched costs: pulses, watchmen with their heartbeats, comparisons of processes; per update of 100 ms.
+"""What being watched costs: pulses, monitors with their heartbeats, comparisons of ranks; per update of 100 ms.
 
 deepspeed --num_gpus 2 benchmarks/watch.py --json watch.json
 """
@@ -21,8 +21,8 @@ from rich.table import Table
 from dalle_ds.cli import explain, parse_options, run_launcher
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.parallel import Mesh
-from dalle_ds.parallel.watch import Watch
-from dalle_ds.training.stragglers import Stragglers
+from dalle_ds.resilience.stragglers import Stragglers
+from dalle_ds.resilience.watch import Watch
 
 UPDATE = 0.1
 """Seconds of the update that costs are compared with."""
@@ -34,7 +34,7 @@ class Options:
     """Measure what being watched costs."""
 
     seconds: float = 30.0
-    """For which a watchman's work is measured."""
+    """For which a monitor's work is measured."""
     comparisons: int = 20
     """Of processes, each timed; the median counts."""
     device: str = "auto"
@@ -58,20 +58,22 @@ def measure(options: Options, mesh: Mesh, logs: Path) -> Iterator[tuple[str, flo
     with Watch(mesh, explain, config, logs) as watch:
         pulse = min(timeit.repeat(lambda: watch.pulse(123_456, "waiting for data"), number=100_000)) / 100_000
         yield "pulse_seconds", pulse
-        before = processor_seconds(watch.watchman_pid)
+        before = processor_seconds(watch.monitor_pid)
         time.sleep(options.seconds)
-        watchman = (processor_seconds(watch.watchman_pid) - before) / options.seconds
-        yield "watchman_share_of_a_core", watchman
+        monitor = (processor_seconds(watch.monitor_pid) - before) / options.seconds
+        yield "monitor_share_of_a_core", monitor
         stragglers = Stragglers(mesh, config, lambda _: None)
         times = []
         for step in range(options.comparisons + 2):
             mesh.barrier()
+            with stragglers.waiting(step):
+                pass
             began = time.perf_counter()
-            stragglers.after(step, UPDATE)
+            stragglers.after(step + 1, UPDATE)
             times.append(time.perf_counter() - began)
         comparison = statistics.median(times[2:])
         yield "comparison_seconds", comparison
-        yield "share_of_an_update", PULSES_PER_UPDATE * pulse / UPDATE + watchman + comparison / usual / UPDATE
+        yield "share_of_an_update", PULSES_PER_UPDATE * pulse / UPDATE + monitor + comparison / usual / UPDATE
 
 
 def main() -> None:

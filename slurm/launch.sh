@@ -64,7 +64,7 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} # else each proces
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 echo "$(date -u +%FT%TZ) $name: $count processes on $SLURM_JOB_NODELIST, restart $restarts, logs in $logs: $*"
 
-# Processes end by themselves and all together when one of them dies (dalle_ds/parallel/watch.py): srun must not kill them
+# Processes end by themselves and all together when one of them dies (dalle_ds/resilience/watch.py): srun must not kill them
 # before. It is not told of --cpus-per-task by the job since SLURM 22.05.
 srun_status=0
 if [[ -z $told ]]; then

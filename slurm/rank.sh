@@ -2,7 +2,7 @@
 # One process of a run: says its rank by the names that torch.distributed knows, passes signals on, and notes how it ended.
 #
 # Where SLURM tracks processes by cgroups, a signal reaches this shell only; elsewhere, the process gets it twice within
-# milliseconds, which it takes for once (dalle_ds/training/signals.py).
+# milliseconds, which it takes for once (dalle_ds/resilience/signals.py).
 readonly SIGNALS=(TERM USR1 USR2 INT HUP)
 trap '' "${SIGNALS[@]}"
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID

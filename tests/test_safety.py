@@ -58,7 +58,7 @@ ALLOWED = {
     ): "a feature network that the user names, TorchScript by its own choice",
     ("dalle_ds", "objects between processes"): "of one run, in a network that PyTorch trusts whatever is sent",
     (
-        "dalle_ds/parallel",
+        "dalle_ds/resilience",
         "listening to other machines",
     ): "the watch for dead processes on them: it reads lines of JSON",
 }

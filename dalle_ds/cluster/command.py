@@ -47,7 +47,7 @@ def check_cluster(options: ClusterOptions) -> tuple[RenderableType | None, list[
     # PyTorch takes seconds to import: the help and mistakes on the command line are told before.
     from dalle_ds.config.watch import WatchConfig
     from dalle_ds.parallel import Mesh
-    from dalle_ds.parallel.watch import Watch
+    from dalle_ds.resilience.watch import Watch
 
     mesh = Mesh.start(options.device, timeout_minutes=MINUTES)
     with Watch(mesh, explain, WatchConfig(hang_minutes=None), None):

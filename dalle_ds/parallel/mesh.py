@@ -259,7 +259,7 @@ class Mesh:
     def patience(self, minutes: float) -> AbstractContextManager[None]:
         """A context in which operations may wait for so long, where they wait less otherwise: for what takes processes
         different times, such as saving. Ends for all at once. Collective."""
-        return timeouts.patience(60 * minutes)
+        return timeouts.extended_timeout(60 * minutes)
 
     def stop(self) -> None:
         """Leave the process group."""

@@ -15,9 +15,9 @@ from dalle_ds.config import Run, load_preset, preset_names
 from dalle_ds.config.deepspeed import EngineConfig, load_deepspeed_json
 from dalle_ds.errors import ConfigError, Interrupted
 from dalle_ds.parallel import Mesh
-from dalle_ds.parallel.watch import Watch
+from dalle_ds.resilience.signals import StopSignals
+from dalle_ds.resilience.watch import Watch
 from dalle_ds.tasks import Task
-from dalle_ds.training.signals import StopSignals
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 

@@ -21,19 +21,19 @@ from dalle_ds.jsonl import LineFile
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
+from dalle_ds.resilience.guard import Guard, Rollbacks
+from dalle_ds.resilience.signals import StopSignals
+from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
 from dalle_ds.training.checkpoints.saver import Kept, Saver, Saving
-from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.passes import passes_of
 from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
-from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.step import COUNTED, TrainStep
-from dalle_ds.training.stragglers import Stragglers
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.zero_state import MasterWeights
 
@@ -194,7 +194,7 @@ class Loop:
             began = time.perf_counter()
             # The first update starts loaders, compiles, and connects processes.
             self._minutes = LONG_MINUTES if self.step == first else 0.0
-            with self._stragglers.waiting():
+            with self._stragglers.waiting(self.step):
                 batches = self._next_batches()
             waited.append(time.perf_counter() - began)
             self._setup.pulse(self.step, "step", self._minutes)

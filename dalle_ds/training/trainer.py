@@ -17,16 +17,16 @@ from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.optim.adamw import rounding_warning
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.rates import Choice, choose, slow_warning
+from dalle_ds.resilience.guard import Guard, Rollbacks
+from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.engine import build_engine, scale_gradients
-from dalle_ds.training.guard import Guard, Rollbacks
 from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
-from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.zero_state import MasterGradients, MasterWeights
 

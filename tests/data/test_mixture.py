@@ -19,11 +19,11 @@ from dalle_ds.data.order import rows_of, turns_of
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import DiscreteVAE
+from dalle_ds.resilience.guard import Rollback, Rollbacks
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.guard import Rollback, Rollbacks
 from dalle_ds.training.run_directory import RunDirectory
 from tests.conftest import TINY_DALLE, TINY_DVAE
 from tests.data.test_loader import Rows, loader, steps

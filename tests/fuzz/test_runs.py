@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dalle_ds.config import DvaeRun
 from dalle_ds.evaluation.curves import curves_figure, numerics_panels, read_metrics
 from dalle_ds.parallel import Mesh
+from dalle_ds.resilience.guard import Rollbacks
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import (
     CheckpointFolder,
@@ -27,7 +28,6 @@ from dalle_ds.training.checkpoints.folder import (
     require_whole,
 )
 from dalle_ds.training.checkpoints.storage import Index, Pieces, Rectangle
-from dalle_ds.training.guard import Rollbacks
 from dalle_ds.training.run_directory import RunDirectory
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_bytes, damaged_json, damaged_tree, values

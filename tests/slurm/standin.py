@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from dalle_ds.training.signals import ECHO_SECONDS
+from dalle_ds.resilience.signals import ECHO_SECONDS
 
 told: list[float] = []
 """When signals came."""

@@ -28,12 +28,12 @@ from dalle_ds.config import TransformerRun, from_dict
 from dalle_ds.data.faults import RowError
 from dalle_ds.errors import DalleError
 from dalle_ds.parallel import Mesh
+from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.checkpoints import saver as saving
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
 from dalle_ds.training.checkpoints.writing import Plan
-from dalle_ds.training.signals import StopSignals
 from dalle_ds.training.trainer import Trainer
 
 

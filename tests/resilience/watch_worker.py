@@ -1,8 +1,8 @@
 """Runs small jobs whose processes die, hang, fail or just take their time, all side by side; started by test_watch.py.
 
-python -m tests.parallel.watch_worker FOLDER: writes FOLDER/results.json, by job {"outputs", "statuses", "seconds",
-"watchmen_seconds"}: what each rank and its watchman printed, its exit status (negative for a signal), and how long after
-the event all ranks, and all watchmen, were gone (null: they had to be killed). FOLDER/JOB/logs is what watchmen wrote.
+python -m tests.resilience.watch_worker FOLDER: writes FOLDER/results.json, by job {"outputs", "statuses", "seconds",
+"monitors_seconds"}: what each rank and its monitor printed, its exit status (negative for a signal), and how long after
+the event all ranks, and all monitors, were gone (null: they had to be killed). FOLDER/JOB/logs is what monitors wrote.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import torch.distributed as dist
 from dalle_ds.cli import explain, run_launcher
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import EXIT_REQUEUE, DataError
-from dalle_ds.parallel import Mesh, watch
-from dalle_ds.parallel.watch import Watch
+from dalle_ds.parallel import Mesh
+from dalle_ds.resilience import watch
+from dalle_ds.resilience.watch import Watch
 
-PATIENCE = 4.0
+TIMEOUT = 4.0
 HANG = 3.0
 """Seconds without a pulse that are a hang in most jobs, of those that give any."""
 START_LIMIT = 150.0
@@ -46,17 +47,17 @@ class Processes:
     """A job's processes, as those who do something to them see them."""
 
     ranks: list[int]
-    watchmen: list[int]
+    monitors: list[int]
 
     def send(self, what: int, *pids: int) -> None:
         """A signal to these, or to all."""
-        for pid in pids or (*self.watchmen, *self.ranks):
+        for pid in pids or (*self.monitors, *self.ranks):
             os.kill(pid, what)
 
     def kill_together(self, rank: int) -> None:
-        """A rank and its watchman, so that neither sees the other die."""
+        """A rank and its monitor, so that neither sees the other die."""
         for what in (signal.SIGSTOP, signal.SIGKILL):
-            self.send(what, self.watchmen[rank], self.ranks[rank])
+            self.send(what, self.monitors[rank], self.ranks[rank])
 
 
 @dataclass
@@ -82,11 +83,11 @@ class Result:
     outputs: list[str] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     seconds: float | None = None
-    watchmen_seconds: float | None = None
+    monitors_seconds: float | None = None
 
 
 CONNECTION = Path()
-"""What /proc calls this process's connection to its watchman."""
+"""What /proc calls this process's connection to its monitor."""
 PULSE: Callable[..., None] = Watch.pulse
 """The `pulse` of what watches this process."""
 
@@ -125,10 +126,10 @@ def stuck(mesh: Mesh) -> None:
 
 
 def busy(mesh: Mesh) -> None:
-    """Rank 1 in a call that takes longer than anyone's patience."""
+    """Rank 1 in a call that takes longer than the timeout."""
     meet(mesh, 0.5)
     if mesh.rank == 1:
-        hold_the_interpreter(int(PATIENCE) + 3)
+        hold_the_interpreter(int(TIMEOUT) + 3)
     mesh.barrier()
 
 
@@ -138,7 +139,7 @@ def leave_one_by_one(last: int) -> Callable[[Mesh], None]:
     def work(mesh: Mesh) -> None:
         meet(mesh, 0.5)
         if mesh.rank == last:
-            time.sleep(PATIENCE + 2)
+            time.sleep(TIMEOUT + 2)
 
     return work
 
@@ -148,7 +149,7 @@ def fork(mesh: Mesh) -> None:
     if mesh.rank == 1 and os.fork() == 0:
         # The process that watches rank 1 would take an open connection for its life.
         if CONNECTION in {path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}:
-            print("the child holds the connection to the watchman", flush=True)
+            print("the child holds the connection to the monitor", flush=True)
         time.sleep(8)
         os._exit(0)
     meet(mesh, 60)
@@ -269,20 +270,20 @@ def stop_in_turn(first: int) -> Callable[[Mesh], None]:
 def tell_all(processes: Processes) -> None:
     """As launchers and SLURM do, who signal all processes of a run, and more than once."""
     for what in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
-        processes.send(what, *processes.watchmen)
+        processes.send(what, *processes.monitors)
     processes.send(signal.SIGTERM, *processes.ranks)
 
 
 def suspend_all(processes: Processes) -> None:
     processes.send(signal.SIGSTOP)
-    time.sleep(PATIENCE + 3)
+    time.sleep(TIMEOUT + 3)
     processes.send(signal.SIGCONT)
 
 
 def stop_for_a_while(processes: Processes) -> None:
     for _ in range(2):
         processes.send(signal.SIGSTOP, processes.ranks[1])
-        time.sleep(PATIENCE * 0.6)
+        time.sleep(TIMEOUT * 0.6)
         processes.send(signal.SIGCONT, processes.ranks[1])
         time.sleep(1.5)
 
@@ -291,15 +292,15 @@ JOBS = {
     "killed-1-of-2": Job(2, lambda p: p.send(signal.SIGKILL, p.ranks[1])),
     "killed-2-of-4": Job(4, lambda p: p.send(signal.SIGKILL, p.ranks[2])),
     "killed-0-of-2": Job(2, lambda p: p.send(signal.SIGKILL, p.ranks[0])),
-    "killed-with-watchman": Job(2, lambda p: p.kill_together(1)),
-    "killed-with-chief": Job(2, lambda p: p.kill_together(0)),
+    "killed-with-monitor": Job(2, lambda p: p.kill_together(1)),
+    "killed-with-coordinator": Job(2, lambda p: p.kill_together(0)),
     "killed-with-child": Job(2, lambda p: p.send(signal.SIGKILL, p.ranks[1]), work=fork),
     "killed-while-stuck": Job(2, lambda p: p.send(signal.SIGKILL, p.ranks[1]), work=stuck),
-    "watchman-killed": Job(2, lambda p: p.send(signal.SIGKILL, p.watchmen[1])),
+    "monitor-killed": Job(2, lambda p: p.send(signal.SIGKILL, p.monitors[1])),
     "gone-before": Job(2, begin=gone_before, work=lambda mesh: mesh.barrier()),
     "stopped": Job(2, lambda p: p.send(signal.SIGSTOP, p.ranks[1])),
-    "silent": Job(2, lambda p: p.send(signal.SIGSTOP, p.ranks[1], p.watchmen[1])),
-    "silent-chief": Job(2, lambda p: p.send(signal.SIGSTOP, p.ranks[0], p.watchmen[0])),
+    "silent": Job(2, lambda p: p.send(signal.SIGSTOP, p.ranks[1], p.monitors[1])),
+    "silent-coordinator": Job(2, lambda p: p.send(signal.SIGSTOP, p.ranks[0], p.monitors[0])),
     "data-error": Job(2, work=fail(DataError("row 7 is broken: mend it"), 1)),
     "data-error-everywhere": Job(2, work=fail(DataError("row 7 is broken: mend it"), 0, 1)),
     "unexpected": Job(2, work=fail(KeyError("row 7"), 1)),
@@ -311,8 +312,8 @@ JOBS = {
     "busy": Job(2, work=busy),
     "first-ends-last": Job(2, work=leave_one_by_one(0)),
     "first-ends-first": Job(2, work=leave_one_by_one(1)),
-    "suspended": Job(2, suspend_all, work=lambda mesh: meet(mesh, PATIENCE + 5)),
-    "stopped-for-a-while": Job(2, stop_for_a_while, work=lambda mesh: meet(mesh, PATIENCE + 2)),
+    "suspended": Job(2, suspend_all, work=lambda mesh: meet(mesh, TIMEOUT + 5)),
+    "stopped-for-a-while": Job(2, stop_for_a_while, work=lambda mesh: meet(mesh, TIMEOUT + 2)),
     "fails-after-the-end": Job(2, work=fail_after_the_end),
     "watched-twice": Job(2, work=lambda mesh: meet(mesh, 0.5), end=twice),
     "loops": Job(2, work=hang(loop_for_ever)),
@@ -328,8 +329,8 @@ JOBS = {
     "alone-stopped": Job(1, lambda p: p.send(signal.SIGSTOP, p.ranks[0]), work=hang(lambda: time.sleep(60))),
     "alone-killed": Job(1, lambda p: p.send(signal.SIGKILL, p.ranks[0])),
     "alone-fails": Job(1, work=fail(DataError("row 7 is broken: mend it"), 0)),
-    "alone-watchman-killed": Job(1, lambda p: p.send(signal.SIGKILL, p.watchmen[0]), work=lambda mesh: meet(mesh, 2)),
-    "slow-to-leave": Job(2, work=lambda mesh: meet(mesh, 0.5), end=lambda _: time.sleep(PATIENCE + 1)),
+    "alone-monitor-killed": Job(1, lambda p: p.send(signal.SIGKILL, p.monitors[0]), work=lambda mesh: meet(mesh, 2)),
+    "slow-to-leave": Job(2, work=lambda mesh: meet(mesh, 0.5), end=lambda _: time.sleep(TIMEOUT + 1)),
 }
 
 
@@ -355,7 +356,7 @@ def run_rank(job: Job, rank: int, port: int, folder: Path) -> None:
             global CONNECTION, PULSE
             PULSE = watched.pulse
             CONNECTION = Path(f"/proc/self/fd/{watched._channel.connection.fileno()}").readlink()
-            (folder / f"ready-{rank}").write_text(str(watched.watchman_pid))
+            (folder / f"ready-{rank}").write_text(str(watched.monitor_pid))
             job.work(mesh)
         job.end(mesh)
         mesh.stop()
@@ -387,10 +388,10 @@ def follow(job: Job, ranks: list[int], folder: Path, result: Result) -> None:
             break
         time.sleep(0.05)
     time.sleep(0.3)
-    watchmen = [int(path.read_text()) for path in ready if path.exists()]
+    monitors = [int(path.read_text()) for path in ready if path.exists()]
     began = time.monotonic()
-    job.act(Processes(ranks, watchmen))
-    frozen = job.act in (JOBS["silent"].act, JOBS["silent-chief"].act)
+    job.act(Processes(ranks, monitors))
+    frozen = job.act in (JOBS["silent"].act, JOBS["silent-coordinator"].act)
     left = dict(enumerate(ranks))
     statuses: dict[int, int] = {}
     while left and time.monotonic() < began + LIMIT:
@@ -400,7 +401,7 @@ def follow(job: Job, ranks: list[int], folder: Path, result: Result) -> None:
                 statuses[rank] = os.waitstatus_to_exitcode(status)
                 del left[rank]
         if frozen and len(left) == 1:  # a machine that has gone does not come back
-            for pid in (*left.values(), watchmen[next(iter(left))]):
+            for pid in (*left.values(), monitors[next(iter(left))]):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     if not left:
@@ -408,10 +409,10 @@ def follow(job: Job, ranks: list[int], folder: Path, result: Result) -> None:
     for pid in left.values():
         os.kill(pid, signal.SIGKILL)
     result.statuses = [statuses.get(rank, 999) for rank in range(job.ranks)]
-    while any(map(_alive, watchmen)) and time.monotonic() < began + LIMIT:
+    while any(map(_alive, monitors)) and time.monotonic() < began + LIMIT:
         time.sleep(0.02)
-    if not any(map(_alive, watchmen)):
-        result.watchmen_seconds = time.monotonic() - began
+    if not any(map(_alive, monitors)):
+        result.monitors_seconds = time.monotonic() - began
     result.outputs = [(folder / f"{rank}.log").read_text() for rank in range(job.ranks)]
 
 
@@ -427,7 +428,7 @@ def _exited(pid: int) -> bool:
 
 
 def main(folder: Path) -> None:
-    watch.BEAT, watch.PATIENCE, watch.SETTLE = 0.5, PATIENCE, 2.0
+    watch.TIMEOUT = TIMEOUT
     jobs: list[tuple[str, list[int]]] = []
     for (name, job), port in zip(JOBS.items(), free_ports(), strict=False):
         (folder / name).mkdir()

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from dalle_ds.parallel.watchmen import watchman
-from dalle_ds.parallel.watchmen.channel import Channel
-from dalle_ds.parallel.watchmen.launchers import LAUNCH, Launchers
-from dalle_ds.parallel.watchmen.stacks import state
-from dalle_ds.parallel.watchmen.watchman import Watchman
+from dalle_ds.resilience.processes import LAUNCH, Launchers, TrainingProcess, state
 from tests.conftest import ROOT, deepspeed_command
-from tests.parallel.test_watch_verdict import settings_of
+from tests.resilience.test_monitor import monitor_of
 
 # Starts the program that its arguments name, waits, and passes its status on, as deepspeed does.
 STARTER = """
@@ -116,44 +108,34 @@ def test_a_launch_that_was_started_from_another_machine_needs_no_command_above_i
     assert Launchers(processes.rank, by_deepspeed=True).lost() == missed
 
 
-@pytest.mark.parametrize("stops", [True, False])
-def test_a_watchman_asks_its_process_to_stop_once_or_ends_it(
-    chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+@pytest.mark.parametrize("can_stop", [True, False])
+def test_a_monitor_asks_its_process_to_stop_once_or_ends_it(
+    chain: Any, monkeypatch: pytest.MonkeyPatch, can_stop: bool
 ) -> None:
     processes = chain("deepspeed", LAUNCH)
     monkeypatch.setenv("CROSS_RANK", "0")
-    monkeypatch.setattr(watchman.Parent, "check", lambda *_: None)
-    ours, theirs = socket.socketpair()
-    chiefs, to_chief = socket.socketpair()
-    with (tmp_path / "shared").open("w+b") as shared, ours, chiefs, selectors.DefaultSelector() as selector:
-        shared.truncate(watchman.Progress.SIZE)
-        settings = replace(settings_of(0, 1, progress=shared.fileno(), logs=None), pid=processes.rank, stops=stops)
-        watching = Watchman(settings, Channel(theirs), selector)
-        watching._chief, watching._heard = Channel(to_chief), time.monotonic()
-        watching.tick(time.monotonic())
-        ours.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            ours.recv(1)
+    monkeypatch.setattr(TrainingProcess, "check", lambda *_: None)
+    with monitor_of(pid=processes.rank, can_stop=can_stop) as at:
+        at.monitor.tick()
+        at.training.connection.setblocking(False)
+        assert at.training.receive() is None, "it was told nothing"
         processes.kill(0)
         for _ in range(3):
-            watching.tick(time.monotonic())
+            at.monitor.tick()
         lost = f"deepspeed, pid {processes.pids[0]}"
-        told = [json.loads(line) for line in chiefs.recv(1 << 16).splitlines()]
-        dead = [message["text"] for message in told if message["kind"] == "dead"]
-        if stops:
-            assert json.loads(ours.recv(1 << 16)) == {"kind": "stop", "why": f"loss of the launcher ({lost})"}
-            assert dead == []
+        dead = [message["text"] for message in at.coordinator.receive() if message["kind"] == "launcher-lost"]
+        if can_stop:
+            (told,) = at.training.receive()
+            assert told["kind"] == "stop" and lost in told["why"] and dead == []
         else:
-            assert dead == [f"has lost its launcher ({lost})"]
-        for each in (theirs, to_chief):
-            each.close()
+            assert at.training.receive() is None and dead == [lost]
 
 
 # --- python -m dalle_ds.launch, with plain processes in the place of deepspeed's ------------------------------------------
 
 WRAPPER = """
 import sys
-from dalle_ds.launch import Launch
+from dalle_ds.resilience.launcher import Launch
 launched = Launch([sys.executable, *sys.argv[1:]])
 sys.exit(launched.wait())
 """

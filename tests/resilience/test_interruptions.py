@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.errors import EXIT_REQUEUE
-from dalle_ds.training.signals import StopSignals
+from dalle_ds.resilience.signals import StopSignals
 from tests.conftest import EVERYTHING, ROOT, TINY_DALLE, deepspeed_command
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -122,7 +122,7 @@ def test_a_second_signal_stops_at_once(start: Start, tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from dalle_ds.training.signals import StopSignals
+from dalle_ds.resilience.signals import StopSignals
 with StopSignals() as signals:
     print("ready", flush=True)
     until = time.monotonic() + 20

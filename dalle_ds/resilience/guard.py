@@ -1,4 +1,4 @@
-"""Telling updates that go wrong, and which data a run leaves out after it went back."""
+"""When updates go wrong (NaN, loss spikes), and which data a run leaves out after it was rolled back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ SMALLEST_SPIKE = 0.05
 
 
 class Guard:
-    """Counts bad updates in a row. Given the same losses, every process comes to the same verdict.
-
-    Args:
-        config: what is bad, and how many of them are too many.
-    """
+    """Counts bad updates in a row. Given the same losses, every process decides alike."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
@@ -72,16 +68,12 @@ class Guard:
 
 @dataclass(frozen=True)
 class Rollback:
-    """One time that a run went back."""
+    """One time that a run went back to a checkpoint. Places in the order of the data are left out from then on."""
 
-    from_update: int
-    """Updates that had been made."""
-    to_update: int
-    """Updates that the checkpoint had seen which it went back to."""
-    skip_from: int
-    """Place in the order of the data from which on they are left out."""
-    skip_to: int
-    """The first place after those."""
+    from_update: int  # updates that had been made
+    to_update: int  # updates that the checkpoint had seen
+    skip_from: int  # the first place that is left out
+    skip_to: int  # the first place behind
 
 
 class Rollbacks:
@@ -128,10 +120,12 @@ class Rollbacks:
 
     def place(self, update: int) -> int:
         """Where the data of an update lie in the order of the data, both counted from 0."""
-        place = update
-        for start, end in self._spans():
-            if place >= start:
+        place, done = update, 0
+        for start, end in sorted((event.skip_from, event.skip_to) for event in self.events):
+            start = max(start, done)  # what is left out twice counts once
+            if place >= start and end > start:
                 place += end - start
+            done = max(done, end)
         return place
 
     def after(self, from_update: int, to_update: int) -> Rollbacks:
@@ -147,13 +141,3 @@ class Rollbacks:
                 break
             count, reached = count + 1, event.to_update
         return count
-
-    def _spans(self) -> list[tuple[int, int]]:
-        """What is left out, first to last, without overlaps."""
-        spans: list[tuple[int, int]] = []
-        for start, end in sorted((event.skip_from, event.skip_to) for event in self.events):
-            if spans and start <= spans[-1][1]:
-                spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-            else:
-                spans.append((start, end))
-        return spans

@@ -1,9 +1,8 @@
-"""How long processes wait for each other can be set, and who waited in vain says for what."""
+"""How long collectives wait for other processes can be set, and stretched for a while."""
 
 from __future__ import annotations
 
 import datetime
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch.multiprocessing as multiprocessing
 
 from dalle_ds.config import ParallelConfig
 from dalle_ds.parallel import Mesh
-from dalle_ds.parallel.timeouts import CollectiveError, is_about_communication, patience, set_timeout, timed_out
+from dalle_ds.parallel.timeouts import extended_timeout, set_timeout
+from dalle_ds.resilience.watch import is_about_communication
 
 SHORT, LONG = 2 / 60, 1.0
 """Minutes."""
@@ -54,8 +54,7 @@ def together(rank: int, store: str, results: Any) -> None:
         began = time.monotonic()
         mesh.sum(torch.ones(3), "world")
     except RuntimeError as error:
-        late = timed_out(error)
-        found |= {"late": str(late), "type": type(late).__name__, "about": is_about_communication(error)}
+        found |= {"late": str(error), "about": is_about_communication(error)}
         found["seconds"] = time.monotonic() - began
     results[rank] = found
 
@@ -69,29 +68,11 @@ def test_time_outs_of_all_groups_are_set_stretched_and_said(tmp_path: Path) -> N
         assert found[rank]["before"] == {30.0}
         assert found[rank]["patient"] == found[rank]["nested"] == {LONG}
         assert found[rank]["set"] == found[rank]["after"] == found[rank]["after an error"] == {round(SHORT, 4)}
-    assert re.fullmatch(r"all_reduce \(mesh.py:\d+, sum\) did not end within 0.0333 min", found[0]["late"])
-    assert found[0]["type"] == CollectiveError.__name__ and found[0]["about"]
+    assert "Timed out" in found[0]["late"] and found[0]["about"]
     assert 1.9 < found[0]["seconds"] < 4.5
 
 
 def test_a_process_alone_waits_for_no_one() -> None:
     set_timeout(1)
-    with patience(1):
+    with extended_timeout(1):
         pass
-
-
-def test_what_an_error_comes_from_decides() -> None:
-    def raised(error: Exception, cause: Exception | None = None) -> Exception:
-        try:
-            raise error from cause
-        except Exception as found:
-            return found
-
-    gloo = RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 900000ms for recv operation")
-    assert "within 15 min" in str(timed_out(raised(ValueError("no checkpoint"), gloo)))
-    store = dist.DistStoreError("wait timeout after 300000ms, keys: /x")
-    assert str(timed_out(store)) == "an operation of several processes did not end"
-    closed = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    assert is_about_communication(closed) and timed_out(closed) is None
-    for other in (TimeoutError("timed out"), RuntimeError("the server timed out"), None):
-        assert not is_about_communication(other) and timed_out(other) is None
