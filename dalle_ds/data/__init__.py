@@ -1,11 +1,12 @@
-"""From corpora of captioned pictures to batches.
+"""From corpora of captioned images to batches.
 
 Preparing, once: `corpora` reads pairs, `examine` judges each by itself and `prepare` among all others (`filters`), divides
 (`splits`) and writes the folder that every later stage takes as `--data`; `parts` shares the work among jobs, `engine` among
 the machines of a Ray cluster, and `command` is all of it at the command line. Training:
-`dataset` reads that folder and `shards` its files, `augment` makes views, `samples` turns a row into arrays, `mixture` makes
-one of several corpora, `order` and `loader` decide which rows make up which batch, `workers` are the loader's processes.
-`codes` keeps image codes. `faults` counts what cannot be read, `stamps` notices what changes, `inspection` reads everything.
+`dataset` reads that folder, whose rows are in a `store`, `augment` makes views, `samples` turns a row into arrays, `mixture`
+makes one of several corpora, `order` and `loader` decide which rows make up which batch, `workers` are the loader's processes.
+`features` keeps in the same store what a model computes of images, above all `codes`. `faults` counts what cannot be read,
+`inspection` reads everything.
 """
 
 from dalle_ds.data.codes import CodesCache

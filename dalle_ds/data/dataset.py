@@ -9,15 +9,14 @@ from typing import Any
 from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
 from dalle_ds.data.prepare import read_info
-from dalle_ds.data.shards import Shard, Shards
-from dalle_ds.data.stamps import Stamps, may_pass
+from dalle_ds.data.store import DataFile, Store, may_pass
 from dalle_ds.errors import DataChangedError, DataError
 
 
 class PairDataset:
     """One split of a prepared folder: pictures with their captions by row.
 
-    The rows stay in files: instances are small, also when sent to loader workers. Shards that are missing or damaged
+    The rows stay in files: instances are small, also when sent to loader workers. Files that are missing or damaged
     keep their row numbers, and reading one of their rows raises a `RowError`.
     """
 
@@ -28,9 +27,7 @@ class PairDataset:
         self.fingerprint: str = info["fingerprint"]
         """SHA-256 of the whole prepared folder, all splits."""
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
-        self._shards = Shards(data_dir / split, [Shard(**entry) for entry in info["shards"][split]])
-        written = {data_dir / split / shard.file: (shard.bytes, shard.xxh3_128) for shard in self._shards.shards}
-        self._stamps = Stamps(self._shards.stamps, written)
+        self._store = Store(data_dir / split, [DataFile(**entry) for entry in info["shards"][split]])
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
@@ -52,30 +49,35 @@ class PairDataset:
             ) from error
         if len(dataset) != wanted:
             raise DataError(
-                f"{folder}/info.json is damaged: the shards of {split} have {len(dataset)} rows, not {wanted}: prepare it "
+                f"{folder}/info.json is damaged: the files of {split} have {len(dataset)} rows, not {wanted}: prepare it "
                 "again with --overwrite True"
             )
         if len(dataset) and sum(fault.rows for fault in dataset.faults) == len(dataset):
             first = dataset.faults[0]
-            raise DataError(f"no shard of {folder / split} can be read: {first.where} is a {first.reason}")
+            raise DataError(f"no file of {folder / split} can be read: {first.where} is a {first.reason}")
         return dataset
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._store)
 
     @property
     def faults(self) -> tuple[Fault, ...]:
-        """Shards that were missing or of the wrong size when the split was opened."""
-        return self._shards.faults
+        """Files that were missing or of the wrong size when the split was opened."""
+        return self._store.faults
+
+    @property
+    def files(self) -> tuple[DataFile, ...]:
+        """The files that have the rows, in their order."""
+        return self._store.files
 
     def check_unchanged(self) -> None:
         """See that the files are those that were opened. Quick: contents are read only where a file has another time.
 
-        A shard that cannot be read any more is no change, nor is a disk that does not answer now; rows that cannot be read
+        A file that cannot be read any more is no change, nor is a disk that does not answer now; rows that cannot be read
         are counted where they are read.
 
         Raises:
-            DataChangedError: the folder was prepared again, or a shard has other contents.
+            DataChangedError: the folder was prepared again, or a file has other contents.
         """
         try:
             fingerprint = read_info(self.data_dir)["fingerprint"]
@@ -88,7 +90,7 @@ class PairDataset:
                 f"{self.data_dir} was prepared again since it was opened (fingerprint {fingerprint[:12]}… instead of "
                 f"{self.fingerprint[:12]}…): put back what was there, or begin a new run in another --run_dir"
             )
-        self._stamps.check()
+        self._store.snapshot.check()
 
     def picture(self, row: int, short_side: int | None = None) -> Pixels:
         """The picture of a row.
@@ -130,4 +132,4 @@ class PairDataset:
         return self._value(row, "image")
 
     def _value(self, row: int, column: str) -> Any:
-        return self._shards.value(row, column)
+        return self._store.value(row, column)

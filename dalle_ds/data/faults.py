@@ -1,10 +1,10 @@
 """What cannot be read of prepared data: where, why, how much of it, and when that is too much.
 
 A row that cannot be read raises a `RowError`; the loader puts another row in its place and keeps a `Fault` in its
-`FaultLog`. The trainer adds up the counts of all processes and gives them to `Unreadable`, which ends a run of which too
+`FaultLog`. The trainer adds up the counts of all processes and gives them to `BadSampleBudget`, which ends a run of which too
 much is unreadable:
 
-    unreadable = Unreadable(run.loader.max_unreadable, loader.faults, run.data)
+    unreadable = BadSampleBudget(run.loader.max_unreadable, loader.faults, run.data)
     for fault in samples.faults:
         tracker.say(str(fault))
     unreadable.check_known(samples.faults, len(samples))            # before the first update
@@ -23,13 +23,12 @@ from dataclasses import dataclass
 
 from dalle_ds.errors import DataError
 
-MISSING_SHARD = "missing shard"
-TRUNCATED_SHARD = "shard of the wrong size"
-DAMAGED_SHARD = "damaged shard"
+MISSING_FILE = "missing file"
+TRUNCATED_FILE = "file of the wrong size"
+DAMAGED_FILE = "damaged file"
 READ_ERROR = "disk error"
 BAD_PICTURE = "undecodable picture"
-NO_CODES = "picture without codes"
-DAMAGED_CODES = "damaged codes"
+NO_FEATURES = "image without features"
 OTHER = "unreadable row"
 
 _WINDOW = 10_000
@@ -45,7 +44,7 @@ class RowError(DataError):
     Args:
         message: what was found.
         reason: the same few words for all faults of a kind.
-        where: the shard, or the row where the fault is its own.
+        where: the file, or the row where the fault is its own.
     """
 
     def __init__(self, message: str, reason: str = OTHER, where: str = "") -> None:
@@ -65,7 +64,7 @@ class Fault:
     reason: str
     """The same few words for all faults of a kind."""
     where: str
-    """The shard, or the row where the fault is its own."""
+    """The file, or the row where the fault is its own."""
     rows: int
     """How many rows are concerned."""
 
@@ -121,7 +120,7 @@ class FaultLog:
         return reason, rows, self._examples[reason]
 
 
-class Unreadable:
+class BadSampleBudget:
     """Ends a run when the share of rows that cannot be read is above a limit. Pure: it is told all counts.
 
     Args:

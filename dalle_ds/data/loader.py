@@ -21,7 +21,7 @@ from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.mixture import Mixture
 from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import FOR_TRAINING
-from dalle_ds.data.workers import start_worker, take, without_surprises, worker_context
+from dalle_ds.data.workers import keep_sigchld_handler, next_batch, start_worker, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
 MAX_TRIES = 256
@@ -127,7 +127,7 @@ class BatchLoader:
             multiprocessing_context=worker_context() if self._workers else None,
             generator=torch.Generator(),  # torch draws a seed for workers, by default from the global generator
         )
-        return without_surprises(lambda: iter(loader))
+        return keep_sigchld_handler(lambda: iter(loader))
 
 
 def evaluation_batches(
@@ -201,7 +201,7 @@ class _Loaded:
 def _next(batches: Iterator[_Loaded]) -> _Loaded:
     """The next of a DataLoader's iterator; a worker that is gone is a failure like others."""
     try:
-        return take(batches)
+        return next_batch(batches)
     except DataError as error:
         return _Loaded(failure=error.with_traceback(None))
 

@@ -23,11 +23,18 @@ import pyarrow as pa
 import xxhash
 
 from dalle_ds.data.corpora import Unit
-from dalle_ds.data.disk import disk_full_is_a_data_error, unreadable_is_a_data_error
 from dalle_ds.data.examine import Caption, Examined
-from dalle_ds.data.shards import Shard, check_size, digest_of
+from dalle_ds.data.store import DataFile, digest_of, size_problem
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, only_process, remove_leftovers, sync_directory, write_json
+from dalle_ds.files import (
+    built_beside,
+    disk_full_is_a_data_error,
+    only_process,
+    remove_leftovers,
+    sync_directory,
+    unreadable_is_a_data_error,
+    write_json,
+)
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 3
@@ -67,10 +74,10 @@ class Part:
         Raises:
             DataError: a file is missing, damaged or cannot be read.
         """
-        for shard in (Shard(**entry) for entry in self.manifest["files"]):
+        for shard in (DataFile(**entry) for entry in self.manifest["files"]):
             path = self.folder / shard.file
             with unreadable_is_a_data_error(path):
-                if check_size(path, shard.bytes) is not None or (not pictures and digest_of(path) != shard.xxh3_128):
+                if size_problem(path, shard.bytes) is not None or (not pictures and digest_of(path) != shard.xxh3_128):
                     raise DataError(
                         f"{path} is missing or damaged: prepare part {self.manifest['shard']} again with --overwrite True"
                     )
@@ -255,10 +262,10 @@ def _write_segment(
     partial: Path, item: Examined, items: Iterator[Examined], share: Share
 ) -> tuple[dict[str, Any], Examined | None]:
     """Write items up to the end of a unit behind which the segment is large enough: (what it holds, the next item)."""
-    from dalle_ds.data.arrow import ShardWriter
+    from dalle_ds.data.store_writer import StoreWriter
 
     name = f"segment-{item.unit:010d}"
-    writer = ShardWriter(partial / "files", _SCHEMA)
+    writer = StoreWriter(partial / "files", _SCHEMA)
     pairs = entries = size = 0
     following: Examined | None = item
     while following is not None:

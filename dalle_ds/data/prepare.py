@@ -9,33 +9,28 @@ so that a preparation that was killed goes on where it was, and so that copies a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dalle_ds.config.checks import sound
 from dalle_ds.data import corpora, parts
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
-from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.examine import Examined, examine
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.filters.copies import Copies, find_copies
 from dalle_ds.data.parts import Part, PartReport
 from dalle_ds.data.report import PreparationReport
-from dalle_ds.data.shards import digest_of
-from dalle_ds.data.splits import compositional_holdout, unit_hash
+from dalle_ds.data.splits import SplitSorter, StoredPair
+from dalle_ds.data.store import digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, only_process, remove_leftovers, write_json
+from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
 from dalle_ds.parsing import parse_json
-
-if TYPE_CHECKING:
-    from dalle_ds.data.arrow import SplitWriter, StoredPair
 
 FORMAT_VERSION = 2
 FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
@@ -342,7 +337,7 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
         scratch = partial_folder / "copies"
         copies = find_copies(parts.merged(found, pictures=False), options.filters, scratch)
-        sorter = _SplitSorter(partial_folder, options)
+        sorter = SplitSorter(partial_folder, options.validation, options.compositional, options.seed)
         for pair, variant in _kept(parts.merged(found), copies, report):
             sorter.add(pair, variant)
         shutil.rmtree(scratch)
@@ -360,8 +355,6 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
 
 def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) -> Iterator[tuple[StoredPair, str]]:
     """The pairs that are kept, with their variants; the others are counted."""
-    from dalle_ds.data.arrow import StoredPair  # imports datasets, which worker processes do without
-
     numbers = itertools.count()
     for place, item in enumerate(items):
         reasons = [
@@ -379,73 +372,3 @@ def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) 
         else:
             report.keep(sum(caption.cut for caption in captions), [reason for _, reason in dropped])
             yield StoredPair(item.image, [caption.text for caption in captions], item.name, item.group), item.variant
-
-
-# --- split ----------------------------------------------------------------------------------------------------------
-
-
-class _SplitSorter:
-    """Sends every pair to its split while the corpus streams by.
-
-    Two choices need the whole corpus: which variants to hold out, and which group becomes the validation split should
-    none fall into it by its hash. Pairs that may be concerned (all variants; while validation is empty, each group with
-    the lowest hash yet) wait in a file until the end.
-    """
-
-    def __init__(self, folder: Path, options: PrepareOptions) -> None:
-        from dalle_ds.data.arrow import SplitWriter  # imports datasets, which worker processes do without
-
-        self._folder = folder
-        self._options = options
-        self._writers: dict[str, SplitWriter] = {
-            "train": SplitWriter(folder / "train"),
-            "validation": SplitWriter(folder / "validation"),
-        }
-        self._waiting = SplitWriter(folder / "waiting")
-        self._variants: list[str] = []  # of the waiting pairs
-        self._lowest = (1.0, "")  # (hash, group)
-
-    def add(self, pair: StoredPair, variant: str) -> None:
-        """Store one pair."""
-        place = unit_hash(self._options.seed, pair.group)
-        if place < self._options.validation:
-            self._writers["validation"].add(pair)
-            return
-        no_validation = self._options.validation > 0 and not self._writers["validation"].rows
-        if no_validation:
-            self._lowest = min(self._lowest, (place, pair.group))
-        if variant or (no_validation and pair.group == self._lowest[1]):
-            self._waiting.add(pair)
-            self._variants.append(variant)
-        else:
-            self._writers["train"].add(pair)
-
-    def finish(self) -> tuple[dict[str, int], str, dict[str, list[dict[str, Any]]]]:
-        """Place the waiting pairs and close the splits: (split → rows, fingerprint of all, split → shards)."""
-        from dalle_ds.data.arrow import SplitWriter, read_rows
-
-        self._waiting.close()
-        needs_validation = self._options.validation > 0 and not self._writers["validation"].rows
-        waiting = [pair.group for pair in read_rows(self._folder / "waiting")]
-        several_groups = self._writers["train"].rows > 0 or len(set(waiting)) > 1
-        to_validation = self._lowest[1] if needs_validation and several_groups else None
-        variants = [
-            (group, variant)
-            for group, variant in zip(waiting, self._variants, strict=True)
-            if variant and group != to_validation
-        ]
-        held_out = compositional_holdout(variants, self._options.compositional, self._options.seed)
-        if held_out:
-            self._writers["compositional"] = SplitWriter(self._folder / "compositional")
-        for pair, variant in zip(read_rows(self._folder / "waiting"), self._variants, strict=True):
-            if pair.group == to_validation:
-                split = "validation"
-            else:
-                split = "compositional" if (pair.group, variant) in held_out else "train"
-            self._writers[split].add(pair)
-        shutil.rmtree(self._folder / "waiting")
-        digests = [f"{split}:{writer.close()}" for split, writer in self._writers.items()]
-        fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        rows = {split: writer.rows for split, writer in self._writers.items()}
-        shards = {split: [vars(shard) for shard in writer.shards] for split, writer in self._writers.items()}
-        return rows, fingerprint, shards

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from dalle_ds.data import arrow, parts
+from dalle_ds.data import parts, store_writer
 from dalle_ds.data.corpora import twemoji
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import PartReport
@@ -81,8 +81,8 @@ def options_for(sources: dict[str, Path], kind: str, **changes) -> PrepareOption
 def test_merged_parts_are_the_preparation_byte_for_byte(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shards: int
 ) -> None:
-    monkeypatch.setattr(arrow, "_BATCH_ROWS", 4)
-    monkeypatch.setattr(arrow, "_SHARD_BYTES", 5000)
+    monkeypatch.setattr(store_writer, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(store_writer, "_FILE_BYTES", 5000)
     options = options_for(sources, kind, validation=0.2, shrink=32)
     whole = prepare(options, str(tmp_path / "whole"))
     assert len(whole.dropped) >= 2 and sum(whole.kept.values()) > 4
@@ -213,7 +213,7 @@ def test_long_captions_fill_record_batches_as_pictures_do(tmp_path: Path, monkey
     for number in range(6):
         (corpus / f"{number}.png").write_bytes(picture_bytes(number))
         (corpus / f"{number}.txt").write_text(f"{number} " + "\n".join(f"{n} " + "word " * 150 for n in range(20)))
-    monkeypatch.setattr(arrow, "_BATCH_BYTES", 12_000)
+    monkeypatch.setattr(store_writer, "_BATCH_BYTES", 12_000)
     options = PrepareOptions(corpus="folder", source=str(corpus), validation=0.0)
     prepare_part(options, str(tmp_path / "out"), 0, 1)
     prepare(options, str(tmp_path / "whole"))
@@ -270,12 +270,12 @@ def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path]
     out = tmp_path / "out"
     slow = (
         "import sys, time\n"
-        "from dalle_ds.data import arrow\n"
+        "from dalle_ds.data import store_writer\n"
         "from dalle_ds.data.prepare import PrepareOptions, prepare_part\n"
-        "add = arrow.ShardWriter.add\n"
+        "add = store_writer.StoreWriter.add\n"
         "def slowly(*arguments):\n"
         "    add(*arguments); print('added', flush=True); time.sleep(600)\n"
-        "arrow.ShardWriter.add = slowly\n"
+        "store_writer.StoreWriter.add = slowly\n"
         f"prepare_part(PrepareOptions(corpus='folder', source={str(sources['folder'])!r}), {str(out)!r}, 0, 2)\n"
     )
     killed = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.data import arrow, corpora
+from dalle_ds.data import corpora, store_writer
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data.corpora import Corpus, RawPair, Unit
 from dalle_ds.data.dataset import PairDataset
@@ -70,8 +70,8 @@ def test_seed_chooses_the_split_and_the_fingerprint_tells(folder_corpus: Path, p
 
 
 def test_shards_and_batches_are_all_read_back(monkeypatch, folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(arrow, "_SHARD_BYTES", 4_000)
-    monkeypatch.setattr(arrow, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(store_writer, "_FILE_BYTES", 4_000)
+    monkeypatch.setattr(store_writer, "_BATCH_ROWS", 2)
     out = tmp_path / "data"
     prepare(options_for(folder_corpus, validation=0.2), str(out))
     assert len(list((out / "train").glob("*.arrow"))) > 2
@@ -337,7 +337,7 @@ def test_a_full_disk_is_told_and_what_was_done_is_used_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(arrow.ShardWriter, "_write_batch", full)
+        patch.setattr(store_writer.StoreWriter, "_write_batch", full)
         with pytest.raises(DataError, match=f"no space left on the disk of {tmp_path}/data"):
             prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "data").exists()

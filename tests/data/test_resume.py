@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data import arrow, parts
+from dalle_ds.data import parts, store_writer
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data.corpora import Unit
 from dalle_ds.data.engine import prepare_with_ray, start_ray
@@ -55,14 +55,14 @@ def whole(options: PrepareOptions, tmp_path_factory: pytest.TempPathFactory) -> 
 def step_by_step(steps: Connection, source: str, out: str) -> None:
     """A preparation in many segments that waits for a word before each row that it writes, to a part or to the result."""
     parts._SEGMENT_PAIRS = 20
-    add = arrow.ShardWriter.add
+    add = store_writer.StoreWriter.add
 
-    def awaited(writer: arrow.ShardWriter, row: dict[str, Any], size: int) -> None:
+    def awaited(writer: store_writer.StoreWriter, row: dict[str, Any], size: int) -> None:
         steps.send("row")
         steps.recv()
         add(writer, row, size)
 
-    arrow.ShardWriter.add = awaited  # type: ignore[method-assign]
+    store_writer.StoreWriter.add = awaited  # type: ignore[method-assign]
     prepare(PrepareOptions(corpus="folder", source=source, validation=0.2, filters=FILTERS), out)
 
 

@@ -34,9 +34,9 @@ from dalle_ds.data.corpora.pairs import (
     told,
 )
 from dalle_ds.data.corpora.rows import PairRow, pair_rows
-from dalle_ds.data.disk import unreadable_is_a_data_error
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
+from dalle_ds.files import unreadable_is_a_data_error
 
 TABLE_BELOW = "table in a subfolder (must lie directly in the source)"
 

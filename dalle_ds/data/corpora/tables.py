@@ -33,8 +33,8 @@ from dalle_ds.data.corpora.pairs import (
     pair_of,
 )
 from dalle_ds.data.corpora.rows import Line, Row, quoted_rows
-from dalle_ds.data.disk import unreadable_is_a_data_error
 from dalle_ds.errors import DataError
+from dalle_ds.files import unreadable_is_a_data_error
 
 _DIVISIONS = 64
 _BUFFERED = 2**16

@@ -14,13 +14,12 @@ import numpy.typing as npt
 
 from dalle_ds.config.checks import positive
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.faults import RowError
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.overlap.embeddings import Embedder, PerceptualHashes, embed_split
 from dalle_ds.evaluation.overlap.neighbours import IndexKind, nearest
 from dalle_ds.evaluation.overlap.page import Pair, data_uri, write_page
-from dalle_ds.files import write_json, write_text
+from dalle_ds.files import disk_full_is_a_data_error, write_json, write_text
 from dalle_ds.models import Clip
 
 FORMAT_VERSION = 1
