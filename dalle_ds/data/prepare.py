@@ -2,8 +2,9 @@
 
 The prepared folder DIR has one folder per split (`train`, `validation`, and for corpora with variants `compositional`),
 each of which `datasets.load_from_disk` opens, with columns `image` (encoded bytes), `captions`, `name`, `group` and two
-checksums (`shards.SCHEMA`); and `info.json`, written last. What is found of each pair lies in `DIR.parts` first (`parts`),
-so that a preparation that was killed goes on where it was, and so that copies are found in a corpus of any size (`copies`).
+checksums (`store.PAIR_SCHEMA`); and `info.json`, written last. What is found of each pair lies in `DIR.parts` first (`parts`),
+part by part, so that a preparation that was killed goes on with the next one, and so that copies are found in a corpus of any
+size (`copies`).
 """
 
 from __future__ import annotations
@@ -11,20 +12,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dalle_ds.config.checks import sound
-from dalle_ds.data import corpora, parts
+from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
-from dalle_ds.data.examine import Examined, examine
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.filters.copies import Copies, find_copies
-from dalle_ds.data.parts import Part, PartReport
+from dalle_ds.data.parts import (
+    Division,
+    Part,
+    PartReport,
+    check_part,
+    clear_merged,
+    complete_parts,
+    existing_part,
+    merged,
+    only_job,
+    part_folder,
+    parts_folder,
+    parts_there,
+    remove_parts,
+    write_parts,
+)
+from dalle_ds.data.processing import ProcessedPair, process_units
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import SplitSorter, StoredPair
 from dalle_ds.data.store import digest_of
@@ -103,13 +118,17 @@ class PrepareOptions:
             raise ConfigError(f"corpus {self.corpus} has columns of its own: leave out image_column and caption_column")
 
 
-def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: bool = False) -> PreparationReport:
+def prepare(
+    options: PrepareOptions, out: str, *, parts: int | None = None, workers: int = 1, overwrite: bool = False
+) -> PreparationReport:
     """Prepare a corpus into the folder `out`, which appears only when it is complete.
 
-    One that was killed goes on where it was when it is called again with the same options.
+    The work is done in parts, one after the other. A preparation that was killed goes on with the first part that is not
+    complete when it is called again with the same options.
 
     Args:
-        workers: processes that judge captions and decode pictures; the result does not depend on it.
+        parts: how many; None takes those of a preparation that was begun, or parts of some thousand pairs.
+        workers: processes that judge captions and decode images; the result does not depend on it.
         overwrite: replace an earlier preparation in `out`, complete or begun.
 
     Returns:
@@ -120,25 +139,31 @@ def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: b
         DataError: the source or `out` cannot be used, nothing of the corpus is kept, the disk is full, or another process
             prepares it.
     """
-    done = prepare_part(options, out, 0, 1, workers=workers, overwrite=overwrite)
-    if isinstance(done, PreparationReport):
-        return done
-    try:
-        return merge_parts(out, 1, overwrite=overwrite)
-    except NothingKept:  # what was found is of no use with any other options
-        parts.remove_part(Path(done.folder))
-        with suppress(OSError):
-            parts.parts_folder(Path(out)).rmdir()
-        raise
+    _check_corpus(options)
+    folder = Path(out)
+    with only_process(folder, f".{folder.name}.lock"):
+        existing = _existing_report(_identity(options), folder, overwrite)
+        if existing is not None:
+            return existing
+        if overwrite:
+            shutil.rmtree(parts_folder(folder), ignore_errors=True)
+        begun = {count for _, count in parts_there(folder)}
+        corpus = _corpus(options)
+        division = Division.of(corpus, parts or (begun.pop() if len(begun) == 1 else None))
+        _do_parts(options, folder, corpus, division, range(division.parts), workers)
+        try:
+            return merge_parts(out, division.parts, overwrite=overwrite)
+        except NothingKept:  # what was found is of no use with any other options
+            remove_parts(folder, complete_parts(folder, division.parts))
+            raise
 
 
 def prepare_part(
-    options: PrepareOptions, out: str, shard: int, shards: int, *, workers: int = 1, overwrite: bool = False
+    options: PrepareOptions, out: str, part: int, parts: int, *, workers: int = 1, overwrite: bool = False
 ) -> PreparationReport | PartReport:
-    """Do part `shard` (from 0) of `shards` of a preparation, all of which `merge_parts` puts together.
+    """Do part `part` (from 0) of `parts` of a preparation, all of which `merge_parts` puts together.
 
-    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is; one
-    that was begun goes on where it was.
+    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is.
 
     Returns:
         What was done; the report of the whole if `out` holds it already.
@@ -147,42 +172,56 @@ def prepare_part(
         ConfigError: no such part, or as `prepare`.
         DataError: as `prepare`, or the part that is there belongs to another preparation, or another process is doing it.
     """
-    parts.check_part(shard, shards)
-    if options.corpus is None:
-        raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
+    _check_corpus(options)
+    check_part(part, parts)
     folder, identity = Path(out), _identity(options)
-    with parts.only_job(folder, shard, shards):
+    with only_job(folder, part, parts):
         existing = _existing_report(identity, folder, overwrite)
         if existing is not None:
             return existing
-        part = parts.part_folder(folder, shard, shards)
+        place = part_folder(folder, part, parts)
         if overwrite:
-            parts.remove_part(part)
-        there = parts.existing_part(part, identity)
+            shutil.rmtree(place, ignore_errors=True)
+        there = existing_part(place, identity)
         if there is not None:
             return there
-        options.filters.check_packages()
-        share = parts.Share(_corpus(options).units(), shard, shards)
-        return parts.write_part(lambda share: _examined(share, options, workers), share, part, identity)
+        corpus = _corpus(options)
+        (report,) = _do_parts(options, folder, corpus, Division.of(corpus, parts), [part], workers)
+        return report
 
 
-def _examined(share: parts.Share, options: PrepareOptions, workers: int) -> Iterable[Examined]:
-    items = examine(share, options.filters, options.shrink, workers)
-    if options.filters.duplicate_model is None:
-        return items
-    from dalle_ds.data.filters.likeness import embedded, picture_model
+def _check_corpus(options: PrepareOptions) -> None:
+    if options.corpus is None:
+        raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
+    options.filters.check_packages()
 
-    return embedded(items, picture_model(options.filters.duplicate_model))
+
+def _do_parts(
+    options: PrepareOptions, folder: Path, corpus: Corpus, division: Division, parts: Sequence[int], workers: int
+) -> list[PartReport]:
+    """Do those of the parts that are not there."""
+    identity = _identity(options)
+    missing = [
+        part for part in parts if existing_part(part_folder(folder, part, division.parts), identity, division) is None
+    ]
+    if not missing:
+        return []
+    items = process_units(division.units_of(corpus, missing), options.filters, options.shrink, workers)
+    if options.filters.duplicate_model is not None:
+        from dalle_ds.data.filters.likeness import embedded, picture_model
+
+        items = embedded(items, picture_model(options.filters.duplicate_model))
+    return list(write_parts(items, missing, folder, division, identity))
 
 
 def merge_parts(
-    out: str, shards: int | None = None, *, options: PrepareOptions | None = None, overwrite: bool = False
+    out: str, parts: int | None = None, *, options: PrepareOptions | None = None, overwrite: bool = False
 ) -> PreparationReport:
-    """Put the parts of a preparation together: the folder is the one that `prepare` makes by itself, byte for byte. The
-    parts are removed then.
+    """Put the parts of a preparation together: the folder is the same, byte for byte, in however many parts the work was done.
+    The parts are removed then.
 
     Args:
-        shards: how many parts there must be; None takes what they say.
+        parts: how many there must be; None takes what they say.
         options: what they must have been prepared with; None takes what they say.
         overwrite: replace an earlier preparation in `out`.
 
@@ -191,29 +230,29 @@ def merge_parts(
     """
     folder = Path(out)
     with only_process(folder, f".{folder.name}.merge.lock"):
-        return _merge(folder, shards, options, overwrite)
+        return _merge(folder, parts, options, overwrite)
 
 
-def _merge(folder: Path, shards: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
-    parts.clear_merged(folder)
-    if not parts.parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
+def _merge(folder: Path, count: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
+    clear_merged(folder)
+    if not parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
         # A job that was started again after it was done.
         wanted = read_info(folder)["options"] if options is None else _identity(options)
         existing = _existing_report(wanted, folder, overwrite)
         assert existing is not None, "another preparation is an error"
         return existing
-    found = parts.complete_parts(folder, shards)
+    found = complete_parts(folder, count)
     identity = found[0].manifest["options"]
     if options is not None and _identity(options) != identity:
         raise DataError(
-            f"the parts in {parts.parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to "
-            "it out, or prepare them again with --overwrite True"
+            f"the parts in {parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to it "
+            "out, or prepare them again with --overwrite True"
         )
-    with ExitStack() as locks:
-        for part in found:  # a job may be told to do it once more
-            locks.enter_context(parts.only_job(folder, part.manifest["shard"], part.manifest["shards"]))
-        report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
-        parts.remove_parts(folder, found)
+    for part in found:  # a job may be told to do it once more
+        with only_job(folder, part.manifest["part"], part.manifest["parts"]):
+            pass
+    report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
+    remove_parts(folder, found)
     return report
 
 
@@ -336,24 +375,26 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
     remove_leftovers(folder.parent, folder.name)
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
         scratch = partial_folder / "copies"
-        copies = find_copies(parts.merged(found, pictures=False), options.filters, scratch)
+        copies = find_copies(merged(found, images=False), options.filters, scratch)
         sorter = SplitSorter(partial_folder, options.validation, options.compositional, options.seed)
-        for pair, variant in _kept(parts.merged(found), copies, report):
+        for pair, variant in _kept(merged(found), copies, report):
             sorter.add(pair, variant)
         shutil.rmtree(scratch)
-        report.kept, report.fingerprint, shards = sorter.finish()
+        report.kept, report.fingerprint, files = sorter.finish()
         report.notes = _notes(options, report)
         if not any(report.kept.values()):
             expected = f". Expected: {hint}" if (hint := _EXPECTED.get(options.corpus or "")) else ""
             raise NothingKept(
                 f"corpus {options.source or options.corpus} has no pair that can be kept: {report.losses()}{expected}"
             )
-        info = {"format_version": FORMAT_VERSION, "options": identity, **report.to_json(), "shards": shards}
+        info = {"format_version": FORMAT_VERSION, "options": identity, **report.to_json(), "shards": files}
         write_json(partial_folder / "info.json", info)
     return report
 
 
-def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) -> Iterator[tuple[StoredPair, str]]:
+def _kept(
+    items: Iterator[ProcessedPair], copies: Copies, report: PreparationReport
+) -> Iterator[tuple[StoredPair, str]]:
     """The pairs that are kept, with their variants; the others are counted."""
     numbers = itertools.count()
     for place, item in enumerate(items):

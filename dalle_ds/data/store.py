@@ -68,7 +68,7 @@ class DataFile:
 
     def __post_init__(self) -> None:
         numbers = (self.rows, self.bytes)
-        if not isinstance(self.file, str) or not isinstance(self.xxh3_128, str):
+        if not isinstance(self.file, str) or Path(self.file).name != self.file or not isinstance(self.xxh3_128, str):
             raise ValueError(f"no file of a store: {str(self.file)[:80]!r}")
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"{self.file} has impossible sizes")

@@ -17,12 +17,12 @@ from PIL import Image, ImageEnhance
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.config import ClipConfig
-from dalle_ds.data.examine import Caption, Examined
 from dalle_ds.data.filters import FilterOptions, copies, likeness, perceptual
 from dalle_ds.data.filters.copies import CLOSE_PICTURE, DUPLICATE, LIKE_PICTURE, SAME_CAPTION, find_copies
 from dalle_ds.data.filters.likeness import close_embeddings, embedded, picture_model
 from dalle_ds.data.filters.perceptual import close_hashes, perceptual_hash
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
+from dalle_ds.data.processing import Caption, ProcessedPair
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.pretrained import WEIGHTS_NAME
 from tests.data.test_prepare import all_files
@@ -54,7 +54,7 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
             for problem in rng.choice(np.array([None, "bad"]), size=rng.integers(0, 4), p=[0.8, 0.2])
         ]
         problem = "broken" if rng.random() < 0.1 else None
-        items.append(Examined(number, str(number), problem, captions, f"{rng.integers(30):064x}"))
+        items.append(ProcessedPair(number, str(number), problem, captions, f"{rng.integers(30):064x}"))
     found = find_copies(items, FilterOptions(max_caption_copies=3), tmp_path / "scratch")
 
     pairs: set[tuple[str, str]] = set()
@@ -213,7 +213,7 @@ def test_close_pictures_are_dropped_alike_in_one_go_and_in_parts(clip: str, tmp_
 def test_embeddings_do_not_depend_on_who_is_beside_them(copied_corpus: Path, clip: str) -> None:
     model = picture_model(clip)
     items = [
-        Examined(0, path.name, None, [], image=b"" if number % 5 == 2 else path.read_bytes())
+        ProcessedPair(0, path.name, None, [], image=b"" if number % 5 == 2 else path.read_bytes())
         for number, path in enumerate((sorted(copied_corpus.glob("*.png")) * 2)[:36])
     ]
     together = list(embedded(items, model))

@@ -27,10 +27,10 @@ from dalle_ds.data.corpora.cub import BAD_LINE, OTHER_PART
 from dalle_ds.data.corpora.downloads import NO_URL
 from dalle_ds.data.corpora.folder import TABLE_BELOW
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.examine import UNDECODABLE
 from dalle_ds.data.filters.captions import EMPTY
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
+from dalle_ds.data.processing import UNDECODABLE
 from dalle_ds.data.report import Dropped, PreparationReport
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.sets import PictureFolder
@@ -655,7 +655,7 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
     assert report.read == len(dataset) + sum(case.dropped.values())
     assert all(entry.examples for entry in (*report.dropped.values(), *report.unpaired.values()))
     assert all(report.caption_examples[reason] for reason in case.lost)
-    parts = [prepare_part(options_of(case, folder), str(tmp_path / "parts"), shard, 2) for shard in (1, 0)]
+    parts = [prepare_part(options_of(case, folder), str(tmp_path / "parts"), part, 2) for part in (1, 0)]
     assert sum(part.pairs for part in parts) == report.read  # type: ignore[union-attr]
     merged = merge_parts(str(tmp_path / "parts"))
     assert (merged.dropped, merged.unpaired, merged.fingerprint) == (
@@ -670,22 +670,21 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
 def test_what_is_told_survives_an_interruption_and_workers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dalle_ds.data import examine, parts
+    from dalle_ds.data import processing
 
     case = CASES["folder: other files"]
     case.build(folder)
     whole = prepare(options_of(case, folder), str(tmp_path / "whole"), workers=2)
-    judge, left = examine._judge, iter(range(9))
+    process, left = processing.process_pair, iter(range(9))
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return judge(*arguments, **options)
+        return process(*arguments, **options)
 
-    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(examine, "_judge", interrupted)
-        prepare(options_of(case, folder), str(tmp_path / "out"))
+        patch.setattr(processing, "process_pair", interrupted)
+        prepare(options_of(case, folder), str(tmp_path / "out"), parts=5)
     report = prepare(options_of(case, folder), str(tmp_path / "out"))
     assert (report.dropped, report.unpaired, report.fingerprint) == (whole.dropped, whole.unpaired, whole.fingerprint)
 

@@ -357,7 +357,7 @@ def test_an_interruption_leaves_what_the_next_call_goes_on_from(
         prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
     assert [path.name for path in tmp_path.iterdir()] == ["data.parts"]
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "examine", interrupted)  # nothing is looked at again
+        patch.setattr(prepare_module, "process_units", interrupted)  # nothing is looked at again
         prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
     assert all_files(tmp_path / "data") == all_files(prepared)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -54,7 +54,7 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
     Raises:
         DataError: no such folder, or nothing in it that is a dataset.
     """
-    return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)))
+    return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)), units_per_part=1)
 
 
 def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:

@@ -94,10 +94,12 @@ class Corpus:
 
     Args:
         units: begins to go through the units, of which none is read until it is asked to.
+        units_per_part: how many are a fair part of the work: a thousand pairs, or one file with many.
     """
 
-    def __init__(self, units: Callable[[], Iterator[Unit]]) -> None:
+    def __init__(self, units: Callable[[], Iterator[Unit]], units_per_part: int = 1000) -> None:
         self.units = units
+        self.units_per_part = units_per_part
 
     def __iter__(self) -> Iterator[RawPair | Broken]:
         for unit in self.units():

@@ -189,7 +189,7 @@ def joined(table: CaptionTable, pictures: str) -> Corpus:
             yield Unit(shard.name, partial(_read_shard, table, shard))
         yield Unit("rows of the table", partial(table.unpaired, pictures))
 
-    return Corpus(units)
+    return Corpus(units, units_per_part=1)
 
 
 def _read_shard(table: CaptionTable, shard: DownloadShard) -> Iterator[RawPair | Broken]:

@@ -81,7 +81,7 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
             yield Unit(tar.name, partial(_read_tar, tar, caption_column))
         yield from (told(entry.unpaired()) for entry in found if not is_tar(entry.name))
 
-    return Corpus(units)
+    return Corpus(units, units_per_part=1)
 
 
 def is_tar(name: str) -> bool:

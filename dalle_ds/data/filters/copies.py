@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dalle_ds.data.examine import Examined
 from dalle_ds.data.filters.options import FilterOptions
 from dalle_ds.data.filters.perceptual import close_hashes
+from dalle_ds.data.processing import ProcessedPair
 
 DUPLICATE = "duplicate"
 SAME_CAPTION = "caption of other pictures"
@@ -94,7 +94,7 @@ class Copies:
         return None if code == _NOT_ASKED else REASONS[code]
 
 
-def find_copies(items: Iterable[Examined], filters: FilterOptions, scratch: Path) -> Copies:
+def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> Copies:
     """Go through a corpus and find what was there before.
 
     Args:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from dalle_ds.data.examine import Examined
 from dalle_ds.data.images import center_crop_resize, decode_image
+from dalle_ds.data.processing import ProcessedPair
 from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json
 
@@ -44,13 +44,13 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def embedded(items: Iterable[Examined], model: Clip) -> Iterator[Examined]:
+def embedded(items: Iterable[ProcessedPair], model: Clip) -> Iterator[ProcessedPair]:
     """The items, those that are kept so far with the embeddings of their pictures: D numbers of 16 bits.
 
     Every batch has the same size, if need be with a picture in it several times: results of other shapes of the same
     product may differ in the last bit, and what is prepared must not depend on how the work was divided.
     """
-    batch: list[Examined] = []
+    batch: list[ProcessedPair] = []
     for item in items:
         batch.append(item)
         if sum(bool(entry.image) for entry in batch) == _BATCH or len(batch) == 4 * _BATCH:
@@ -60,7 +60,7 @@ def embedded(items: Iterable[Examined], model: Clip) -> Iterator[Examined]:
 
 
 @torch.no_grad()
-def _embedded_batch(batch: list[Examined], model: Clip) -> Iterator[Examined]:
+def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[ProcessedPair]:
     size = model.config.image_size  # in which the model would look at them, too: a batch of whole pictures may be large
     pictures = [
         Image.fromarray(center_crop_resize(decode_image(item.image, short_side=size), size))

@@ -44,7 +44,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Examined:
+class ProcessedPair:
     """A pair, or what is in the place of one, and all that preparation needs to know of it."""
 
     unit: int
@@ -69,9 +69,9 @@ class Examined:
     """Whether it is in no pair's place, but belongs to none."""
 
 
-def examine(
+def process_units(
     units: Iterable[tuple[int, Unit]], filters: FilterOptions, shrink: int | None, workers: int
-) -> Iterator[Examined]:
+) -> Iterator[ProcessedPair]:
     """Everything that the units hold, in order.
 
     Args:
@@ -80,8 +80,8 @@ def examine(
         workers: processes that judge captions and decode pictures.
     """
     pairs = ((number, pair) for number, unit in units for pair in _contents(unit))
-    judge = partial(_judge, filters=filters, shrink=shrink)
-    for (_, pair), (item, as_it_is) in _map_in_order(judge, pairs, workers):
+    process = partial(process_pair, filters=filters, shrink=shrink)
+    for (_, pair), (item, as_it_is) in _map_in_order(process, pairs, workers):
         # Pictures are not sent back by the process that has looked at them.
         yield replace(item, image=pair.image) if as_it_is and isinstance(pair, RawPair) else item
 
@@ -101,16 +101,18 @@ def _contents(unit: Unit) -> Iterator[RawPair | Broken]:
     yield from last.values()
 
 
-def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None) -> tuple[Examined, bool]:
+def process_pair(
+    numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None
+) -> tuple[ProcessedPair, bool]:
     """What is found of a pair of a unit, and whether its picture is to be stored as it is."""
     unit, pair = numbered
     if isinstance(pair, Broken):
         is_unpaired = isinstance(pair, Unpaired)
-        item = Examined(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=is_unpaired)
+        item = ProcessedPair(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=is_unpaired)
         return item, False
-    captions = [examined_caption(text, filters) for text in pair.captions]
+    captions = [process_caption(text, filters) for text in pair.captions]
     captions += [Caption("", reason, cut=False) for reason in pair.lost]
-    item = Examined(
+    item = ProcessedPair(
         unit,
         _storable(pair.name),
         None,
@@ -136,7 +138,7 @@ def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrin
     return replace(item, image=encode_png(resize_short_side(pixels, shrink))), False
 
 
-def examined_caption(text: str, filters: FilterOptions) -> Caption:
+def process_caption(text: str, filters: FilterOptions) -> Caption:
     """A caption as it was written, cleaned, cut and judged."""
     most = max(_CAPTION_CHARS, 4 * filters.max_caption_chars)
     cleaned = clean_caption(text[:most])
