@@ -25,7 +25,7 @@ from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.processing import Caption, ProcessedPair
 from dalle_ds.data.store import DataFile, digest_of, size_problem
 from dalle_ds.data.store_writer import StoreWriter
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import DataError
 from dalle_ds.files import (
     built_beside,
     disk_full_is_a_data_error,
@@ -128,127 +128,143 @@ class Division:
                 yield number, unit
 
 
-def check_part(part: int, parts: int) -> None:
-    """Raises `ConfigError` where there is no part `part` of `parts`."""
-    if parts < 1 or not 0 <= part < parts:
-        raise ConfigError(f"part must lie in [0, parts), found part {part} of {parts} parts")
+class Parts:
+    """The parts of the prepared folder `out`."""
 
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.folder = out.with_name(f"{out.name}.parts")
+        self._merged = out.with_name(f".{out.name}.parts.merged")
 
-def parts_folder(out: Path) -> Path:
-    """Where the parts of a prepared folder lie."""
-    return out.with_name(f"{out.name}.parts")
+    def place(self, part: int, parts: int) -> Path:
+        """Where a part lies."""
+        return self.folder / f"{part:05d}-of-{parts:05d}"
 
+    def there(self) -> set[tuple[int, int]]:
+        """(part, parts) of all that are complete."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("*-of-*"))
+        return {(int(name[1]), int(name[2])) for name in names if name}
 
-def part_folder(out: Path, part: int, parts: int) -> Path:
-    """Where a part lies."""
-    return parts_folder(out) / f"{part:05d}-of-{parts:05d}"
+    def existing(
+        self, part: int, parts: int, identity: dict[str, Any], division: Division | None = None
+    ) -> PartReport | None:
+        """The report of a complete part of the same preparation, or None where there is no part.
 
-
-def parts_there(out: Path) -> set[tuple[int, int]]:
-    """(part, parts) of all that are complete."""
-    names = (_NAME.fullmatch(path.name) for path in parts_folder(out).glob("*-of-*"))
-    return {(int(name[1]), int(name[2])) for name in names if name}
-
-
-def existing_part(folder: Path, identity: dict[str, Any], division: Division | None = None) -> PartReport | None:
-    """The report of a complete part of the same preparation, or None where there is no part.
-
-    Raises:
-        DataError: there is one of another preparation, or of a corpus that is not divided so.
-    """
-    if not folder.exists():
-        return None
-    manifest = _read_part(folder).manifest
-    differing = _differing(manifest["options"], identity)
-    if differing:
-        raise DataError(
-            f"{folder} is part of another preparation (different: {differing}): give --overwrite True, or another --out"
-        )
-    if division is not None and (manifest["units"], manifest["units_digest"]) != (division.units, division.digest):
-        raise DataError(f"the corpus has changed since {folder} was prepared: prepare it again with --overwrite True")
-    return PartReport(str(folder), manifest["pairs"], already_there=True)
-
-
-def only_job(out: Path, part: int, parts: int) -> AbstractContextManager[None]:
-    """Keep other processes from doing a part meanwhile; see `only_process`."""
-    return only_process(out, f".{out.name}.{part}-of-{parts}.lock")
-
-
-def write_parts(
-    items: Iterator[ProcessedPair], parts: Sequence[int], out: Path, division: Division, identity: dict[str, Any]
-) -> Iterator[PartReport]:
-    """Write what is found of the units of these parts, one part after the other.
-
-    Raises:
-        DataError: the disk is full.
-    """
-    item = next(items, None)
-    with disk_full_is_a_data_error(parts_folder(out)):
-        remove_leftovers(parts_folder(out))
-        for part in parts:
-            folder = part_folder(out, part, division.parts)
-            pairs = 0
-            with built_beside(folder) as partial:
-                writer = StoreWriter(partial / "files", _SCHEMA)
-                while item is not None and item.unit < division.end_of(part):
-                    fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
-                    fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
-                    entry = json.dumps(fields)  # ASCII
-                    row = {"image": item.image, "embedding": item.embedding, "entry": entry}
-                    writer.add(row, sum(map(len, row.values())))
-                    pairs += 0 if item.unpaired else item.count
-                    item = next(items, None)
-                manifest = {
-                    "format_version": FORMAT_VERSION,
-                    "options": identity,
-                    "part": part,
-                    "parts": division.parts,
-                    "units": division.units,
-                    "units_digest": division.digest,
-                    "pairs": pairs,
-                    "files": [vars(file) for file in writer.close()],
-                }
-                write_json(partial / "part.json", manifest)
-            yield PartReport(str(folder), pairs)
-
-
-def complete_parts(out: Path, count: int | None = None) -> list[Part]:
-    """All parts of a preparation, in order.
-
-    Args:
-        count: how many there must be; None takes what the parts say.
-
-    Raises:
-        DataError: one is missing, or they do not belong together.
-    """
-    folder, found = parts_folder(out), parts_there(out)
-    counts = {count for _, count in found} if count is None else {count}
-    if not found:
-        raise DataError(f"{folder} has no parts to merge: prepare them with --part I --parts N")
-    if len(counts) > 1:
-        raise DataError(f"{folder} has parts of several divisions ({_listed(counts)}): say which with --parts N")
-    count = counts.pop()
-    missing = [number for number in range(count) if (number, count) not in found]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {count} parts are missing from {folder} ({_listed(missing)}): prepare them with --part I "
-            f"--parts {count}, then merge again"
-        )
-    parts = [_read_part(part_folder(out, number, count)) for number in range(count)]
-    first = parts[0].manifest
-    for part in parts:
-        differing = _differing(part.manifest["options"], first["options"])
+        Raises:
+            DataError: there is one of another preparation, or of a corpus that is not divided so.
+        """
+        folder = self.place(part, parts)
+        if not folder.exists():
+            return None
+        manifest = _read_part(folder).manifest
+        differing = _differing(manifest["options"], identity)
         if differing:
             raise DataError(
-                f"{part.folder} was prepared with other options than part 0 (different: {differing}): prepare it again "
-                "with --overwrite True"
+                f"{folder} is part of another preparation (different: {differing}): give --overwrite True, or another --out"
             )
-        if any(part.manifest[name] != first[name] for name in ("units", "units_digest")):
+        if division is not None and (manifest["units"], manifest["units_digest"]) != (division.units, division.digest):
             raise DataError(
-                f"the corpus was another one when {part.folder} was prepared ({part.manifest['units']:,} files or rows, "
-                f"part 0 has seen {first['units']:,}): prepare all parts again with --overwrite True"
+                f"the corpus has changed since {folder} was prepared: prepare it again with --overwrite True"
             )
-    return parts
+        return PartReport(str(folder), manifest["pairs"], already_there=True)
+
+    def only_job(self, part: int, parts: int) -> AbstractContextManager[None]:
+        """Keep other processes from doing a part meanwhile; see `only_process`."""
+        return only_process(self._out, f".{self._out.name}.{part}-of-{parts}.lock")
+
+    def write(
+        self, items: Iterator[ProcessedPair], parts: Sequence[int], division: Division, identity: dict[str, Any]
+    ) -> Iterator[PartReport]:
+        """Write what is found of the units of these parts, one part after the other.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        item = next(items, None)
+        with disk_full_is_a_data_error(self.folder):
+            remove_leftovers(self.folder)
+            for part in parts:
+                pairs = 0
+                with built_beside(self.place(part, division.parts)) as partial:
+                    writer = StoreWriter(partial / "files", _SCHEMA)
+                    while item is not None and item.unit < division.end_of(part):
+                        row = _row_of(item)
+                        writer.add(row, sum(map(len, row.values())))
+                        pairs += 0 if item.unpaired else item.count
+                        item = next(items, None)
+                    manifest = {
+                        "format_version": FORMAT_VERSION,
+                        "options": identity,
+                        "part": part,
+                        "parts": division.parts,
+                        "units": division.units,
+                        "units_digest": division.digest,
+                        "pairs": pairs,
+                        "files": [vars(file) for file in writer.close()],
+                    }
+                    write_json(partial / "part.json", manifest)
+                yield PartReport(str(self.place(part, division.parts)), pairs)
+
+    def complete(self, count: int | None = None) -> list[Part]:
+        """All parts of a preparation, in order.
+
+        Args:
+            count: how many there must be; None takes what the parts say.
+
+        Raises:
+            DataError: one is missing, or they do not belong together.
+        """
+        found = self.there()
+        counts = {count for _, count in found} if count is None else {count}
+        if not found:
+            raise DataError(f"{self.folder} has no parts to merge: prepare them with --part I --parts N")
+        if len(counts) > 1:
+            raise DataError(
+                f"{self.folder} has parts of several divisions ({_listed(counts)}): say which with --parts N"
+            )
+        count = counts.pop()
+        missing = [number for number in range(count) if (number, count) not in found]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {count} parts are missing from {self.folder} ({_listed(missing)}): prepare them with "
+                f"--part I --parts {count}, then merge again"
+            )
+        parts = [_read_part(self.place(number, count)) for number in range(count)]
+        first = parts[0].manifest
+        for part in parts:
+            differing = _differing(part.manifest["options"], first["options"])
+            if differing:
+                raise DataError(
+                    f"{part.folder} was prepared with other options than part 0 (different: {differing}): prepare it again "
+                    "with --overwrite True"
+                )
+            if any(part.manifest[name] != first[name] for name in ("units", "units_digest")):
+                raise DataError(
+                    f"the corpus was another one when {part.folder} was prepared ({part.manifest['units']:,} files or rows, "
+                    f"part 0 has seen {first['units']:,}): prepare all parts again with --overwrite True"
+                )
+        return parts
+
+    def remove(self, merged: list[Part]) -> None:
+        """Remove parts that are merged, and no others, which a job may be doing.
+
+        Where there are no others, they take another name first: of parts half of which were removed, nobody could tell that
+        they had been merged.
+        """
+        self.clear_merged()
+        own = {part.folder for part in merged}
+        with suppress(OSError):  # the folder itself is complete, and the next merge tries again
+            # What ends in .work was begun by a former version.
+            if all(path in own or path.suffix == ".work" for path in self.folder.iterdir()):
+                self.folder.rename(self._merged)
+                self.clear_merged()
+            else:
+                for path in own:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def clear_merged(self) -> None:
+        """Remove what a merge left that was ended while it removed the parts."""
+        shutil.rmtree(self._merged, ignore_errors=True)
 
 
 def merged(parts: Iterable[Part], *, images: bool = True) -> Iterator[ProcessedPair]:
@@ -257,32 +273,10 @@ def merged(parts: Iterable[Part], *, images: bool = True) -> Iterator[ProcessedP
         yield from part.entries(images=images)
 
 
-def remove_parts(out: Path, merged: list[Part]) -> None:
-    """Remove the parts of a prepared folder that are merged, and no others, which a job may be doing.
-
-    Where there are no others, they take another name first: of parts half of which were removed, nobody could tell that they
-    had been merged.
-    """
-    clear_merged(out)
-    folder = parts_folder(out)
-    own = {part.folder for part in merged}
-    with suppress(OSError):  # the folder itself is complete, and the next merge tries again
-        # What ends in .work was begun by a former version.
-        if all(path in own or path.suffix == ".work" for path in folder.iterdir()):
-            folder.rename(_merged_folder(out))
-            clear_merged(out)
-        else:
-            for path in own:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def clear_merged(out: Path) -> None:
-    """Remove what a merge left that was ended while it removed the parts."""
-    shutil.rmtree(_merged_folder(out), ignore_errors=True)
-
-
-def _merged_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.parts.merged")
+def _row_of(item: ProcessedPair) -> dict[str, Any]:
+    fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
+    fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
+    return {"image": item.image, "embedding": item.embedding, "entry": json.dumps(fields)}  # the last in ASCII
 
 
 def _read_part(folder: Path) -> Part:

@@ -21,24 +21,9 @@ from dalle_ds.config.checks import sound
 from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
+from dalle_ds.data.dedup import Copies, embedded, find_copies, picture_model
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.filters.copies import Copies, find_copies
-from dalle_ds.data.parts import (
-    Division,
-    Part,
-    PartReport,
-    check_part,
-    clear_merged,
-    complete_parts,
-    existing_part,
-    merged,
-    only_job,
-    part_folder,
-    parts_folder,
-    parts_there,
-    remove_parts,
-    write_parts,
-)
+from dalle_ds.data.parts import Division, Part, PartReport, Parts, merged
 from dalle_ds.data.processing import ProcessedPair, process_units
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import SplitSorter, StoredPair
@@ -146,15 +131,15 @@ def prepare(
         if existing is not None:
             return existing
         if overwrite:
-            shutil.rmtree(parts_folder(folder), ignore_errors=True)
-        begun = {count for _, count in parts_there(folder)}
+            shutil.rmtree(Parts(folder).folder, ignore_errors=True)
+        begun = {count for _, count in Parts(folder).there()}
         corpus = _corpus(options)
         division = Division.of(corpus, parts or (begun.pop() if len(begun) == 1 else None))
         _do_parts(options, folder, corpus, division, range(division.parts), workers)
         try:
             return merge_parts(out, division.parts, overwrite=overwrite)
         except NothingKept:  # what was found is of no use with any other options
-            remove_parts(folder, complete_parts(folder, division.parts))
+            Parts(folder).remove(Parts(folder).complete(division.parts))
             raise
 
 
@@ -173,16 +158,16 @@ def prepare_part(
         DataError: as `prepare`, or the part that is there belongs to another preparation, or another process is doing it.
     """
     _check_corpus(options)
-    check_part(part, parts)
+    if parts < 1 or not 0 <= part < parts:
+        raise ConfigError(f"part must lie in [0, parts), found part {part} of {parts} parts")
     folder, identity = Path(out), _identity(options)
-    with only_job(folder, part, parts):
+    with Parts(folder).only_job(part, parts):
         existing = _existing_report(identity, folder, overwrite)
         if existing is not None:
             return existing
-        place = part_folder(folder, part, parts)
         if overwrite:
-            shutil.rmtree(place, ignore_errors=True)
-        there = existing_part(place, identity)
+            shutil.rmtree(Parts(folder).place(part, parts), ignore_errors=True)
+        there = Parts(folder).existing(part, parts, identity)
         if there is not None:
             return there
         corpus = _corpus(options)
@@ -200,18 +185,14 @@ def _do_parts(
     options: PrepareOptions, folder: Path, corpus: Corpus, division: Division, parts: Sequence[int], workers: int
 ) -> list[PartReport]:
     """Do those of the parts that are not there."""
-    identity = _identity(options)
-    missing = [
-        part for part in parts if existing_part(part_folder(folder, part, division.parts), identity, division) is None
-    ]
+    identity, place = _identity(options), Parts(folder)
+    missing = [part for part in parts if place.existing(part, division.parts, identity, division) is None]
     if not missing:
         return []
     items = process_units(division.units_of(corpus, missing), options.filters, options.shrink, workers)
     if options.filters.duplicate_model is not None:
-        from dalle_ds.data.filters.likeness import embedded, picture_model
-
         items = embedded(items, picture_model(options.filters.duplicate_model))
-    return list(write_parts(items, missing, folder, division, identity))
+    return list(place.write(items, missing, division, identity))
 
 
 def merge_parts(
@@ -234,25 +215,26 @@ def merge_parts(
 
 
 def _merge(folder: Path, count: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
-    clear_merged(folder)
-    if not parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
+    parts = Parts(folder)
+    parts.clear_merged()
+    if not parts.folder.exists() and (folder / "info.json").is_file() and not overwrite:
         # A job that was started again after it was done.
         wanted = read_info(folder)["options"] if options is None else _identity(options)
         existing = _existing_report(wanted, folder, overwrite)
         assert existing is not None, "another preparation is an error"
         return existing
-    found = complete_parts(folder, count)
+    found = parts.complete(count)
     identity = found[0].manifest["options"]
     if options is not None and _identity(options) != identity:
         raise DataError(
-            f"the parts in {parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to it "
-            "out, or prepare them again with --overwrite True"
+            f"the parts in {parts.folder} were prepared with other options: leave --corpus and what belongs to it out, or "
+            "prepare them again with --overwrite True"
         )
-    for part in found:  # a job may be told to do it once more
-        with only_job(folder, part.manifest["part"], part.manifest["parts"]):
+    for number in range(len(found)):  # a job may be told to do it once more
+        with parts.only_job(number, len(found)):
             pass
     report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
-    remove_parts(folder, found)
+    parts.remove(found)
     return report
 
 

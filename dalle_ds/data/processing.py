@@ -17,13 +17,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+from dalle_ds.data import reasons
 from dalle_ds.data.corpora import Broken, RawPair, Unit, Unpaired
+from dalle_ds.data.dedup import perceptual_hash
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
-from dalle_ds.data.filters.perceptual import perceptual_hash
 from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
 from dalle_ds.errors import DataError
-
-UNDECODABLE = "undecodable picture"
 
 _TOLD_BY_NAME = 5  # of a unit's files that belong to no pair, for one reason
 _CAPTION_CHARS = 2**16  # of a caption as it was written; of more, no more is cleaned than is kept in any case
@@ -130,7 +129,7 @@ def process_pair(
             return replace(item, problem=problem), False
         pixels = decode_image(pair.image, max_pixels=filters.max_pixels, short_side=shrink)
     except DataError:
-        return replace(item, problem=UNDECODABLE), False
+        return replace(item, problem=reasons.UNDECODABLE), False
     if filters.max_hash_distance is not None:
         item = replace(item, hash=perceptual_hash(pixels))
     if shrink is None or min(width, height) <= shrink:

@@ -10,8 +10,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from dalle_ds.config import PADDING
-from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
-from dalle_ds.data.clip_views import center_view, random_view
+from dalle_ds.data.augment import (
+    augment_for_dvae,
+    augment_for_transformer,
+    clip_center_view,
+    clip_random_view,
+    useful_short_side,
+)
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import Fault
@@ -190,7 +195,7 @@ class ClipSamples(RowSamples):
         text_len: text positions; longer captions are cut, and keep their end token.
         image_size: S.
         train: a random caption of several and a random view; otherwise the first caption and the central view.
-        min_crop: the least share of a view's possible area that a random one takes (`clip_views.random_view`).
+        min_crop: the least share of a view's possible area that a random one takes (`augment.clip_random_view`).
         mirror: whether every other random view is mirrored.
     """
 
@@ -227,7 +232,9 @@ class ClipSamples(RowSamples):
         # Random views may be of a part of the picture, whose pixels are to be as many.
         pixels = self._dataset.picture(row, 2 * size if self._train else size)
         view = (
-            random_view(pixels, size, rng, self._min_crop, self._mirror) if self._train else center_view(pixels, size)
+            clip_random_view(pixels, size, rng, self._min_crop, self._mirror)
+            if self._train
+            else clip_center_view(pixels, size)
         )
         return {"text": text, "truncated": truncated, "image": channels_first(view)}
 

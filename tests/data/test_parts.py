@@ -173,7 +173,7 @@ def test_a_part_that_a_job_is_doing_is_not_merged(two_parts: Path) -> None:
     ready, done = os.pipe(), os.pipe()
     if not (job := os.fork()):
         try:
-            with parts.only_job(two_parts, 1, 2):
+            with parts.Parts(two_parts).only_job(1, 2):
                 os.write(ready[1], b"x")
                 os.read(done[0], 1)
         finally:

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.data import corpora, store_writer
+from dalle_ds.data import corpora, reasons, store_writer
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data.corpora import Corpus, RawPair, Unit
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.filters import TOO_FEW_WORDS, FilterOptions
+from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
@@ -428,8 +428,12 @@ def test_report_shows_captions_where_captions_are_the_reason(tmp_path: Path) -> 
     options = options_for(corpus, validation=0.0, filters=FilterOptions(min_caption_words=2))
     report = prepare(options, str(tmp_path / "data"))
     again = prepare(options, str(tmp_path / "data"))
-    assert report.caption_examples == again.caption_examples == {TOO_FEW_WORDS: [f"[b]SALE{n}[/b]" for n in range(5)]}
-    assert (report.dropped[TOO_FEW_WORDS].count, report.captions_dropped) == (6, {TOO_FEW_WORDS: 2})
+    assert (
+        report.caption_examples
+        == again.caption_examples
+        == {reasons.TOO_FEW_WORDS: [f"[b]SALE{n}[/b]" for n in range(5)]}
+    )
+    assert (report.dropped[reasons.TOO_FEW_WORDS].count, report.captions_dropped) == (6, {reasons.TOO_FEW_WORDS: 2})
     console = Console(record=True, width=60, file=io.StringIO())
     console.print(report)
     text = console.export_text()

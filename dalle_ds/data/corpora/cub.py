@@ -18,28 +18,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dalle_ds.data.corpora.files import not_listed, walk
-from dalle_ds.data.corpora.pairs import (
-    MAX_TEXT_BYTES,
-    NO_CAPTION,
-    NOT_LISTED,
-    UNREADABLE,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-    Unusable,
-    existing,
-    file_pair,
-    lines_of,
-    read_file,
-    told,
-)
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import MAX_TEXT_BYTES, existing, file_pair, lines_of, not_listed, read_file, walk
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, told
 from dalle_ds.errors import DataError
-
-BAD_LINE = "line that is no new number and name"
-OTHER_PART = "of another part"
 
 Part = Literal["test", "train", "all"]
 CAPTIONS_NAME = "text_c10"
@@ -73,10 +55,10 @@ def read_cub(source: str, part: Part = "test") -> Corpus:
             yield Unit(name, partial(_read, folder / "images", captions, name))
         yield from map(told, bad)
         if part != "all":
-            yield from (told(Broken(name, NOT_LISTED)) for name in names.values() if name in of_neither)
+            yield from (told(Broken(name, reasons.NOT_LISTED)) for name in names.values() if name in of_neither)
             others = len(names) - len(chosen) - len(of_neither)
             if others:
-                yield told(Unpaired("images.txt", OTHER_PART, others))
+                yield told(Unpaired("images.txt", reasons.OTHER_PART, others))
         read = {folder / "images.txt", folder / "train_test_split.txt", folder / "testclasses.txt"}
         for name in names.values():
             read |= {folder / "images" / name, _caption_file(captions, name)}
@@ -95,7 +77,7 @@ def _table(path: Path) -> tuple[dict[str, str], list[Broken]]:
         if value and number not in values:
             values[number] = value.strip()
         elif line.strip():
-            bad.append(Broken(f"{path.name} line {place}", BAD_LINE))
+            bad.append(Broken(f"{path.name} line {place}", reasons.BAD_LINE))
     return values, bad
 
 
@@ -123,15 +105,15 @@ def _caption_file(captions: Path, name: str) -> Path:
 
 def _read(images: Path, captions: Path, name: str) -> Iterator[RawPair | Broken]:
     if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-        yield Broken(name, UNREADABLE)
+        yield Broken(name, reasons.UNREADABLE)
         return
     try:
         lines = lines_of(read_file(_caption_file(captions, name), MAX_TEXT_BYTES))
     except FileNotFoundError:
-        yield Broken(name, NO_CAPTION)
+        yield Broken(name, reasons.NO_CAPTION)
     except Unusable as error:
         yield Broken(name, error.reason)
     except (OSError, ValueError):
-        yield Broken(name, UNREADABLE)
+        yield Broken(name, reasons.UNREADABLE)
     else:
         yield file_pair(images / name, lines, name)

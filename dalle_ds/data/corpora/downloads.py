@@ -12,24 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import Found, is_image, is_system, suffix_of, walk
-from dalle_ds.data.corpora.hf import parquet_rows
-from dalle_ds.data.corpora.pairs import (
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
-    NO_PICTURE,
-    TOO_BIG,
-    UNREADABLE,
-    Broken,
-    Unusable,
+    Found,
+    is_image,
+    is_system,
     json_of,
     read_file,
+    suffix_of,
+    walk,
 )
-from dalle_ds.data.corpora.webdataset import ANOTHER_PICTURE, TarSample, is_tar, tar_samples
+from dalle_ds.data.corpora.hf import parquet_rows
+from dalle_ds.data.corpora.pairs import Broken, Unusable
+from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
-
-NO_URL = "no URL"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _from_tar(path: Path) -> Iterator[Download | Broken]:
             yield sample
             continue
         if sample.has_image and sample.image is None:
-            yield Broken(sample.name, TOO_BIG)
+            yield Broken(sample.name, reasons.TOO_BIG)
         else:
             yield _download(sample.name, sample.image, partial(_about, sample))
         yield from sample.unused(".json")
@@ -126,13 +125,13 @@ def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Down
         except Unusable as error:
             yield Broken(name, error.reason)
         except OSError:
-            yield Broken(name, UNREADABLE)
+            yield Broken(name, reasons.UNREADABLE)
     stems = {about.stem for about in texts}
     used = {*texts, *(picture.path for stem, picture in pictures.items() if stem in stems)}
     for entry in files:
         if entry.path not in used:
             if entry.problem is None and is_image(entry.name) and not is_system(entry.name):
-                yield Broken(entry.name, ANOTHER_PICTURE if entry.path.stem in stems else NO_URL)
+                yield Broken(entry.name, reasons.ANOTHER_PICTURE if entry.path.stem in stems else reasons.NO_URL)
             else:
                 yield entry.unpaired()
 
@@ -155,10 +154,10 @@ def _columns(names: list[str]) -> tuple[str, ...]:
 
 def _of_row(name: str, url: Any, image: Any) -> Download | Broken:
     if not isinstance(image, bytes):  # one that could not be downloaded
-        return Broken(name, NO_PICTURE)
+        return Broken(name, reasons.NO_PICTURE)
     if not isinstance(url, str):
-        return Broken(name, NO_URL)
-    return Download(name, url, image) if len(image) <= MAX_PICTURE_BYTES else Broken(name, TOO_BIG)
+        return Broken(name, reasons.NO_URL)
+    return Download(name, url, image) if len(image) <= MAX_PICTURE_BYTES else Broken(name, reasons.TOO_BIG)
 
 
 def _download(name: str, image: bytes | None, about: Callable[[], bytes]) -> Download | Broken:

@@ -7,17 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import is_system, suffix_of, walk
-from dalle_ds.data.corpora.pairs import (
-    CAPTION_COLUMNS,
-    ENCODING,
-    IMAGE_COLUMNS,
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
-    NO_COLUMN,
-    NOTHING_IN_IT,
-    TOO_BIG,
-    UNREADABLE,
+    existing,
+    is_system,
+    pair_of_file,
+    read_file,
+    suffix_of,
+    walk,
+)
+from dalle_ds.data.corpora.pairs import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
     Broken,
     Corpus,
     RawPair,
@@ -26,10 +29,7 @@ from dalle_ds.data.corpora.pairs import (
     Unusable,
     as_captions,
     column_of,
-    existing,
     pair_of,
-    pair_of_file,
-    read_file,
     told,
 )
 from dalle_ds.errors import DataError
@@ -104,7 +104,7 @@ def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[
         empty = False
         yield row if isinstance(row, Broken) else _row_pair(folder, *row)
     if empty:
-        yield Unpaired(name, NOTHING_IN_IT)
+        yield Unpaired(name, reasons.NOTHING_IN_IT)
 
 
 def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
@@ -121,7 +121,7 @@ def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, 
             try:
                 columns = columns_of(table.schema_arrow.names)
             except DataError as error:
-                yield Broken(f"{name} ({error})", NO_COLUMN, table.metadata.num_rows)
+                yield Broken(f"{name} ({error})", reasons.NO_COLUMN, table.metadata.num_rows)
                 return
             end = 0
             for group in range(table.num_row_groups):
@@ -131,9 +131,9 @@ def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, 
                         yield from _rows_of(batch, columns, name, number)
                         number += len(batch)
                 except (OSError, ValueError, pa.ArrowException):
-                    yield Broken(f"{name} row {number}", UNREADABLE, end - number)
+                    yield Broken(f"{name} row {number}", reasons.UNREADABLE, end - number)
     except (OSError, ValueError, pa.ArrowException):
-        yield Broken(name, UNREADABLE)
+        yield Broken(name, reasons.UNREADABLE)
 
 
 def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
@@ -149,19 +149,19 @@ def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, .
             try:
                 columns = columns_of(schema.names)
             except DataError as error:
-                yield Broken(f"{name} ({error})", NO_COLUMN, sum(len(read()) for read in batches))
+                yield Broken(f"{name} ({error})", reasons.NO_COLUMN, sum(len(read()) for read in batches))
                 return
             for read in batches:
                 try:
                     batch = read()
                 except damage:
-                    yield Broken(f"{name} row {number}", UNREADABLE)
+                    yield Broken(f"{name} row {number}", reasons.UNREADABLE)
                     continue
                 for first in range(0, len(batch), _ROWS):
                     yield from _rows_of(batch.slice(first, _ROWS), columns, name, number + first)
                 number += len(batch)
     except damage:
-        yield Broken(f"{name} row {number}", UNREADABLE)
+        yield Broken(f"{name} row {number}", reasons.UNREADABLE)
 
 
 def _arrow_batches(file: Any) -> tuple[Any, Iterator[Callable[[], Any]]]:
@@ -190,7 +190,7 @@ def _rows_of(batch: Any, columns: Sequence[str], name: str, number: int) -> Iter
                 yield from _rows_of(batch.slice(place, 1), columns, name, number + place)
         else:
             is_text = isinstance(error, UnicodeDecodeError) or "UTF8" in str(error)
-            yield Broken(f"{name} row {number}", ENCODING if is_text else UNREADABLE)
+            yield Broken(f"{name} row {number}", reasons.ENCODING if is_text else reasons.UNREADABLE)
         return
     for place, row in enumerate(rows, start=number):
         yield (f"{name} row {place}", *(row[column] for column in columns))
@@ -203,5 +203,5 @@ def _row_pair(folder: Path, name: str, picture: Any, caption: Any) -> RawPair | 
     if not isinstance(picture, bytes):
         return pair_of_file(folder, picture, as_captions(caption), name)
     if len(picture) > MAX_PICTURE_BYTES:
-        return Broken(name, TOO_BIG)
+        return Broken(name, reasons.TOO_BIG)
     return pair_of(picture, as_captions(caption), name)
