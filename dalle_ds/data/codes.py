@@ -8,31 +8,17 @@ DALL·E Listing 2 does; other splits have the central one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.data.features import FeatureCache, FeatureReport
 
-
-class ImageCodec(Protocol):
-    """The part of `dalle_ds.models.DiscreteVAE` that is used here."""
-
-    config: DiscreteVAEConfig
-
-    @property
-    def fingerprint(self) -> str:
-        """Hexadecimal; tells this dVAE from others."""
-
-    def to(self, device: torch.device) -> object:
-        """Move the weights."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) in [0, 1] → (B, h, w) int64."""
+if TYPE_CHECKING:
+    from dalle_ds.models import DiscreteVAE
 
 
 class CodesCache(FeatureCache):
@@ -54,7 +40,7 @@ class CodesCache(FeatureCache):
 
 
 def cache_codes(
-    dvae: ImageCodec,
+    dvae: DiscreteVAE,
     data_dir: str | Path,
     *,
     views: int = 8,

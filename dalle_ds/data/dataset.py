@@ -9,8 +9,8 @@ from typing import Any
 from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
 from dalle_ds.data.prepare import read_info
-from dalle_ds.data.store import DataFile, Store, may_pass
-from dalle_ds.errors import DataChangedError, DataError
+from dalle_ds.data.store import DataFile, Store, check_same
+from dalle_ds.errors import DataError
 
 
 class PairDataset:
@@ -79,17 +79,12 @@ class PairDataset:
         Raises:
             DataChangedError: the folder was prepared again, or a file has other contents.
         """
-        try:
-            fingerprint = read_info(self.data_dir)["fingerprint"]
-        except DataError as error:
-            if may_pass(error):
-                return
-            raise DataChangedError(f"{self.data_dir} has changed since it was opened: {error}") from error
-        if fingerprint != self.fingerprint:
-            raise DataChangedError(
-                f"{self.data_dir} was prepared again since it was opened (fingerprint {fingerprint[:12]}… instead of "
-                f"{self.fingerprint[:12]}…): put back what was there, or begin a new run in another --run_dir"
-            )
+        check_same(
+            self.data_dir,
+            lambda: read_info(self.data_dir)["fingerprint"],
+            self.fingerprint,
+            f"{self.data_dir} was prepared again since it was opened",
+        )
         self._store.snapshot.check()
 
     def picture(self, row: int, short_side: int | None = None) -> Pixels:

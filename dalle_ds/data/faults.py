@@ -1,18 +1,8 @@
 """What cannot be read of prepared data: where, why, how much of it, and when that is too much.
 
-A row that cannot be read raises a `RowError`; the loader puts another row in its place and keeps a `Fault` in its
-`FaultLog`. The trainer adds up the counts of all processes and gives them to `BadSampleBudget`, which ends a run of which too
-much is unreadable:
-
-    unreadable = BadSampleBudget(run.loader.max_unreadable, loader.faults, run.data)
-    for fault in samples.faults:
-        tracker.say(str(fault))
-    unreadable.check_known(samples.faults, len(samples))            # before the first update
-    …
-    skipped = total of batch["skipped"] over all processes and micro-batches of an update
-    unreadable.observe(tried=run.train.batch_size + skipped, failed=skipped)
-    for line in loader.faults.news():                               # on every process: each has its own
-        tracker.say(line)
+A row that cannot be read raises a `RowError`; the loader puts another row in its place and keeps it in its `FaultLog`. The
+trainer adds up the counts of all processes and gives them to a `BadSampleBudget`, which ends a run of which too much is
+unreadable.
 """
 
 from __future__ import annotations

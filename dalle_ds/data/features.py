@@ -28,10 +28,10 @@ from dalle_ds.data.faults import DAMAGED_FILE, NO_FEATURES, READ_ERROR, Fault, R
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.data.prepare import read_info
-from dalle_ds.data.store import DataFile, FileSnapshot, Store, may_pass, vector_check, vector_schema
+from dalle_ds.data.store import DataFile, FileSnapshot, Store, check_same, vector_check, vector_schema
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch
-from dalle_ds.errors import ConfigError, DataChangedError, DataError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, write_json
 from dalle_ds.parsing import parse_json
 
@@ -300,17 +300,12 @@ class FeatureCache:
         Raises:
             DataChangedError: the features were cached again, or a file has other contents.
         """
-        try:
-            same = self._read_manifest(self._folder) == self._manifest
-        except DataError as error:
-            if may_pass(error):
-                return
-            raise DataChangedError(f"{self._folder} has changed since it was opened: {error}") from error
-        if not same:
-            raise DataChangedError(
-                f"the {self.name} in {self._folder} were cached again since they were opened: begin a new run in another "
-                "--run_dir"
-            )
+        check_same(
+            self._folder,
+            lambda: self._read_manifest(self._folder),
+            self._manifest,
+            f"the {self.name} in {self._folder} were cached again since they were opened",
+        )
         self.store.snapshot.check()
 
     @classmethod

@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): whatever the number of processes, workers or the size of micro-batches.
 
-Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `order.turns_of`) is
+Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `mixture.turns_of`) is
 sample p of training. Step s takes positions [s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run
 resumes by starting at its next step.
 """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from dalle_ds.config import PADDING
 from dalle_ds.data.augment import (
@@ -22,22 +20,12 @@ from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import Pixels, center_crop_resize
 
+if TYPE_CHECKING:
+    from dalle_ds.clip_tokenizer import ClipTokenizer
+    from dalle_ds.tokenizer import Tokenizer
+
 KEPT_BYTES = 2**26
 """Decoded images that a process keeps of a split; one that would take more is decoded anew for every sample."""
-
-
-class Tokenizer(Protocol):
-    """The part of `dalle_ds.tokenizer.Tokenizer` that is used here."""
-
-    def encode(
-        self,
-        text: str,
-        *,
-        dropout: float = 0.0,
-        rng: np.random.Generator | None = None,
-        max_tokens: int | None = None,
-    ) -> list[int]:
-        """Token ids, at most `max_tokens`."""
 
 
 class RowSamples:
@@ -173,16 +161,6 @@ class TextImageSamples(RowSamples):
         return {"image": channels_first(view_pixels)}
 
 
-class CaptionTokens(Protocol):
-    """The part of `dalle_ds.clip_tokenizer.ClipTokenizer` that is used here."""
-
-    end: int
-
-    def encode(self, texts: Sequence[str], length: int) -> Tensor:
-        """(B, length) int64: start token, pieces, end token, -1."""
-        ...
-
-
 class ClipSamples(RowSamples):
     """Pictures with captions for CLIP.
 
@@ -202,7 +180,7 @@ class ClipSamples(RowSamples):
     def __init__(
         self,
         dataset: PairDataset,
-        tokenizer: CaptionTokens,
+        tokenizer: ClipTokenizer,
         *,
         text_len: int,
         image_size: int,

@@ -12,12 +12,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import resource
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,7 @@ PAIR_SCHEMA = pa.schema(
 )
 """Rows of a split; `image` is the first column. The checks are `checksum(image)` and `checksum(*captions, name, group)`."""
 
-_HANDLES_OF_A_FILE = 2  # its own, and the map's
-_SHARE_OF_HANDLES = 4  # of those that the process may have open
-_MOST_OPEN = 8192  # Linux gives a process 65,530 maps, to libraries and threads, too
+_MOST_OPEN = 128  # files, with two handles each; a process may have 1,024 by default
 _USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOST_BATCHES = 4
 _HEADER_BYTES = 4096
@@ -170,10 +166,21 @@ class FileSnapshot:
             self._stamps[path] = now  # copied, touched or put back, but the same
 
 
-def may_pass(error: DataError) -> bool:
-    """Whether an error of reading a manifest is one of the disk or network, which says nothing of what is stored there."""
-    cause = error.__cause__
-    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+def check_same(folder: Path, read: Callable[[], Any], then: Any, otherwise: str) -> None:
+    """See that `read` gives of a manifest what it gave then. An error of the disk or network says nothing of what is there.
+
+    Raises:
+        DataChangedError: `otherwise`, or that there is no manifest.
+    """
+    try:
+        now = read()
+    except DataError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            return
+        raise DataChangedError(f"{folder} has changed since it was opened: {error}") from error
+    if now != then:
+        raise DataChangedError(f"{otherwise}: put back what was there, or begin a new run in another --run_dir")
 
 
 def _changed(path: Path, what: str) -> DataChangedError:
@@ -252,7 +259,7 @@ class Store:
             raise
         self._opened[number] = opened
         self._positions[number] = opened.positions
-        while len(self._opened) > _most_open():
+        while len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)
         return opened
 
@@ -273,15 +280,6 @@ class Store:
         # Others of this process, or of the machine, use files and maps as well; those of this split can be spared.
         self._opened.clear()
         return opened()
-
-
-@cache
-def _most_open() -> int:
-    """Files kept open by a process; with a greater `ulimit -n`, more of a corpus of thousands."""
-    handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if handles == resource.RLIM_INFINITY:
-        return _MOST_OPEN
-    return min(_MOST_OPEN, max(4, handles // (_HANDLES_OF_A_FILE * _SHARE_OF_HANDLES)))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora import pairs, webdataset, wit
+from dalle_ds.data.corpora import pairs, tables, webdataset
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
@@ -219,10 +219,12 @@ def wit_lines() -> bytes:
         buffer = io.StringIO()
         for number, caption in enumerate(captions):
             values = {"language": "en", "image_url": url(number), "caption_reference_description": caption}
-            csv.DictWriter(buffer, wit.COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(values)
+            csv.DictWriter(buffer, tables.WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
+                values
+            )
         return buffer.getvalue()
 
-    heading = "\t".join(wit.COLUMNS) + "\n"
+    heading = "\t".join(tables.WIT_COLUMNS) + "\n"
     lines = (heading + line("caption 0", "open", "caption\n2")).split("\n")
     lines[2] = lines[2].replace("open", '"open')
     return "\n".join(lines).encode()

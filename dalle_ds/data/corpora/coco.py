@@ -52,7 +52,7 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
     try:
         content = parse_json(read_file(file, MAX_ANNOTATION_BYTES))
         images, annotations = list(content["images"]), list(content["annotations"])
-    except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
+    except (ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{file} cannot be read as annotations of COCO: {error}") from error
     captions: dict[Any, list[Any]] = {}
     bad: list[Broken] = []

@@ -124,8 +124,6 @@ def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Down
             yield _download(name, image, partial(read_file, about, MAX_TEXT_BYTES))
         except Unusable as error:
             yield Broken(name, error.reason)
-        except OSError:
-            yield Broken(name, reasons.UNREADABLE)
     stems = {about.stem for about in texts}
     used = {*texts, *(picture.path for stem, picture in pictures.items() if stem in stems)}
     for entry in files:

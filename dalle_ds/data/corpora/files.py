@@ -123,15 +123,24 @@ def existing(source: str) -> Path:
     return path
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes."""
-    if path.exists() and not path.is_file():
-        raise Unusable(reasons.NOT_A_FILE)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise Unusable(reasons.TOO_BIG)
-        return file.read(size + 1)  # no more, whatever the file becomes
+def read_file(path: Path, limit: int, missing: str = reasons.NO_PICTURE) -> bytes:
+    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes.
+
+    Raises:
+        Unusable: it cannot be read, or is not there, which has the reason `missing`.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise Unusable(reasons.NOT_A_FILE)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise Unusable(reasons.TOO_BIG)
+            return file.read(size + 1)  # no more, whatever the file becomes
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Unusable(reasons.LINK_TO_NOTHING if path.is_symlink() else missing) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise Unusable(reasons.UNREADABLE) from error
 
 
 def encoding_of(head: bytes) -> str:
@@ -178,9 +187,4 @@ def file_pair(path: Path, captions: list[Any], name: str, where: str = "") -> Ra
     try:
         return pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name, where)
     except Unusable as error:
-        reason = error.reason
-    except (FileNotFoundError, NotADirectoryError):
-        reason = reasons.LINK_TO_NOTHING if path.is_symlink() else reasons.NO_PICTURE
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        reason = reasons.UNREADABLE
-    return Broken(where or name, reason)
+        return Broken(where or name, error.reason)

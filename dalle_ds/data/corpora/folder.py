@@ -109,12 +109,9 @@ def _read_with_text(entry: Found, text: Path | None) -> Iterator[RawPair | Broke
         return
     try:
         captions = lines_of(read_file(text, MAX_TEXT_BYTES))
+        yield file_pair(entry.path, captions, entry.name)
     except Unusable as error:
         yield Broken(entry.name, error.reason)
-    except OSError:
-        yield Broken(entry.name, reasons.UNREADABLE)
-    else:
-        yield file_pair(entry.path, captions, entry.name)
 
 
 def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:

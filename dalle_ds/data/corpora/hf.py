@@ -89,7 +89,7 @@ def _saved_files(path: Path) -> dict[Path, str] | None:
                 entry["filename"] for entry in parse_json(read_file(folder / state, MAX_TEXT_BYTES))["_data_files"]
             ]
             files |= {folder / part: split if len(parts) == 1 else f"{split}/{part}" for part in parts}
-    except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
+    except (ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
     return files
 
