@@ -1,4 +1,4 @@
-"""Random access to the rows of a prepared split."""
+"""What preparation made, read: the manifest of a folder, and the rows of a split by number."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 
 from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
-from dalle_ds.data.prepare import read_info
 from dalle_ds.data.store import DataFile, Store, check_same
 from dalle_ds.errors import DataError
+from dalle_ds.parsing import parse_json
+
+FORMAT_VERSION = 2
+FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
+"""What helps where all images of a small corpus fell into the validation split."""
 
 
 class PairDataset:
@@ -128,3 +132,34 @@ class PairDataset:
 
     def _value(self, row: int, column: str) -> Any:
         return self._store.value(row, column)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: the folder is missing, was not made by `prepare`, or has another format.
+    """
+    try:
+        if not folder.is_dir():
+            raise DataError(
+                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
+            )
+        info = parse_json((folder / "info.json").read_bytes())
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
+    if not isinstance(info, dict):
+        raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
+            "prepare it again with --overwrite True"
+        )
+    missing = {"fingerprint", "options", "splits", "shards"} - set(info)
+    if missing:
+        raise DataError(
+            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
+        )
+    return info

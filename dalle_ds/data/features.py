@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dalle_ds.data.augment import augment_for_transformer, useful_short_side
-from dalle_ds.data.dataset import PairDataset
+from dalle_ds.data.dataset import PairDataset, read_info
 from dalle_ds.data.faults import DAMAGED_FILE, NO_FEATURES, READ_ERROR, Fault, RowError
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
-from dalle_ds.data.prepare import read_info
 from dalle_ds.data.store import DataFile, FileSnapshot, Store, check_same, vector_check, vector_schema
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch

@@ -13,8 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dalle_ds.data.codes import CodesCache
-from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.prepare import read_info
+from dalle_ds.data.dataset import PairDataset, read_info
 from dalle_ds.data.store import DataFile, digest_of, size_problem
 from dalle_ds.errors import ConfigError, DataError
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dalle_ds.data.dataset import FOR_TRAINING
 from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.mixture import Mixture
 from dalle_ds.data.order import hash_integers
-from dalle_ds.data.prepare import FOR_TRAINING
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch, start_worker, worker_context
 from dalle_ds.errors import ConfigError, DataError
 

@@ -21,6 +21,7 @@ from dalle_ds.config.checks import sound
 from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
+from dalle_ds.data.dataset import FOR_TRAINING, FORMAT_VERSION, read_info
 from dalle_ds.data.dedup import Copies, embedded, find_copies, picture_model
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import Division, Part, PartReport, Parts, merged
@@ -30,11 +31,6 @@ from dalle_ds.data.splits import SplitSorter, StoredPair
 from dalle_ds.data.store import digest_of
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
-from dalle_ds.parsing import parse_json
-
-FORMAT_VERSION = 2
-FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
-"""What helps where all images of a small corpus fell into the validation split."""
 
 Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -236,37 +232,6 @@ def _merge(folder: Path, count: int | None, options: PrepareOptions | None, over
     report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
     parts.remove(found)
     return report
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-        DataError: the folder is missing, was not made by `prepare`, or has another format.
-    """
-    try:
-        if not folder.is_dir():
-            raise DataError(
-                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
-            )
-        info = parse_json((folder / "info.json").read_bytes())
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
-    if not isinstance(info, dict):
-        raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
-    if info.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
-            "prepare it again with --overwrite True"
-        )
-    missing = {"fingerprint", "options", "splits", "shards"} - set(info)
-    if missing:
-        raise DataError(
-            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
-        )
-    return info
 
 
 def _existing_report(identity: dict[str, Any], folder: Path, overwrite: bool) -> PreparationReport | None:

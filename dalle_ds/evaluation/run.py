@@ -10,8 +10,8 @@ from typing import Any
 
 import dalle_ds
 from dalle_ds.data import PairDataset
+from dalle_ds.data.dataset import read_info
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.candidates import Candidates, kept_precision, texts_sha256
 from dalle_ds.evaluation.context import Context

@@ -17,7 +17,7 @@ from dalle_ds.clip_tokenizer import ClipTokenizer
 from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
 from dalle_ds.data import BatchLoader, ClipSamples, PairDataset, evaluation_batches
 from dalle_ds.data.augment import clip_center_view, clip_random_view
-from dalle_ds.data.prepare import read_info
+from dalle_ds.data.dataset import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.clip_pixels import square_pixels

@@ -24,7 +24,7 @@ from dalle_ds.data.corpora.files import (
     suffix_of,
     walk,
 )
-from dalle_ds.data.corpora.hf import parquet_rows
+from dalle_ds.data.corpora.hf import table_rows
 from dalle_ds.data.corpora.pairs import Broken, Unusable
 from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
 from dalle_ds.data.images import image_suffixes
@@ -135,7 +135,7 @@ def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Down
 
 
 def _from_table(path: Path) -> Iterator[Download | Broken]:
-    for row in parquet_rows(path, path.name, _columns):
+    for row in table_rows(path, path.name, _columns):
         if isinstance(row, Broken):
             yield row
         else:

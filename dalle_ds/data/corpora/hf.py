@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
 
 from dalle_ds.data import reasons
 from dalle_ds.data.corpora.files import (
@@ -39,9 +42,12 @@ SUFFIXES = (".parquet", ".arrow")
 _OF_SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
 
 _ROWS = 64
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 Columns = tuple[str, str]
 """(of pictures, of captions)"""
+Group = tuple[int | None, Callable[[list[str] | None], Iterable[Any]]]
+"""(rows, None where nobody knows how many; reads some columns of them)."""
 Wanted = tuple[str | None, str | None]
 
 
@@ -100,86 +106,67 @@ def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[
         return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, file)
 
     empty = True
-    for row in (parquet_rows if suffix_of(file.name) == ".parquet" else _arrow_rows)(file, name, columns):
+    for row in table_rows(file, name, columns):
         empty = False
         yield row if isinstance(row, Broken) else _row_pair(folder, *row)
     if empty:
         yield Unpaired(name, reasons.NOTHING_IN_IT)
 
 
-def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
-    """(name, values of some columns) for each row of a file. Where a group of rows cannot be read, the next one is.
+def table_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
+    """(name, values of some columns) for each row of a .parquet or .arrow file. Where a group of rows cannot be read, the next
+    one is.
 
     Args:
         columns_of: chooses among the names of columns; `DataError` where they are not there.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            try:
-                columns = columns_of(table.schema_arrow.names)
-            except DataError as error:
-                yield Broken(f"{name} ({error})", reasons.NO_COLUMN, table.metadata.num_rows)
-                return
-            end = 0
-            for group in range(table.num_row_groups):
-                number, end = end, end + table.metadata.row_group(group).num_rows
-                try:
-                    for batch in table.iter_batches(_ROWS, row_groups=[group], columns=list(columns)):
-                        yield from _rows_of(batch, columns, name, number)
-                        number += len(batch)
-                except (OSError, ValueError, pa.ArrowException):
-                    yield Broken(f"{name} row {number}", reasons.UNREADABLE, end - number)
-    except (OSError, ValueError, pa.ArrowException):
-        yield Broken(name, reasons.UNREADABLE)
-
-
-def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
-    """`parquet_rows` of a file of Arrow, in either of its formats. Of a batch that cannot be read, nobody knows how many rows
-    it has; in a stream, nor what follows."""
-    import pyarrow as pa
-
-    damage = (OSError, ValueError, pa.ArrowException)
     number = 0
     try:
         with path.open("rb") as file:
-            schema, batches = _arrow_batches(file)
+            names, groups = _groups_of(path, file)
             try:
-                columns = columns_of(schema.names)
+                columns = list(columns_of(names))
             except DataError as error:
-                yield Broken(f"{name} ({error})", reasons.NO_COLUMN, sum(len(read()) for read in batches))
+                count = sum(sum(map(len, read(None))) if rows is None else rows for rows, read in groups)
+                yield Broken(f"{name} ({error})", reasons.NO_COLUMN, count)
                 return
-            for read in batches:
+            for rows, read in groups:
+                first = number
                 try:
-                    batch = read()
-                except damage:
-                    yield Broken(f"{name} row {number}", reasons.UNREADABLE)
-                    continue
-                for first in range(0, len(batch), _ROWS):
-                    yield from _rows_of(batch.slice(first, _ROWS), columns, name, number + first)
-                number += len(batch)
-    except damage:
-        yield Broken(f"{name} row {number}", reasons.UNREADABLE)
+                    for batch in read(columns):
+                        for start in range(0, len(batch), _ROWS):
+                            yield from _rows_of(batch.slice(start, _ROWS), columns, name, number + start)
+                        number += len(batch)
+                except _DAMAGE:
+                    lost = 1 if rows is None else first + rows - number
+                    yield Broken(f"{name} row {number}", reasons.UNREADABLE, lost)
+                    number += 0 if rows is None else lost
+    except _DAMAGE:
+        yield Broken(f"{name} row {number}" if number else name, reasons.UNREADABLE)
 
 
-def _arrow_batches(file: Any) -> tuple[Any, Iterator[Callable[[], Any]]]:
-    import pyarrow as pa
-
+def _groups_of(path: Path, file: Any) -> tuple[list[str], Iterator[Group]]:
+    """The names of columns, and groups of rows; in a stream of Arrow, nobody knows what follows a damaged one."""
+    if suffix_of(path.name) == ".parquet":
+        table = pyarrow.parquet.ParquetFile(file)
+        numbers = range(table.num_row_groups)
+        return table.schema_arrow.names, (
+            (table.metadata.row_group(number).num_rows, partial(table.iter_batches, _ROWS, [number]))
+            for number in numbers
+        )
     try:
         opened = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
         stream = pa.ipc.open_stream(file)
-        return stream.schema, (lambda batch=batch: batch for batch in stream)
-    return opened.schema, (partial(opened.get_batch, number) for number in range(opened.num_record_batches))
+        return stream.schema.names, ((None, lambda _, batch=batch: [batch]) for batch in stream)
+    return opened.schema.names, (
+        (None, lambda _, number=number: [opened.get_batch(number)]) for number in range(opened.num_record_batches)
+    )
 
 
 def _rows_of(batch: Any, columns: Sequence[str], name: str, number: int) -> Iterator[tuple[Any, ...] | Broken]:
     """The rows of a batch, of which the first has this number; one that cannot be read costs no other."""
-    import pyarrow as pa
-
     batch = batch.select(list(columns))
     try:
         batch.validate(full=True)  # Arrow follows offsets without looking; in a damaged file they lead anywhere
