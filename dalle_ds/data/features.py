@@ -31,7 +31,7 @@ from dalle_ds.data.store import DataFile, FileSnapshot, Store, check_same, vecto
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, write_json
+from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
 from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class FeatureCache:
         with only_process(folder, f".{folder.name}.lock"):
             if (folder / f"{cls.name}.json").is_file() and not overwrite:
                 return cls._existing_report(folder, identity)
+            remove_leftovers(folder.parent, folder.name)
             shapes, unreadable, files = [], {}, {}
             with disk_full_is_a_data_error(folder, cls.out_option), built_beside(folder) as partial:
                 for split in info["splits"]:

@@ -182,10 +182,10 @@ class Parts:
         """
         item = next(items, None)
         with disk_full_is_a_data_error(self.folder):
-            remove_leftovers(self.folder)
             for part in parts:
-                pairs = 0
-                with built_beside(self.place(part, division.parts)) as partial:
+                folder, pairs = self.place(part, division.parts), 0
+                remove_leftovers(self.folder, folder.name)
+                with built_beside(folder) as partial:
                     writer = StoreWriter(partial / "files", _SCHEMA)
                     while item is not None and item.unit < division.end_of(part):
                         row = _row_of(item)
@@ -203,7 +203,7 @@ class Parts:
                         "files": [vars(file) for file in writer.close()],
                     }
                     write_json(partial / "part.json", manifest)
-                yield PartReport(str(self.place(part, division.parts)), pairs)
+                yield PartReport(str(folder), pairs)
 
     def complete(self, count: int | None = None) -> list[Part]:
         """All parts of a preparation, in order.

@@ -4,7 +4,7 @@ The prepared folder DIR has one folder per split (`train`, `validation`, and for
 each of which `datasets.load_from_disk` opens, with columns `image` (encoded bytes), `captions`, `name`, `group` and two
 checksums (`store.PAIR_SCHEMA`); and `info.json`, written last. What is found of each pair lies in `DIR.parts` first (`parts`),
 part by part, so that a preparation that was killed goes on with the next one, and so that copies are found in a corpus of any
-size (`copies`).
+size (`dedup`).
 """
 
 from __future__ import annotations
