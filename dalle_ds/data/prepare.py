@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -295,25 +295,18 @@ def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
 
 def _corpus(options: PrepareOptions) -> Corpus:
     source, columns = options.source, (options.image_column, options.caption_column)
-    match options.corpus:
-        case "twemoji":
-            return corpora.read_twemoji()
-        case "webdataset":
-            return corpora.read_webdataset(source, options.caption_column)
-        case "folder":
-            return corpora.read_folder(source, *columns)
-        case "hf":
-            return corpora.read_hf(source, *columns)
-        case "coco":
-            return corpora.read_coco(source)
-        case "cub":
-            return corpora.read_cub(source)
-        case "conceptual":
-            return corpora.read_conceptual(source, options.pictures)
-        case "wit":
-            return corpora.read_wit(source, options.pictures, options.caption_column)
-        case _:
-            return corpora.read_yfcc(source, options.pictures)
+    readers: dict[str | None, Callable[[], Corpus]] = {
+        "twemoji": corpora.read_twemoji,
+        "webdataset": lambda: corpora.read_webdataset(source, options.caption_column),
+        "folder": lambda: corpora.read_folder(source, *columns),
+        "hf": lambda: corpora.read_hf(source, *columns),
+        "coco": lambda: corpora.read_coco(source),
+        "cub": lambda: corpora.read_cub(source),
+        "conceptual": lambda: corpora.read_conceptual(source, options.pictures),
+        "wit": lambda: corpora.read_wit(source, options.pictures, options.caption_column),
+        "yfcc": lambda: corpora.read_yfcc(source, options.pictures),
+    }
+    return readers[options.corpus]()
 
 
 def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> PreparationReport:

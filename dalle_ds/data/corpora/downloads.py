@@ -7,7 +7,6 @@ It writes shards of some thousand samples: `00000.tar`, or a folder `00000`, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,26 +29,13 @@ from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 
-
-@dataclass(frozen=True)
-class Download:
-    """A picture that was downloaded."""
-
-    name: str
-    url: str
-    image: bytes
+Download = tuple[str, str, bytes]
+"""(name, URL, encoded image)."""
+Read = Callable[[], Iterator[Download | Broken]]
 
 
-@dataclass(frozen=True)
-class DownloadShard:
-    """A shard that is read by itself."""
-
-    name: str
-    read: Callable[[], Iterator[Download | Broken]]
-
-
-def download_shards(pictures: str) -> list[DownloadShard]:
-    """The shards of a folder, by name.
+def download_shards(pictures: str) -> list[tuple[str, Read]]:
+    """The shards of a folder, each of which is read by itself, by name.
 
     Raises:
         DataError: no such folder, or no shards in it.
@@ -79,8 +65,8 @@ def download_shards(pictures: str) -> list[DownloadShard]:
             "webdataset, files and parquet)"
         )
     # One for what is no shard.
-    others = DownloadShard("other files", lambda: (entry.unpaired() for entry in rest))
-    return [*(DownloadShard(entry.name, partial(read, path)) for path, entry in shards.items()), others]
+    others: tuple[str, Read] = ("other files", lambda: (entry.unpaired() for entry in rest))
+    return [*((entry.name, partial(read, path)) for path, entry in shards.items()), others]
 
 
 def _folders_of(found: list[Found]) -> set[Path]:
@@ -155,7 +141,7 @@ def _of_row(name: str, url: Any, image: Any) -> Download | Broken:
         return Broken(name, reasons.NO_PICTURE)
     if not isinstance(url, str):
         return Broken(name, reasons.NO_URL)
-    return Download(name, url, image) if len(image) <= MAX_PICTURE_BYTES else Broken(name, reasons.TOO_BIG)
+    return (name, url, image) if len(image) <= MAX_PICTURE_BYTES else Broken(name, reasons.TOO_BIG)
 
 
 def _download(name: str, image: bytes | None, about: Callable[[], bytes]) -> Download | Broken:

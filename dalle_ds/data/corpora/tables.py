@@ -18,7 +18,7 @@ from typing import BinaryIO
 import xxhash
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.downloads import DownloadShard, download_shards
+from dalle_ds.data.corpora.downloads import Read, download_shards
 from dalle_ds.data.corpora.files import (
     MAX_TEXT_BYTES,
     Found,
@@ -267,20 +267,21 @@ def joined(table: CaptionTable, pictures: str) -> Corpus:
     shards = download_shards(pictures)
 
     def units() -> Iterator[Unit]:
-        for shard in shards:
-            yield Unit(shard.name, partial(_read_shard, table, shard))
+        for name, read in shards:
+            yield Unit(name, partial(_read_shard, table, read))
         yield Unit("rows of the table", partial(table.unpaired, pictures))
 
     return Corpus(units, units_per_part=1)
 
 
-def _read_shard(table: CaptionTable, shard: DownloadShard) -> Iterator[RawPair | Broken]:
-    for item in shard.read():
+def _read_shard(table: CaptionTable, read: Read) -> Iterator[RawPair | Broken]:
+    for item in read():
         if isinstance(item, Broken):
             yield item
             continue
-        captions = table.captions(item.url)
-        yield Broken(item.name, reasons.NOT_LISTED) if captions is None else pair_of(item.image, captions, item.name)
+        name, url, image = item
+        captions = table.captions(url)
+        yield Broken(name, reasons.NOT_LISTED) if captions is None else pair_of(image, captions, name)
 
 
 def plain_rows(file: BinaryIO) -> Iterator[tuple[int, Row | str]]:
