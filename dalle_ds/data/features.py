@@ -255,9 +255,8 @@ class FeatureCache:
     def read(cls, folder: Path, split: str, data: Path, fingerprint: str | None = None) -> Self:
         """The cache in `folder`, whichever model made it if none is given; raises as `find`."""
         manifest, info, path = cls._read_manifest(folder), read_info(data), folder / f"{cls.name}.json"
-        version = manifest.get("format_version")
         for field, wanted in (
-            ("format_version", _NPY_VERSION if version == _NPY_VERSION else FORMAT_VERSION),
+            ("format_version", _readable_version(manifest)),
             ("data_fingerprint", info["fingerprint"]),
             (cls.model, fingerprint or manifest.get(cls.model)),
             ("rows", info["splits"]),
@@ -325,6 +324,7 @@ class FeatureCache:
     @classmethod
     def _existing_report(cls, folder: Path, identity: dict[str, Any]) -> FeatureReport:
         manifest = cls._read_manifest(folder)
+        identity = {**identity, "format_version": _readable_version(manifest)}
         differing = sorted(name for name in identity if manifest.get(name) != identity[name])
         if differing:
             raise DataError(
@@ -358,6 +358,10 @@ def _write_split(
             place += 1
         unreadable += int((~readable).sum())
     return shape, unreadable, (writer or StoreWriter(folder, vector_schema(1))).close()
+
+
+def _readable_version(manifest: dict[str, Any]) -> int:
+    return _NPY_VERSION if manifest.get("format_version") == _NPY_VERSION else FORMAT_VERSION
 
 
 def _numbers_of(manifest: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...]]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from dalle_ds.data import parts, store_writer
-from dalle_ds.data.corpora import Broken, Corpus, twemoji
+from dalle_ds.data.corpora import Broken, Corpus, read_webdataset, twemoji
 from dalle_ds.data.corpora.pairs import told
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import PartReport
@@ -107,6 +107,16 @@ def test_a_division_gives_every_unit_to_one_part_in_order(units: int, count: int
         n for part in found[1::2] for n in part
     ]
     assert parts.Division.of(corpus, None).parts == max(1, -(-units // 4))
+
+
+def test_files_beside_archives_are_no_share_of_the_work(sources: dict[str, Path], tmp_path: Path) -> None:
+    """What img2dataset leaves beside them would otherwise be half of the jobs."""
+    folder = Path(shutil.copytree(sources["webdataset"], tmp_path / "tars"))
+    for number in range(20):
+        (folder / f"{number}_stats.json").write_text("{}")
+    corpus = read_webdataset(str(folder))
+    assert [unit.name for unit in corpus.units()] == [*(f"{number}.tar" for number in range(5)), "other files"]
+    assert parts.Division.of(corpus, None).parts == 6
 
 
 def test_twemoji_with_its_groups_and_variants_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

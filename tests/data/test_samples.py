@@ -320,6 +320,12 @@ def test_the_same_cache_is_left_alone_and_another_refused(data: Path) -> None:
     assert [path.stat().st_mtime_ns for path in data.glob("codes/*/train/*")] == stamps
     with pytest.raises(DataError, match=r"holds other codes of this model \(different: seed, views\)"):
         cache_codes(CornerCodes(), data, views=3, seed=1)
+    manifest = next(data.glob("codes/*/codes.json"))
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 1'))
+    with pytest.raises(DataError, match=r"\(different: format_version\)"):
+        cache_codes(CornerCodes(), data, views=2)
+    with pytest.raises(DataError, match=r"has format_version 1, not 3"):
+        CodesCache.find(data, FINGERPRINT, "train")
     cache_codes(CornerCodes(), data, views=3, seed=1, overwrite=True)
     assert CodesCache.open(data, FINGERPRINT, "train").views == 3
     assert [path.name for path in (data / "codes").iterdir()] == [FINGERPRINT[:16]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.files import existing, file_pair, not_listed, read_file, walk
+from dalle_ds.data.corpora.files import existing, file_pair, others, read_file, walk
 from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unusable, told
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import is_text, parse_json, shown
@@ -82,7 +82,7 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
         yield Unit(name, partial(_read, folder / Path(name).name, captions.pop(number, []), name))
     bad += [Broken(f"{file.name} captions of image {shown(number)}", reasons.NO_PICTURE) for number in captions]
     yield from map(told, bad)
-    yield from not_listed(entry for entry in walk(folder) if entry.name not in listed)
+    yield others(lambda: (entry for entry in walk(folder) if entry.name not in listed))
 
 
 def _read(path: Path, captions: list[Any], name: str) -> Iterator[RawPair | Broken]:

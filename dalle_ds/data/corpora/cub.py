@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.files import MAX_TEXT_BYTES, existing, file_pair, lines_of, not_listed, read_file, walk
+from dalle_ds.data.corpora.files import MAX_TEXT_BYTES, existing, file_pair, lines_of, others, read_file, walk
 from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, told
 from dalle_ds.errors import DataError
 
@@ -50,14 +50,14 @@ def read_cub(source: str) -> Corpus:
             yield Unit(name, partial(_read, folder / "images", captions, name))
         yield from map(told, bad)
         yield from (told(Broken(name, reasons.NOT_LISTED)) for name in names.values() if name in of_neither)
-        others = sum(name not in test and name not in of_neither for name in names.values())
-        if others:
-            yield told(Unpaired("images.txt", reasons.OTHER_PART, others))
+        of_training = sum(name not in test and name not in of_neither for name in names.values())
+        if of_training:
+            yield told(Unpaired("images.txt", reasons.OTHER_PART, of_training))
         read = {folder / "images.txt", folder / "train_test_split.txt", folder / "testclasses.txt"}
         for name in names.values():
             read |= {folder / "images" / name, _caption_file(captions, name)}
-        for place in (folder,) if captions.is_relative_to(folder) else (folder, captions):
-            yield from not_listed(entry for entry in walk(place) if entry.path not in read)
+        places = (folder,) if captions.is_relative_to(folder) else (folder, captions)
+        yield others(lambda: (entry for place in places for entry in walk(place) if entry.path not in read))
 
     return Corpus(units)
 

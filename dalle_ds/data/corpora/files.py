@@ -5,14 +5,14 @@ from __future__ import annotations
 import codecs
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.pairs import Broken, RawPair, Unit, Unpaired, Unusable, pair_of, told
+from dalle_ds.data.corpora.pairs import Broken, RawPair, Unit, Unpaired, Unusable, pair_of
 from dalle_ds.data.images import image_suffixes, other_image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
@@ -106,9 +106,16 @@ def unpaired_reason(name: str, reason: str = reasons.OTHER) -> str:
     return reasons.ARCHIVE if suffix_of(name) in _PACKED else reason
 
 
-def not_listed(found: Iterable[Found]) -> Iterator[Unit]:
-    """Files beside a table that it does not name."""
-    return (told(entry.unpaired(reasons.NOT_LISTED if is_image(entry.name) else reasons.OTHER)) for entry in found)
+def others(found: Callable[[], Iterable[Found]], of_images: str = reasons.NOT_LISTED) -> Unit:
+    """Files beside those that are read, as one unit, since they are no work.
+
+    Args:
+        of_images: the reason for images.
+    """
+    return Unit(
+        "other files",
+        lambda: (entry.unpaired(of_images if is_image(entry.name) else reasons.OTHER) for entry in found()),
+    )
 
 
 def existing(source: str) -> Path:

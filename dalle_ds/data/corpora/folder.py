@@ -20,7 +20,7 @@ from dalle_ds.data.corpora.files import (
     is_image,
     is_system,
     lines_of,
-    not_listed,
+    others,
     pair_of_file,
     read_file,
     suffix_of,
@@ -129,8 +129,9 @@ def _table_units(table: Path, image_column: str | None, caption_column: str | No
             yield Unit(name, partial(_read_table_row, table.parent, row, name))
     if empty:
         yield told(Unpaired(table.name, reasons.NOTHING_IN_IT))
-    others = (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
-    yield from not_listed(others)
+    yield others(
+        lambda: (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
+    )
 
 
 def _key(path: Path) -> int:

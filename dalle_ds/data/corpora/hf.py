@@ -16,6 +16,7 @@ from dalle_ds.data.corpora.files import (
     MAX_TEXT_BYTES,
     existing,
     is_system,
+    others,
     pair_of_file,
     read_file,
     suffix_of,
@@ -33,7 +34,6 @@ from dalle_ds.data.corpora.pairs import (
     as_captions,
     column_of,
     pair_of,
-    told,
 )
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json, shown
@@ -77,8 +77,10 @@ def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
     folder = path if path.is_dir() else path.parent
     for file, name in files.items():
         yield Unit(name, partial(_read_file, folder, wanted, name, file))
-    others = (entry for entry in found if entry.path not in files and entry.path.name not in _OF_SAVED)
-    yield from (told(entry.unpaired()) for entry in others)
+    read = {*files}
+    yield others(
+        lambda: (entry for entry in found if entry.path not in read and entry.path.name not in _OF_SAVED), reasons.OTHER
+    )
 
 
 def _saved_files(path: Path) -> dict[Path, str] | None:

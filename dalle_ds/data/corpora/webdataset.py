@@ -23,6 +23,7 @@ from dalle_ds.data.corpora.files import (
     is_system,
     json_of,
     lines_of,
+    others,
     suffix_of,
     unpaired_reason,
     walk,
@@ -37,7 +38,6 @@ from dalle_ds.data.corpora.pairs import (
     Unusable,
     as_captions,
     pair_of,
-    told,
 )
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
@@ -74,7 +74,7 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     def units() -> Iterator[Unit]:
         for tar in tars:
             yield Unit(tar.name, partial(_read_tar, tar, caption_column))
-        yield from (told(entry.unpaired()) for entry in found if not is_tar(entry.name))
+        yield others(lambda: (entry for entry in found if not is_tar(entry.name)), reasons.OTHER)
 
     return Corpus(units, units_per_part=1)
 
