@@ -156,9 +156,8 @@ def evaluation_batches(
     for start in range(0, count, micro_batch * world_size):
         first = start + rank * micro_batch
         numbers = range(first, first + micro_batch)
-        batch = _stack(
-            [_evaluation_sample(samples, min(number, count - 1) * len(samples) // count) for number in numbers]
-        )
+        chosen = [min(number, count - 1) * len(samples) // count for number in numbers]
+        batch = _stack([_readable_sample(samples, row, (_EVALUATION_SEED, row), []) for row in chosen])
         batch["valid"] = torch.tensor([float(number < count) for number in numbers])
         batch["place"] = torch.tensor([min(number, count - 1) for number in numbers])
         yield batch
@@ -230,10 +229,6 @@ class _TrainingBatches(Dataset[_Loaded]):
 
 def _mixture(samples: Samples) -> Mixture:
     return samples if isinstance(samples, Mixture) else Mixture([samples])
-
-
-def _evaluation_sample(samples: Mixture, row: int) -> Arrays:
-    return _readable_sample(samples, row, (_EVALUATION_SEED, row), [])
 
 
 def _readable_sample(samples: Mixture, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ class Store:
     def __init__(self, folder: Path, files: Sequence[DataFile], width: int | None = None) -> None:
         self.folder = folder
         self.files = tuple(files)
-        self._width = width
+        self._kind = _PairFile if width is None else partial(_VectorFile, width)
         if any(file.rows * (width or 0) > file.bytes for file in files):
             raise ValueError("the files have other rows")
         self._ends = list(accumulate(file.rows for file in files))
@@ -264,22 +265,15 @@ class Store:
         return opened
 
     def _newly_opened(self, path: Path, number: int) -> _OpenFile:
-        def opened() -> _OpenFile:
-            file, positions = self.files[number], self._positions.get(number)
-            return (
-                _PairFile(path, file, positions)
-                if self._width is None
-                else _VectorFile(path, file, positions, self._width)
-            )
-
+        about = path, self.files[number], self._positions.get(number)
         try:
-            return opened()
+            return self._kind(*about)
         except RowError as error:
             if not self._opened or getattr(error.__cause__, "errno", None) not in _USED_UP:
                 raise
         # Others of this process, or of the machine, use files and maps as well; those of this split can be spared.
         self._opened.clear()
-        return opened()
+        return self._kind(*about)
 
 
 @dataclass(frozen=True)
@@ -379,7 +373,7 @@ class _OpenFile:
 class _VectorFile(_OpenFile):
     """Rows of `vector_schema`: their places are known once the file is open, and Arrow is not asked again."""
 
-    def __init__(self, path: Path, file: DataFile, positions: _Positions | None, width: int) -> None:
+    def __init__(self, width: int, path: Path, file: DataFile, positions: _Positions | None) -> None:
         self._width = width
         super().__init__(path, file, positions, vector_schema(width))
 
