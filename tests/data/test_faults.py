@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty pairs in six shards or so, of several record batches each."""
-    out = tmp_path_factory.mktemp("sharded") / "data"
+def in_files(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pairs in six files or so, of several record batches each."""
+    out = tmp_path_factory.mktemp("in_files") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "_FILE_BYTES", 20_000)
         patch.setattr(store_writer, "_BATCH_ROWS", 2)
@@ -40,37 +40,37 @@ def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def data(sharded: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sharded, tmp_path / "data"))
+def data(in_files: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(in_files, tmp_path / "data"))
 
 
-def shards_of(data: Path, split: str = "train") -> list[dict]:
+def files_of(data: Path, split: str = "train") -> list[dict]:
     return json.loads((data / "info.json").read_text())["shards"][split]
 
 
-def shard_rows(data: Path, number: int) -> set[int]:
-    """The row numbers of a shard."""
-    shards = shards_of(data)
-    first = sum(shard["rows"] for shard in shards[:number])
-    return set(range(first, first + shards[number]["rows"]))
+def rows_of_file(data: Path, number: int) -> set[int]:
+    """The row numbers of a file."""
+    files = files_of(data)
+    first = sum(entry["rows"] for entry in files[:number])
+    return set(range(first, first + files[number]["rows"]))
 
 
-def test_info_tells_rows_size_and_digest_of_every_shard(sharded: Path) -> None:
-    shards = shards_of(sharded)
-    assert len(shards) >= 4 and sum(shard["rows"] for shard in shards) == 30
-    for shard in shards:
-        path = sharded / "train" / shard["file"]
-        assert (shard["bytes"], shard["xxh3_128"]) == (path.stat().st_size, digest_of(path))
-        assert shard["xxh3_128"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
+def test_info_tells_rows_size_and_digest_of_every_file(in_files: Path) -> None:
+    files = files_of(in_files)
+    assert len(files) >= 4 and sum(entry["rows"] for entry in files) == 30
+    for entry in files:
+        path = in_files / "train" / entry["file"]
+        assert (entry["bytes"], entry["xxh3_128"]) == (path.stat().st_size, digest_of(path))
+        assert entry["xxh3_128"] == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [("missing", MISSING_FILE), ("truncated", TRUNCATED_FILE), ("empty", TRUNCATED_FILE), ("folder", None)],
 )
-def test_a_lost_shard_costs_its_rows_and_moves_no_others(data: Path, damage: str, reason: str | None) -> None:
+def test_a_lost_file_costs_its_rows_and_moves_no_others(data: Path, damage: str, reason: str | None) -> None:
     whole = rows_of(data, "train")
-    path = data / "train" / shards_of(data)[1]["file"]
+    path = data / "train" / files_of(data)[1]["file"]
     content = path.read_bytes()
     path.unlink()
     if damage == "truncated":
@@ -79,7 +79,7 @@ def test_a_lost_shard_costs_its_rows_and_moves_no_others(data: Path, damage: str
         path.write_bytes(b"")
     elif damage == "folder":
         path.mkdir()
-    lost = shard_rows(data, 1)
+    lost = rows_of_file(data, 1)
     dataset = PairDataset.open(data, "train")
     assert len(dataset) == 30
     assert [(fault.where, fault.rows) for fault in dataset.faults] == [(str(path), len(lost))]
@@ -95,8 +95,8 @@ def test_a_lost_shard_costs_its_rows_and_moves_no_others(data: Path, damage: str
 
 
 def test_nothing_of_a_split_left_is_an_error_at_once(data: Path) -> None:
-    for shard in shards_of(data):
-        (data / "train" / shard["file"]).unlink()
+    for entry in files_of(data):
+        (data / "train" / entry["file"]).unlink()
     with pytest.raises(DataError, match=r"no file of .*train can be read: .*data-00000.arrow is a missing file"):
         PairDataset.open(data, "train")
 
@@ -111,7 +111,7 @@ def test_a_damaged_manifest_is_said_to_be_one(data: Path, change: dict) -> None:
 
 def test_damage_of_one_record_batch_costs_that_batch(data: Path) -> None:
     whole = rows_of(data, "train")
-    path = data / "train" / shards_of(data)[0]["file"]
+    path = data / "train" / files_of(data)[0]["file"]
     content = path.read_bytes()
     place = content.index(whole[0][0][:64])  # the pictures of the first batch; before them lie their offsets
     path.write_bytes(content[: place - 8] + b"\xff" * 8 + content[place:])
@@ -141,12 +141,12 @@ def test_no_flipped_bit_crashes_loops_or_is_taken_for_data(tmp_path: Path) -> No
     assert counts["right"] > counts["positions"], "damage costs no more than it must"
 
 
-def test_a_shard_cut_off_while_in_use_is_an_error_and_not_the_end(data: Path) -> None:
+def test_a_file_cut_off_while_in_use_is_an_error_and_not_the_end(data: Path) -> None:
     """In a memory map, what is no longer there would be SIGBUS."""
     script = (
         "import sys; from dalle_ds.data import PairDataset; from dalle_ds.data.faults import RowError\n"
         f"data = PairDataset.open({str(data)!r}, 'train'); data.captions(0), data.encoded(0)\n"
-        f"open({str(data / 'train' / shards_of(data)[0]['file'])!r}, 'r+b').truncate(512)\n"
+        f"open({str(data / 'train' / files_of(data)[0]['file'])!r}, 'r+b').truncate(512)\n"
         "for read in (data.captions, data.encoded, data.picture):\n"
         "    try: read(1)\n"
         "    except RowError as error: print(error.reason)\n"
@@ -163,7 +163,7 @@ def test_a_page_that_the_disk_does_not_deliver_is_an_error(data: Path, monkeypat
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(store_module.os, "pread", broken)
-    for row in (0, len(dataset) - 1):  # one of an open shard, one of another
+    for row in (0, len(dataset) - 1):  # one of an open file, one of another
         with pytest.raises(RowError, match=r"cannot be read at byte [\d,]+: Input/output error"):
             dataset.encoded(row)
 
@@ -179,7 +179,7 @@ def test_few_files_are_open_at_a_time(data: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_shards_are_closed_for_others_where_files_or_maps_run_out(
+def test_files_are_closed_for_others_where_files_or_maps_run_out(
     data: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     dataset = PairDataset.open(data, "train")
@@ -265,17 +265,17 @@ def test_the_message_names_counts_limit_commonest_reason_and_an_example() -> Non
         "launchers/doctor.py data my_data, and put back what is missing, or raise the limit"
     )
     news = log.news()
-    assert len([line for line in news if "undecodable" not in line and "is missing" in line]) == 1, "a shard once"
+    assert len([line for line in news if "undecodable" not in line and "is missing" in line]) == 1, "a file once"
     assert len(news) == 1 + 20, "and of pictures the first twenty"
     assert log.news() == []
 
 
-def test_shards_known_to_be_missing_count_before_the_first_update(data: Path) -> None:
-    shards = shards_of(data)
-    for shard in shards[: len(shards) // 2]:
-        (data / "train" / shard["file"]).unlink()
+def test_files_known_to_be_missing_count_before_the_first_update(data: Path) -> None:
+    files = files_of(data)
+    for entry in files[: len(files) // 2]:
+        (data / "train" / entry["file"]).unlink()
     samples = DvaeSamples(PairDataset.open(data, "train"), 16, train=True)
-    lost = sum(shard["rows"] for shard in shards[: len(shards) // 2])
+    lost = sum(entry["rows"] for entry in files[: len(files) // 2])
     with pytest.raises(DataError, match=rf"^{lost} of 30 rows cannot be read, .*: missing file .*data-00000.arrow\. "):
         BadSampleBudget(0.1, FaultLog(), str(data)).check_known(samples.faults, len(samples))
     BadSampleBudget(0.9, FaultLog(), str(data)).check_known(samples.faults, len(samples))
@@ -285,10 +285,10 @@ def test_shards_known_to_be_missing_count_before_the_first_update(data: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_goes_round_lost_shards_and_tells_which(data: Path, workers: int) -> None:
-    path = data / "train" / shards_of(data)[2]["file"]
+def test_the_loader_goes_round_lost_files_and_tells_which(data: Path, workers: int) -> None:
+    path = data / "train" / files_of(data)[2]["file"]
     path.unlink()
-    lost = shard_rows(data, 2)
+    lost = rows_of_file(data, 2)
     samples = DvaeSamples(PairDataset.open(data, "train"), 16, train=True)
     loader = BatchLoader(samples, seed=0, batch_size=30, micro_batch=10, rank=0, world_size=1, workers=workers)
     epoch = list(islice(loader, 3))
@@ -316,25 +316,25 @@ def test_the_limit_is_a_share(value: float) -> None:
 def test_data_that_stays_is_found_unchanged(data: Path) -> None:
     samples = DvaeSamples(PairDataset.open(data, "train"), 16, train=True)
     samples.check_unchanged()
-    path = data / "train" / shards_of(data)[0]["file"]
+    path = data / "train" / files_of(data)[0]["file"]
     os.utime(path, (1, 1))  # copied elsewhere and back, say
     samples.check_unchanged()
     path.unlink()  # lost: its rows count as unreadable, which has a limit of its own
     samples.check_unchanged()
 
 
-def test_a_shard_cut_off_during_the_run_is_lost_and_not_changed(data: Path) -> None:
+def test_a_file_cut_off_during_the_run_is_lost_and_not_changed(data: Path) -> None:
     dataset = PairDataset.open(data, "train")
-    path = data / "train" / shards_of(data)[1]["file"]
+    path = data / "train" / files_of(data)[1]["file"]
     with path.open("r+b") as file:
         file.truncate(100)
     dataset.check_unchanged()
     with pytest.raises(RowError, match="100 bytes instead of"):
-        dataset.name(min(shard_rows(data, 1)))
+        dataset.name(min(rows_of_file(data, 1)))
 
 
-def test_a_shard_that_is_put_back_is_no_change(data: Path) -> None:
-    path = data / "train" / shards_of(data)[1]["file"]
+def test_a_file_that_is_put_back_is_no_change(data: Path) -> None:
+    path = data / "train" / files_of(data)[1]["file"]
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     dataset = PairDataset.open(data, "train")
@@ -359,9 +359,9 @@ def test_another_preparation_is_noticed(data: Path, folder_corpus: Path) -> None
 
 
 @pytest.mark.parametrize("longer", [0, 1])
-def test_exchanged_shards_are_noticed(data: Path, longer: int) -> None:
+def test_exchanged_files_are_noticed(data: Path, longer: int) -> None:
     dataset = PairDataset.open(data, "train")
-    path = data / "train" / shards_of(data)[1]["file"]
+    path = data / "train" / files_of(data)[1]["file"]
     path.write_bytes(b"x" * (path.stat().st_size + longer))
     os.utime(path, (1, 1))
     what = "it has [0-9,]+ bytes, and had [0-9,]+" if longer else "its contents are other ones"

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def whole(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data in several shards, with codes."""
+    """Prepared data in several files, with codes."""
     out = tmp_path_factory.mktemp("whole") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "_FILE_BYTES", 20_000)
@@ -62,9 +62,9 @@ def test_codes_that_lie_elsewhere_are_read_too(data: Path, tmp_path: Path) -> No
 
 
 def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
-    shards = json.loads((data / "info.json").read_text())["shards"]["train"]
-    assert len(shards) >= 3
-    paths = [data / "train" / shard["file"] for shard in shards]
+    files = json.loads((data / "info.json").read_text())["shards"]["train"]
+    assert len(files) >= 3
+    paths = [data / "train" / entry["file"] for entry in files]
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     content = bytearray(paths[2].read_bytes())
@@ -75,17 +75,17 @@ def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
     codes.write_bytes(codes.read_bytes().replace(stored, bytes(len(stored))))
     inspection = inspect_data(DataOptions(str(data)))
     assert [fault.partition(":")[0] for fault in inspection.faults] == [
-        f"{paths[0]} is missing; {shards[0]['rows']} of its {shards[0]['rows']} rows cannot be read",
-        f"{paths[1]} has {shards[1]['bytes'] - 1:,} bytes instead of {shards[1]['bytes']:,}; "
-        f"{shards[1]['rows']} of its {shards[1]['rows']} rows cannot be read",
+        f"{paths[0]} is missing; {files[0]['rows']} of its {files[0]['rows']} rows cannot be read",
+        f"{paths[1]} has {files[1]['bytes'] - 1:,} bytes instead of {files[1]['bytes']:,}; "
+        f"{files[1]['rows']} of its {files[1]['rows']} rows cannot be read",
         inspection.faults[2],
         inspection.faults[3].partition(":")[0],
     ]
     assert f"{paths[2]} is damaged (digest " in inspection.faults[2]
-    assert inspection.faults[2].endswith(f"; 1 of its {shards[2]['rows']} rows cannot be read")
+    assert inspection.faults[2].endswith(f"; 1 of its {files[2]['rows']} rows cannot be read")
     assert inspection.faults[3].startswith(f"{codes} is damaged (digest ")
     counts = {entry.name: entry for entry in inspection.counts}
-    assert counts["train"].unreadable == shards[0]["rows"] + shards[1]["rows"] + 1
+    assert counts["train"].unreadable == files[0]["rows"] + files[1]["rows"] + 1
     assert counts["validation"].unreadable == 0
     assert counts[f"codes/{FINGERPRINT[:16]}: validation"].unreadable == 1
 

@@ -69,7 +69,7 @@ def test_seed_chooses_the_split_and_the_fingerprint_tells(folder_corpus: Path, p
     assert report.fingerprint != json.loads((prepared / "info.json").read_text())["fingerprint"]
 
 
-def test_shards_and_batches_are_all_read_back(monkeypatch, folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_files_and_batches_are_all_read_back(monkeypatch, folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(store_writer, "_FILE_BYTES", 4_000)
     monkeypatch.setattr(store_writer, "_BATCH_ROWS", 2)
     out = tmp_path / "data"
