@@ -33,7 +33,7 @@ class Preparation(PrepareOptions):
     """Prepare only this part of the corpus, from 0."""
     parts: int | None = None
     """How many parts there are, each of which is begun anew where it was stopped; None takes parts of some thousand pairs, or
-    with Ray as many as can be done at a time."""
+    with Ray four times as many as can be done at a time."""
     merge: bool = False
     """Put the parts together, once all are there; --corpus and what belongs to it may be left out."""
     cache_codes: str | None = None

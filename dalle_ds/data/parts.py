@@ -145,6 +145,11 @@ class Parts:
         names = (_NAME.fullmatch(path.name) for path in self.folder.glob("*-of-*"))
         return {(int(name[1]), int(name[2])) for name in names if name}
 
+    def begun(self) -> int | None:
+        """How many parts a preparation has that was begun; None where there is none, or several."""
+        counts = {count for _, count in self.there()}
+        return counts.pop() if len(counts) == 1 else None
+
     def existing(
         self, part: int, parts: int, identity: dict[str, Any], division: Division | None = None
     ) -> PartReport | None:

@@ -128,9 +128,9 @@ def prepare(
             return existing
         if overwrite:
             shutil.rmtree(Parts(folder).folder, ignore_errors=True)
-        begun = {count for _, count in Parts(folder).there()}
+        remove_leftovers(Parts(folder).folder)
         corpus = _corpus(options)
-        division = Division.of(corpus, parts or (begun.pop() if len(begun) == 1 else None))
+        division = Division.of(corpus, parts or Parts(folder).begun())
         _do_parts(options, folder, corpus, division, range(division.parts), workers)
         try:
             return merge_parts(out, division.parts, overwrite=overwrite)
