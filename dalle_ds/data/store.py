@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,8 @@ PAIR_SCHEMA = pa.schema(
 )
 """Rows of a split; `image` is the first column. The checks are `checksum(image)` and `checksum(*captions, name, group)`."""
 
-_MOST_OPEN = 128  # files, with two handles each; a process may have 1,024 by default
+# Files kept open, with two handles each: a quarter of what the process may have, and of the maps that Linux gives it.
+_MOST_OPEN = min(8192, max(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
 _USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _MOST_BATCHES = 4
 _HEADER_BYTES = 4096
