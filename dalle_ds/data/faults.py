@@ -21,8 +21,8 @@ BAD_PICTURE = "undecodable picture"
 NO_FEATURES = "image without features"
 OTHER = "unreadable row"
 
-_WINDOW = 10_000
-_AT_LEAST = 100
+_WINDOW = 10_000  # rows tried last, of which the share is
+_AT_LEAST = 100  # rows, from fewer of which nothing is concluded, unless the limit is 0
 # The share is tested at every update, over months: with three, chance alone would end many a run that is at its limit.
 _DEVIATIONS = 5.0
 _TOLD = 20
@@ -117,24 +117,12 @@ class BadSampleBudget:
         limit: largest share, in [0, 1].
         log: faults met by this process, for the message.
         data: the data folder or folders, for the message.
-        window: the share is that of about this many rows tried last.
-        at_least: nothing is concluded from fewer rows, unless the limit is 0.
     """
 
-    def __init__(
-        self,
-        limit: float,
-        log: FaultLog,
-        data: str | tuple[str, ...],
-        *,
-        window: int = _WINDOW,
-        at_least: int = _AT_LEAST,
-    ) -> None:
+    def __init__(self, limit: float, log: FaultLog, data: str | tuple[str, ...]) -> None:
         self._limit = limit
         self._log = log
         self._data = (data,) if isinstance(data, str) else data
-        self._window = window
-        self._at_least = at_least
         self._updates: deque[tuple[int, int]] = deque()
         self.tried = 0
         """Rows tried in the window."""
@@ -177,11 +165,11 @@ class BadSampleBudget:
         self._updates.append((tried, failed))
         self.tried += tried
         self.failed += failed
-        while self.tried - self._updates[0][0] >= self._window:
+        while self.tried - self._updates[0][0] >= _WINDOW:
             old_tried, old_failed = self._updates.popleft()
             self.tried -= old_tried
             self.failed -= old_failed
-        if self.tried < self._at_least and self._limit > 0:
+        if self.tried < _AT_LEAST and self._limit > 0:
             return
         chance = _DEVIATIONS * (self._limit * (1 - self._limit) * self.tried) ** 0.5
         if self.failed > self._limit * self.tried + chance:
