@@ -490,7 +490,7 @@ def process(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Ro
 
 
 def data(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
-    """Pictures that cannot be decoded, a damaged shard, a shard that is gone; in training of the dVAE, which reads them."""
+    """Pictures that cannot be decoded, a damaged file, a file that is gone; in training of the dVAE, which reads them."""
     rows = []
     for name, share, harm, status in (
         ("5 % broken pictures", 0.05, _break_pictures, 0),

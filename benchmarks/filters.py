@@ -24,10 +24,10 @@ from rich import print
 from rich.table import Table
 
 from dalle_ds.cli import parse_options
-from dalle_ds.data.examine import Examined, examined_caption
+from dalle_ds.data.dedup import find_copies
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.filters.copies import find_copies
 from dalle_ds.data.filters.language import foreign_margin
+from dalle_ds.data.processing import ProcessedPair, process_caption
 
 LANGUAGES = Path(__file__).with_name("languages.tsv")
 WORDS = tuple(
@@ -134,12 +134,14 @@ def synthetic(start: int, count: int) -> list[str]:
     return captions
 
 
-def judged(start: int, count: int, filters: FilterOptions) -> tuple[float, list[Examined]]:
+def judged(start: int, count: int, filters: FilterOptions) -> tuple[float, list[ProcessedPair]]:
     """(seconds of a core that filters took, what was found)."""
     captions = synthetic(start, count)
     begin = time.process_time()
     found = [
-        Examined(start + place, str(start + place), None, [examined_caption(text, filters)], f"{start + place:064x}")
+        ProcessedPair(
+            start + place, str(start + place), None, [process_caption(text, filters)], f"{start + place:064x}"
+        )
         for place, text in enumerate(captions)
     ]
     return time.process_time() - begin, found
@@ -190,7 +192,7 @@ def filter_many(options: Options, folder: Path) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     seconds_of_filters = 0.0
 
-    def examined(pool: ProcessPoolExecutor) -> Iterator[Examined]:
+    def examined(pool: ProcessPoolExecutor) -> Iterator[ProcessedPair]:
         nonlocal seconds_of_filters
         waves = 4 * options.workers
         for first in range(0, len(starts), waves):  # so that no more than is needed waits in memory

@@ -12,5 +12,5 @@ submit() { "$DALLE_ROOT/slurm/submit.sh" "$@"; }
 parts=$(submit ${SBATCH_ARGS:-} --array="0-$((shares - 1))" "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@")
 # shellcheck disable=SC2086
 merge=$(submit ${SBATCH_ARGS:-} --dependency="afterok:$parts" --kill-on-invalid-dep=yes "$DALLE_ROOT/slurm/prepare_data.sbatch" "$@" \
-    --merge True --shards "$shares") || { scancel "$parts"; exit 1; }
+    --merge True --parts "$shares") || { scancel "$parts"; exit 1; }
 printf '%s\n' "$parts" "$merge"

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 from dalle_ds.config import TransformerRun, from_dict
-from dalle_ds.data.codes import CodesCache, cache_codes
 from dalle_ds.data.prepare import PrepareOptions
-from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.models import DiscreteVAE
+from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.training.launch import parse_command
 from dalle_ds.training.run_directory import read_config
-from tests.conftest import ROOT, TINY_DVAE
+from tests.conftest import ROOT
 
 ROOMS = ("dalle_ds", "launchers")
 
@@ -312,19 +307,6 @@ def test_yaml_tags_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_config(tmp_path)
     assert not canary.exists()
-
-
-def test_arrays_of_pickles_are_refused(tmp_path: Path, data: Path) -> None:
-    copied = tmp_path / "data"
-    shutil.copytree(data, copied)
-    dvae = DiscreteVAE(TINY_DVAE).eval()
-    cache_codes(dvae, copied, views=1)
-    (array,) = (copied / "codes").glob("*/train.npy")
-    size, pickled = array.stat().st_size, io.BytesIO()
-    np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    array.write_bytes(pickled.getvalue().ljust(size, b"\0")[:size])
-    with pytest.raises((CheckpointError, DataError), match=r"train\.npy"):
-        CodesCache.open(copied, dvae.fingerprint, "train").codes(0, 0)
 
 
 def test_prepared_folders_keep_no_passwords() -> None:

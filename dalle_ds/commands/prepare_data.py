@@ -7,10 +7,10 @@ of other corpora, and of parts that several jobs do.
 from rich import print
 
 from dalle_ds.cli import parse_options
-from dalle_ds.data.command import Preparation, carry_out
+from dalle_ds.data.command import Preparation, run
 
 
 def main() -> None:
     """Parse, prepare, cache."""
-    for report in carry_out(parse_options(Preparation)):
+    for report in run(parse_options(Preparation)):
         print(report)

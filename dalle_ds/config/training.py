@@ -280,7 +280,7 @@ class LoaderConfig:
     workers: int = 4
     """Processes per rank that read, decode and augment; 0 does it in the training process. Batches do not depend on it."""
     max_unreadable: float = 0.1
-    """Share of rows that may be unreadable, in [0, 1]: missing shards, damaged pictures. Other rows stand in for them; where
+    """Share of rows that may be unreadable, in [0, 1]: missing files, damaged pictures. Other rows stand in for them; where
     there are more than chance explains, the run ends. 0 ends it at the first, 1 never."""
 
     def __post_init__(self) -> None:

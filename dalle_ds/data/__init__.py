@@ -1,11 +1,23 @@
-"""From corpora of captioned pictures to batches.
+"""From corpora of captioned images to batches.
 
-Preparing, once: `corpora` reads pairs, `examine` judges each by itself and `prepare` among all others (`filters`), divides
-(`splits`) and writes the folder that every later stage takes as `--data`; `parts` shares the work among jobs, `engine` among
-the machines of a Ray cluster, and `command` is all of it at the command line. Training:
-`dataset` reads that folder and `shards` its files, `augment` makes views, `samples` turns a row into arrays, `mixture` makes
-one of several corpora, `order` and `loader` decide which rows make up which batch, `workers` are the loader's processes.
-`codes` keeps image codes. `faults` counts what cannot be read, `stamps` notices what changes, `inspection` reads everything.
+| preparing, once | |
+|---|---|
+| `command` | the command line of all of it |
+| `corpora/` | readers: pairs of image and captions, and what is none |
+| `processing`, `filters/` | a pair by itself: cleaned, judged, decoded once |
+| `parts`, `engine` | the work in parts: in one process, as jobs, on a Ray cluster |
+| `dedup`, `splits` | a pair among all others |
+| `prepare`, `report`, `reasons` | all of it in order, and the account of it |
+| **reading, at every stage** | |
+| `store`, `store_writer` | rows in Arrow files, verified: images with captions, and vectors of fixed width |
+| `dataset`, `images` | a prepared folder; an image from bytes |
+| `features`, `codes` | what a model computes of images, kept in the same store |
+| `augment`, `samples` | views of images; arrays that a stage trains on |
+| `order`, `mixture`, `loader`, `workers` | which rows make up which batch, of one corpus or several, read by whom |
+| `faults`, `inspection` | what cannot be read, while training and on demand |
+
+The room is larger than others because a corpus is read as its owner has it (nine kinds, damaged ones included) and every loss
+is told.
 """
 
 from dalle_ds.data.codes import CodesCache

@@ -18,7 +18,7 @@ from dalle_ds.errors import ConfigError
 class Preparation(PrepareOptions):
     """Prepare a corpus (--corpus) into the folder --out, cache a dVAE's image codes there (--cache_codes), or both.
 
-    Several jobs can share the preparation: each does one part (--shard I --shards N), and one merges them (--merge True).
+    Several jobs can share the preparation: each does one part (--part I --parts N), and one merges them (--merge True).
     """
 
     out: str = ""
@@ -29,10 +29,11 @@ class Preparation(PrepareOptions):
     """Replace an earlier preparation, or earlier codes of the same dVAE."""
     engine: Literal["ray"] | None = None
     """Ray does the parts, on the cluster at RAY_ADDRESS or on this machine's cores; None does all in this process."""
-    shard: int | None = None
+    part: int | None = None
     """Prepare only this part of the corpus, from 0."""
-    shards: int | None = None
-    """How many parts there are; with Ray, None takes as many as can be done at a time."""
+    parts: int | None = None
+    """How many parts there are, each of which is begun anew where it was stopped; None takes parts of some thousand pairs, or
+    with Ray four times as many as can be done at a time."""
     merge: bool = False
     """Put the parts together, once all are there; --corpus and what belongs to it may be left out."""
     cache_codes: str | None = None
@@ -57,19 +58,17 @@ class Preparation(PrepareOptions):
             )
         if self.workers < 0:
             raise ConfigError(f"workers must not be negative, found {self.workers}")
-        if self.engine is not None and (self.corpus is None or self.shard is not None or self.merge):
+        if self.parts is not None and self.parts < 1:
+            raise ConfigError(f"parts must be greater than 0, found {self.parts}")
+        if self.engine is not None and (self.corpus is None or self.part is not None or self.merge):
             raise ConfigError(
-                "engine prepares all parts of a corpus and merges them: give corpus, and neither shard nor merge"
+                "engine prepares all parts of a corpus and merges them: give corpus, and neither part nor merge"
             )
-        if self.shard is not None and (self.shards is None or self.merge or self.cache_codes is not None):
-            raise ConfigError(
-                "shard needs shards, the number of parts, and goes neither with merge nor with cache_codes"
-            )
-        if self.shards is not None and self.shard is None and not self.merge and self.engine is None:
-            raise ConfigError("shards needs shard, the part to prepare, or merge True, or an engine")
+        if self.part is not None and (self.parts is None or self.merge or self.cache_codes is not None):
+            raise ConfigError("part needs parts, their number, and goes neither with merge nor with cache_codes")
 
 
-def carry_out(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
+def run(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
     """Prepare, cache codes, or both; yields what there is to tell of each.
 
     Raises:
@@ -79,13 +78,13 @@ def carry_out(options: Preparation) -> Iterator[PreparationReport | PartReport |
     how: dict[str, Any] = {"workers": options.workers, "overwrite": options.overwrite}
     if options.merge:
         wanted = None if options.corpus is None else options
-        yield merge_parts(options.out, options.shards, options=wanted, overwrite=options.overwrite)
-    elif options.shard is not None and options.shards is not None:
-        yield prepare_part(options, options.out, options.shard, options.shards, **how)
+        yield merge_parts(options.out, options.parts, options=wanted, overwrite=options.overwrite)
+    elif options.part is not None and options.parts is not None:
+        yield prepare_part(options, options.out, options.part, options.parts, **how)
     elif options.engine is not None:
-        yield prepare_with_ray(options, options.out, options.shards, **how)
+        yield prepare_with_ray(options, options.out, options.parts, **how)
     elif options.corpus is not None:
-        yield prepare(options, options.out, **how)
+        yield prepare(options, options.out, parts=options.parts, **how)
     if options.cache_codes is not None:
         from dalle_ds.models import DiscreteVAE  # imports torch's modules, which preparation does without
 

@@ -1,4 +1,4 @@
-"""Random access to the rows of a prepared split."""
+"""What preparation made, read: the manifest of a folder, and the rows of a split by number."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 
 from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
-from dalle_ds.data.prepare import read_info
-from dalle_ds.data.shards import Shard, Shards
-from dalle_ds.data.stamps import Stamps, may_pass
-from dalle_ds.errors import DataChangedError, DataError
+from dalle_ds.data.store import DataFile, Store, check_same
+from dalle_ds.errors import DataError
+from dalle_ds.parsing import parse_json
+
+FORMAT_VERSION = 2
+FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
+"""What helps where all images of a small corpus fell into the validation split."""
 
 
 class PairDataset:
     """One split of a prepared folder: pictures with their captions by row.
 
-    The rows stay in files: instances are small, also when sent to loader workers. Shards that are missing or damaged
+    The rows stay in files: instances are small, also when sent to loader workers. Files that are missing or damaged
     keep their row numbers, and reading one of their rows raises a `RowError`.
     """
 
@@ -28,9 +31,7 @@ class PairDataset:
         self.fingerprint: str = info["fingerprint"]
         """SHA-256 of the whole prepared folder, all splits."""
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
-        self._shards = Shards(data_dir / split, [Shard(**entry) for entry in info["shards"][split]])
-        written = {data_dir / split / shard.file: (shard.bytes, shard.xxh3_128) for shard in self._shards.shards}
-        self._stamps = Stamps(self._shards.stamps, written)
+        self._store = Store(data_dir / split, [DataFile(**entry) for entry in info["shards"][split]])
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
@@ -52,43 +53,43 @@ class PairDataset:
             ) from error
         if len(dataset) != wanted:
             raise DataError(
-                f"{folder}/info.json is damaged: the shards of {split} have {len(dataset)} rows, not {wanted}: prepare it "
+                f"{folder}/info.json is damaged: the files of {split} have {len(dataset)} rows, not {wanted}: prepare it "
                 "again with --overwrite True"
             )
         if len(dataset) and sum(fault.rows for fault in dataset.faults) == len(dataset):
             first = dataset.faults[0]
-            raise DataError(f"no shard of {folder / split} can be read: {first.where} is a {first.reason}")
+            raise DataError(f"no file of {folder / split} can be read: {first.where} is a {first.reason}")
         return dataset
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self._store)
 
     @property
     def faults(self) -> tuple[Fault, ...]:
-        """Shards that were missing or of the wrong size when the split was opened."""
-        return self._shards.faults
+        """Files that were missing or of the wrong size when the split was opened."""
+        return self._store.faults
+
+    @property
+    def files(self) -> tuple[DataFile, ...]:
+        """The files that have the rows, in their order."""
+        return self._store.files
 
     def check_unchanged(self) -> None:
         """See that the files are those that were opened. Quick: contents are read only where a file has another time.
 
-        A shard that cannot be read any more is no change, nor is a disk that does not answer now; rows that cannot be read
+        A file that cannot be read any more is no change, nor is a disk that does not answer now; rows that cannot be read
         are counted where they are read.
 
         Raises:
-            DataChangedError: the folder was prepared again, or a shard has other contents.
+            DataChangedError: the folder was prepared again, or a file has other contents.
         """
-        try:
-            fingerprint = read_info(self.data_dir)["fingerprint"]
-        except DataError as error:
-            if may_pass(error):
-                return
-            raise DataChangedError(f"{self.data_dir} has changed since it was opened: {error}") from error
-        if fingerprint != self.fingerprint:
-            raise DataChangedError(
-                f"{self.data_dir} was prepared again since it was opened (fingerprint {fingerprint[:12]}… instead of "
-                f"{self.fingerprint[:12]}…): put back what was there, or begin a new run in another --run_dir"
-            )
-        self._stamps.check()
+        check_same(
+            self.data_dir,
+            lambda: read_info(self.data_dir)["fingerprint"],
+            self.fingerprint,
+            f"{self.data_dir} was prepared again since it was opened",
+        )
+        self._store.snapshot.check()
 
     def picture(self, row: int, short_side: int | None = None) -> Pixels:
         """The picture of a row.
@@ -130,4 +131,35 @@ class PairDataset:
         return self._value(row, "image")
 
     def _value(self, row: int, column: str) -> Any:
-        return self._shards.value(row, column)
+        return self._store.value(row, column)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: the folder is missing, was not made by `prepare`, or has another format.
+    """
+    try:
+        if not folder.is_dir():
+            raise DataError(
+                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
+            )
+        info = parse_json((folder / "info.json").read_bytes())
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
+    if not isinstance(info, dict):
+        raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
+            "prepare it again with --overwrite True"
+        )
+    missing = {"fingerprint", "options", "splits", "shards"} - set(info)
+    if missing:
+        raise DataError(
+            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
+        )
+    return info

@@ -12,20 +12,22 @@ import os
 import secrets
 from pathlib import Path
 
+from dalle_ds.data.parts import Parts
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare_part
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.errors import ConfigError, DalleError
 
+_PARTS_IN_TURN = 4  # a part that is lost is done again as a whole
 _STORE_BYTES = 100 * 2**20  # next to nothing goes through it: parts are files
 
 
 def prepare_with_ray(
-    options: PrepareOptions, out: str, shards: int | None = None, *, workers: int = 1, overwrite: bool = False
+    options: PrepareOptions, out: str, parts: int | None = None, *, workers: int = 1, overwrite: bool = False
 ) -> PreparationReport:
     """`prepare`, its parts done by the cluster at RAY_ADDRESS, whose machines share the disk, or by this machine's cores.
 
     Args:
-        shards: parts; None takes as many as can be done at a time.
+        parts: how many; None takes those of a preparation that was begun, or four times as many as can be done at a time.
         workers: processes of each part, and the cores that Ray gives it.
         overwrite: replace an earlier preparation in `out`, complete or begun.
 
@@ -45,9 +47,10 @@ def prepare_with_ray(
         start_ray()
     try:
         cores = max(workers, 1)
-        count = shards or max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)
+        at_a_time = max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)
+        count = parts or Parts(Path(out)).begun() or _PARTS_IN_TURN * at_a_time
         task = ray.remote(num_cpus=cores)(_part)
-        ray.get([task.remote(Path.cwd(), plain, out, shard, count, workers, overwrite) for shard in range(count)])
+        ray.get([task.remote(Path.cwd(), plain, out, part, count, workers, overwrite) for part in range(count)])
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DalleError):
             raise error.cause from error
@@ -68,8 +71,8 @@ def start_ray(cores: int | None = None) -> None:
 
 
 def _part(
-    folder: Path, options: PrepareOptions, out: str, shard: int, shards: int, workers: int, overwrite: bool
+    folder: Path, options: PrepareOptions, out: str, part: int, parts: int, workers: int, overwrite: bool
 ) -> None:
     """One part, in the folder that the command was given in, so that its paths mean the same."""
     os.chdir(folder)
-    prepare_part(options, out, shard, shards, workers=workers, overwrite=overwrite)
+    prepare_part(options, out, part, parts, workers=workers, overwrite=overwrite)

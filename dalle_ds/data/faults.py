@@ -1,18 +1,8 @@
 """What cannot be read of prepared data: where, why, how much of it, and when that is too much.
 
-A row that cannot be read raises a `RowError`; the loader puts another row in its place and keeps a `Fault` in its
-`FaultLog`. The trainer adds up the counts of all processes and gives them to `Unreadable`, which ends a run of which too
-much is unreadable:
-
-    unreadable = Unreadable(run.loader.max_unreadable, loader.faults, run.data)
-    for fault in samples.faults:
-        tracker.say(str(fault))
-    unreadable.check_known(samples.faults, len(samples))            # before the first update
-    …
-    skipped = total of batch["skipped"] over all processes and micro-batches of an update
-    unreadable.observe(tried=run.train.batch_size + skipped, failed=skipped)
-    for line in loader.faults.news():                               # on every process: each has its own
-        tracker.say(line)
+A row that cannot be read raises a `RowError`; the loader puts another row in its place and keeps it in its `FaultLog`. The
+trainer adds up the counts of all processes and gives them to a `BadSampleBudget`, which ends a run of which too much is
+unreadable.
 """
 
 from __future__ import annotations
@@ -23,17 +13,16 @@ from dataclasses import dataclass
 
 from dalle_ds.errors import DataError
 
-MISSING_SHARD = "missing shard"
-TRUNCATED_SHARD = "shard of the wrong size"
-DAMAGED_SHARD = "damaged shard"
+MISSING_FILE = "missing file"
+TRUNCATED_FILE = "file of the wrong size"
+DAMAGED_FILE = "damaged file"
 READ_ERROR = "disk error"
 BAD_PICTURE = "undecodable picture"
-NO_CODES = "picture without codes"
-DAMAGED_CODES = "damaged codes"
+NO_FEATURES = "image without features"
 OTHER = "unreadable row"
 
-_WINDOW = 10_000
-_AT_LEAST = 100
+_WINDOW = 10_000  # rows tried last, of which the share is
+_AT_LEAST = 100  # rows, from fewer of which nothing is concluded, unless the limit is 0
 # The share is tested at every update, over months: with three, chance alone would end many a run that is at its limit.
 _DEVIATIONS = 5.0
 _TOLD = 20
@@ -45,7 +34,7 @@ class RowError(DataError):
     Args:
         message: what was found.
         reason: the same few words for all faults of a kind.
-        where: the shard, or the row where the fault is its own.
+        where: the file, or the row where the fault is its own.
     """
 
     def __init__(self, message: str, reason: str = OTHER, where: str = "") -> None:
@@ -65,7 +54,7 @@ class Fault:
     reason: str
     """The same few words for all faults of a kind."""
     where: str
-    """The shard, or the row where the fault is its own."""
+    """The file, or the row where the fault is its own."""
     rows: int
     """How many rows are concerned."""
 
@@ -121,31 +110,19 @@ class FaultLog:
         return reason, rows, self._examples[reason]
 
 
-class Unreadable:
+class BadSampleBudget:
     """Ends a run when the share of rows that cannot be read is above a limit. Pure: it is told all counts.
 
     Args:
         limit: largest share, in [0, 1].
         log: faults met by this process, for the message.
         data: the data folder or folders, for the message.
-        window: the share is that of about this many rows tried last.
-        at_least: nothing is concluded from fewer rows, unless the limit is 0.
     """
 
-    def __init__(
-        self,
-        limit: float,
-        log: FaultLog,
-        data: str | tuple[str, ...],
-        *,
-        window: int = _WINDOW,
-        at_least: int = _AT_LEAST,
-    ) -> None:
+    def __init__(self, limit: float, log: FaultLog, data: str | tuple[str, ...]) -> None:
         self._limit = limit
         self._log = log
         self._data = (data,) if isinstance(data, str) else data
-        self._window = window
-        self._at_least = at_least
         self._updates: deque[tuple[int, int]] = deque()
         self.tried = 0
         """Rows tried in the window."""
@@ -188,11 +165,11 @@ class Unreadable:
         self._updates.append((tried, failed))
         self.tried += tried
         self.failed += failed
-        while self.tried - self._updates[0][0] >= self._window:
+        while self.tried - self._updates[0][0] >= _WINDOW:
             old_tried, old_failed = self._updates.popleft()
             self.tried -= old_tried
             self.failed -= old_failed
-        if self.tried < self._at_least and self._limit > 0:
+        if self.tried < _AT_LEAST and self._limit > 0:
             return
         chance = _DEVIATIONS * (self._limit * (1 - self._limit) * self.tried) ** 0.5
         if self.failed > self._limit * self.tried + chance:

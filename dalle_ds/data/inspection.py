@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from dalle_ds.data.codes import CodesCache
-from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.prepare import read_info
-from dalle_ds.data.shards import Shard, check_size, digest_of
+from dalle_ds.data.dataset import PairDataset, read_info
+from dalle_ds.data.store import DataFile, digest_of, size_problem
 from dalle_ds.errors import ConfigError, DataError
 
 _SHOWN = 20
@@ -92,31 +91,29 @@ def inspect_data(options: DataOptions) -> DataInspection:
     for split in info["splits"]:
         counts = Counts(split)
         inspection.counts.append(counts)
-        inspection.faults += _inspect_split(folder, split, info, options, counts)
+        inspection.faults += _inspect_split(folder, split, info["splits"][split], options, counts)
     elsewhere = Path(options.codes).glob(f"{info['fingerprint'][:16]}-*/codes.json") if options.codes else ()
     for manifest in sorted([*(folder / "codes").glob("*/codes.json"), *elsewhere]):
         inspection.faults += _inspect_codes(folder, manifest.parent, info, inspection.counts)
     return inspection
 
 
-def _inspect_split(folder: Path, split: str, info: dict, options: DataOptions, counts: Counts) -> Iterator[str]:
+def _inspect_split(folder: Path, split: str, rows: int, options: DataOptions, counts: Counts) -> Iterator[str]:
     try:
         dataset = PairDataset.open(folder, split)
     except DataError as error:
-        counts.rows = counts.unreadable = info["splits"][split]
+        counts.rows = counts.unreadable = rows
         yield str(error)
         return
     counts.rows = len(dataset)
     first = 0
-    for entry in _progress(info["shards"][split], f"{split}: reading"):
-        shard = Shard(**entry)
-        rows = range(first, first + shard.rows)
-        first += shard.rows
-        what = _damage_of(folder / split / shard.file, shard.bytes, shard.xxh3_128, counts)
+    for file in _progress(dataset.files, f"{split}: reading"):
+        what = _damage_of(folder / split, file, counts)
         if what is not None:
-            lost = sum(not _readable(dataset, row) for row in rows)
+            lost = sum(not _readable(dataset, row) for row in range(first, first + file.rows))
             counts.unreadable += lost
-            yield f"{what}; {lost:,} of its {shard.rows:,} rows cannot be read"
+            yield f"{what}; {lost:,} of its {file.rows:,} rows cannot be read"
+        first += file.rows
     wanted = len(dataset) if options.all else min(options.pictures, len(dataset))
     for number in _progress(range(wanted), f"{split}: decoding"):
         row = number * len(dataset) // wanted
@@ -140,27 +137,26 @@ def _inspect_codes(folder: Path, codes: Path, info: dict, all_counts: list[Count
             continue
         counts.rows = len(cache)
         counts.unreadable = sum(fault.rows for fault in cache.faults)
-        for path, (size, digest) in cache.files.items():
-            what = _damage_of(path, size, digest, counts)
-            if what is not None:
-                yield f"{what}: cache the codes again with --overwrite True"
-        if counts.files < len(cache.files):
+        damage = [_damage_of(cache.store.folder, file, counts) for file in cache.store.files]
+        yield from (f"{what}: cache the codes again with --overwrite True" for what in damage if what is not None)
+        if any(damage):
             counts.unreadable = sum(not _has_codes(cache, row) for row in range(len(cache)))
 
 
-def _damage_of(path: Path, size: int, digest: str, counts: Counts) -> str | None:
+def _damage_of(folder: Path, file: DataFile, counts: Counts) -> str | None:
     """What is wrong with a file, or None; a sound one is counted."""
-    fault = check_size(path, size)
-    if fault is not None:
-        return fault[1]
+    path = folder / file.file
+    problem = size_problem(path, file.bytes)
+    if problem is not None:
+        return problem[1]
     try:
         found = digest_of(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    if found != digest:
-        return f"{path} is damaged (digest {found[:12]}… instead of {digest[:12]}…)"
+    if found != file.xxh3_128:
+        return f"{path} is damaged (digest {found[:12]}… instead of {file.xxh3_128[:12]}…)"
     counts.files += 1
-    counts.bytes += size
+    counts.bytes += file.bytes
     return None
 
 
@@ -182,6 +178,6 @@ def _has_codes(cache: CodesCache, row: int) -> bool:
     return True
 
 
-def _progress(items: list | range, what: str) -> Iterator:
+def _progress(items: Sequence, what: str) -> Iterator:
     console = Console(stderr=True)
     yield from track(items, what, console=console, transient=True, disable=not console.is_terminal)

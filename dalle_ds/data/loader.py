@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): whatever the number of processes, workers or the size of micro-batches.
 
-Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `order.turns_of`) is
+Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `mixture.turns_of`) is
 sample p of training. Step s takes positions [s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run
 resumes by starting at its next step.
 """
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dalle_ds.data.dataset import FOR_TRAINING
 from dalle_ds.data.faults import Fault, FaultLog
 from dalle_ds.data.mixture import Mixture
 from dalle_ds.data.order import hash_integers
-from dalle_ds.data.prepare import FOR_TRAINING
-from dalle_ds.data.workers import start_worker, take, without_surprises, worker_context
+from dalle_ds.data.workers import keep_sigchld_handler, next_batch, start_worker, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
 MAX_TRIES = 256
@@ -127,7 +127,7 @@ class BatchLoader:
             multiprocessing_context=worker_context() if self._workers else None,
             generator=torch.Generator(),  # torch draws a seed for workers, by default from the global generator
         )
-        return without_surprises(lambda: iter(loader))
+        return keep_sigchld_handler(lambda: iter(loader))
 
 
 def evaluation_batches(
@@ -156,9 +156,8 @@ def evaluation_batches(
     for start in range(0, count, micro_batch * world_size):
         first = start + rank * micro_batch
         numbers = range(first, first + micro_batch)
-        batch = _stack(
-            [_evaluation_sample(samples, min(number, count - 1) * len(samples) // count) for number in numbers]
-        )
+        chosen = [min(number, count - 1) * len(samples) // count for number in numbers]
+        batch = _stack([_readable_sample(samples, row, (_EVALUATION_SEED, row), []) for row in chosen])
         batch["valid"] = torch.tensor([float(number < count) for number in numbers])
         batch["place"] = torch.tensor([min(number, count - 1) for number in numbers])
         yield batch
@@ -201,7 +200,7 @@ class _Loaded:
 def _next(batches: Iterator[_Loaded]) -> _Loaded:
     """The next of a DataLoader's iterator; a worker that is gone is a failure like others."""
     try:
-        return take(batches)
+        return next_batch(batches)
     except DataError as error:
         return _Loaded(failure=error.with_traceback(None))
 
@@ -230,10 +229,6 @@ class _TrainingBatches(Dataset[_Loaded]):
 
 def _mixture(samples: Samples) -> Mixture:
     return samples if isinstance(samples, Mixture) else Mixture([samples])
-
-
-def _evaluation_sample(samples: Mixture, row: int) -> Arrays:
-    return _readable_sample(samples, row, (_EVALUATION_SEED, row), [])
 
 
 def _readable_sample(samples: Mixture, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from dalle_ds.data.faults import Fault
-from dalle_ds.data.order import hash_integers, rows_of, turns_of
+from dalle_ds.data.order import KeyedPermutation, hash_integers, rows_of
 
 if TYPE_CHECKING:
     from dalle_ds.data.loader import Arrays, Samples
+
+_TURNS = 1 << 63  # in a key: the place of a sample, which other keys have there, is less
+_LEAST_BLOCK = 256
 
 
 class Mixture:
@@ -74,3 +79,45 @@ class Mixture:
 
     def _number_of(self, row: int) -> int:
         return int(np.searchsorted(self._bounds, row, side="right")) - 1
+
+
+def turns_of(
+    positions: npt.NDArray[np.int64], seed: int, weights: tuple[int, ...]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which of several corpora the sample at each position is drawn from, and how many were drawn from that corpus before.
+
+    Positions are taken in blocks of at least 256. In a block every corpus has exactly its share of the turns, in an order
+    that is as likely as any other: the sample at any position is of corpus k with probability `weights[k] / sum(weights)`, as
+    if each were drawn by itself, but shares do not drift, and what was drawn before a block is known without counting.
+
+    Args:
+        positions: (N,), not negative.
+        seed: chooses the orders of all blocks.
+        weights: greater than 0.
+
+    Returns:
+        (N,) numbers of corpora, and (N,) numbers of draws, from 0: the positions at which one corpus has its turn have
+        draws 0, 1, 2, …
+    """
+    weights = tuple(weight // math.gcd(*weights) for weight in weights)
+    repeats = -(-_LEAST_BLOCK // sum(weights))
+    counts = tuple(weight * repeats for weight in weights)
+    blocks, offsets = np.divmod(positions, sum(counts))
+    corpora, draws = np.empty_like(offsets), np.empty_like(offsets)
+    for block in np.unique(blocks):
+        here = blocks == block
+        turns, before = _block(hash_integers(seed, _TURNS, int(block)), counts)
+        corpora[here] = turns[offsets[here]]
+        draws[here] = block * np.array(counts)[corpora[here]] + before[offsets[here]]
+    return corpora, draws
+
+
+@lru_cache(maxsize=4)
+def _block(key: int, counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """For each place in a block: whose turn it is, and how many turns of the same corpus come before it."""
+    places = KeyedPermutation(sum(counts), key)(np.arange(sum(counts)))
+    turns = np.searchsorted(np.cumsum(counts), places, side="right")
+    before = np.empty_like(turns)
+    for number, count in enumerate(counts):
+        before[turns == number] = np.arange(count)
+    return turns, before

@@ -6,16 +6,11 @@ permutation: a Feistel network over the smallest power of two that holds the row
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import numpy as np
 import numpy.typing as npt
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_TURNS = 1 << 63  # in a key: the place of a sample, which other keys have there, is less
-_LEAST_BLOCK = 256
 _HALF_ROUNDS = 16  # with eight, the orders of five rows are visibly not equally likely; with sixteen they are
 
 
@@ -93,45 +88,3 @@ def rows_of(positions: npt.NDArray[np.int64], seed: int, length: int) -> npt.NDA
         here = epochs == epoch
         rows[here] = KeyedPermutation(length, hash_integers(seed, int(epoch)))(offsets[here])
     return rows
-
-
-def turns_of(
-    positions: npt.NDArray[np.int64], seed: int, weights: tuple[int, ...]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Which of several corpora the sample at each position is drawn from, and how many were drawn from that corpus before.
-
-    Positions are taken in blocks of at least 256. In a block every corpus has exactly its share of the turns, in an order
-    that is as likely as any other: the sample at any position is of corpus k with probability `weights[k] / sum(weights)`, as
-    if each were drawn by itself, but shares do not drift, and what was drawn before a block is known without counting.
-
-    Args:
-        positions: (N,), not negative.
-        seed: chooses the orders of all blocks.
-        weights: greater than 0.
-
-    Returns:
-        (N,) numbers of corpora, and (N,) numbers of draws, from 0: the positions at which one corpus has its turn have
-        draws 0, 1, 2, …
-    """
-    weights = tuple(weight // math.gcd(*weights) for weight in weights)
-    repeats = -(-_LEAST_BLOCK // sum(weights))
-    counts = tuple(weight * repeats for weight in weights)
-    blocks, offsets = np.divmod(positions, sum(counts))
-    corpora, draws = np.empty_like(offsets), np.empty_like(offsets)
-    for block in np.unique(blocks):
-        here = blocks == block
-        turns, before = _block(hash_integers(seed, _TURNS, int(block)), counts)
-        corpora[here] = turns[offsets[here]]
-        draws[here] = block * np.array(counts)[corpora[here]] + before[offsets[here]]
-    return corpora, draws
-
-
-@lru_cache(maxsize=4)
-def _block(key: int, counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each place in a block: whose turn it is, and how many turns of the same corpus come before it."""
-    places = KeyedPermutation(sum(counts), key)(np.arange(sum(counts)))
-    turns = np.searchsorted(np.cumsum(counts), places, side="right")
-    before = np.empty_like(turns)
-    for number, count in enumerate(counts):
-        before[turns == number] = np.arange(count)
-    return turns, before

@@ -1,19 +1,18 @@
-"""Preparation shared by several jobs: part I of N examines units I, I + N, … of the corpus; merging puts them in order.
+"""Preparation in parts, each of which looks at a run of the corpus's units; merging puts them together in order.
 
-The parts of OUT lie in `OUT.parts/00000-of-00016/` until they are merged: segments of about 128 MiB, `data-*.arrow` with what
-was found of each pair, and `part.json`. A part's folder appears only when it is complete. Until then its complete segments
-lie in `.00000-of-00016.work`, and a job that was killed goes on behind the last of them. Where segments end depends on the
-corpus alone, so that two jobs that do the same part, one of which was thought dead, write the same.
+Part p of N has the units [p·U // N, (p + 1)·U // N) of U. It lies in `OUT.parts/00000-of-00016/` until it is merged: Arrow
+files with what was found of each pair, and `part.json`. The folder appears only when the part is complete: a preparation that
+was killed goes on with the first part that is not there. What a part holds depends on the corpus alone, so that two jobs that
+do the same part, one of which was thought dead, write the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +21,24 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from dalle_ds.data.corpora import Unit
-from dalle_ds.data.disk import disk_full_is_a_data_error, unreadable_is_a_data_error
-from dalle_ds.data.examine import Caption, Examined
-from dalle_ds.data.shards import Shard, check_size, digest_of
-from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, only_process, remove_leftovers, sync_directory, write_json
+from dalle_ds.data.corpora import Corpus
+from dalle_ds.data.processing import Caption, ProcessedPair
+from dalle_ds.data.store import DataFile, digest_of, size_problem
+from dalle_ds.data.store_writer import StoreWriter
+from dalle_ds.errors import DataError
+from dalle_ds.files import (
+    built_beside,
+    disk_full_is_a_data_error,
+    only_process,
+    remove_leftovers,
+    unreadable_is_a_data_error,
+    write_json,
+)
 from dalle_ds.parsing import parse_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _SCHEMA = pa.schema({"image": pa.binary(), "embedding": pa.binary(), "entry": pa.string()})
-_SEGMENT_BYTES = 128 * 2**20
-_SEGMENT_PAIRS = 10_000
+_MOST_PARTS = 1000
 _NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
@@ -58,284 +63,225 @@ class Part:
     folder: Path
     manifest: dict[str, Any]
 
-    def entries(self, *, pictures: bool = True) -> Iterator[Examined]:
+    def entries(self, *, images: bool = True) -> Iterator[ProcessedPair]:
         """What was found, in the order of the corpus.
 
         Args:
-            pictures: read them; without, the files are verified.
+            images: read them; without, the files are verified.
 
         Raises:
             DataError: a file is missing, damaged or cannot be read.
         """
-        for shard in (Shard(**entry) for entry in self.manifest["files"]):
-            path = self.folder / shard.file
+        for file in (DataFile(**entry) for entry in self.manifest["files"]):
+            path = self.folder / "files" / file.file
             with unreadable_is_a_data_error(path):
-                if check_size(path, shard.bytes) is not None or (not pictures and digest_of(path) != shard.xxh3_128):
+                if size_problem(path, file.bytes) is not None or (not images and digest_of(path) != file.xxh3_128):
                     raise DataError(
-                        f"{path} is missing or damaged: prepare part {self.manifest['shard']} again with --overwrite True"
+                        f"{path} is missing or damaged: prepare part {self.manifest['part']} again with --overwrite True"
                     )
                 with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
                     for batch in batches:
-                        # One row in memory, since all parts are read at a time.
-                        for image, embedding, entry in zip(*batch.columns, strict=True):
+                        for image, embedding, entry in zip(*batch.columns, strict=True):  # one row in memory
                             fields = json.loads(entry.as_py())
                             captions = [Caption(*caption) for caption in fields.pop("captions")]
-                            yield Examined(
+                            yield ProcessedPair(
                                 **fields,
                                 captions=captions,
-                                image=image.as_py() if pictures else b"",
-                                embedding=b"" if pictures else embedding.as_py(),
+                                image=image.as_py() if images else b"",
+                                embedding=b"" if images else embedding.as_py(),
                             )
 
 
-class Share:
-    """The units of part `shard` of `shards`, and what all parts must agree on. Iterated once."""
+@dataclass(frozen=True)
+class Division:
+    """How a corpus is divided."""
 
-    def __init__(self, units: Iterable[Unit], shard: int, shards: int) -> None:
-        self._units = units
-        self._shard = shard
-        self._shards = shards
-        self._names = xxhash.xxh3_128()
-        self._digests: dict[int, str] = {}  # of the names up to each unit that was given out
-        self._first = 0
-        self._begins_with = ""
-        self.count = 0
-        """Units of the whole corpus, once iterated."""
+    units: int
+    digest: str
+    """XXH3-128 of the names of all units."""
+    parts: int
 
-    def leave_out(self, first: int, digest: str) -> None:
-        """Begin with unit number `first`; those before it must have names of this digest."""
-        self._first, self._begins_with = first, digest
+    @classmethod
+    def of(cls, corpus: Corpus, parts: int | None) -> Division:
+        """The corpus in so many parts; None takes as many as `Corpus.units_per_part` says, up to a thousand."""
+        names = xxhash.xxh3_128()
+        units = 0
+        for unit in corpus.units():
+            names.update(unit.name.encode("utf-8", "surrogateescape") + b"\0")
+            units += 1
+        wanted = min(_MOST_PARTS, max(1, -(-units // corpus.units_per_part)))
+        return cls(units, names.hexdigest(), parts or wanted)
 
-    def __iter__(self) -> Iterator[tuple[int, Unit]]:
-        for number, unit in enumerate(self._units):
-            if number == self._first > 0:
-                self._check_beginning()
-            self._names.update(unit.name.encode("utf-8", "surrogateescape") + b"\0")
-            self.count += 1
-            if number >= self._first and number % self._shards == self._shard:
-                self._digests[number] = self.digest
+    def end_of(self, part: int) -> int:
+        """The first unit behind a part."""
+        return (part + 1) * self.units // self.parts
+
+    def units_of(self, corpus: Corpus, parts: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """The units of these parts, ascending, with their numbers."""
+        left = [(self.end_of(part - 1), self.end_of(part)) for part in reversed(parts)]
+        for number, unit in enumerate(corpus.units()):
+            while left and number >= left[-1][1]:
+                left.pop()
+            if not left:
+                return
+            if number >= left[-1][0]:
                 yield number, unit
-        if self.count <= self._first:
-            self._check_beginning()
-
-    def digest_up_to(self, number: int) -> str:
-        """Of the names of the units up to this one, the last that an entry was found of; asked once, in ascending order."""
-        for earlier in [unit for unit in self._digests if unit < number]:
-            del self._digests[earlier]
-        return self._digests.pop(number)
-
-    @property
-    def digest(self) -> str:
-        """Of the names of all units, once iterated."""
-        return self._names.hexdigest()
-
-    def _check_beginning(self) -> None:
-        if self.count != self._first or (self._first and self.digest != self._begins_with):
-            raise DataError(
-                f"the corpus has changed since part {self._shard} of {self._shards} was begun: prepare it again with "
-                "--overwrite True"
-            )
 
 
-def check_part(shard: int, shards: int) -> None:
-    """Raises `ConfigError` where there is no part `shard` of `shards`."""
-    if shards < 1 or not 0 <= shard < shards:
-        raise ConfigError(f"shard must lie in [0, shards), found shard {shard} of {shards} shards")
+class Parts:
+    """The parts of the prepared folder `out`."""
 
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.folder = out.with_name(f"{out.name}.parts")
+        self._merged = out.with_name(f".{out.name}.parts.merged")
 
-def part_folder(out: Path, shard: int, shards: int) -> Path:
-    """Where a part lies."""
-    return parts_folder(out) / f"{shard:05d}-of-{shards:05d}"
+    def place(self, part: int, parts: int) -> Path:
+        """Where a part lies."""
+        return self.folder / f"{part:05d}-of-{parts:05d}"
 
+    def there(self) -> set[tuple[int, int]]:
+        """(part, parts) of all that are complete."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("*-of-*"))
+        return {(int(name[1]), int(name[2])) for name in names if name}
 
-def parts_folder(out: Path) -> Path:
-    """Where the parts of a prepared folder lie."""
-    return out.with_name(f"{out.name}.parts")
+    def begun(self) -> int | None:
+        """How many parts a preparation has that was begun; None where there is none, or several."""
+        counts = {count for _, count in self.there()}
+        return counts.pop() if len(counts) == 1 else None
 
+    def existing(
+        self, part: int, parts: int, identity: dict[str, Any], division: Division | None = None
+    ) -> PartReport | None:
+        """The report of a complete part of the same preparation, or None where there is no part.
 
-def remove_parts(out: Path, merged: list[Part]) -> None:
-    """Remove the parts of a prepared folder that are merged, and no others, which a job may be doing.
-
-    Where there are no others, they take another name first: of parts half of which were removed, nobody could tell that they
-    had been merged.
-    """
-    clear_merged(out)
-    folder = parts_folder(out)
-    own = {path for part in merged for path in (part.folder, _work(part.folder))}
-    with suppress(OSError):  # the folder itself is complete, and the next merge tries again
-        if own.issuperset(folder.iterdir()):
-            folder.rename(_merged_folder(out))
-            clear_merged(out)
-        else:
-            for part in merged:
-                remove_part(part.folder)
-
-
-def clear_merged(out: Path) -> None:
-    """Remove what a merge left that was ended while it removed the parts."""
-    shutil.rmtree(_merged_folder(out), ignore_errors=True)
-
-
-def _merged_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.parts.merged")
-
-
-def existing_part(folder: Path, identity: dict[str, Any]) -> PartReport | None:
-    """The report of a complete part of the same preparation, or None where there is no part.
-
-    Raises:
-        DataError: there is one of another preparation.
-    """
-    if not folder.exists():
-        return None
-    part = _read_part(folder)
-    _check_identity(folder, part.manifest["options"], identity)
-    return PartReport(str(folder), part.manifest["pairs"], already_there=True)
-
-
-def only_job(out: Path, shard: int, shards: int) -> AbstractContextManager[None]:
-    """Keep other processes from doing a part, or merging it, meanwhile; see `only_process`."""
-    return only_process(out, f".{out.name}.{shard}-of-{shards}.lock")
-
-
-def remove_part(folder: Path) -> None:
-    """Remove a part, complete or begun, so that it is done from the start."""
-    for path in (_work(folder), folder):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def write_part(
-    examined: Callable[[Share], Iterable[Examined]], share: Share, folder: Path, identity: dict[str, Any]
-) -> PartReport:
-    """Write what is found of a share of the corpus, going on behind the last complete segment that an earlier call left.
-
-    Args:
-        examined: looks at the units of a share.
-
-    Raises:
-        DataError: the disk is full, the part was begun with other options, or the corpus has changed since then.
-    """
-    work = _work(folder)
-    shard, shards = _numbers(folder)
-    with disk_full_is_a_data_error(folder):
-        remove_leftovers(work)
-        segments = _complete_segments(work, identity)
-        if segments:
-            share.leave_out(segments[-1]["end"], segments[-1]["digest"])
-        items = iter(examined(share))
-        item = next(items, None)
-        while item is not None:
-            with built_beside(work / f"segment-{item.unit:010d}") as partial:
-                segment, item = _write_segment(partial, item, items, share)
-                segment["format_version"] = FORMAT_VERSION
-                segment["options"] = identity
-                segment["begin"] = segments[-1]["end"] if segments else 0
-                write_json(partial / "segment.json", segment)
-            segments.append(segment)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "options": identity,
-            "shard": shard,
-            "shards": shards,
-            "units": share.count,
-            "units_digest": share.digest,
-            "pairs": sum(segment["pairs"] for segment in segments),
-            "files": [file for segment in segments for file in segment["files"]],
-        }
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(work / "part.json", manifest)
-        if not folder.exists():  # where two jobs did the same part, the other may have been first
-            work.rename(folder)
-            sync_directory(folder.parent)
-        shutil.rmtree(work, ignore_errors=True)
-    return PartReport(str(folder), manifest["pairs"])
-
-
-def _write_segment(
-    partial: Path, item: Examined, items: Iterator[Examined], share: Share
-) -> tuple[dict[str, Any], Examined | None]:
-    """Write items up to the end of a unit behind which the segment is large enough: (what it holds, the next item)."""
-    from dalle_ds.data.arrow import ShardWriter
-
-    name = f"segment-{item.unit:010d}"
-    writer = ShardWriter(partial / "files", _SCHEMA)
-    pairs = entries = size = 0
-    following: Examined | None = item
-    while following is not None:
-        if following.unit != item.unit and (size >= _SEGMENT_BYTES or entries >= _SEGMENT_PAIRS):
-            break
-        item = following
-        fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
-        fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
-        entry = json.dumps(fields)  # ASCII
-        weight = len(item.image) + len(item.embedding) + len(entry)
-        writer.add({"image": item.image, "embedding": item.embedding, "entry": entry}, weight)
-        pairs += 0 if item.unpaired else item.count
-        entries, size = entries + 1, size + weight
-        following = next(items, None)
-    files = [vars(dataclasses.replace(file, file=f"{name}/files/{file.file}")) for file in writer.close()]
-    end = {"end": item.unit + 1, "digest": share.digest_up_to(item.unit)}
-    return {**end, "pairs": pairs, "files": files}, following
-
-
-def _complete_segments(work: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the segments of a part that was begun hold, up to the first that is missing."""
-    segments: list[dict[str, Any]] = []
-    for path in sorted(work.glob("segment-*/segment.json")):
-        segment = parse_json(path.read_bytes())
-        _check_identity(work, segment["options"], identity)
-        if segment["begin"] != (segments[-1]["end"] if segments else 0):
-            break
-        if segment.get("format_version") != FORMAT_VERSION:  # of a version that did not count all that is counted now
-            break
-        segments.append(segment)
-    return segments
-
-
-def complete_parts(out: Path, shards: int | None = None) -> list[Part]:
-    """All parts of a preparation, by number.
-
-    Args:
-        shards: how many there must be; None takes what the parts say.
-
-    Raises:
-        DataError: one is missing, or they do not belong together.
-    """
-    folder = parts_folder(out)
-    names = [_NAME.fullmatch(path.name) for path in sorted(folder.glob("*-of-*"))]
-    found = {(int(name[1]), int(name[2])) for name in names if name}
-    counts = {count for _, count in found} if shards is None else {shards}
-    if not found:
-        raise DataError(f"{folder} has no parts to merge: prepare them with --shard I --shards N")
-    if len(counts) > 1:
-        raise DataError(f"{folder} has parts of several divisions ({_listed(counts)}): say which with --shards N")
-    count = counts.pop()
-    missing = [number for number in range(count) if (number, count) not in found]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {count} parts are missing from {folder} ({_listed(missing)}): prepare them with --shard I "
-            f"--shards {count}, then merge again"
-        )
-    parts = [_read_part(part_folder(out, number, count)) for number in range(count)]
-    first = parts[0].manifest
-    for part in parts:
-        differing = _differing(part.manifest["options"], first["options"])
+        Raises:
+            DataError: there is one of another preparation, or of a corpus that is not divided so.
+        """
+        folder = self.place(part, parts)
+        if not folder.exists():
+            return None
+        manifest = _read_part(folder).manifest
+        differing = _differing(manifest["options"], identity)
         if differing:
             raise DataError(
-                f"{part.folder} was prepared with other options than part 0 (different: {differing}): prepare it again "
-                "with --overwrite True"
+                f"{folder} is part of another preparation (different: {differing}): give --overwrite True, or another --out"
             )
-        if any(part.manifest[name] != first[name] for name in ("units", "units_digest")):
+        if division is not None and (manifest["units"], manifest["units_digest"]) != (division.units, division.digest):
             raise DataError(
-                f"the corpus was another one when {part.folder} was prepared ({part.manifest['units']:,} files or rows, "
-                f"part 0 has seen {first['units']:,}): prepare all parts again with --overwrite True"
+                f"the corpus has changed since {folder} was prepared: prepare it again with --overwrite True"
             )
-    return parts
+        return PartReport(str(folder), manifest["pairs"], already_there=True)
+
+    def only_job(self, part: int, parts: int) -> AbstractContextManager[None]:
+        """Keep other processes from doing a part meanwhile; see `only_process`."""
+        return only_process(self._out, f".{self._out.name}.{part}-of-{parts}.lock")
+
+    def write(
+        self, items: Iterator[ProcessedPair], parts: Sequence[int], division: Division, identity: dict[str, Any]
+    ) -> Iterator[PartReport]:
+        """Write what is found of the units of these parts, one part after the other.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        item = next(items, None)
+        with disk_full_is_a_data_error(self.folder):
+            for part in parts:
+                folder, pairs = self.place(part, division.parts), 0
+                remove_leftovers(self.folder, folder.name)
+                with built_beside(folder) as partial:
+                    writer = StoreWriter(partial / "files", _SCHEMA)
+                    while item is not None and item.unit < division.end_of(part):
+                        row = _row_of(item)
+                        writer.add(row, sum(map(len, row.values())))
+                        pairs += 0 if item.unpaired else item.count
+                        item = next(items, None)
+                    manifest = {
+                        "format_version": FORMAT_VERSION,
+                        "options": identity,
+                        "part": part,
+                        "parts": division.parts,
+                        "units": division.units,
+                        "units_digest": division.digest,
+                        "pairs": pairs,
+                        "files": [vars(file) for file in writer.close()],
+                    }
+                    write_json(partial / "part.json", manifest)
+                yield PartReport(str(folder), pairs)
+
+    def complete(self, count: int | None = None) -> list[Part]:
+        """All parts of a preparation, in order.
+
+        Args:
+            count: how many there must be; None takes what the parts say.
+
+        Raises:
+            DataError: one is missing, or they do not belong together.
+        """
+        found = self.there()
+        counts = {count for _, count in found} if count is None else {count}
+        if not found:
+            raise DataError(f"{self.folder} has no parts to merge: prepare them with --part I --parts N")
+        if len(counts) > 1:
+            raise DataError(
+                f"{self.folder} has parts of several divisions ({_listed(counts)}): say which with --parts N"
+            )
+        count = counts.pop()
+        missing = [number for number in range(count) if (number, count) not in found]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {count} parts are missing from {self.folder} ({_listed(missing)}): prepare them with "
+                f"--part I --parts {count}, then merge again"
+            )
+        parts = [_read_part(self.place(number, count)) for number in range(count)]
+        first = parts[0].manifest
+        for part in parts:
+            differing = _differing(part.manifest["options"], first["options"])
+            if differing:
+                raise DataError(
+                    f"{part.folder} was prepared with other options than part 0 (different: {differing}): prepare it again "
+                    "with --overwrite True"
+                )
+            if any(part.manifest[name] != first[name] for name in ("units", "units_digest")):
+                raise DataError(
+                    f"the corpus was another one when {part.folder} was prepared ({part.manifest['units']:,} files or rows, "
+                    f"part 0 has seen {first['units']:,}): prepare all parts again with --overwrite True"
+                )
+        return parts
+
+    def remove(self, merged: list[Part]) -> None:
+        """Remove parts that are merged, and no others, which a job may be doing.
+
+        Where there are no others, they take another name first: of parts half of which were removed, nobody could tell that
+        they had been merged.
+        """
+        self.clear_merged()
+        own = {part.folder for part in merged}
+        with suppress(OSError):  # the folder itself is complete, and the next merge tries again
+            # What ends in .work was begun by a former version.
+            if all(path in own or path.suffix == ".work" for path in self.folder.iterdir()):
+                self.folder.rename(self._merged)
+                self.clear_merged()
+            else:
+                for path in own:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def clear_merged(self) -> None:
+        """Remove what a merge left that was ended while it removed the parts."""
+        shutil.rmtree(self._merged, ignore_errors=True)
 
 
-def merged(parts: Iterable[Part], *, pictures: bool = True) -> Iterator[Examined]:
+def merged(parts: Iterable[Part], *, images: bool = True) -> Iterator[ProcessedPair]:
     """The entries of all parts in the order of the corpus; see `Part.entries`."""
-    return heapq.merge(*(part.entries(pictures=pictures) for part in parts), key=lambda item: item.unit)
+    for part in parts:
+        yield from part.entries(images=images)
+
+
+def _row_of(item: ProcessedPair) -> dict[str, Any]:
+    fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
+    fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
+    return {"image": item.image, "embedding": item.embedding, "entry": json.dumps(fields)}  # the last in ASCII
 
 
 def _read_part(folder: Path) -> Part:
@@ -348,32 +294,13 @@ def _read_part(folder: Path) -> Part:
         raise DataError(
             f"{folder} has part format {version}, not {FORMAT_VERSION}: prepare it again with --overwrite True"
         )
-    found = manifest.get("shard"), manifest.get("shards")
-    if found != _numbers(folder):
+    found = manifest.get("part"), manifest.get("parts")
+    if found != tuple(map(int, folder.name.split("-of-"))):
         raise DataError(
             f"{folder} has the files of part {found[0]} of {found[1]}: give it its own name, or prepare it again with "
             "--overwrite True"
         )
     return Part(folder, manifest)
-
-
-def _work(folder: Path) -> Path:
-    """Where a part lies until it is complete."""
-    return folder.with_name(f".{folder.name}.work")
-
-
-def _numbers(folder: Path) -> tuple[int, int]:
-    """(shard, shards) of a part's folder."""
-    shard, shards = folder.name.split("-of-")
-    return int(shard), int(shards)
-
-
-def _check_identity(folder: Path, options: dict[str, Any], identity: dict[str, Any]) -> None:
-    differing = _differing(options, identity)
-    if differing:
-        raise DataError(
-            f"{folder} is part of another preparation (different: {differing}): give --overwrite True, or another --out"
-        )
 
 
 def _differing(options: dict[str, Any], identity: dict[str, Any]) -> str:

@@ -2,44 +2,35 @@
 
 The prepared folder DIR has one folder per split (`train`, `validation`, and for corpora with variants `compositional`),
 each of which `datasets.load_from_disk` opens, with columns `image` (encoded bytes), `captions`, `name`, `group` and two
-checksums (`shards.SCHEMA`); and `info.json`, written last. What is found of each pair lies in `DIR.parts` first (`parts`),
-so that a preparation that was killed goes on where it was, and so that copies are found in a corpus of any size (`copies`).
+checksums (`store.PAIR_SCHEMA`); and `info.json`, written last. What is found of each pair lies in `DIR.parts` first (`parts`),
+part by part, so that a preparation that was killed goes on with the next one, and so that copies are found in a corpus of any
+size (`dedup`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dalle_ds.config.checks import sound
-from dalle_ds.data import corpora, parts
+from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
-from dalle_ds.data.disk import disk_full_is_a_data_error
-from dalle_ds.data.examine import Examined, examine
+from dalle_ds.data.dataset import FOR_TRAINING, FORMAT_VERSION, read_info
+from dalle_ds.data.dedup import Copies, embedded, find_copies, picture_model
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.filters.copies import Copies, find_copies
-from dalle_ds.data.parts import Part, PartReport
+from dalle_ds.data.parts import Division, Part, PartReport, Parts, merged
+from dalle_ds.data.processing import ProcessedPair, process_units
 from dalle_ds.data.report import PreparationReport
-from dalle_ds.data.shards import digest_of
-from dalle_ds.data.splits import compositional_holdout, unit_hash
+from dalle_ds.data.splits import SplitSorter, StoredPair
+from dalle_ds.data.store import digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, only_process, remove_leftovers, write_json
-from dalle_ds.parsing import parse_json
-
-if TYPE_CHECKING:
-    from dalle_ds.data.arrow import SplitWriter, StoredPair
-
-FORMAT_VERSION = 2
-FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
-"""What helps where all images of a small corpus fell into the validation split."""
+from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
 
 Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -108,13 +99,17 @@ class PrepareOptions:
             raise ConfigError(f"corpus {self.corpus} has columns of its own: leave out image_column and caption_column")
 
 
-def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: bool = False) -> PreparationReport:
+def prepare(
+    options: PrepareOptions, out: str, *, parts: int | None = None, workers: int = 1, overwrite: bool = False
+) -> PreparationReport:
     """Prepare a corpus into the folder `out`, which appears only when it is complete.
 
-    One that was killed goes on where it was when it is called again with the same options.
+    The work is done in parts, one after the other. A preparation that was killed goes on with the first part that is not
+    complete when it is called again with the same options.
 
     Args:
-        workers: processes that judge captions and decode pictures; the result does not depend on it.
+        parts: how many; None takes those of a preparation that was begun, or parts of some thousand pairs.
+        workers: processes that judge captions and decode images; the result does not depend on it.
         overwrite: replace an earlier preparation in `out`, complete or begun.
 
     Returns:
@@ -125,25 +120,31 @@ def prepare(options: PrepareOptions, out: str, *, workers: int = 1, overwrite: b
         DataError: the source or `out` cannot be used, nothing of the corpus is kept, the disk is full, or another process
             prepares it.
     """
-    done = prepare_part(options, out, 0, 1, workers=workers, overwrite=overwrite)
-    if isinstance(done, PreparationReport):
-        return done
-    try:
-        return merge_parts(out, 1, overwrite=overwrite)
-    except NothingKept:  # what was found is of no use with any other options
-        parts.remove_part(Path(done.folder))
-        with suppress(OSError):
-            parts.parts_folder(Path(out)).rmdir()
-        raise
+    _check_corpus(options)
+    folder = Path(out)
+    with only_process(folder, f".{folder.name}.lock"):
+        existing = _existing_report(_identity(options), folder, overwrite)
+        if existing is not None:
+            return existing
+        if overwrite:
+            shutil.rmtree(Parts(folder).folder, ignore_errors=True)
+        remove_leftovers(Parts(folder).folder)
+        corpus = _corpus(options)
+        division = Division.of(corpus, parts or Parts(folder).begun())
+        _do_parts(options, folder, corpus, division, range(division.parts), workers)
+        try:
+            return merge_parts(out, division.parts, overwrite=overwrite)
+        except NothingKept:  # what was found is of no use with any other options
+            Parts(folder).remove(Parts(folder).complete(division.parts))
+            raise
 
 
 def prepare_part(
-    options: PrepareOptions, out: str, shard: int, shards: int, *, workers: int = 1, overwrite: bool = False
+    options: PrepareOptions, out: str, part: int, parts: int, *, workers: int = 1, overwrite: bool = False
 ) -> PreparationReport | PartReport:
-    """Do part `shard` (from 0) of `shards` of a preparation, all of which `merge_parts` puts together.
+    """Do part `part` (from 0) of `parts` of a preparation, all of which `merge_parts` puts together.
 
-    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is; one
-    that was begun goes on where it was.
+    Parts may be done at the same time on several machines that share the disk. A part that is there is left as it is.
 
     Returns:
         What was done; the report of the whole if `out` holds it already.
@@ -152,42 +153,52 @@ def prepare_part(
         ConfigError: no such part, or as `prepare`.
         DataError: as `prepare`, or the part that is there belongs to another preparation, or another process is doing it.
     """
-    parts.check_part(shard, shards)
-    if options.corpus is None:
-        raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
+    _check_corpus(options)
+    if parts < 1 or not 0 <= part < parts:
+        raise ConfigError(f"part must lie in [0, parts), found part {part} of {parts} parts")
     folder, identity = Path(out), _identity(options)
-    with parts.only_job(folder, shard, shards):
+    with Parts(folder).only_job(part, parts):
         existing = _existing_report(identity, folder, overwrite)
         if existing is not None:
             return existing
-        part = parts.part_folder(folder, shard, shards)
         if overwrite:
-            parts.remove_part(part)
-        there = parts.existing_part(part, identity)
+            shutil.rmtree(Parts(folder).place(part, parts), ignore_errors=True)
+        there = Parts(folder).existing(part, parts, identity)
         if there is not None:
             return there
-        options.filters.check_packages()
-        share = parts.Share(_corpus(options).units(), shard, shards)
-        return parts.write_part(lambda share: _examined(share, options, workers), share, part, identity)
+        corpus = _corpus(options)
+        (report,) = _do_parts(options, folder, corpus, Division.of(corpus, parts), [part], workers)
+        return report
 
 
-def _examined(share: parts.Share, options: PrepareOptions, workers: int) -> Iterable[Examined]:
-    items = examine(share, options.filters, options.shrink, workers)
-    if options.filters.duplicate_model is None:
-        return items
-    from dalle_ds.data.filters.likeness import embedded, picture_model
+def _check_corpus(options: PrepareOptions) -> None:
+    if options.corpus is None:
+        raise ConfigError(f"corpus is missing: give one of {', '.join(KINDS)}")
+    options.filters.check_packages()
 
-    return embedded(items, picture_model(options.filters.duplicate_model))
+
+def _do_parts(
+    options: PrepareOptions, folder: Path, corpus: Corpus, division: Division, parts: Sequence[int], workers: int
+) -> list[PartReport]:
+    """Do those of the parts that are not there."""
+    identity, place = _identity(options), Parts(folder)
+    missing = [part for part in parts if place.existing(part, division.parts, identity, division) is None]
+    if not missing:
+        return []
+    items = process_units(division.units_of(corpus, missing), options.filters, options.shrink, workers)
+    if options.filters.duplicate_model is not None:
+        items = embedded(items, picture_model(options.filters.duplicate_model))
+    return list(place.write(items, missing, division, identity))
 
 
 def merge_parts(
-    out: str, shards: int | None = None, *, options: PrepareOptions | None = None, overwrite: bool = False
+    out: str, parts: int | None = None, *, options: PrepareOptions | None = None, overwrite: bool = False
 ) -> PreparationReport:
-    """Put the parts of a preparation together: the folder is the one that `prepare` makes by itself, byte for byte. The
-    parts are removed then.
+    """Put the parts of a preparation together: the folder is the same, byte for byte, in however many parts the work was done.
+    The parts are removed then.
 
     Args:
-        shards: how many parts there must be; None takes what they say.
+        parts: how many there must be; None takes what they say.
         options: what they must have been prepared with; None takes what they say.
         overwrite: replace an earlier preparation in `out`.
 
@@ -196,61 +207,31 @@ def merge_parts(
     """
     folder = Path(out)
     with only_process(folder, f".{folder.name}.merge.lock"):
-        return _merge(folder, shards, options, overwrite)
+        return _merge(folder, parts, options, overwrite)
 
 
-def _merge(folder: Path, shards: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
-    parts.clear_merged(folder)
-    if not parts.parts_folder(folder).exists() and (folder / "info.json").is_file() and not overwrite:
+def _merge(folder: Path, count: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
+    parts = Parts(folder)
+    parts.clear_merged()
+    if not parts.folder.exists() and (folder / "info.json").is_file() and not overwrite:
         # A job that was started again after it was done.
         wanted = read_info(folder)["options"] if options is None else _identity(options)
         existing = _existing_report(wanted, folder, overwrite)
         assert existing is not None, "another preparation is an error"
         return existing
-    found = parts.complete_parts(folder, shards)
+    found = parts.complete(count)
     identity = found[0].manifest["options"]
     if options is not None and _identity(options) != identity:
         raise DataError(
-            f"the parts in {parts.parts_folder(folder)} were prepared with other options: leave --corpus and what belongs to "
-            "it out, or prepare them again with --overwrite True"
+            f"the parts in {parts.folder} were prepared with other options: leave --corpus and what belongs to it out, or "
+            "prepare them again with --overwrite True"
         )
-    with ExitStack() as locks:
-        for part in found:  # a job may be told to do it once more
-            locks.enter_context(parts.only_job(folder, part.manifest["shard"], part.manifest["shards"]))
-        report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
-        parts.remove_parts(folder, found)
+    for number in range(len(found)):  # a job may be told to do it once more
+        with parts.only_job(number, len(found)):
+            pass
+    report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
+    parts.remove(found)
     return report
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-        DataError: the folder is missing, was not made by `prepare`, or has another format.
-    """
-    try:
-        if not folder.is_dir():
-            raise DataError(
-                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
-            )
-        info = parse_json((folder / "info.json").read_bytes())
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
-    if not isinstance(info, dict):
-        raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
-    if info.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
-            "prepare it again with --overwrite True"
-        )
-    missing = {"fingerprint", "options", "splits", "shards"} - set(info)
-    if missing:
-        raise DataError(
-            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
-        )
-    return info
 
 
 def _existing_report(identity: dict[str, Any], folder: Path, overwrite: bool) -> PreparationReport | None:
@@ -314,25 +295,18 @@ def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
 
 def _corpus(options: PrepareOptions) -> Corpus:
     source, columns = options.source, (options.image_column, options.caption_column)
-    match options.corpus:
-        case "twemoji":
-            return corpora.read_twemoji()
-        case "webdataset":
-            return corpora.read_webdataset(source, options.caption_column)
-        case "folder":
-            return corpora.read_folder(source, *columns)
-        case "hf":
-            return corpora.read_hf(source, *columns)
-        case "coco":
-            return corpora.read_coco(source)
-        case "cub":
-            return corpora.read_cub(source)
-        case "conceptual":
-            return corpora.read_conceptual(source, options.pictures)
-        case "wit":
-            return corpora.read_wit(source, options.pictures, options.caption_column)
-        case _:
-            return corpora.read_yfcc(source, options.pictures)
+    readers: dict[str | None, Callable[[], Corpus]] = {
+        "twemoji": corpora.read_twemoji,
+        "webdataset": lambda: corpora.read_webdataset(source, options.caption_column),
+        "folder": lambda: corpora.read_folder(source, *columns),
+        "hf": lambda: corpora.read_hf(source, *columns),
+        "coco": lambda: corpora.read_coco(source),
+        "cub": lambda: corpora.read_cub(source),
+        "conceptual": lambda: corpora.read_conceptual(source, options.pictures),
+        "wit": lambda: corpora.read_wit(source, options.pictures, options.caption_column),
+        "yfcc": lambda: corpora.read_yfcc(source, options.pictures),
+    }
+    return readers[options.corpus]()
 
 
 def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> PreparationReport:
@@ -341,27 +315,27 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
     remove_leftovers(folder.parent, folder.name)
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
         scratch = partial_folder / "copies"
-        copies = find_copies(parts.merged(found, pictures=False), options.filters, scratch)
-        sorter = _SplitSorter(partial_folder, options)
-        for pair, variant in _kept(parts.merged(found), copies, report):
+        copies = find_copies(merged(found, images=False), options.filters, scratch)
+        sorter = SplitSorter(partial_folder, options.validation, options.compositional, options.seed)
+        for pair, variant in _kept(merged(found), copies, report):
             sorter.add(pair, variant)
         shutil.rmtree(scratch)
-        report.kept, report.fingerprint, shards = sorter.finish()
+        report.kept, report.fingerprint, files = sorter.finish()
         report.notes = _notes(options, report)
         if not any(report.kept.values()):
             expected = f". Expected: {hint}" if (hint := _EXPECTED.get(options.corpus or "")) else ""
             raise NothingKept(
                 f"corpus {options.source or options.corpus} has no pair that can be kept: {report.losses()}{expected}"
             )
-        info = {"format_version": FORMAT_VERSION, "options": identity, **report.to_json(), "shards": shards}
+        info = {"format_version": FORMAT_VERSION, "options": identity, **report.to_json(), "shards": files}
         write_json(partial_folder / "info.json", info)
     return report
 
 
-def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) -> Iterator[tuple[StoredPair, str]]:
+def _kept(
+    items: Iterator[ProcessedPair], copies: Copies, report: PreparationReport
+) -> Iterator[tuple[StoredPair, str]]:
     """The pairs that are kept, with their variants; the others are counted."""
-    from dalle_ds.data.arrow import StoredPair  # imports datasets, which worker processes do without
-
     numbers = itertools.count()
     for place, item in enumerate(items):
         reasons = [
@@ -379,73 +353,3 @@ def _kept(items: Iterator[Examined], copies: Copies, report: PreparationReport) 
         else:
             report.keep(sum(caption.cut for caption in captions), [reason for _, reason in dropped])
             yield StoredPair(item.image, [caption.text for caption in captions], item.name, item.group), item.variant
-
-
-# --- split ----------------------------------------------------------------------------------------------------------
-
-
-class _SplitSorter:
-    """Sends every pair to its split while the corpus streams by.
-
-    Two choices need the whole corpus: which variants to hold out, and which group becomes the validation split should
-    none fall into it by its hash. Pairs that may be concerned (all variants; while validation is empty, each group with
-    the lowest hash yet) wait in a file until the end.
-    """
-
-    def __init__(self, folder: Path, options: PrepareOptions) -> None:
-        from dalle_ds.data.arrow import SplitWriter  # imports datasets, which worker processes do without
-
-        self._folder = folder
-        self._options = options
-        self._writers: dict[str, SplitWriter] = {
-            "train": SplitWriter(folder / "train"),
-            "validation": SplitWriter(folder / "validation"),
-        }
-        self._waiting = SplitWriter(folder / "waiting")
-        self._variants: list[str] = []  # of the waiting pairs
-        self._lowest = (1.0, "")  # (hash, group)
-
-    def add(self, pair: StoredPair, variant: str) -> None:
-        """Store one pair."""
-        place = unit_hash(self._options.seed, pair.group)
-        if place < self._options.validation:
-            self._writers["validation"].add(pair)
-            return
-        no_validation = self._options.validation > 0 and not self._writers["validation"].rows
-        if no_validation:
-            self._lowest = min(self._lowest, (place, pair.group))
-        if variant or (no_validation and pair.group == self._lowest[1]):
-            self._waiting.add(pair)
-            self._variants.append(variant)
-        else:
-            self._writers["train"].add(pair)
-
-    def finish(self) -> tuple[dict[str, int], str, dict[str, list[dict[str, Any]]]]:
-        """Place the waiting pairs and close the splits: (split → rows, fingerprint of all, split → shards)."""
-        from dalle_ds.data.arrow import SplitWriter, read_rows
-
-        self._waiting.close()
-        needs_validation = self._options.validation > 0 and not self._writers["validation"].rows
-        waiting = [pair.group for pair in read_rows(self._folder / "waiting")]
-        several_groups = self._writers["train"].rows > 0 or len(set(waiting)) > 1
-        to_validation = self._lowest[1] if needs_validation and several_groups else None
-        variants = [
-            (group, variant)
-            for group, variant in zip(waiting, self._variants, strict=True)
-            if variant and group != to_validation
-        ]
-        held_out = compositional_holdout(variants, self._options.compositional, self._options.seed)
-        if held_out:
-            self._writers["compositional"] = SplitWriter(self._folder / "compositional")
-        for pair, variant in zip(read_rows(self._folder / "waiting"), self._variants, strict=True):
-            if pair.group == to_validation:
-                split = "validation"
-            else:
-                split = "compositional" if (pair.group, variant) in held_out else "train"
-            self._writers[split].add(pair)
-        shutil.rmtree(self._folder / "waiting")
-        digests = [f"{split}:{writer.close()}" for split, writer in self._writers.items()]
-        fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        rows = {split: writer.rows for split, writer in self._writers.items()}
-        shards = {split: [vars(shard) for shard in writer.shards] for split, writer in self._writers.items()}
-        return rows, fingerprint, shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,32 +79,18 @@ class PreparationReport:
 
     def to_json(self) -> dict[str, Any]:
         """The part that `info.json` keeps."""
-        return {
-            "splits": self.kept,
-            "dropped": {reason: vars(entry) for reason, entry in self.dropped.items()},
-            "unpaired": {reason: vars(entry) for reason, entry in self.unpaired.items()},
-            "captions_cut": self.captions_cut,
-            "captions_dropped": self.captions_dropped,
-            "caption_examples": self.caption_examples,
-            "fingerprint": self.fingerprint,
-            "notes": self.notes,
-        }
+        kept = dataclasses.asdict(self)
+        del kept["out"], kept["already_there"]
+        return {"splits": kept.pop("kept"), **kept}
 
     @classmethod
     def from_json(cls, out: str, info: dict[str, Any]) -> PreparationReport:
-        """The inverse of `to_json`, for a folder that was there already."""
-        return cls(
-            out=out,
-            kept=info["splits"],
-            dropped={reason: Dropped(**entry) for reason, entry in info["dropped"].items()},
-            unpaired={reason: Dropped(**entry) for reason, entry in info.get("unpaired", {}).items()},
-            captions_cut=info["captions_cut"],
-            captions_dropped=info["captions_dropped"],
-            caption_examples=info.get("caption_examples", {}),  # not in folders of former versions
-            fingerprint=info["fingerprint"],
-            notes=info["notes"],
-            already_there=True,
-        )
+        """The inverse of `to_json`, for a folder that was there already; former versions wrote less."""
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        found = {name: value for name, value in info.items() if name in names}
+        for name in ("dropped", "unpaired"):
+            found[name] = {reason: Dropped(**entry) for reason, entry in info.get(name, {}).items()}
+        return cls(out=out, kept=info["splits"], already_there=True, **found)
 
     def losses(self) -> str:
         """What was dropped, and what belongs to no pair, with examples: for an error."""

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from dalle_ds.config import PADDING
-from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
-from dalle_ds.data.clip_views import center_view, random_view
+from dalle_ds.data.augment import (
+    augment_for_dvae,
+    augment_for_transformer,
+    clip_center_view,
+    clip_random_view,
+    useful_short_side,
+)
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import Pixels, center_crop_resize
 
+if TYPE_CHECKING:
+    from dalle_ds.text.clip_tokenizer import ClipTokenizer
+    from dalle_ds.text.tokenizer import Tokenizer
+
 KEPT_BYTES = 2**26
 """Decoded images that a process keeps of a split; one that would take more is decoded anew for every sample."""
 
 
-class Tokenizer(Protocol):
-    """The part of `dalle_ds.text.tokenizer.Tokenizer` that is used here."""
-
-    def encode(
-        self,
-        text: str,
-        *,
-        dropout: float = 0.0,
-        rng: np.random.Generator | None = None,
-        max_tokens: int | None = None,
-    ) -> list[int]:
-        """Token ids, at most `max_tokens`."""
-
-
 class RowSamples:
-    """What samples of any kind are drawn from: the rows of a dataset."""
+    """What samples of any kind are drawn from: the rows of a dataset.
 
-    def __init__(self, dataset: PairDataset) -> None:
+    Args:
+        dataset: rows.
+        image_size: side R of the views.
+        train: random views, and a random caption of several; otherwise the central view and the first caption.
+    """
+
+    def __init__(self, dataset: PairDataset, image_size: int, *, train: bool) -> None:
         self._dataset = dataset
+        self._image_size = image_size
+        self._train = train
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -53,20 +54,16 @@ class RowSamples:
         """See `loader.Samples`."""
         self._dataset.check_unchanged()
 
+    def _caption(self, row: int, rng: np.random.Generator) -> str:
+        captions = self._dataset.captions(row)
+        return captions[int(rng.integers(len(captions)))] if self._train else captions[0]
+
 
 class DvaeSamples(RowSamples):
-    """Pictures for the dVAE: `image`, (3, R, R) uint8.
-
-    Args:
-        dataset: rows.
-        image_size: R.
-        train: random views (DALL·E Listing 1); otherwise the central one.
-    """
+    """Images for the dVAE: `image`, (3, R, R) uint8, in training a view as in DALL·E Listing 1. Args: see `RowSamples`."""
 
     def __init__(self, dataset: PairDataset, image_size: int, *, train: bool) -> None:
-        super().__init__(dataset)
-        self._image_size = image_size
-        self._train = train
+        super().__init__(dataset, image_size, train=train)
         self._decoded: dict[int, Pixels] = {}
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
@@ -86,22 +83,19 @@ class DvaeSamples(RowSamples):
 
 
 class TextImageSamples(RowSamples):
-    """Captions with pictures for the transformer.
+    """Captions with images for the transformer.
 
     `text` is (text_len,) int64, -1 after the caption's tokens, and `truncated` is 1 where they were more than fit. Beside
-    them stands `codes`, (h·w,) int64, where `codes` are given, else `image`, (3, R, R) uint8; and in evaluation
-    `other_text`, the text of another row.
+    them stands `codes`, (h·w,) int64, where `codes` are given, else `image`, (3, R, R) uint8, in training a view as in DALL·E
+    Listing 2; and in evaluation `other_text`, the text of another row.
 
     Args:
-        dataset: rows.
+        dataset, image_size, train: see `RowSamples`.
         tokenizer: of the model.
         text_len: text positions; longer captions are cut.
-        image_size: R.
-        train: a random caption of several, a random view (DALL·E Listing 2, or a random cached one), caption and BPE
-            dropout; otherwise the first caption, the central view and neither dropout.
         caption_dropout: share of captions replaced by the empty one in training.
         bpe_dropout: share of BPE merges skipped in training (DALL·E App. B.2).
-        codes: the dataset's cached image codes, or None for pictures.
+        codes: the dataset's cached image codes, of which training takes a random view, or None for images.
     """
 
     def __init__(
@@ -116,11 +110,9 @@ class TextImageSamples(RowSamples):
         bpe_dropout: float = 0.0,
         codes: CodesCache | None = None,
     ) -> None:
-        super().__init__(dataset)
+        super().__init__(dataset, image_size, train=train)
         self._tokenizer = tokenizer
         self._text_len = text_len
-        self._image_size = image_size
-        self._train = train
         self._caption_dropout = caption_dropout if train else 0.0
         self._bpe_dropout = bpe_dropout if train else 0.0
         self._codes = codes
@@ -128,9 +120,9 @@ class TextImageSamples(RowSamples):
     @property
     def faults(self) -> tuple[Fault, ...]:
         """See `loader.Samples`."""
-        shards, codes = self._dataset.faults, () if self._codes is None else self._codes.faults
-        # Most pictures without codes are those of shards that were missing then, too; none is to be counted twice.
-        return max(shards, codes, key=lambda faults: sum(fault.rows for fault in faults))
+        files, codes = self._dataset.faults, () if self._codes is None else self._codes.faults
+        # Most images without codes are those of files that were missing then, too; none is to be counted twice.
+        return max(files, codes, key=lambda faults: sum(fault.rows for fault in faults))
 
     def check_unchanged(self) -> None:
         """See `loader.Samples`."""
@@ -141,24 +133,23 @@ class TextImageSamples(RowSamples):
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
         if self._train:
-            return {**self._text(row, rng), **self._picture(row, rng)}
+            return {**self._text(row, rng), **self._image(row, rng)}
         # A caption from the other half of the split: neighbouring rows are often variants of one thing.
         other = (row + len(self) // 2) % len(self)
-        return {**self._text(row, rng), "other_text": self._text(other, rng)["text"], **self._picture(row, rng)}
+        return {**self._text(row, rng), "other_text": self._text(other, rng)["text"], **self._image(row, rng)}
 
     def _text(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         text = np.full(self._text_len, PADDING, dtype=np.int64)
         if rng.random() < self._caption_dropout:
             return {"text": text, "truncated": 0}
-        captions = self._dataset.captions(row)
-        caption = captions[int(rng.integers(len(captions)))] if self._train else captions[0]
+        caption = self._caption(row, rng)
         # One token more than fits tells whether the caption is cut, without tokenizing all of an endless one.
         tokens = self._tokenizer.encode(caption, dropout=self._bpe_dropout, rng=rng, max_tokens=self._text_len + 1)
         kept = tokens[: self._text_len]
         text[: len(kept)] = kept
         return {"text": text, "truncated": int(len(tokens) > len(kept))}
 
-    def _picture(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+    def _image(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         if self._codes is not None:
             view = int(rng.integers(self._codes.views)) if self._train else 0
             return {"codes": self._codes.codes(row, view)}
@@ -168,36 +159,23 @@ class TextImageSamples(RowSamples):
         return {"image": channels_first(view_pixels)}
 
 
-class CaptionTokens(Protocol):
-    """The part of `dalle_ds.text.clip_tokenizer.ClipTokenizer` that is used here."""
-
-    end: int
-
-    def encode(self, texts: Sequence[str], length: int) -> Tensor:
-        """(B, length) int64: start token, pieces, end token, -1."""
-        ...
-
-
 class ClipSamples(RowSamples):
-    """Pictures with captions for CLIP.
+    """Images with captions for CLIP.
 
-    `image` is (3, S, S) uint8; `text` is (text_len,) int64, with start and end tokens and -1 behind them; `truncated` is 1
+    `image` is (3, R, R) uint8; `text` is (text_len,) int64, with start and end tokens and -1 behind them; `truncated` is 1
     where the caption's tokens were more than fit.
 
     Args:
-        dataset: rows.
+        dataset, image_size, train: see `RowSamples`.
         tokenizer: of the model.
         text_len: text positions; longer captions are cut, and keep their end token.
-        image_size: S.
-        train: a random caption of several and a random view; otherwise the first caption and the central view.
-        min_crop: the least share of a view's possible area that a random one takes (`clip_views.random_view`).
-        mirror: whether every other random view is mirrored.
+        min_crop, mirror: of random views (`augment.clip_random_view`).
     """
 
     def __init__(
         self,
         dataset: PairDataset,
-        tokenizer: CaptionTokens,
+        tokenizer: ClipTokenizer,
         *,
         text_len: int,
         image_size: int,
@@ -205,30 +183,26 @@ class ClipSamples(RowSamples):
         min_crop: float = 1.0,
         mirror: bool = False,
     ) -> None:
-        super().__init__(dataset)
+        super().__init__(dataset, image_size, train=train)
         self._tokenizer = tokenizer
         self._text_len = text_len
-        self._image_size = image_size
-        self._train = train
         self._min_crop = min_crop
         self._mirror = mirror
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         """See `loader.Samples`."""
-        captions = self._dataset.captions(row)
-        caption = captions[int(rng.integers(len(captions)))] if self._train else captions[0]
+        caption, size = self._caption(row, rng), self._image_size
         # With one position more than there are, a caption that does not fit has its end token there.
         text = self._tokenizer.encode([caption], self._text_len + 1)[0].numpy()
         truncated = int(text[-1] != PADDING)
         text = text[:-1]
         if truncated:
             text[-1] = self._tokenizer.end
-        size = self._image_size
-        # Random views may be of a part of the picture, whose pixels are to be as many.
-        pixels = self._dataset.picture(row, 2 * size if self._train else size)
-        view = (
-            random_view(pixels, size, rng, self._min_crop, self._mirror) if self._train else center_view(pixels, size)
-        )
+        if self._train:  # views may be of a part of the image, whose pixels are to be as many
+            pixels = self._dataset.picture(row, 2 * size)
+            view = clip_random_view(pixels, size, rng, self._min_crop, self._mirror)
+        else:
+            view = clip_center_view(self._dataset.picture(row, size), size)
         return {"text": text, "truncated": truncated, "image": channels_first(view)}
 
 

@@ -73,7 +73,7 @@ def worker_context() -> BaseContext:
     return type("WorkerContext", (kind,), {"Event": lambda _context: Flag()})()
 
 
-def without_surprises(start: Callable[[], Any]) -> Any:
+def keep_sigchld_handler(start: Callable[[], Any]) -> Any:
     """Call what starts loader processes, but leave SIGCHLD as it is.
 
     torch would handle it by raising an error wherever the trainer happens to be; without, the loader notices a dead worker
@@ -88,8 +88,8 @@ def without_surprises(start: Callable[[], Any]) -> Any:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def take(batches: Iterator[Item]) -> Item:
-    """The next of a DataLoader's iterator.
+def next_batch(batches: Iterator[Item]) -> Item:
+    """The next batch of a DataLoader's iterator.
 
     Raises:
         WorkerError: one of its workers is gone.

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.disk import disk_full_is_a_data_error
-from dalle_ds.data.filters.perceptual import perceptual_hash
-from dalle_ds.data.views import Views, collate
-from dalle_ds.data.workers import take, without_surprises
+from dalle_ds.data.dedup import perceptual_hash
+from dalle_ds.data.features import Views, collate
+from dalle_ds.data.workers import keep_sigchld_handler, next_batch
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.files import write_json
+from dalle_ds.files import disk_full_is_a_data_error, write_json
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 1
@@ -120,9 +119,9 @@ def embed_split(
         pictures = Subset(Views(dataset, size, None, 0), range(done, len(dataset)))
         batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=collate)
         with files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
-            saved, loaded = done, without_surprises(lambda: iter(batches))
+            saved, loaded = done, keep_sigchld_handler(lambda: iter(batches))
             for _ in range(len(batches)):
-                views, could_read = take(loaded)
+                views, could_read = next_batch(loaded)
                 embedded = embedder.embed_images(views.flatten(0, 1).float() / 255).float().cpu().numpy()
                 embedded[~could_read] = 0
                 if not np.isfinite(embedded).all():  # which would be like nothing, and so be no duplicate

@@ -19,8 +19,8 @@ from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import explain, parse_options
 from dalle_ds.config.watch import WatchConfig
 from dalle_ds.data import PairDataset
+from dalle_ds.data.dataset import read_info
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.candidates import Candidates, kept_precision, texts_sha256
 from dalle_ds.evaluation.measure import (

@@ -19,13 +19,12 @@ from PIL import Image
 
 from dalle_ds.config.checks import positive
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.disk import disk_full_is_a_data_error
 from dalle_ds.data.faults import RowError
 from dalle_ds.data.images import Pixels
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.embeddings import Embedder, IndexKind, PerceptualHashes, embed_split, nearest
 from dalle_ds.evaluation.pages import data_uri, encoded, write_template
-from dalle_ds.files import write_json, write_text
+from dalle_ds.files import disk_full_is_a_data_error, write_json, write_text
 from dalle_ds.models import Clip
 
 FORMAT_VERSION = 1

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle_ds.config import Run, ScalingConfig
+from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.data.mixture import Mixture
-from dalle_ds.data.prepare import read_info
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup

@@ -15,7 +15,7 @@ from torch import nn
 
 from dalle_ds.config import Run
 from dalle_ds.config.deepspeed import EngineConfig
-from dalle_ds.data.faults import Unreadable, WorkerError
+from dalle_ds.data.faults import BadSampleBudget, WorkerError
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
 from dalle_ds.jsonl import LineFile
 from dalle_ds.optim import LearningRate, WeightAverage
@@ -164,7 +164,7 @@ class Loop:
         )
         self._saving.begin_at(self.step)
         self._saving.failures = self.counts.get("failed_saves", 0)
-        self._unreadable = Unreadable(self.run.loader.max_unreadable, self.batches.faults, self.run.data)
+        self._unreadable = BadSampleBudget(self.run.loader.max_unreadable, self.batches.faults, self.run.data)
         self._stragglers = Stragglers(self.mesh, self.run.watch, lambda line: self.tracker.say(line, style="yellow"))
 
     def _begin_at(self, state: dict[str, Any]) -> None:

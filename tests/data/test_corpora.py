@@ -15,9 +15,8 @@ import datasets
 import pytest
 import webdataset
 
-from dalle_ds.data.corpora import Broken, RawPair, files, pairs, read_folder, read_hf, read_twemoji, read_webdataset
-from dalle_ds.data.corpora.pairs import BROKEN_JSON, CAPTION_UNUSED, ENCODING
-from dalle_ds.data.corpora.webdataset import NO_ARCHIVE
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora import Broken, RawPair, read_folder, read_hf, read_twemoji, read_webdataset
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
@@ -101,9 +100,9 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
     items = list(read_folder(str(tmp_path)))
     assert summary(items) == [
         ("b.jpg", ["one", "two"]),
-        ("c.png", pairs.NO_CAPTION),
-        ("d.png", ENCODING),
-        ("notes.md", files.OTHER),
+        ("c.png", reasons.NO_CAPTION),
+        ("d.png", reasons.ENCODING),
+        ("notes.md", reasons.OTHER),
         ("sub/a.PNG", ["grün 猫"]),
     ]
     assert items[0].image == RED
@@ -129,7 +128,7 @@ def test_folder_with_csv(tmp_path: Path, columns: tuple[str, str]) -> None:
     (pair, *broken) = read_folder(str(tmp_path))
     assert pair.image == RED and pair.captions[0].startswith('quoted, "twice"\nlong xxx')
     gone, nameless = ("gone.png (table.csv line 4)", "table.csv line 5")
-    assert summary(broken) == [(gone, pairs.NO_PICTURE), (nameless, pairs.NO_PICTURE)]
+    assert summary(broken) == [(gone, reasons.NO_PICTURE), (nameless, reasons.NO_PICTURE)]
 
 
 def test_folder_with_jsonl(tmp_path: Path) -> None:
@@ -139,9 +138,9 @@ def test_folder_with_jsonl(tmp_path: Path) -> None:
     assert summary(read_folder(str(tmp_path), "pic", "says")) == [
         ("a.png", ["x", "y"]),
         ("a.png", ["z"]),
-        ("a.png (t.jsonl line 3)", pairs.NO_CAPTION),
-        ("t.jsonl line 4", BROKEN_JSON),
-        ("t.jsonl line 5", BROKEN_JSON),
+        ("a.png (t.jsonl line 3)", reasons.NO_CAPTION),
+        ("t.jsonl line 4", reasons.BROKEN_JSON),
+        ("t.jsonl line 5", reasons.BROKEN_JSON),
     ]
 
 
@@ -175,7 +174,7 @@ def test_a_caption_that_cannot_be_looked_at_costs_its_pair(tmp_path: Path, monke
         return exists(path)
 
     monkeypatch.setattr(Path, "exists", unreadable)
-    assert summary(read_folder(str(tmp_path))) == [("a.png", pairs.UNREADABLE), ("b.png", ["caption"])]
+    assert summary(read_folder(str(tmp_path))) == [("a.png", reasons.UNREADABLE), ("b.png", ["caption"])]
 
 
 def test_folder_mistakes_name_what_was_found(tmp_path: Path) -> None:
@@ -223,11 +222,11 @@ def test_webdataset_as_its_own_writer_makes_it(tmp_path: Path) -> None:
         ("b.tar/k0", ["first"]),
         ("b.tar/dir/k1", ["second"]),
         ("b.tar/k2", ["txt counts"]),
-        ("b.tar/k2.json", CAPTION_UNUSED),
-        ("b.tar/k3", pairs.NO_CAPTION),
-        ("b.tar/k4", pairs.NO_PICTURE),
+        ("b.tar/k2.json", reasons.CAPTION_UNUSED),
+        ("b.tar/k3", reasons.NO_CAPTION),
+        ("b.tar/k4", reasons.NO_PICTURE),
     ]
-    assert ("b.tar/k2", pairs.NO_CAPTION) in summary(read_webdataset(str(tmp_path / "b.tar"), "other"))
+    assert ("b.tar/k2", reasons.NO_CAPTION) in summary(read_webdataset(str(tmp_path / "b.tar"), "other"))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -244,7 +243,7 @@ def test_truncated_tar_yields_what_came_before(tmp_path: Path, compressed: bool)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     *before, last = read_webdataset(str(path))
-    assert isinstance(last, Broken) and last.reason == pairs.TRUNCATED
+    assert isinstance(last, Broken) and last.reason == reasons.TRUNCATED
     assert last.name in ("t.tar", f"t.tar/{len(before)}"), "the sample that is lost with the end"
     assert 2 <= len(before) < 10
     assert before == whole[: len(before)]
@@ -252,7 +251,7 @@ def test_truncated_tar_yields_what_came_before(tmp_path: Path, compressed: bool)
 
 def test_not_a_tar(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(b"no tar at all" * 100)
-    assert list(read_webdataset(str(tmp_path))) == [Broken("t.tar", NO_ARCHIVE)]
+    assert list(read_webdataset(str(tmp_path))) == [Broken("t.tar", reasons.NO_ARCHIVE)]
     with pytest.raises(DataError, match=r"has no \.tar files"):
         (tmp_path / "t.tar").unlink()
         list(read_webdataset(str(tmp_path)))
@@ -290,7 +289,7 @@ def test_hf_parquet_with_bytes_paths_and_lists(tmp_path: Path, hf_rows: datasets
     table.to_parquet(str(tmp_path / "paths" / "a.parquet"))
     pair, *broken = read_hf(str(tmp_path / "paths"))
     assert pair.image == BLUE
-    assert [item.reason for item in broken] == [pairs.NO_PICTURE] * 2 + [files.OTHER], "the picture is no table"
+    assert [item.reason for item in broken] == [reasons.NO_PICTURE] * 2 + [reasons.OTHER], "the picture is no table"
 
 
 def test_hf_mistakes(tmp_path: Path, hf_rows: datasets.Dataset) -> None:
@@ -298,7 +297,7 @@ def test_hf_mistakes(tmp_path: Path, hf_rows: datasets.Dataset) -> None:
         list(read_hf(str(tmp_path)))
     hf_rows.save_to_disk(str(tmp_path / "one"))
     (broken,) = read_hf(str(tmp_path / "one"), image_column="picture")
-    assert isinstance(broken, Broken) and (broken.reason, broken.count) == (pairs.NO_COLUMN, 2)
+    assert isinstance(broken, Broken) and (broken.reason, broken.count) == (reasons.NO_COLUMN, 2)
     assert all(word in broken.name for word in ("'picture'", "it has image, text", "--image_column"))
     (tmp_path / "one" / "state.json").write_text('{"_data_files": [{}]}')
     with pytest.raises(DataError, match="one cannot be opened as a saved dataset"):

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from dalle_ds.data import filters
+from dalle_ds.data import reasons
 from dalle_ds.data.filters import (
     FilterOptions,
     caption_problem,
     clean_caption,
     cut_caption,
-    is_boilerplate,
     language,
     picture_problem,
 )
+from dalle_ds.data.filters.boilerplate import is_boilerplate
 from dalle_ds.data.filters.options import _OFF
 from dalle_ds.errors import ConfigError
 
@@ -72,7 +72,7 @@ def test_cut_caption_ends_at_a_word() -> None:
 )
 def test_boilerplate(caption: str) -> None:
     assert is_boilerplate(caption)
-    assert caption_problem(caption, FilterOptions()) == filters.BOILERPLATE
+    assert caption_problem(caption, FilterOptions()) == reasons.BOILERPLATE
     assert caption_problem(caption, FilterOptions(drop_boilerplate=False)) is None
 
 
@@ -98,8 +98,8 @@ def test_not_boilerplate(caption: str) -> None:
 
 def test_caption_length() -> None:
     options = FilterOptions(min_caption_chars=3)
-    assert caption_problem("", options) == filters.EMPTY
-    assert caption_problem("ox", options) == filters.TOO_SHORT
+    assert caption_problem("", options) == reasons.EMPTY
+    assert caption_problem("ox", options) == reasons.TOO_SHORT
     assert caption_problem("cat", options) is None
     assert caption_problem("猫", FilterOptions()) is None
 
@@ -108,11 +108,11 @@ def test_picture_filters_include_their_bounds() -> None:
     options = FilterOptions(min_side=10, max_megapixels=0.01)
     assert picture_problem(10, 20, options) is None
     assert picture_problem(20, 10, options) is None
-    assert picture_problem(10, 21, options) == filters.ASPECT_RATIO
-    assert picture_problem(21, 10, options) == filters.ASPECT_RATIO
-    assert picture_problem(9, 9, options) == filters.TOO_SMALL
+    assert picture_problem(10, 21, options) == reasons.ASPECT_RATIO
+    assert picture_problem(21, 10, options) == reasons.ASPECT_RATIO
+    assert picture_problem(9, 9, options) == reasons.TOO_SMALL
     assert picture_problem(100, 100, options) is None
-    assert picture_problem(101, 100, options) == filters.TOO_MANY_PIXELS
+    assert picture_problem(101, 100, options) == reasons.TOO_MANY_PIXELS
     assert picture_problem(1000, 1, FilterOptions(max_aspect_ratio=None)) is None
 
 
@@ -162,7 +162,7 @@ def test_the_papers_filters_are_off_until_asked_for_and_can_be_changed() -> None
 @pytest.mark.parametrize(
     ("changes", "caption", "problem"),
     [
-        ({"min_caption_words": 3}, "two words", filters.TOO_FEW_WORDS),
+        ({"min_caption_words": 3}, "two words", reasons.TOO_FEW_WORDS),
         ({"min_caption_words": 3}, "now three words", None),
     ],
 )

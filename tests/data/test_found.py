@@ -21,14 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dalle_ds.data.corpora import files, pairs, rows, webdataset, wit
-from dalle_ds.data.corpora.coco import SAME_ID
-from dalle_ds.data.corpora.cub import BAD_LINE, OTHER_PART
-from dalle_ds.data.corpora.downloads import NO_URL
-from dalle_ds.data.corpora.folder import TABLE_BELOW
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora import pairs, tables, webdataset
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.examine import UNDECODABLE
-from dalle_ds.data.filters.captions import EMPTY
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.data.report import Dropped, PreparationReport
@@ -224,10 +219,12 @@ def wit_lines() -> bytes:
         buffer = io.StringIO()
         for number, caption in enumerate(captions):
             values = {"language": "en", "image_url": url(number), "caption_reference_description": caption}
-            csv.DictWriter(buffer, wit.COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(values)
+            csv.DictWriter(buffer, tables.WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
+                values
+            )
         return buffer.getvalue()
 
-    heading = "\t".join(wit.COLUMNS) + "\n"
+    heading = "\t".join(tables.WIT_COLUMNS) + "\n"
     lines = (heading + line("caption 0", "open", "caption\n2")).split("\n")
     lines[2] = lines[2].replace("open", '"open')
     return "\n".join(lines).encode()
@@ -279,7 +276,7 @@ def captions(*numbers: int) -> list[str]:
 
 JSONL = "".join(json.dumps({"file_name": f"{number}.png", "text": f"caption {number}"}) + "\n" for number in range(3))
 CSV = "file_name,text\n0.png,caption 0\n1.png,caption 1\n"
-UNLISTED = {pairs.NOT_LISTED: 1}
+UNLISTED = {reasons.NOT_LISTED: 1}
 IMAGE: Callable[[int], str] = "image".format
 JSON = [json.dumps({"text": f"caption {number}"}).encode() for number in range(3)]
 FLIPPED = gzip.compress(tar(samples(3)), 0).replace(b"caption 2", b"option 2!")
@@ -287,13 +284,13 @@ FLIPPED = gzip.compress(tar(samples(3)), 0).replace(b"caption 2", b"option 2!")
 CASES = {
     # --- folders with texts beside pictures
     "folder: each without the other": Case(
-        "folder", put({**pictures(2), **texts(1), "2.txt": "x"}), captions(0), {pairs.NO_CAPTION: 1, pairs.NO_PICTURE: 1}
+        "folder", put({**pictures(2), **texts(1), "2.txt": "x"}), captions(0), {reasons.NO_CAPTION: 1, reasons.NO_PICTURE: 1}
     ),
     "folder: letter case and dots": Case(
         "folder",
         put({"a.b.PNG": PNG[0], "a.b.TXT": "caption 0", "c.JFIF": PNG[1], "c.txt": "caption 1", "c.TXT": "other"}),
         captions(0, 1),
-        unpaired={pairs.CAPTION_UNUSED: 1},
+        unpaired={reasons.CAPTION_UNUSED: 1},
     ),
     "folder: encodings": Case(
         "folder",
@@ -308,7 +305,7 @@ CASES = {
             }
         ),
         [*captions(0, 1), "caption 4"],
-        {pairs.ENCODING: 2},
+        {reasons.ENCODING: 2},
     ),
     "folder: other files": Case(
         "folder",
@@ -332,36 +329,36 @@ CASES = {
             }
         ),
         captions(0),
-        {files.FORMAT: 1, pairs.EMPTY_FILE: 1},
-        {files.SYSTEM: 4, files.ARCHIVE: 2, files.OTHER: 2, TABLE_BELOW: 1},
+        {reasons.FORMAT: 1, reasons.EMPTY_FILE: 1},
+        {reasons.SYSTEM: 4, reasons.ARCHIVE: 2, reasons.OTHER: 2, reasons.TABLE_BELOW: 1},
     ),
     "folder: links": Case(
-        "folder", linked, captions(0, 1, 2, 3), {pairs.LINK_TO_NOTHING: 1}, {files.LOOP: 3, pairs.LINK_TO_NOTHING: 1}
+        "folder", linked, captions(0, 1, 2, 3), {reasons.LINK_TO_NOTHING: 1}, {reasons.LOOP: 3, reasons.LINK_TO_NOTHING: 1}
     ),
     # --- tables
     "csv: open quote": Case(
         "folder",
         table(f'{CSV}2.png,"open\n3.png,caption 3\n4.png,5" disk\n', 5),
         [*captions(0, 1, 3), '5" disk'],
-        {rows.OPEN_QUOTE: 1},
+        {reasons.OPEN_QUOTE: 1},
         UNLISTED,
     ),
     "csv: a quote that closes by chance": Case(
         "folder",
         table('file_name,text\n0.png,"open\n1.png,caption 1\n2.png,the 5"\n'),
         ["caption 1", 'the 5"'],
-        {rows.OPEN_QUOTE: 1},
+        {reasons.OPEN_QUOTE: 1},
         UNLISTED,
     ),
     "csv: a quote that is open to the end": Case(
-        "folder", table(f'{CSV}2.png,"open\n'), captions(0, 1), {rows.OPEN_QUOTE: 1}, UNLISTED
+        "folder", table(f'{CSV}2.png,"open\n'), captions(0, 1), {reasons.OPEN_QUOTE: 1}, UNLISTED
     ),
     "csv: a quote that closes by chance, short and long rows": Case(
         "folder",
         table('file_name,text,more\n0.png,"open\n1.png,caption 1\n2.png,caption 2,x,y\n3.png,the 5"\n', 4),
         ["caption 1", 'the 5"'],
-        {rows.OPEN_QUOTE: 1, rows.FIELDS: 1},
-        {pairs.NOT_LISTED: 2},
+        {reasons.OPEN_QUOTE: 1, reasons.FIELDS: 1},
+        {reasons.NOT_LISTED: 2},
     ),
     "csv: a caption of several lines": Case(
         "folder", table(f'file_name,text\n0.png,"see\n{"long " * 80}, and\n9.png"\n1.png,caption 1\n', 2),
@@ -377,7 +374,7 @@ CASES = {
         "folder",
         table("file_name,text\n\n0.png,a cat, sitting\n1.png\n2.png,caption 2\n0.png,a cat,\n"),
         captions(2),
-        {rows.FIELDS: 2, pairs.NO_CAPTION: 1},
+        {reasons.FIELDS: 2, reasons.NO_CAPTION: 1},
         UNLISTED,
     ),
     "csv: semicolons": Case("folder", table(CSV.replace(",", ";"), 2), captions(0, 1)),
@@ -389,14 +386,14 @@ CASES = {
         "folder",
         table(CSV.encode() + "2.png,caf\xe9\n3.png,nu\0l\n".encode("latin-1"), 4),
         captions(0, 1),
-        {pairs.ENCODING: 2},
-        {pairs.NOT_LISTED: 2},
+        {reasons.ENCODING: 2},
+        {reasons.NOT_LISTED: 2},
     ),
     "csv: names that lead nowhere": Case(
         "folder",
         table(f"{CSV}sub,x\n0.png/x,x\n../no.png,x\n,x\n", 2),
         captions(0, 1),
-        {pairs.NO_PICTURE: 4},
+        {reasons.NO_PICTURE: 4},
     ),
     "jsonl: rows of every kind": Case(
         "folder",
@@ -408,18 +405,18 @@ CASES = {
             "a.jsonl",
         ),
         captions(0, 1, 2, 3),
-        {pairs.NO_CAPTION: 2, pairs.NO_PICTURE: 1, pairs.BROKEN_JSON: 2, pairs.NOT_TEXT: 1, pairs.UNREADABLE: 1},
-        lost={pairs.NOT_TEXT: 1, pairs.ENCODING: 1},
+        {reasons.NO_CAPTION: 2, reasons.NO_PICTURE: 1, reasons.BROKEN_JSON: 2, reasons.NOT_TEXT: 1, reasons.UNREADABLE: 1},
+        lost={reasons.NOT_TEXT: 1, reasons.ENCODING: 1},
     ),
-    "jsonl: names through a link": Case("folder", linked_table, captions(0), unpaired={files.LOOP: 1}),
+    "jsonl: names through a link": Case("folder", linked_table, captions(0), unpaired={reasons.LOOP: 1}),
     # --- WebDataset
     "tar: one name": Case("webdataset", put({"0.tar": tar(samples(5, IMAGE))}), captions(0, 1, 2, 3, 4)),
     "tar: one name, pictures first": Case(
         "webdataset",
         put({"0.tar": tar([*sorted(samples(2, IMAGE), key=lambda member: member[0]), *samples(4)[6:]])}),
         captions(3),
-        {webdataset.ANOTHER_PICTURE: 1, webdataset.AMBIGUOUS: 1},
-        {pairs.CAPTION_UNUSED: 1},
+        {reasons.ANOTHER_PICTURE: 1, reasons.AMBIGUOUS: 1},
+        {reasons.CAPTION_UNUSED: 1},
     ),
     "tar: one name, texts before and behind": Case(
         "webdataset",
@@ -430,32 +427,32 @@ CASES = {
             }
         ),
         captions(2),
-        {webdataset.AMBIGUOUS: 1, pairs.NO_CAPTION: 1},
-        {pairs.CAPTION_UNUSED: 2},
+        {reasons.AMBIGUOUS: 1, reasons.NO_CAPTION: 1},
+        {reasons.CAPTION_UNUSED: 2},
         column="text",
     ),
     "tar: one name, one order": Case(
         "webdataset",
         put({"0.tar": tar([m for n in range(3) for m in (*samples(3, IMAGE)[2 * n :][:2], ("image.json", JSON[n]))])}),
         captions(1, 2),
-        {webdataset.AMBIGUOUS: 1},
-        {pairs.CAPTION_UNUSED: 3},
+        {reasons.AMBIGUOUS: 1},
+        {reasons.CAPTION_UNUSED: 3},
         column="text",
     ),
     "tar: cut behind a member": Case(
-        "webdataset", put({"0.tar": cut_between_members(3)}), captions(0, 1, 2), {pairs.TRUNCATED: 1}
+        "webdataset", put({"0.tar": cut_between_members(3)}), captions(0, 1, 2), {reasons.TRUNCATED: 1}
     ),
     "tar: cut between picture and text": Case(
         "webdataset",
         put({"0.tar": tar(samples(2)[:3]).rstrip(b"\0") + bytes(512 - len(tar(samples(2)[:3]).rstrip(b"\0")) % 512)}),
-        captions(0), {pairs.TRUNCATED: 1}
+        captions(0), {reasons.TRUNCATED: 1}
     ),
     "tar: no end marker": Case(
         "webdataset", put({"0.tar": tar(samples(3)).rstrip(b"\0")[:-9] + b"caption 2" + bytes(503)}),
-        captions(0, 1, 2), {pairs.TRUNCATED: 1}
+        captions(0, 1, 2), {reasons.TRUNCATED: 1}
     ),
     "tar: cut within a member": Case(
-        "webdataset", put({"0.tar": cut_between_members(4)[:-100]}), captions(0, 1, 2), {pairs.TRUNCATED: 1}
+        "webdataset", put({"0.tar": cut_between_members(4)[:-100]}), captions(0, 1, 2), {reasons.TRUNCATED: 1}
     ),
     "tar: packed, two in one file, none, another format": Case(
         "webdataset",
@@ -470,14 +467,14 @@ CASES = {
             }
         ),
         captions(0, 1, 2),
-        {webdataset.NO_ARCHIVE: 1, webdataset.BEHIND_THE_END: 1},
-        {pairs.NOTHING_IN_IT: 1, files.ARCHIVE: 1, files.OTHER: 1},
+        {reasons.NO_ARCHIVE: 1, reasons.BEHIND_THE_END: 1},
+        {reasons.NOTHING_IN_IT: 1, reasons.ARCHIVE: 1, reasons.OTHER: 1},
     ),
     "tar: of a Mac": Case(
         "webdataset",
         put({"0.tar": tar([m for name, data in samples(3) for m in ((f"./._{name}", MAC), (f"./{name}", data))])}),
         captions(0, 1, 2),
-        unpaired={files.SYSTEM: 6},
+        unpaired={reasons.SYSTEM: 6},
     ),
     "tar: other members": Case(
         "webdataset",
@@ -504,13 +501,13 @@ CASES = {
         ),
         captions(0, 1, 2),
         {
-            webdataset.ANOTHER_PICTURE: 1,
-            files.FORMAT: 1,
-            webdataset.SEVERAL_DOTS: 2,
-            pairs.BROKEN_JSON: 1,
-            pairs.EMPTY_FILE: 1,
+            reasons.ANOTHER_PICTURE: 1,
+            reasons.FORMAT: 1,
+            reasons.SEVERAL_DOTS: 2,
+            reasons.BROKEN_JSON: 1,
+            reasons.EMPTY_FILE: 1,
         },
-        {files.OTHER: 1, files.ARCHIVE: 1, pairs.CAPTION_UNUSED: 1, webdataset.SEVERAL_DOTS: 3},
+        {reasons.OTHER: 1, reasons.ARCHIVE: 1, reasons.CAPTION_UNUSED: 1, reasons.SEVERAL_DOTS: 3},
     ),
     "tar: packed part by part": Case(
         "webdataset",
@@ -533,15 +530,15 @@ CASES = {
             }
         ),
         [*captions(0, 1, 3, 4), "option 2!"],
-        {webdataset.BEHIND_THE_END: 3},
+        {reasons.BEHIND_THE_END: 3},
     ),
     "tar: JSON in Latin-1": Case(
         "webdataset", put({"0.tar": tar([*samples(1), ("1.png", PNG[1]), ("1.json", '{"text": "\xe9"}'.encode("latin-1"))])}),
-        captions(0), {pairs.ENCODING: 1}
+        captions(0), {reasons.ENCODING: 1}
     ),
     # --- Hugging Face
-    "parquet and arrow: a caption in Latin-1": Case("hf", latin_1, captions(0, 2), {pairs.ENCODING: 1}),
-    "arrow: a batch that is damaged": Case("hf", damaged_arrow, captions(0, 2), {pairs.UNREADABLE: 1}),
+    "parquet and arrow: a caption in Latin-1": Case("hf", latin_1, captions(0, 2), {reasons.ENCODING: 1}),
+    "arrow: a batch that is damaged": Case("hf", damaged_arrow, captions(0, 2), {reasons.UNREADABLE: 1}),
     "parquet: nulls, numbers, paths": Case(
         "hf",
         parquet(
@@ -554,35 +551,35 @@ CASES = {
             more={"1.png": PNG[1], "old.arrow": b"x"},
         ),
         captions(0, 1),
-        {pairs.NO_PICTURE: 1, pairs.EMPTY_FILE: 1},
-        {files.OTHER: 2},
+        {reasons.NO_PICTURE: 1, reasons.EMPTY_FILE: 1},
+        {reasons.OTHER: 2},
     ),
     "parquet: captions that are none": Case(
         "hf",
         parquet({"image": PNG[:2], "text": [["caption 0", None], None]}, "A.PARQUET"),
         captions(0),
-        {pairs.NO_CAPTION: 1},
-        lost={pairs.NO_CAPTION: 1},
+        {reasons.NO_CAPTION: 1},
+        lost={reasons.NO_CAPTION: 1},
     ),
-    "parquet: damaged": Case("hf", damaged_parquet, captions(0, 1, 4, 5), {pairs.UNREADABLE: 3}),
+    "parquet: damaged": Case("hf", damaged_parquet, captions(0, 1, 4, 5), {reasons.UNREADABLE: 3}),
     "saved dataset": Case(
-        "hf", splits, captions(0), {pairs.NO_PICTURE: 1, pairs.EMPTY_FILE: 1, pairs.NO_COLUMN: 2}
+        "hf", splits, captions(0), {reasons.NO_PICTURE: 1, reasons.EMPTY_FILE: 1, reasons.NO_COLUMN: 2}
     ),
     # --- those with tables of their own
     "coco": Case(
         "coco",
         coco,
         captions(0, 1),
-        {pairs.NO_PICTURE: 2, pairs.NOT_TEXT: 1, SAME_ID: 1, pairs.UNREADABLE: 2, pairs.NO_CAPTION: 1},
+        {reasons.NO_PICTURE: 2, reasons.NOT_TEXT: 1, reasons.SAME_ID: 1, reasons.UNREADABLE: 2, reasons.NO_CAPTION: 1},
         UNLISTED,
-        lost={pairs.NO_CAPTION: 1},
+        lost={reasons.NO_CAPTION: 1},
     ),
     "cub": Case(
         "cub",
         cub,
         captions(1),
-        {pairs.ENCODING: 1, pairs.NOT_LISTED: 1, BAD_LINE: 2},
-        {pairs.NOT_LISTED: 1, OTHER_PART: 1, files.OTHER: 1},
+        {reasons.ENCODING: 1, reasons.NOT_LISTED: 1, reasons.BAD_LINE: 2},
+        {reasons.NOT_LISTED: 1, reasons.OTHER_PART: 1, reasons.OTHER: 1},
     ),
     "conceptual": Case(
         "conceptual",
@@ -595,25 +592,35 @@ CASES = {
             **{"sub/c_tsv": f"caption 5\t{url(5)}\n".encode()},
         ),
         captions(0, 5),
-        {pairs.ENCODING: 1, pairs.NOT_LISTED: 1, NO_URL: 1, pairs.NO_PICTURE: 1},
-        {NO_URL: 1, rows.FIELDS: 1, files.SYSTEM: 1, files.ARCHIVE: 1, pairs.CAPTION_UNUSED: 1},
+        {reasons.ENCODING: 1, reasons.NOT_LISTED: 1, reasons.NO_URL: 1, reasons.NO_PICTURE: 1},
+        {reasons.NO_URL: 1, reasons.FIELDS: 1, reasons.SYSTEM: 1, reasons.ARCHIVE: 1, reasons.CAPTION_UNUSED: 1},
         "table",
     ),
     "conceptual: pictures in the folder of the table": Case(
-        "conceptual", pictures_inside, captions(0, 1), unpaired={files.OTHER: 1}, source="table"
+        "conceptual", pictures_inside, captions(0, 1), unpaired={reasons.OTHER: 1}, source="table"
     ),
     "wit": Case(
-        "wit", joined(wit_lines(), (0, 1, 2)), ["caption 0", "caption 2"], {pairs.NOT_LISTED: 1}, {rows.OPEN_QUOTE: 1}, "table"
+        "wit",
+        joined(wit_lines(), (0, 1, 2)),
+        ["caption 0", "caption 2"],
+        {reasons.NOT_LISTED: 1},
+        {reasons.OPEN_QUOTE: 1},
+        "table",
     ),
     "yfcc": Case(
-        "yfcc", joined(yfcc_lines(), (0, 1, 2)), ["caption 0", "I <3 5 > 4"], {pairs.ENCODING: 1}, {rows.FIELDS: 1}, "table"
+        "yfcc",
+        joined(yfcc_lines(), (0, 1, 2)),
+        ["caption 0", "I <3 5 > 4"],
+        {reasons.ENCODING: 1},
+        {reasons.FIELDS: 1},
+        "table",
     ),
     "downloads as files": Case(
         "conceptual",
         downloads_as_files,
         captions(0),
-        {pairs.BROKEN_JSON: 1, pairs.NO_PICTURE: 1, NO_URL: 1, webdataset.ANOTHER_PICTURE: 1},
-        {files.OTHER: 3},
+        {reasons.BROKEN_JSON: 1, reasons.NO_PICTURE: 1, reasons.NO_URL: 1, reasons.ANOTHER_PICTURE: 1},
+        {reasons.OTHER: 3},
         "table",
     ),
 }  # fmt: skip
@@ -655,7 +662,7 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
     assert report.read == len(dataset) + sum(case.dropped.values())
     assert all(entry.examples for entry in (*report.dropped.values(), *report.unpaired.values()))
     assert all(report.caption_examples[reason] for reason in case.lost)
-    parts = [prepare_part(options_of(case, folder), str(tmp_path / "parts"), shard, 2) for shard in (1, 0)]
+    parts = [prepare_part(options_of(case, folder), str(tmp_path / "parts"), part, 2) for part in (1, 0)]
     assert sum(part.pairs for part in parts) == report.read  # type: ignore[union-attr]
     merged = merge_parts(str(tmp_path / "parts"))
     assert (merged.dropped, merged.unpaired, merged.fingerprint) == (
@@ -670,22 +677,21 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
 def test_what_is_told_survives_an_interruption_and_workers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dalle_ds.data import examine, parts
+    from dalle_ds.data import processing
 
     case = CASES["folder: other files"]
     case.build(folder)
     whole = prepare(options_of(case, folder), str(tmp_path / "whole"), workers=2)
-    judge, left = examine._judge, iter(range(9))
+    process, left = processing.process_pair, iter(range(9))
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return judge(*arguments, **options)
+        return process(*arguments, **options)
 
-    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(examine, "_judge", interrupted)
-        prepare(options_of(case, folder), str(tmp_path / "out"))
+        patch.setattr(processing, "process_pair", interrupted)
+        prepare(options_of(case, folder), str(tmp_path / "out"), parts=5)
     report = prepare(options_of(case, folder), str(tmp_path / "out"))
     assert (report.dropped, report.unpaired, report.fingerprint) == (whole.dropped, whole.unpaired, whole.fingerprint)
 
@@ -696,7 +702,7 @@ def test_a_hundred_thousand_members_of_no_pair_are_a_few_entries(folder: Path, t
     entries = sum(file["rows"] for file in json.loads((Path(done.folder) / "part.json").read_text())["files"])  # type: ignore[union-attr]
     report = merge_parts(str(tmp_path / "out"))
     assert (
-        report.unpaired[files.OTHER] == Dropped(3000, [f"0.tar/{number}.cls" for number in range(5)]) and entries < 10
+        report.unpaired[reasons.OTHER] == Dropped(3000, [f"0.tar/{number}.cls" for number in range(5)]) and entries < 10
     )
 
 
@@ -724,10 +730,10 @@ def test_an_evaluation_tells_what_it_leaves_out(folder: Path) -> None:
     found = PictureFolder(folder)
     assert [path.name for path in found.paths] == ["0.png", "1.png", "2.png"]
     assert {reason: len(names) for reason, names in found.left_out.items()} == {
-        files.SYSTEM: 1,
-        files.OTHER: 1,
-        files.FORMAT: 1,
-        pairs.NOT_A_FILE: 1,
+        reasons.SYSTEM: 1,
+        reasons.OTHER: 1,
+        reasons.FORMAT: 1,
+        reasons.NOT_A_FILE: 1,
     }
     assert all(any(name in note for note in found.notes()) for name in ("._0.png", "notes.md", "a.heic", "sub.png"))
 
@@ -743,7 +749,7 @@ def test_a_folder_that_cannot_be_read_is_told(folder: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(os, "scandir", closed)
     report = prepare(PrepareOptions(corpus="folder", source=str(folder), validation=0.0), str(tmp_path / "out"))
-    assert report.unpaired == {files.NO_ENTRY: Dropped(1, ["closed"])} and report.kept["train"] == 1
+    assert report.unpaired == {reasons.NO_ENTRY: Dropped(1, ["closed"])} and report.kept["train"] == 1
 
 
 EMPTY_TABLE = "file_name,text\n"
@@ -753,24 +759,24 @@ EMPTY_TABLE = "file_name,text\n"
     ("corpus", "build", "told"),
     [
         ("folder", table("image,caption\nprefix/0.png,x\n", 1), ["no picture (1)", "prefix/0.png", "line 2"]),
-        ("folder", table(EMPTY_TABLE, 1), [pairs.NOTHING_IN_IT, "a.csv", "not in the table (1)", "0.png"]),
-        ("folder", table("", 0), [pairs.NOTHING_IN_IT, "a.csv"]),
+        ("folder", table(EMPTY_TABLE, 1), [reasons.NOTHING_IN_IT, "a.csv", "not in the table (1)", "0.png"]),
+        ("folder", table("", 0), [reasons.NOTHING_IN_IT, "a.csv"]),
         (
             "folder",
             put({"i/0.png": PNG[0], "c/0.txt": "x"}),
             ["no picture (1)", "c/0.txt", "no caption (1)", "i/0.png"],
         ),
         ("folder", put({**pictures(1), "a.json1": "x"}), ["a.json1", ".jsonl", "NAME.txt"]),
-        ("webdataset", put({"0.tar": tar([])}), [pairs.NOTHING_IN_IT, "0.tar"]),
+        ("webdataset", put({"0.tar": tar([])}), [reasons.NOTHING_IN_IT, "0.tar"]),
         ("webdataset", put({"0.tar": b""}), ["0.tar"]),
-        ("hf", parquet({"image": [], "text": []}), [pairs.NOTHING_IN_IT, "a.parquet"]),
+        ("hf", parquet({"image": [], "text": []}), [reasons.NOTHING_IN_IT, "a.parquet"]),
         (
             "hf",
             parquet({"image": PNG[:2], "words": ["a", "b"]}),
-            [f"{pairs.NO_COLUMN} (2)", "words", "--caption_column"],
+            [f"{reasons.NO_COLUMN} (2)", "words", "--caption_column"],
         ),
-        ("folder", put({"0.png": b"x", "0.txt": "y"}), [f"{UNDECODABLE} (1)", "0.png"]),
-        ("folder", put({**pictures(1), "0.txt": " "}), [f"{EMPTY} (1)", "0.png"]),
+        ("folder", put({"0.png": b"x", "0.txt": "y"}), [f"{reasons.UNDECODABLE} (1)", "0.png"]),
+        ("folder", put({**pictures(1), "0.txt": " "}), [f"{reasons.EMPTY} (1)", "0.png"]),
     ],
 )
 def test_where_nothing_is_kept_the_error_has_counts_and_examples(
@@ -786,7 +792,7 @@ def test_where_nothing_is_kept_the_error_has_counts_and_examples(
     ("text", "told"),
     [
         ("file_name,text,text\n0.png,a,b\n", ["'text'", "twice"]),
-        (CSV.encode("utf-16-le"), ["heading", "a.csv", pairs.ENCODING]),
+        (CSV.encode("utf-16-le"), ["heading", "a.csv", reasons.ENCODING]),
         ("0.png,a cat\n", ["a.csv", "0.png", "--image_column"]),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data import arrow
-from dalle_ds.data.codes import cache_codes
+from dalle_ds.data import store_writer
+from dalle_ds.data.codes import CodesCache, cache_codes
 from dalle_ds.data.inspection import DataOptions, inspect_data
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import DataError
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def whole(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data in several shards, with codes."""
+    """Prepared data in several files, with codes."""
     out = tmp_path_factory.mktemp("whole") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow, "_SHARD_BYTES", 20_000)
-        patch.setattr(arrow, "_BATCH_ROWS", 4)
+        patch.setattr(store_writer, "_FILE_BYTES", 20_000)
+        patch.setattr(store_writer, "_BATCH_ROWS", 4)
         prepare(PrepareOptions(corpus="folder", source=str(folder_corpus), validation=0.2), str(out))
     cache_codes(CornerCodes(), out, views=2)
     return out
@@ -47,7 +47,7 @@ def test_whole_data_is_found_whole(data: Path) -> None:
     ]
     assert [entry.decoded for entry in inspection.counts][:2] == [10, min(10, splits["validation"])]
     files = sum(entry.files for entry in inspection.counts)
-    assert files == len(list(data.rglob("data-*.arrow"))) + len(list(data.rglob("*.npy")))
+    assert files == len(list(data.rglob("data-*.arrow")))
     assert sum(entry.decoded for entry in inspect_data(DataOptions(str(data), all=True)).counts) == 30
 
 
@@ -56,35 +56,36 @@ def test_codes_that_lie_elsewhere_are_read_too(data: Path, tmp_path: Path) -> No
     cache_codes(CornerCodes(), data, views=2, codes_dir=tmp_path / "codes")
     options = DataOptions(str(data), codes=str(tmp_path / "codes"))
     assert len(inspect_data(options).counts) == 4 and not inspect_data(options).faults
-    file = next((tmp_path / "codes").glob("*/train.npy"))
+    file = next((tmp_path / "codes").glob("*/train/*.arrow"))
     file.write_bytes(file.read_bytes()[:-1])
     assert any(str(file) in fault for fault in inspect_data(options).faults)
 
 
 def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
-    shards = json.loads((data / "info.json").read_text())["shards"]["train"]
-    assert len(shards) >= 3
-    paths = [data / "train" / shard["file"] for shard in shards]
+    files = json.loads((data / "info.json").read_text())["shards"]["train"]
+    assert len(files) >= 3
+    paths = [data / "train" / entry["file"] for entry in files]
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     content = bytearray(paths[2].read_bytes())
     content[content.index(b"IDAT") + 10] ^= 1  # one bit of one picture
     paths[2].write_bytes(content)
-    codes = data / "codes" / FINGERPRINT[:16] / "validation.npy"
-    codes.write_bytes(codes.read_bytes()[:-1] + b"\xff")
+    codes = next((data / "codes" / FINGERPRINT[:16] / "validation").glob("*.arrow"))
+    stored = CodesCache.open(data, FINGERPRINT, "validation").features(0, 0).tobytes()
+    codes.write_bytes(codes.read_bytes().replace(stored, bytes(len(stored))))
     inspection = inspect_data(DataOptions(str(data)))
     assert [fault.partition(":")[0] for fault in inspection.faults] == [
-        f"{paths[0]} is missing; {shards[0]['rows']} of its {shards[0]['rows']} rows cannot be read",
-        f"{paths[1]} has {shards[1]['bytes'] - 1:,} bytes instead of {shards[1]['bytes']:,}; "
-        f"{shards[1]['rows']} of its {shards[1]['rows']} rows cannot be read",
+        f"{paths[0]} is missing; {files[0]['rows']} of its {files[0]['rows']} rows cannot be read",
+        f"{paths[1]} has {files[1]['bytes'] - 1:,} bytes instead of {files[1]['bytes']:,}; "
+        f"{files[1]['rows']} of its {files[1]['rows']} rows cannot be read",
         inspection.faults[2],
         inspection.faults[3].partition(":")[0],
     ]
     assert f"{paths[2]} is damaged (digest " in inspection.faults[2]
-    assert inspection.faults[2].endswith(f"; 1 of its {shards[2]['rows']} rows cannot be read")
+    assert inspection.faults[2].endswith(f"; 1 of its {files[2]['rows']} rows cannot be read")
     assert inspection.faults[3].startswith(f"{codes} is damaged (digest ")
     counts = {entry.name: entry for entry in inspection.counts}
-    assert counts["train"].unreadable == shards[0]["rows"] + shards[1]["rows"] + 1
+    assert counts["train"].unreadable == files[0]["rows"] + files[1]["rows"] + 1
     assert counts["validation"].unreadable == 0
     assert counts[f"codes/{FINGERPRINT[:16]}: validation"].unreadable == 1
 

@@ -13,12 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, downloads, pairs, tables, webdataset, wit
-from dalle_ds.data.corpora.conceptual import read_conceptual
-from dalle_ds.data.corpora.pairs import BROKEN_JSON
-from dalle_ds.data.corpora.tables import CaptionTable, TableFormat, UrlIndex, plain_rows
-from dalle_ds.data.corpora.wit import read_wit
-from dalle_ds.data.corpora.yfcc import read_yfcc
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, downloads, files, tables, webdataset
+from dalle_ds.data.corpora.tables import (
+    CaptionTable,
+    TableFormat,
+    UrlIndex,
+    plain_rows,
+    read_conceptual,
+    read_wit,
+    read_yfcc,
+)
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
@@ -90,13 +95,13 @@ def test_conceptual_captions_in_every_format_of_downloads(tmp_path: Path, concep
     items = {item.name.split("/")[-1]: item for item in read_conceptual(conceptual, pictures)}
     captions = found(read_conceptual(conceptual, pictures))
     if form == "parquet":
-        assert captions.pop("000000003") == pairs.NO_PICTURE
+        assert captions.pop("000000003") == reasons.NO_PICTURE
     assert captions == {
         "000000000": ["猫が座る"],
         "000000001": ["a cat"],
         "000000002": ['the "best" dog', "a dog again"],
         "000010000": ["  "],
-        "000010001": pairs.NOT_LISTED,
+        "000010001": reasons.NOT_LISTED,
     }
     cat = items["000000001"]
     assert isinstance(cat, RawPair) and cat.image == picture_bytes(0, format="JPEG")
@@ -126,15 +131,15 @@ def test_wit_takes_english_reference_captions(tmp_path: Path) -> None:
     folder.mkdir()
     for name, part in (("a.tsv", rows[:3]), ("b.tsv", rows[3:])):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, wit.COLUMNS, delimiter="\t", restval="x")
+            writer = csv.DictWriter(file, tables.WIT_COLUMNS, delimiter="\t", restval="x")
             writer.writeheader()
             writer.writerows(part)
     pictures = download(tmp_path / "pictures", "webdataset", [0, 1, 2, 4])
     assert list(found(read_wit(str(folder), pictures)).values()) == [
         ['A quote ", a tab\tand\nan end of line', "From another article", "From another article"],
-        pairs.NO_CAPTION,
-        pairs.NO_CAPTION,
-        pairs.NOT_LISTED,
+        reasons.NO_CAPTION,
+        reasons.NO_CAPTION,
+        reasons.NOT_LISTED,
     ]
     alternative = found(read_wit(str(folder), pictures, "caption_alt_text_description"))
     assert list(alternative.values())[2] == ["an alternative"]
@@ -167,8 +172,8 @@ def test_yfcc_takes_titles_and_descriptions_of_photographs(tmp_path: Path, colum
     assert list(found(read_yfcc(str(table), pictures)).values()) == [
         ["Crème brûlée, 100%", "My  holiday & more\nthan that"],
         ["only a description"],
-        pairs.NO_CAPTION,
-        pairs.NO_CAPTION,
+        reasons.NO_CAPTION,
+        reasons.NO_CAPTION,
     ]
 
 
@@ -178,7 +183,7 @@ def test_joined_corpora_in_parts_are_the_preparation_byte_for_byte(tmp_path: Pat
     pictures = download(tmp_path / "pictures", "webdataset", list(range(28)))
     options = PrepareOptions(corpus="conceptual", source=str(table), pictures=pictures, validation=0.2)
     report = prepare(options, str(tmp_path / "whole"))
-    assert sum(report.kept.values()) == 23 and report.dropped[pairs.NOT_LISTED].count == 4
+    assert sum(report.kept.values()) == 23 and report.dropped[reasons.NOT_LISTED].count == 4
     for shard in (2, 0, 1):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
     merge_parts(str(tmp_path / "parts"))
@@ -186,7 +191,6 @@ def test_joined_corpora_in_parts_are_the_preparation_byte_for_byte(tmp_path: Pat
 
 
 def test_an_index_of_many_urls_finds_each_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_BUFFERED", 100)
     index = UrlIndex((f"http://{number % 700}", number) for number in range(1000))
     assert all(
         index.positions(f"http://{number}") == [number, number + 700][: 1 + (number < 300)] for number in range(700)
@@ -198,7 +202,7 @@ def test_an_index_of_many_urls_finds_each_and_no_other(monkeypatch: pytest.Monke
 def test_urls_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "_key", lambda url: 7)
     table = tmp_path / "table.tsv"
-    table.write_text("http://a\tA\nhttp://b\tB\n" + "x" * (pairs.MAX_TEXT_BYTES + 5) + "\nhttp://c\tC\n")
+    table.write_text("http://a\tA\nhttp://b\tB\n" + "x" * (files.MAX_TEXT_BYTES + 5) + "\nhttp://c\tC\n")
     captions = CaptionTable(str(table), TableFormat(plain_rows, lambda row: row[0], lambda row: row[1:]))
     assert [captions.captions(f"http://{name}") for name in "abcd"] == [["A"], ["B"], ["C"], None]
 
@@ -227,7 +231,7 @@ def test_damaged_downloads_are_counted(tmp_path: Path, conceptual: str, form: st
     path = pictures / victim
     path.write_bytes(path.read_bytes()[: 1000 if form == "webdataset" else 20])
     items = [item for item in read_conceptual(conceptual, str(pictures)) if not isinstance(item, Unpaired)]
-    reason = {"webdataset": pairs.TRUNCATED, "files": BROKEN_JSON, "parquet": pairs.UNREADABLE}[form]
+    reason = {"webdataset": reasons.TRUNCATED, "files": reasons.BROKEN_JSON, "parquet": reasons.UNREADABLE}[form]
     assert [item.reason for item in items if not isinstance(item, RawPair)] == [reason]
     assert sum(isinstance(item, RawPair) for item in items) == (3 if form == "files" else 2)
 
@@ -239,4 +243,4 @@ def test_downloads_that_are_too_big_are_counted(
     for reader in (downloads, webdataset):
         monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
     too_big = found(read_conceptual(conceptual, download(tmp_path / form, form, [1])))
-    assert too_big == {"000000000": pairs.TOO_BIG}
+    assert too_big == {"000000000": reasons.TOO_BIG}

@@ -18,7 +18,7 @@ import torch
 from dalle_ds.data.faults import WorkerError
 from dalle_ds.data.loader import BatchLoader, evaluation_batches
 from dalle_ds.data.order import rows_of
-from dalle_ds.data.workers import Flag, take, worker_context
+from dalle_ds.data.workers import Flag, next_batch, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
 
@@ -294,7 +294,7 @@ def test_what_a_worker_breaks_long_before_it_is_gone_is_told_by_its_death() -> N
             raise EOFError
 
     with pytest.raises(WorkerError, match=r"^loader process 7 was killed"):
-        take(Broken())
+        next_batch(Broken())
 
 
 def test_a_worker_that_dies_does_not_interrupt_what_the_trainer_does() -> None:

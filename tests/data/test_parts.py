@@ -15,8 +15,9 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from dalle_ds.data import arrow, parts
-from dalle_ds.data.corpora import twemoji
+from dalle_ds.data import parts, store_writer
+from dalle_ds.data.corpora import Broken, Corpus, read_webdataset, twemoji
+from dalle_ds.data.corpora.pairs import told
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import PartReport
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
@@ -76,17 +77,17 @@ def options_for(sources: dict[str, Path], kind: str, **changes) -> PrepareOption
 
 
 @pytest.mark.parametrize(
-    ("kind", "shards"), [("folder", 3), ("folder", 1), ("webdataset", 2), ("webdataset", 7), ("hf", 4), ("table", 5)]
+    ("kind", "count"), [("folder", 3), ("folder", 1), ("webdataset", 2), ("webdataset", 7), ("hf", 4), ("table", 5)]
 )
 def test_merged_parts_are_the_preparation_byte_for_byte(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shards: int
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, count: int
 ) -> None:
-    monkeypatch.setattr(arrow, "_BATCH_ROWS", 4)
-    monkeypatch.setattr(arrow, "_SHARD_BYTES", 5000)
+    monkeypatch.setattr(store_writer, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(store_writer, "_FILE_BYTES", 5000)
     options = options_for(sources, kind, validation=0.2, shrink=32)
     whole = prepare(options, str(tmp_path / "whole"))
     assert len(whole.dropped) >= 2 and sum(whole.kept.values()) > 4
-    reports = [prepare_part(options, str(tmp_path / "out"), shard, shards) for shard in reversed(range(shards))]
+    reports = [prepare_part(options, str(tmp_path / "out"), number, count) for number in reversed(range(count))]
     assert all(isinstance(report, PartReport) for report in reports)
     assert sum(report.pairs for report in reports if isinstance(report, PartReport)) == whole.read
     merged = merge_parts(str(tmp_path / "out"))
@@ -95,13 +96,36 @@ def test_merged_parts_are_the_preparation_byte_for_byte(
     assert not (tmp_path / "out.parts").exists()
 
 
+@pytest.mark.parametrize(("units", "count"), [(10, 3), (3, 5), (0, 1), (7, 7)])
+def test_a_division_gives_every_unit_to_one_part_in_order(units: int, count: int) -> None:
+    corpus = Corpus(lambda: (told(Broken(str(number), "x")) for number in range(units)), units_per_part=4)
+    division = parts.Division.of(corpus, count)
+    found = [[number for number, _ in division.units_of(corpus, [part])] for part in range(count)]
+    assert [number for part in found for number in part] == list(range(units))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    assert [number for number, _ in division.units_of(corpus, range(count)[1::2])] == [
+        n for part in found[1::2] for n in part
+    ]
+    assert parts.Division.of(corpus, None).parts == max(1, -(-units // 4))
+
+
+def test_files_beside_archives_are_no_share_of_the_work(sources: dict[str, Path], tmp_path: Path) -> None:
+    """What img2dataset leaves beside them would otherwise be half of the jobs."""
+    folder = Path(shutil.copytree(sources["webdataset"], tmp_path / "tars"))
+    for number in range(20):
+        (folder / f"{number}_stats.json").write_text("{}")
+    corpus = read_webdataset(str(folder))
+    assert [unit.name for unit in corpus.units()] == [*(f"{number}.tar" for number in range(5)), "other files"]
+    assert parts.Division.of(corpus, None).parts == 6
+
+
 def test_twemoji_with_its_groups_and_variants_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     people = twemoji.emoji_pictures()[1300:1800]
     monkeypatch.setattr(twemoji, "emoji_pictures", lambda: people)
     options = PrepareOptions(corpus="twemoji", filters=FilterOptions(max_caption_chars=30))
     whole = prepare(options, str(tmp_path / "whole"))
-    for shard in range(2):
-        prepare_part(options, str(tmp_path / "out"), shard, 2)
+    for number in range(2):
+        prepare_part(options, str(tmp_path / "out"), number, 2)
     assert merge_parts(str(tmp_path / "out"), 2, options=options).fingerprint == whole.fingerprint
     assert min(whole.kept.values()) > 0 and "compositional" in whole.kept
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -110,22 +134,22 @@ def test_twemoji_with_its_groups_and_variants_in_parts(tmp_path: Path, monkeypat
 @pytest.fixture
 def two_parts(sources: dict[str, Path], tmp_path: Path) -> Path:
     """OUT with its two parts."""
-    for shard in range(2):
-        prepare_part(options_for(sources, "folder"), str(tmp_path / "out"), shard, 2)
+    for number in range(2):
+        prepare_part(options_for(sources, "folder"), str(tmp_path / "out"), number, 2)
     return tmp_path / "out"
 
 
 def test_missing_parts_are_named(sources: dict[str, Path], two_parts: Path) -> None:
     with pytest.raises(
-        DataError, match=r"^2 of 4 parts are missing from .*out\.parts \(2, 3\): prepare them with --shard"
+        DataError, match=r"^2 of 4 parts are missing from .*out\.parts \(2, 3\): prepare them with --part"
     ):
         prepare_part(options_for(sources, "folder"), str(two_parts), 0, 4)
         prepare_part(options_for(sources, "folder"), str(two_parts), 1, 4)
         merge_parts(str(two_parts), 4)
-    with pytest.raises(DataError, match=r"has parts of several divisions \(2, 4\): say which with --shards N"):
+    with pytest.raises(DataError, match=r"has parts of several divisions \(2, 4\): say which with --parts N"):
         merge_parts(str(two_parts))
     assert merge_parts(str(two_parts), 2).kept
-    with pytest.raises(DataError, match="has no parts to merge: prepare them with --shard I --shards N"):
+    with pytest.raises(DataError, match="has no parts to merge: prepare them with --part I --parts N"):
         merge_parts(str(two_parts.with_name("nothing")))
 
 
@@ -159,7 +183,7 @@ def test_a_part_that_a_job_is_doing_is_not_merged(two_parts: Path) -> None:
     ready, done = os.pipe(), os.pipe()
     if not (job := os.fork()):
         try:
-            with parts.only_job(two_parts, 1, 2):
+            with parts.Parts(two_parts).only_job(1, 2):
                 os.write(ready[1], b"x")
                 os.read(done[0], 1)
         finally:
@@ -183,9 +207,7 @@ def test_parts_that_the_disk_does_not_deliver_are_named(two_parts: Path, monkeyp
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(parts, "digest_of", unreadable)
-    with pytest.raises(
-        DataError, match=r"out\.parts/0000[01]-of-00002/segment-\d+/.*\.arrow cannot be read: Input/output"
-    ):
+    with pytest.raises(DataError, match=r"out\.parts/0000[01]-of-00002/files/.*\.arrow cannot be read: Input/output"):
         merge_parts(str(two_parts))
 
 
@@ -213,7 +235,7 @@ def test_long_captions_fill_record_batches_as_pictures_do(tmp_path: Path, monkey
     for number in range(6):
         (corpus / f"{number}.png").write_bytes(picture_bytes(number))
         (corpus / f"{number}.txt").write_text(f"{number} " + "\n".join(f"{n} " + "word " * 150 for n in range(20)))
-    monkeypatch.setattr(arrow, "_BATCH_BYTES", 12_000)
+    monkeypatch.setattr(store_writer, "_BATCH_BYTES", 12_000)
     options = PrepareOptions(corpus="folder", source=str(corpus), validation=0.0)
     prepare_part(options, str(tmp_path / "out"), 0, 1)
     prepare(options, str(tmp_path / "whole"))
@@ -259,10 +281,10 @@ def test_what_is_done_is_not_done_again(sources: dict[str, Path], two_parts: Pat
     assert all_files(two_parts) == before and not two_parts.with_name("out.parts").exists()
 
 
-@pytest.mark.parametrize(("shard", "shards"), [(2, 2), (-1, 2), (0, 0)])
-def test_parts_that_there_are_not(sources: dict[str, Path], tmp_path: Path, shard: int, shards: int) -> None:
-    with pytest.raises(ConfigError, match=r"shard must lie in \[0, shards\)"):
-        prepare_part(options_for(sources, "folder"), str(tmp_path / "out"), shard, shards)
+@pytest.mark.parametrize(("number", "count"), [(2, 2), (-1, 2), (0, 0)])
+def test_parts_that_there_are_not(sources: dict[str, Path], tmp_path: Path, number: int, count: int) -> None:
+    with pytest.raises(ConfigError, match=r"part must lie in \[0, parts\)"):
+        prepare_part(options_for(sources, "folder"), str(tmp_path / "out"), number, count)
 
 
 def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -270,12 +292,12 @@ def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path]
     out = tmp_path / "out"
     slow = (
         "import sys, time\n"
-        "from dalle_ds.data import arrow\n"
+        "from dalle_ds.data import store_writer\n"
         "from dalle_ds.data.prepare import PrepareOptions, prepare_part\n"
-        "add = arrow.ShardWriter.add\n"
+        "add = store_writer.StoreWriter.add\n"
         "def slowly(*arguments):\n"
         "    add(*arguments); print('added', flush=True); time.sleep(600)\n"
-        "arrow.ShardWriter.add = slowly\n"
+        "store_writer.StoreWriter.add = slowly\n"
         f"prepare_part(PrepareOptions(corpus='folder', source={str(sources['folder'])!r}), {str(out)!r}, 0, 2)\n"
     )
     killed = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -283,7 +305,7 @@ def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path]
     command = [sys.executable, "launchers/prepare_data.py", "--out", str(out)]
     source = ["--corpus", "folder", "--source", str(sources["folder"])]
     beside = subprocess.run(
-        [*command, *source, "--shard", "1", "--shards", "2"], cwd=ROOT, capture_output=True, check=False
+        [*command, *source, "--part", "1", "--parts", "2"], cwd=ROOT, capture_output=True, check=False
     )
     assert beside.returncode == 0, beside.stderr
     killed.kill()
@@ -300,12 +322,12 @@ def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shard", "1"], "shard needs shards"),
-        (["--shards", "2"], "shards needs shard"),
-        (["--shard", "0", "--shards", "2", "--merge", "True"], "goes neither with merge"),
-        (["--shard", "0", "--shards", "2", "--cache_codes", "x"], "nor with cache_codes"),
-        (["--engine", "ray", "--shard", "0", "--shards", "2"], "neither shard nor merge"),
-        (["--engine", "ray", "--merge", "True"], "neither shard nor merge"),
+        (["--part", "1"], "part needs parts"),
+        (["--parts", "0"], "parts must be greater than 0"),
+        (["--part", "0", "--parts", "2", "--merge", "True"], "goes neither with merge"),
+        (["--part", "0", "--parts", "2", "--cache_codes", "x"], "nor with cache_codes"),
+        (["--engine", "ray", "--part", "0", "--parts", "2"], "neither part nor merge"),
+        (["--engine", "ray", "--merge", "True"], "neither part nor merge"),
     ],
 )
 def test_commands_that_cannot_be_meant(

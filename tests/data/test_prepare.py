@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dalle_ds.data import arrow, corpora
+from dalle_ds.data import corpora, reasons, store_writer
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data.corpora import Corpus, RawPair, Unit
 from dalle_ds.data.dataset import PairDataset
-from dalle_ds.data.filters import TOO_FEW_WORDS, FilterOptions
+from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.data.splits import compositional_holdout, unit_hash
 from dalle_ds.errors import ConfigError, DataError
@@ -69,9 +69,9 @@ def test_seed_chooses_the_split_and_the_fingerprint_tells(folder_corpus: Path, p
     assert report.fingerprint != json.loads((prepared / "info.json").read_text())["fingerprint"]
 
 
-def test_shards_and_batches_are_all_read_back(monkeypatch, folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(arrow, "_SHARD_BYTES", 4_000)
-    monkeypatch.setattr(arrow, "_BATCH_ROWS", 2)
+def test_files_and_batches_are_all_read_back(monkeypatch, folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(store_writer, "_FILE_BYTES", 4_000)
+    monkeypatch.setattr(store_writer, "_BATCH_ROWS", 2)
     out = tmp_path / "data"
     prepare(options_for(folder_corpus, validation=0.2), str(out))
     assert len(list((out / "train").glob("*.arrow"))) > 2
@@ -337,7 +337,7 @@ def test_a_full_disk_is_told_and_what_was_done_is_used_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(arrow.ShardWriter, "_write_batch", full)
+        patch.setattr(store_writer.StoreWriter, "_write_batch", full)
         with pytest.raises(DataError, match=f"no space left on the disk of {tmp_path}/data"):
             prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
     assert not list(tmp_path.rglob("*.arrow")) and not (tmp_path / "data").exists()
@@ -357,7 +357,7 @@ def test_an_interruption_leaves_what_the_next_call_goes_on_from(
         prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
     assert [path.name for path in tmp_path.iterdir()] == ["data.parts"]
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "examine", interrupted)  # nothing is looked at again
+        patch.setattr(prepare_module, "process_units", interrupted)  # nothing is looked at again
         prepare(options_for(folder_corpus, validation=0.2), str(tmp_path / "data"))
     assert all_files(tmp_path / "data") == all_files(prepared)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -428,8 +428,12 @@ def test_report_shows_captions_where_captions_are_the_reason(tmp_path: Path) -> 
     options = options_for(corpus, validation=0.0, filters=FilterOptions(min_caption_words=2))
     report = prepare(options, str(tmp_path / "data"))
     again = prepare(options, str(tmp_path / "data"))
-    assert report.caption_examples == again.caption_examples == {TOO_FEW_WORDS: [f"[b]SALE{n}[/b]" for n in range(5)]}
-    assert (report.dropped[TOO_FEW_WORDS].count, report.captions_dropped) == (6, {TOO_FEW_WORDS: 2})
+    assert (
+        report.caption_examples
+        == again.caption_examples
+        == {reasons.TOO_FEW_WORDS: [f"[b]SALE{n}[/b]" for n in range(5)]}
+    )
+    assert (report.dropped[reasons.TOO_FEW_WORDS].count, report.captions_dropped) == (6, {reasons.TOO_FEW_WORDS: 2})
     console = Console(record=True, width=60, file=io.StringIO())
     console.print(report)
     text = console.export_text()

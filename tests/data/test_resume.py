@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data import arrow, parts
 from dalle_ds.data import prepare as prepare_module
+from dalle_ds.data import store_writer
 from dalle_ds.data.corpora import Unit
 from dalle_ds.data.engine import prepare_with_ray, start_ray
 from dalle_ds.data.filters import FilterOptions
@@ -53,25 +53,24 @@ def whole(options: PrepareOptions, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def step_by_step(steps: Connection, source: str, out: str) -> None:
-    """A preparation in many segments that waits for a word before each row that it writes, to a part or to the result."""
-    parts._SEGMENT_PAIRS = 20
-    add = arrow.ShardWriter.add
+    """A preparation that waits for a word before each row that it writes, to a part or to the result."""
+    add = store_writer.StoreWriter.add
 
-    def awaited(writer: arrow.ShardWriter, row: dict[str, Any], size: int) -> None:
+    def awaited(writer: store_writer.StoreWriter, row: dict[str, Any], size: int) -> None:
         steps.send("row")
         steps.recv()
         add(writer, row, size)
 
-    arrow.ShardWriter.add = awaited  # type: ignore[method-assign]
-    prepare(PrepareOptions(corpus="folder", source=source, validation=0.2, filters=FILTERS), out)
+    store_writer.StoreWriter.add = awaited  # type: ignore[method-assign]
+    prepare(PrepareOptions(corpus="folder", source=source, validation=0.2, filters=FILTERS), out, parts=6)
 
 
 def test_killed_at_random_and_started_again_the_bytes_are_the_same(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    """In the midst of the first segments, of later ones, and twice while the parts are put together."""
+    """In the midst of the first parts, of later ones, and twice while the parts are put together."""
     chance = random.Random(0)
     out = tmp_path / "out"
     processes = multiprocessing.get_context("forkserver")
-    segments = []
+    done = []
     for least, most in ((21, 40), (41, 60), (120, 150), (1, 50)):
         steps, far_end = processes.Pipe()
         child = processes.Process(target=step_by_step, args=(far_end, str(corpus), str(out)))
@@ -82,9 +81,9 @@ def test_killed_at_random_and_started_again_the_bytes_are_the_same(corpus: Path,
             steps.send("go")
         child.kill()
         child.join()
-        segments.append(len(list(tmp_path.rglob("segment.json"))))
-        assert len(list(tmp_path.rglob(".segment-*.partial-*"))) <= 1
-    assert 0 < segments[0] < segments[1] < segments[2] == segments[3] == 6
+        done.append(len(list(tmp_path.glob("out.parts/0*-of-00006/part.json"))))
+        assert len(list(tmp_path.rglob(".0*.partial-*"))) <= 1
+    assert 0 < done[0] < done[1] < done[2] == done[3] == 6
     assert not out.exists()
     prepare(PrepareOptions(corpus="folder", source=str(corpus), validation=0.2, filters=FILTERS), str(out))
     assert all_files(out) == all_files(whole)
@@ -119,7 +118,6 @@ def test_of_two_preparations_at_once_the_second_is_told_of_the_first(corpus: Pat
 def test_what_is_done_is_not_looked_at_again(
     monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, whole: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 20)
     read: list[str] = []
     units = prepare_module._corpus(options).units
 
@@ -139,8 +137,8 @@ def test_what_is_done_is_not_looked_at_again(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "_corpus", counted(65))
-        prepare(options, str(tmp_path / "out"))
-    assert len(list(tmp_path.rglob("segment.json"))) == 3
+        prepare(options, str(tmp_path / "out"), parts=6)
+    assert len(list(tmp_path.rglob("part.json"))) == 3
     read.clear()
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "_corpus", counted(0))
@@ -151,46 +149,60 @@ def test_what_is_done_is_not_looked_at_again(
 
 @pytest.mark.parametrize("change", ["renamed", "shortened"])
 def test_a_corpus_that_changes_in_between_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, corpus: Path, tmp_path: Path, change: str
+    monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, tmp_path: Path, change: str
 ) -> None:
-    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 20)
     units = list(prepare_module._corpus(options).units())
 
     def interrupted():
         raise KeyboardInterrupt
         yield
 
-    begun = [*units[:50], Unit(units[50].name, interrupted)]
+    begun = [*units[:50], Unit(units[50].name, interrupted), *units[51:]]
     other = [Unit("000.jpeg", units[0].read), *units[1:]] if change == "renamed" else units[:30]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_module, "_corpus", lambda _: prepare_module.Corpus(lambda: iter(begun)))
-        prepare_part(options, str(tmp_path / "out"), 0, 1)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(DataError, match="the corpus has changed since part 0 of 1 was begun"),
-    ):
+        prepare(options, str(tmp_path / "out"), parts=6)
+    with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "_corpus", lambda _: prepare_module.Corpus(lambda: iter(other)))
-        prepare_part(options, str(tmp_path / "out"), 0, 1)
+        with pytest.raises(DataError, match=r"the corpus has changed since .*00000-of-00006 was prepared"):
+            prepare(options, str(tmp_path / "out"))
+        prepare(options, str(tmp_path / "out"), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_jobs_that_do_the_same_part_do_not_spoil_it(
     monkeypatch: pytest.MonkeyPatch, options: PrepareOptions, whole: Path, tmp_path: Path
 ) -> None:
     """One that was thought dead ends in the midst of another's work."""
-    monkeypatch.setattr(parts, "_SEGMENT_PAIRS", 20)
-    write, calls = parts._write_segment, []
+    process, calls = prepare_module.process_units, []
 
     def overtaken(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            prepare_part(options, str(tmp_path / "out"), 0, 1)
-        return write(*arguments)
+        for number, item in enumerate(process(*arguments)):
+            calls.append(number)
+            if len(calls) == 40:
+                prepare_part(options, str(tmp_path / "out"), 0, 2)
+            yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_write_segment", overtaken)
-        prepare_part(options, str(tmp_path / "out"), 0, 1)
+        patch.setattr(prepare_module, "process_units", overtaken)
+        prepare_part(options, str(tmp_path / "out"), 0, 2)
     prepare(options, str(tmp_path / "out"))
     assert all_files(tmp_path / "out") == all_files(whole)
+
+
+def test_what_a_former_version_began_is_told_and_begun_anew(
+    options: PrepareOptions, whole: Path, tmp_path: Path
+) -> None:
+    out, part = tmp_path / "out", tmp_path / "out.parts" / "00000-of-00001"
+    (part.parent / ".00000-of-00001.work" / "segment-0000000000").mkdir(parents=True)
+    part.mkdir()
+    (part / "part.json").write_text(json.dumps({"format_version": 3, "shard": 0, "shards": 1}))
+    with pytest.raises(DataError, match=f"{part} has part format 3"):
+        prepare(options, str(out))
+    (part / "part.json").unlink()
+    part.rmdir()
+    prepare(options, str(out))
+    assert all_files(out) == all_files(whole) and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.slow

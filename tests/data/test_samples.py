@@ -12,14 +12,17 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+import xxhash
 
 from dalle_ds.config import DiscreteVAEConfig
-from dalle_ds.data import BatchLoader, CodesCache, DvaeSamples, PairDataset, TextImageSamples
-from dalle_ds.data import codes as codes_module
+from dalle_ds.data import BatchLoader, CodesCache, DvaeSamples, PairDataset, TextImageSamples, store_writer
 from dalle_ds.data.augment import augment_for_transformer
-from dalle_ds.data.codes import cache_codes, write_codes
+from dalle_ds.data.codes import cache_codes, code_dtype
+from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, NO_FEATURES, TRUNCATED_FILE, RowError
+from dalle_ds.data.features import FeatureCache
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
@@ -255,15 +258,33 @@ def test_unreadable_pictures_have_no_codes_and_are_replaced(data: Path, monkeypa
     assert sum(int(batch["skipped"]) for batch in itertools.islice(epoch, len(train))) == 1
 
 
-@pytest.mark.parametrize(("vocab_size", "kind"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_codes_are_stored_as_narrow_as_the_vocabulary_allows(data: Path, vocab_size: int, kind: type) -> None:
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
+def test_codes_are_stored_as_narrow_as_the_vocabulary_allows(data: Path, vocab_size: int, dtype: str) -> None:
     def encode(pictures: torch.Tensor) -> torch.Tensor:
         return torch.full((len(pictures), 1, 2), vocab_size - 1)
 
-    write_codes(encode, data, dvae_fingerprint=FINGERPRINT, image_size=8, vocab_size=vocab_size, views=2)
-    stored = np.load(data / "codes" / FINGERPRINT[:16] / "train.npy")
-    assert stored.dtype == kind and stored.shape == (len(PairDataset.open(data, "train")), 2, 2)
+    assert code_dtype(vocab_size) == dtype
+    CodesCache.write(encode, data, fingerprint=FINGERPRINT, image_size=8, dtype=dtype, views=2)
+    with pa.ipc.open_stream(next(data.glob("codes/*/train/*.arrow"))) as batches:
+        rows = batches.read_all().to_pylist()
+    assert len(rows) == 2 * len(PairDataset.open(data, "train"))
+    assert np.frombuffer(rows[1]["vector"], dtype).tolist() == [vocab_size - 1] * 2
     assert CodesCache.open(data, FINGERPRINT, "train").codes(0, 1).tolist() == [vocab_size - 1] * 2
+
+
+def test_embeddings_are_cached_like_codes(data: Path) -> None:
+    class Embeddings(FeatureCache):
+        name, model, option, out_option = "embeddings", "clip_fingerprint", "--cache_embeddings", "--embeddings_out"
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3)) / 255
+
+    Embeddings.write(encode, data, fingerprint=FINGERPRINT, image_size=SIZE, dtype="<f2", views=1)
+    cache = Embeddings.open(data, FINGERPRINT, "validation")
+    pixels = center_crop_resize(PairDataset.open(data, "validation").picture(3), SIZE)
+    found = cache.features(3, 0)
+    assert found.dtype == np.float16 and found.shape == (3,)
+    assert np.allclose(found, pixels.mean(axis=(0, 1)) / 255, atol=1e-3)
 
 
 def test_finding_a_cache(data: Path) -> None:
@@ -278,10 +299,10 @@ def test_finding_a_cache(data: Path) -> None:
         CodesCache.find(data, FINGERPRINT, "compositional")
     found = CodesCache.find(data, FINGERPRINT, "train")
     assert found is not None
-    unused = pickle.dumps(found)
     codes = found.codes(1, 1)
-    assert pickle.dumps(found) == unused  # the codes themselves are not sent along
-    assert np.array_equal(pickle.loads(unused).codes(1, 1), codes)
+    sent = pickle.dumps(found)
+    assert len(sent) < 3000  # the codes themselves are not sent along
+    assert np.array_equal(pickle.loads(sent).codes(1, 1), codes)
 
 
 def test_codes_of_other_data_are_refused(data: Path) -> None:
@@ -294,11 +315,17 @@ def test_codes_of_other_data_are_refused(data: Path) -> None:
 
 def test_the_same_cache_is_left_alone_and_another_refused(data: Path) -> None:
     cache_codes(CornerCodes(), data, views=2)
-    stamp = (data / "codes" / FINGERPRINT[:16] / "train.npy").stat().st_mtime_ns
+    stamps = [path.stat().st_mtime_ns for path in data.glob("codes/*/train/*")]
     assert cache_codes(CornerCodes(), data, views=2).already_there
-    assert (data / "codes" / FINGERPRINT[:16] / "train.npy").stat().st_mtime_ns == stamp
-    with pytest.raises(DataError, match=r"holds other codes of this dVAE \(different: seed, views\)"):
+    assert [path.stat().st_mtime_ns for path in data.glob("codes/*/train/*")] == stamps
+    with pytest.raises(DataError, match=r"holds other codes of this model \(different: seed, views\)"):
         cache_codes(CornerCodes(), data, views=3, seed=1)
+    manifest = next(data.glob("codes/*/codes.json"))
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 1'))
+    with pytest.raises(DataError, match=r"\(different: format_version\)"):
+        cache_codes(CornerCodes(), data, views=2)
+    with pytest.raises(DataError, match=r"has format_version 1, not 3"):
+        CodesCache.find(data, FINGERPRINT, "train")
     cache_codes(CornerCodes(), data, views=3, seed=1, overwrite=True)
     assert CodesCache.open(data, FINGERPRINT, "train").views == 3
     assert [path.name for path in (data / "codes").iterdir()] == [FINGERPRINT[:16]]
@@ -310,7 +337,7 @@ def test_a_full_disk_leaves_no_cache(data: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_args) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(codes_module, "_write_header", full)
+    monkeypatch.setattr(store_writer.StoreWriter, "_write_batch", full)
     with pytest.raises(DataError, match="no space left"):
         cache_codes(CornerCodes(), data, views=2)
     assert CodesCache.find(data, FINGERPRINT, "train") is None
@@ -339,48 +366,137 @@ def all_codes(data: Path) -> list[list[int] | None]:
     return found
 
 
-@pytest.mark.parametrize("name", ["train.npy", "train.checks.npy"])
-def test_damaged_codes_cost_their_view_and_are_never_taken_for_codes(data: Path, cached: Path, name: str) -> None:
+def test_damaged_codes_are_never_taken_for_codes(data: Path, cached: Path) -> None:
+    """A flipped bit in a vector or its check costs that view alone; elsewhere, it may cost the file, or nothing."""
     right = all_codes(data)
-    content = (cached / name).read_bytes()
-    lost = positions = 0
+    (path,) = (cached / "train").glob("*.arrow")
+    content = path.read_bytes()
+    vectors = np.array([code for view in right for code in view or ()], dtype="<u2").tobytes()
+    of_vectors = range(content.index(vectors), content.index(vectors) + len(vectors))
     for position in range(0, len(content), 3):
         damaged = bytearray(content)
         damaged[position] ^= 0x40
-        (cached / name).write_bytes(damaged)
-        found = all_codes(data)
+        path.write_bytes(damaged)
+        try:
+            found = all_codes(data)
+        except DataError:
+            found = [None] * len(right)
         assert all(value in (None, expected) for value, expected in zip(found, right, strict=True))
-        assert found.count(None) <= 1
-        lost += found.count(None)
-        positions += 1
-    assert lost == sum(position >= 128 for position in range(0, len(content), 3)), "the header is not read"
-    assert positions > 100
-    (cached / name).write_bytes(content)
+        if position in of_vectors:
+            assert found.count(None) == 1
+    assert len(content) > 800
+    path.write_bytes(content)
     assert all_codes(data) == right
 
 
-def test_codes_of_another_number_of_rows_are_refused(data: Path, cached: Path) -> None:
-    """Their checks move with them, so that each row would have the codes of another and nothing would tell."""
+def test_codes_in_the_place_of_others_are_noticed(data: Path, cached: Path) -> None:
+    """Their checks move with them, so that nothing else would tell."""
+    (path,) = (cached / "train").glob("*.arrow")
+    with pa.ipc.open_stream(path.read_bytes()) as batches:
+        (batch,) = batches
+    order = [1, 0, *range(2, len(batch))]
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch.take(order))
+    assert [place for place, codes in enumerate(all_codes(data)) if codes is None] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": {"train": 23, "validation": 6}},
+        {"views": 2},
+        {"views": True},
+        {"shape": [2, 2, 0]},
+        {"shape": [2**31, 2**31]},
+        {"shape": [-2, -2]},
+        {"shape": 4},
+        {"dtype": "O"},
+        {"dtype": "<u4"},
+        {"unreadable": {}},
+        {"unreadable": {"train": -1}},
+        {"files": {"train": [{"file": "x"}]}},
+        {"files": {"train": []}},
+    ],
+)
+def test_nothing_of_a_manifest_is_believed(data: Path, cached: Path, damage: dict) -> None:
     manifest = json.loads((cached / "codes.json").read_text())
-    manifest["rows"]["train"] -= 1
-    (cached / "codes.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"codes\.json has rows .*: cache the codes again with --overwrite True"):
-        CodesCache.open(data, FINGERPRINT, "train")
+    (cached / "codes.json").write_text(json.dumps(manifest | damage))
+    with pytest.raises(DataError):
+        CodesCache.open(data, FINGERPRINT, "train").codes(0, 0)
 
 
-@pytest.mark.parametrize("name", ["train.npy", "train.checks.npy"])
-def test_codes_that_are_cut_off_are_refused_at_once_and_noticed_later(data: Path, cached: Path, name: str) -> None:
+def test_files_of_codes_that_are_lost_cost_their_rows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_writer, "_FILE_BYTES", 500)
+    monkeypatch.setattr(store_writer, "_BATCH_ROWS", 10)
+    cache_codes(CornerCodes(), data, views=3)
+    right = all_codes(data)
+    files = sorted((data / "codes" / FINGERPRINT[:16] / "train").glob("*.arrow"))
+    assert len(files) > 3
     opened = CodesCache.open(data, FINGERPRINT, "train")
     opened.codes(0, 0)
-    with (cached / name).open("r+b") as file:
+    with files[0].open("r+b") as file:
         file.truncate(130)
-    with pytest.raises(DataError, match=f"{name} was cut off: cache the codes again with --overwrite True"):
-        opened.codes(len(opened) - 1, 0)
-    with pytest.raises(DataError, match=f"{name} has 130 bytes instead of [0-9,]+: cache the codes again"):
+    with pytest.raises(RowError) as caught:
+        opened.codes(0, 0)
+    assert (caught.value.reason, caught.value.where) == (TRUNCATED_FILE, str(files[0]))
+    files[1].unlink()
+    cache = CodesCache.open(data, FINGERPRINT, "train")
+    assert [(fault.reason, fault.where) for fault in cache.faults] == [
+        (TRUNCATED_FILE, str(files[0])),
+        (MISSING_FILE, str(files[1])),
+    ]
+    found = all_codes(data)
+    assert all(value in (None, expected) for value, expected in zip(found, right, strict=True))
+    assert 0 < found.count(None) < len(found) / 2
+    for path in files[2:]:
+        path.unlink()
+    with pytest.raises(DataError, match="again with --overwrite True"):
         CodesCache.find(data, FINGERPRINT, "train")
-    (cached / name).unlink()
-    with pytest.raises(DataError, match=f"{name} is missing: cache the codes again"):
-        CodesCache.find(data, FINGERPRINT, "train")
+
+
+def store_as_npy(cached: Path, views: int) -> None:
+    """Rewrite a cache as former versions wrote it."""
+    manifest = json.loads((cached / "codes.json").read_text())
+    files = {}
+    for split, rows in manifest["rows"].items():
+        with pa.ipc.open_stream(next((cached / split).glob("*.arrow"))) as batches:
+            vectors = batches.read_all().to_pydict()["vector"]
+        shape = (rows, views if split == "train" else 1, 4)
+        np.save(cached / f"{split}.npy", np.frombuffer(b"".join(vectors), "<u2").reshape(shape))
+        checks = [0 if vector == bytes(8) else xxhash.xxh32_intdigest(vector) or 1 for vector in vectors]
+        np.save(cached / f"{split}.checks.npy", np.array(checks, "<u4").reshape(shape[:2]))
+        shutil.rmtree(cached / split)
+        for path in (cached / f"{split}.npy", cached / f"{split}.checks.npy"):
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": xxhash.xxh3_128_hexdigest(path.read_bytes())}
+    del manifest["shape"], manifest["dtype"]
+    former = {"format_version": 2, "grid": [2, 2], "vocab_size": 256, "files": files}
+    (cached / "codes.json").write_text(json.dumps(manifest | former))
+
+
+def test_codes_of_a_former_version_are_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_row(PairDataset.open(data, "train"), 5, monkeypatch)
+    cache_codes(CornerCodes(), data, views=3)
+    right, cached = all_codes(data), data / "codes" / FINGERPRINT[:16]
+    store_as_npy(cached, 3)
+    assert all_codes(data) == right
+    with pytest.raises(RowError) as none:
+        CodesCache.open(data, FINGERPRINT, "train").codes(5, 0)
+    assert none.value.reason == NO_FEATURES
+    assert cache_codes(CornerCodes(), data, views=3).already_there
+    opened = pickle.loads(pickle.dumps(CodesCache.open(data, FINGERPRINT, "train")))
+    opened.check_unchanged()
+    content = bytearray((cached / "train.npy").read_bytes())
+    content[-1] ^= 1
+    (cached / "train.npy").write_bytes(content)
+    os.utime(cached / "train.npy", (1, 1))
+    with pytest.raises(RowError) as damaged:
+        opened.codes(len(opened) - 1, 2)
+    assert damaged.value.reason == DAMAGED_FILE and all_codes(data)[:-1] == right[:-1]
+    with pytest.raises(DataChangedError):
+        opened.check_unchanged()
+    (cached / "train.checks.npy").unlink()
+    with pytest.raises(DataError, match=r"train\.checks\.npy"):
+        CodesCache.open(data, FINGERPRINT, "train")
 
 
 def test_pictures_without_codes_are_known_from_the_start(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data.filters import NOT_ENGLISH, TOO_FEW_WORDS, FilterOptions, caption_problem
+from dalle_ds.data import reasons
+from dalle_ds.data.filters import FilterOptions, caption_problem
 from dalle_ds.data.filters.boilerplate import is_boilerplate
 from dalle_ds.data.filters.language import foreign_margin
 
@@ -104,6 +105,6 @@ def test_more_margin_keeps_more() -> None:
 
 
 def test_reasons_of_the_papers_filters() -> None:
-    assert caption_problem("ein brauner Hund schläft auf dem Teppich", PAPER) == NOT_ENGLISH
-    assert caption_problem("a cat", PAPER) == TOO_FEW_WORDS
+    assert caption_problem("ein brauner Hund schläft auf dem Teppich", PAPER) == reasons.NOT_ENGLISH
+    assert caption_problem("a cat", PAPER) == reasons.TOO_FEW_WORDS
     assert caption_problem("a brown dog sleeps on the carpet", PAPER) is None

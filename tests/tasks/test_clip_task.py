@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
 from dalle_ds.data import BatchLoader, ClipSamples, PairDataset, evaluation_batches
-from dalle_ds.data.clip_views import center_view, random_view
-from dalle_ds.data.prepare import read_info
+from dalle_ds.data.augment import clip_center_view, clip_random_view
+from dalle_ds.data.dataset import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.clip_pixels import square_pixels
@@ -68,16 +68,16 @@ def pixels(height: int, width: int) -> np.ndarray:
 def test_views_of_evaluation_are_those_that_the_model_takes_of_pictures(height: int, width: int) -> None:
     picture = pixels(height, width)
     expected = square_pixels([Image.fromarray(picture)], 16)[0].permute(1, 2, 0)
-    assert torch.equal(torch.from_numpy(center_view(picture, 16).copy()).float() / 255, expected)
+    assert torch.equal(torch.from_numpy(clip_center_view(picture, 16).copy()).float() / 255, expected)
 
 
 def test_pictures_that_are_very_long_take_no_memory_for_what_is_cut_away() -> None:
     picture = pixels(2, 400)
     expected = square_pixels([Image.fromarray(picture)], 16)[0].permute(1, 2, 0)
     for long in (picture, picture.transpose(1, 0, 2)):
-        view = torch.from_numpy(center_view(long, 16).copy()).float() / 255
+        view = torch.from_numpy(clip_center_view(long, 16).copy()).float() / 255
         assert torch.equal(view if long is picture else view.transpose(0, 1), expected)
-    assert center_view(np.zeros((1, 500_000, 3), np.uint8), 224).shape == (224, 224, 3)  # resized first: 75 GB
+    assert clip_center_view(np.zeros((1, 500_000, 3), np.uint8), 224).shape == (224, 224, 3)  # resized first: 75 GB
 
 
 def test_random_views_are_random_squares_of_at_least_the_asked_share() -> None:
@@ -87,7 +87,7 @@ def test_random_views_are_random_squares_of_at_least_the_asked_share() -> None:
     rng = np.random.default_rng(0)
     sides, lefts, mirrored = [], [], 0
     for _ in range(200):
-        view = random_view(picture, 20, rng, 0.25, mirror=True).astype(float) / 2
+        view = clip_random_view(picture, 20, rng, 0.25, mirror=True).astype(float) / 2
         assert view.shape == (20, 20, 3)
         step = (view[10, 15, 0] - view[10, 5, 0]) / 10
         mirrored += step < 0
@@ -97,7 +97,7 @@ def test_random_views_are_random_squares_of_at_least_the_asked_share() -> None:
     assert 38 <= min(sides) < 46 and 74 < max(sides) <= 82, "areas from a quarter of 80 × 80 to all of it"
     assert min(lefts) < 8 and max(lefts) > 50
     assert 70 < mirrored < 130
-    plain = random_view(picture, 20, np.random.default_rng(1))
+    plain = clip_random_view(picture, 20, np.random.default_rng(1))
     assert plain[10, 19, 0] > plain[10, 0, 0] and plain[19, 10, 1] - plain[0, 10, 1] == pytest.approx(152, abs=3)
 
 
@@ -114,7 +114,7 @@ def test_samples_have_whole_captions_or_cut_ones_with_their_end(data: Path, toke
             assert sample["truncated"] == int(length == 4)
             if length == 40:
                 assert tokenizer.decode(text) == dataset.captions(row)[0]
-            picture = center_view(dataset.picture(row, 16), 16)
+            picture = clip_center_view(dataset.picture(row, 16), 16)
             assert np.array_equal(sample["image"], picture.transpose(2, 0, 1))
 
 
@@ -147,7 +147,7 @@ def test_training_pictures_are_the_views_that_the_objective_asks_for(run: ClipRu
     for row in range(6):
         rng = np.random.default_rng(row)
         rng.integers(len(dataset.captions(row)))  # chooses the caption
-        view = random_view(dataset.picture(row, 32), 16, rng, 0.3, mirror=True)
+        view = clip_random_view(dataset.picture(row, 32), 16, rng, 0.3, mirror=True)
         assert np.array_equal(samples.sample(row, np.random.default_rng(row))["image"], view.transpose(2, 0, 1))
 
 

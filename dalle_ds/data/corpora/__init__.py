@@ -1,19 +1,17 @@
 """Readers of corpora: pictures (still encoded) with their captions, in a fixed order, one pair in memory.
 
 `pairs` says what a corpus is. `folder`, `webdataset` and `hf` read what anybody may have; `twemoji` is embedded; `coco` and
-`cub` are for evaluation; `conceptual`, `wit` and `yfcc` are `tables` of captions, joined with the pictures of `downloads`.
+`cub` are for evaluation; Conceptual Captions, WIT and YFCC100M are `tables` of captions, joined with images of `downloads`.
 """
 
 from dalle_ds.data.corpora.coco import read_coco
-from dalle_ds.data.corpora.conceptual import read_conceptual
 from dalle_ds.data.corpora.cub import read_cub
 from dalle_ds.data.corpora.folder import read_folder
 from dalle_ds.data.corpora.hf import read_hf
 from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired
+from dalle_ds.data.corpora.tables import read_conceptual, read_wit, read_yfcc
 from dalle_ds.data.corpora.twemoji import read_twemoji
 from dalle_ds.data.corpora.webdataset import read_webdataset
-from dalle_ds.data.corpora.wit import read_wit
-from dalle_ds.data.corpora.yfcc import read_yfcc
 
 __all__ = [
     "Broken",

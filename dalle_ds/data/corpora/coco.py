@@ -10,25 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import not_listed, walk
-from dalle_ds.data.corpora.pairs import (
-    NO_CAPTION,
-    NO_PICTURE,
-    UNREADABLE,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unusable,
-    existing,
-    file_pair,
-    read_file,
-    told,
-)
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import existing, file_pair, others, read_file, walk
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unusable, told
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import is_text, parse_json, shown
 
-SAME_ID = "another image of the same id"
 MAX_ANNOTATION_BYTES = 2**30
 PREFIX = "captions_"
 
@@ -65,7 +52,7 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
     try:
         content = parse_json(read_file(file, MAX_ANNOTATION_BYTES))
         images, annotations = list(content["images"]), list(content["annotations"])
-    except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
+    except (ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{file} cannot be read as annotations of COCO: {error}") from error
     captions: dict[Any, list[Any]] = {}
     bad: list[Broken] = []
@@ -74,18 +61,18 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
             number, caption = annotation["image_id"], annotation["caption"]
             captions.setdefault(number, []).append(caption)
         except (KeyError, TypeError):
-            bad.append(Broken(f"{file.name} annotation {place}", NO_CAPTION))
+            bad.append(Broken(f"{file.name} annotation {place}", reasons.NO_CAPTION))
     names: dict[Any, str] = {}
     listed: set[str] = set()
     for place, image in enumerate(images):
         where = f"{file.name} image {place}"
         try:
             number, name = image["id"], image["file_name"]
-            reason = SAME_ID if number in names else None if is_text(name) and name else NO_PICTURE
-            if reason != NO_PICTURE and is_text(name):
+            reason = reasons.SAME_ID if number in names else None if is_text(name) and name else reasons.NO_PICTURE
+            if reason != reasons.NO_PICTURE and is_text(name):
                 listed.add(Path(name).name)
         except (KeyError, TypeError):
-            reason = UNREADABLE
+            reason = reasons.UNREADABLE
         if reason is None:
             names[number] = name
         else:
@@ -93,9 +80,9 @@ def _units(file: Path, folder: Path) -> Iterator[Unit]:
     for number, name in names.items():
         # The name alone: an annotation file does not choose what else is read.
         yield Unit(name, partial(_read, folder / Path(name).name, captions.pop(number, []), name))
-    bad += [Broken(f"{file.name} captions of image {shown(number)}", NO_PICTURE) for number in captions]
+    bad += [Broken(f"{file.name} captions of image {shown(number)}", reasons.NO_PICTURE) for number in captions]
     yield from map(told, bad)
-    yield from not_listed(entry for entry in walk(folder) if entry.name not in listed)
+    yield others(lambda: (entry for entry in walk(folder) if entry.name not in listed))
 
 
 def _read(path: Path, captions: list[Any], name: str) -> Iterator[RawPair | Broken]:

@@ -16,41 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-from dalle_ds.data.corpora.files import not_listed, walk
-from dalle_ds.data.corpora.pairs import (
-    MAX_TEXT_BYTES,
-    NO_CAPTION,
-    NOT_LISTED,
-    UNREADABLE,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-    Unusable,
-    existing,
-    file_pair,
-    lines_of,
-    read_file,
-    told,
-)
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import MAX_TEXT_BYTES, existing, file_pair, lines_of, others, read_file, walk
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, told
 from dalle_ds.errors import DataError
 
-BAD_LINE = "line that is no new number and name"
-OTHER_PART = "of another part"
-
-Part = Literal["test", "train", "all"]
 CAPTIONS_NAME = "text_c10"
 
 
-def read_cub(source: str, part: Part = "test") -> Corpus:
-    """Pictures with their different captions, in the order of `images.txt`.
+def read_cub(source: str) -> Corpus:
+    """Images of the test part, which DALL·E is measured on (Fig. 9), with their captions, in the order of `images.txt`.
 
     Args:
         source: the folder CUB_200_2011.
-        part: which pictures; those of the test part are what DALL·E is measured on (Fig. 9).
 
     Raises:
         DataError: a file or folder of the layout is missing or damaged, or the part is empty.
@@ -63,25 +42,22 @@ def read_cub(source: str, part: Part = "test") -> Corpus:
         raise DataError(f"{folder} has no captions: unpack {CAPTIONS_NAME} of Reed et al. there or beside it")
     names, bad = _table(folder / "images.txt")
     test, of_neither = _test_pictures(folder, captions, names)
-    names_of_part = [name for name in names.values() if part == "all" or (name in test) == (part == "test")]
-    chosen = [name for name in names_of_part if part == "all" or name not in of_neither]
-    if not chosen:
-        raise DataError(f"{folder} has no pictures of its {part} part: {len(names)} are listed in images.txt")
+    if not test:
+        raise DataError(f"{folder} has no pictures of its test part: {len(names)} are listed in images.txt")
 
     def units() -> Iterator[Unit]:
-        for name in chosen:
+        for name in filter(test.__contains__, names.values()):
             yield Unit(name, partial(_read, folder / "images", captions, name))
         yield from map(told, bad)
-        if part != "all":
-            yield from (told(Broken(name, NOT_LISTED)) for name in names.values() if name in of_neither)
-            others = len(names) - len(chosen) - len(of_neither)
-            if others:
-                yield told(Unpaired("images.txt", OTHER_PART, others))
+        yield from (told(Broken(name, reasons.NOT_LISTED)) for name in names.values() if name in of_neither)
+        of_training = sum(name not in test and name not in of_neither for name in names.values())
+        if of_training:
+            yield told(Unpaired("images.txt", reasons.OTHER_PART, of_training))
         read = {folder / "images.txt", folder / "train_test_split.txt", folder / "testclasses.txt"}
         for name in names.values():
             read |= {folder / "images" / name, _caption_file(captions, name)}
-        for place in (folder,) if captions.is_relative_to(folder) else (folder, captions):
-            yield from not_listed(entry for entry in walk(place) if entry.path not in read)
+        places = (folder,) if captions.is_relative_to(folder) else (folder, captions)
+        yield others(lambda: (entry for place in places for entry in walk(place) if entry.path not in read))
 
     return Corpus(units)
 
@@ -95,14 +71,14 @@ def _table(path: Path) -> tuple[dict[str, str], list[Broken]]:
         if value and number not in values:
             values[number] = value.strip()
         elif line.strip():
-            bad.append(Broken(f"{path.name} line {place}", BAD_LINE))
+            bad.append(Broken(f"{path.name} line {place}", reasons.BAD_LINE))
     return values, bad
 
 
 def _lines(path: Path) -> list[str]:
     try:
         return lines_of(read_file(path, 100 * MAX_TEXT_BYTES))
-    except (OSError, Unusable) as error:
+    except Unusable as error:
         raise DataError(f"{path} cannot be read as a table of CUB-200-2011: {error}") from error
 
 
@@ -123,15 +99,10 @@ def _caption_file(captions: Path, name: str) -> Path:
 
 def _read(images: Path, captions: Path, name: str) -> Iterator[RawPair | Broken]:
     if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-        yield Broken(name, UNREADABLE)
+        yield Broken(name, reasons.UNREADABLE)
         return
     try:
-        lines = lines_of(read_file(_caption_file(captions, name), MAX_TEXT_BYTES))
-    except FileNotFoundError:
-        yield Broken(name, NO_CAPTION)
+        lines = lines_of(read_file(_caption_file(captions, name), MAX_TEXT_BYTES, reasons.NO_CAPTION))
+        yield file_pair(images / name, lines, name)
     except Unusable as error:
         yield Broken(name, error.reason)
-    except (OSError, ValueError):
-        yield Broken(name, UNREADABLE)
-    else:
-        yield file_pair(images / name, lines, name)

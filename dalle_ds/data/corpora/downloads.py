@@ -7,50 +7,35 @@ It writes shards of some thousand samples: `00000.tar`, or a folder `00000`, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import Found, is_image, is_system, suffix_of, walk
-from dalle_ds.data.corpora.hf import parquet_rows
-from dalle_ds.data.corpora.pairs import (
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
-    NO_PICTURE,
-    TOO_BIG,
-    UNREADABLE,
-    Broken,
-    Unusable,
+    Found,
+    is_image,
+    is_system,
     json_of,
     read_file,
+    suffix_of,
+    walk,
 )
-from dalle_ds.data.corpora.webdataset import ANOTHER_PICTURE, TarSample, is_tar, tar_samples
+from dalle_ds.data.corpora.hf import table_rows
+from dalle_ds.data.corpora.pairs import Broken, Unusable
+from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 
-NO_URL = "no URL"
+Download = tuple[str, str, bytes]
+"""(name, URL, encoded image)."""
+Read = Callable[[], Iterator[Download | Broken]]
 
 
-@dataclass(frozen=True)
-class Download:
-    """A picture that was downloaded."""
-
-    name: str
-    url: str
-    image: bytes
-
-
-@dataclass(frozen=True)
-class DownloadShard:
-    """A shard that is read by itself."""
-
-    name: str
-    read: Callable[[], Iterator[Download | Broken]]
-
-
-def download_shards(pictures: str) -> list[DownloadShard]:
-    """The shards of a folder, by name.
+def download_shards(pictures: str) -> list[tuple[str, Read]]:
+    """The shards of a folder, each of which is read by itself, by name.
 
     Raises:
         DataError: no such folder, or no shards in it.
@@ -80,8 +65,8 @@ def download_shards(pictures: str) -> list[DownloadShard]:
             "webdataset, files and parquet)"
         )
     # One for what is no shard.
-    others = DownloadShard("other files", lambda: (entry.unpaired() for entry in rest))
-    return [*(DownloadShard(entry.name, partial(read, path)) for path, entry in shards.items()), others]
+    others: tuple[str, Read] = ("other files", lambda: (entry.unpaired() for entry in rest))
+    return [*((entry.name, partial(read, path)) for path, entry in shards.items()), others]
 
 
 def _folders_of(found: list[Found]) -> set[Path]:
@@ -100,7 +85,7 @@ def _from_tar(path: Path) -> Iterator[Download | Broken]:
             yield sample
             continue
         if sample.has_image and sample.image is None:
-            yield Broken(sample.name, TOO_BIG)
+            yield Broken(sample.name, reasons.TOO_BIG)
         else:
             yield _download(sample.name, sample.image, partial(_about, sample))
         yield from sample.unused(".json")
@@ -125,20 +110,18 @@ def _from_folder(files_of: dict[Path, list[Found]], path: Path) -> Iterator[Down
             yield _download(name, image, partial(read_file, about, MAX_TEXT_BYTES))
         except Unusable as error:
             yield Broken(name, error.reason)
-        except OSError:
-            yield Broken(name, UNREADABLE)
     stems = {about.stem for about in texts}
     used = {*texts, *(picture.path for stem, picture in pictures.items() if stem in stems)}
     for entry in files:
         if entry.path not in used:
             if entry.problem is None and is_image(entry.name) and not is_system(entry.name):
-                yield Broken(entry.name, ANOTHER_PICTURE if entry.path.stem in stems else NO_URL)
+                yield Broken(entry.name, reasons.ANOTHER_PICTURE if entry.path.stem in stems else reasons.NO_URL)
             else:
                 yield entry.unpaired()
 
 
 def _from_table(path: Path) -> Iterator[Download | Broken]:
-    for row in parquet_rows(path, path.name, _columns):
+    for row in table_rows(path, path.name, _columns):
         if isinstance(row, Broken):
             yield row
         else:
@@ -155,10 +138,10 @@ def _columns(names: list[str]) -> tuple[str, ...]:
 
 def _of_row(name: str, url: Any, image: Any) -> Download | Broken:
     if not isinstance(image, bytes):  # one that could not be downloaded
-        return Broken(name, NO_PICTURE)
+        return Broken(name, reasons.NO_PICTURE)
     if not isinstance(url, str):
-        return Broken(name, NO_URL)
-    return Download(name, url, image) if len(image) <= MAX_PICTURE_BYTES else Broken(name, TOO_BIG)
+        return Broken(name, reasons.NO_URL)
+    return (name, url, image) if len(image) <= MAX_PICTURE_BYTES else Broken(name, reasons.TOO_BIG)
 
 
 def _download(name: str, image: bytes | None, about: Callable[[], bytes]) -> Download | Broken:

@@ -1,25 +1,30 @@
-"""What lies in the folder of a source, so that every file of it is read or told of."""
+"""What lies in the folder of a source, so that every file of it is read or told of; and reading files of it."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from dalle_ds.data.corpora.pairs import LINK_TO_NOTHING, NOT_A_FILE, NOT_LISTED, Unit, Unpaired, told
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.pairs import Broken, RawPair, Unit, Unpaired, Unusable, pair_of
 from dalle_ds.data.images import image_suffixes, other_image_suffixes
-
-OTHER = "file that is not read"
-FORMAT = "image format that is not read"
-ARCHIVE = "archive that is not opened"
-SYSTEM = "metadata of an operating system"
-LOOP = "folder that is read by another path"
-NO_ENTRY = "folder that cannot be read"
+from dalle_ds.errors import DataError
+from dalle_ds.parsing import parse_json
 
 _PACKED = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 _SYSTEM = (".ds_store", "thumbs.db", "desktop.ini")
+
+
+MAX_PICTURE_BYTES = 512 * 2**20
+"""Of an encoded picture."""
+MAX_TEXT_BYTES = 2**20
+"""Of a caption file, a line of a table, or a name in an archive."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class Found:
     problem: str | None = None
     """Why it is not read, whatever it is."""
 
-    def unpaired(self, reason: str = OTHER) -> Unpaired:
+    def unpaired(self, reason: str = reasons.OTHER) -> Unpaired:
         """That it belongs to no pair, for this reason where there is no better one."""
         leads_nowhere = self.path.is_symlink() and not self.path.exists()
-        problem = LINK_TO_NOTHING if leads_nowhere else self.problem
+        problem = reasons.LINK_TO_NOTHING if leads_nowhere else self.problem
         return Unpaired(self.name, problem or unpaired_reason(self.name, reason))
 
 
@@ -46,12 +51,12 @@ def walk(folder: Path) -> list[Found]:
     def add(path: Path, problem: str | None = None) -> None:
         name = str(path.relative_to(folder))
         is_other = is_image(name) and not is_system(name) and suffix_of(name) not in image_suffixes()
-        found.append(Found(path, name, problem or (FORMAT if is_other else None)))
+        found.append(Found(path, name, problem or (reasons.FORMAT if is_other else None)))
 
     root = folder.resolve()
     seen: set[tuple[int, int | Path]] = set()
     for place, folders, files in os.walk(
-        folder, onerror=lambda error: add(Path(error.filename or folder), NO_ENTRY), followlinks=True
+        folder, onerror=lambda error: add(Path(error.filename or folder), reasons.NO_ENTRY), followlinks=True
     ):
         for name in sorted(folders):
             path = Path(place, name)
@@ -65,7 +70,7 @@ def walk(folder: Path) -> list[Found]:
             if again:
                 folders.remove(name)
             if again or is_image(name):
-                add(path, NOT_A_FILE if is_image(name) else LOOP)
+                add(path, reasons.NOT_A_FILE if is_image(name) else reasons.LOOP)
         folders.sort()  # which of two links to a folder is followed depends on names alone
         for name in files:
             add(Path(place, name))
@@ -94,13 +99,99 @@ def is_system(name: str) -> bool:
     return path.name.startswith("._") or path.name.lower() in _SYSTEM or "__MACOSX" in path.parts
 
 
-def unpaired_reason(name: str, reason: str = OTHER) -> str:
+def unpaired_reason(name: str, reason: str = reasons.OTHER) -> str:
     """Why a file or member of an archive belongs to no pair; `reason` where its name does not tell."""
     if is_system(name):
-        return SYSTEM
-    return ARCHIVE if suffix_of(name) in _PACKED else reason
+        return reasons.SYSTEM
+    return reasons.ARCHIVE if suffix_of(name) in _PACKED else reason
 
 
-def not_listed(found: Iterable[Found]) -> Iterator[Unit]:
-    """Files beside a table that it does not name."""
-    return (told(entry.unpaired(NOT_LISTED if is_image(entry.name) else OTHER)) for entry in found)
+def others(found: Callable[[], Iterable[Found]], of_images: str = reasons.NOT_LISTED) -> Unit:
+    """Files beside those that are read, as one unit, since they are no work.
+
+    Args:
+        of_images: the reason for images.
+    """
+    return Unit(
+        "other files",
+        lambda: (entry.unpaired(of_images if is_image(entry.name) else reasons.OTHER) for entry in found()),
+    )
+
+
+def existing(source: str) -> Path:
+    """The path of a source; `DataError` where there is nothing."""
+    path = Path(source)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"source {path} does not exist") from error
+    except OSError as error:
+        raise DataError(f"source {path} cannot be read: {error.strerror}") from error
+    return path
+
+
+def read_file(path: Path, limit: int, missing: str = reasons.NO_PICTURE) -> bytes:
+    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes.
+
+    Raises:
+        Unusable: it cannot be read, or is not there, which has the reason `missing`.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise Unusable(reasons.NOT_A_FILE)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise Unusable(reasons.TOO_BIG)
+            return file.read(size + 1)  # no more, whatever the file becomes
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Unusable(reasons.LINK_TO_NOTHING if path.is_symlink() else missing) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise Unusable(reasons.UNREADABLE) from error
+
+
+def encoding_of(head: bytes) -> str:
+    """How a text is encoded that begins with these four bytes: as its byte order mark says, else in UTF-8."""
+    marks = {
+        codecs.BOM_UTF8: "utf-8-sig",
+        codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+    return next((encoding for mark, encoding in marks.items() if head.startswith(mark)), "utf-8")
+
+
+def lines_of(text: bytes) -> list[str]:
+    """Captions, one in a line; `Unusable` where they are neither UTF-8 nor have a byte order mark."""
+    try:
+        decoded = text.decode(encoding_of(text[:4]))
+    except UnicodeDecodeError as error:
+        raise Unusable(reasons.ENCODING) from error
+    # Not `splitlines`, which ends lines at characters that captions may have in them.
+    return [line.removesuffix("\n") for line in io.StringIO(decoded, newline=None)]
+
+
+def json_of(text: bytes) -> Any:
+    """The value of a JSON document; `Unusable` where it is none."""
+    try:
+        return parse_json(text)
+    except UnicodeDecodeError as error:
+        raise Unusable(reasons.ENCODING) from error
+    except ValueError as error:
+        raise Unusable(reasons.BROKEN_JSON) from error
+
+
+def pair_of_file(folder: Path, file_name: Any, captions: list[Any], name: str) -> RawPair | Broken:
+    """`pair_of` a picture file named in a table."""
+    if not isinstance(file_name, str) or not file_name:
+        return Broken(name, reasons.NO_PICTURE)
+    return file_pair(folder / file_name, captions, file_name, f"{file_name} ({name})")
+
+
+def file_pair(path: Path, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
+    """`pair_of` a picture file."""
+    try:
+        return pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name, where)
+    except Unusable as error:
+        return Broken(where or name, error.reason)

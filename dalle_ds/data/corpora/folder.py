@@ -11,34 +11,26 @@ from pathlib import Path
 
 import xxhash
 
-from dalle_ds.data.corpora.files import Found, is_image, is_system, not_listed, suffix_of, walk
-from dalle_ds.data.corpora.pairs import (
-    CAPTION_UNUSED,
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import (
     MAX_TEXT_BYTES,
-    NO_CAPTION,
-    NO_PICTURE,
-    NOTHING_IN_IT,
-    UNREADABLE,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-    Unusable,
-    as_captions,
+    Found,
     existing,
     file_pair,
+    is_image,
+    is_system,
     lines_of,
+    others,
     pair_of_file,
     read_file,
-    told,
+    suffix_of,
+    walk,
 )
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, as_captions, told
 from dalle_ds.data.corpora.rows import PairRow, pair_rows
-from dalle_ds.data.disk import unreadable_is_a_data_error
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
-
-TABLE_BELOW = "table in a subfolder (must lie directly in the source)"
+from dalle_ds.files import unreadable_is_a_data_error
 
 _TABLES = (".csv", ".jsonl")
 _TEXT = ".txt"
@@ -95,12 +87,12 @@ def _units(found: list[Found]) -> Iterator[Unit]:
         elif is_image(entry.name):
             yield Unit(entry.name, partial(_read_with_text, entry, texts.get(_stem(entry))))
         elif _is_text(entry) and _stem(entry) not in pictures:
-            yield told(Broken(entry.name, NO_PICTURE))
+            yield told(Broken(entry.name, reasons.NO_PICTURE))
         elif not _is_text(entry):
             is_below = suffix_of(entry.name) in (*_TABLES, ".tsv") and "/" in entry.name
-            yield told(entry.unpaired(TABLE_BELOW) if is_below else entry.unpaired())
+            yield told(entry.unpaired(reasons.TABLE_BELOW) if is_below else entry.unpaired())
         elif texts[_stem(entry)] != entry.path:
-            yield told(Unpaired(entry.name, CAPTION_UNUSED))
+            yield told(Unpaired(entry.name, reasons.CAPTION_UNUSED))
 
 
 def _is_text(entry: Found) -> bool:
@@ -113,16 +105,13 @@ def _stem(entry: Found) -> str:
 
 def _read_with_text(entry: Found, text: Path | None) -> Iterator[RawPair | Broken]:
     if entry.problem is not None or text is None:
-        yield Broken(entry.name, entry.problem or NO_CAPTION)
+        yield Broken(entry.name, entry.problem or reasons.NO_CAPTION)
         return
     try:
         captions = lines_of(read_file(text, MAX_TEXT_BYTES))
+        yield file_pair(entry.path, captions, entry.name)
     except Unusable as error:
         yield Broken(entry.name, error.reason)
-    except OSError:
-        yield Broken(entry.name, UNREADABLE)
-    else:
-        yield file_pair(entry.path, captions, entry.name)
 
 
 def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
@@ -139,9 +128,10 @@ def _table_units(table: Path, image_column: str | None, caption_column: str | No
                 listed.add(_key(table.parent / row[0]))
             yield Unit(name, partial(_read_table_row, table.parent, row, name))
     if empty:
-        yield told(Unpaired(table.name, NOTHING_IN_IT))
-    others = (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
-    yield from not_listed(others)
+        yield told(Unpaired(table.name, reasons.NOTHING_IN_IT))
+    yield others(
+        lambda: (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
+    )
 
 
 def _key(path: Path) -> int:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.files import is_system, suffix_of, walk
-from dalle_ds.data.corpora.pairs import (
-    CAPTION_COLUMNS,
-    ENCODING,
-    IMAGE_COLUMNS,
+import pyarrow as pa
+import pyarrow.parquet
+
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
-    NO_COLUMN,
-    NOTHING_IN_IT,
-    TOO_BIG,
-    UNREADABLE,
+    existing,
+    is_system,
+    others,
+    pair_of_file,
+    read_file,
+    suffix_of,
+    walk,
+)
+from dalle_ds.data.corpora.pairs import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
     Broken,
     Corpus,
     RawPair,
@@ -26,11 +33,7 @@ from dalle_ds.data.corpora.pairs import (
     Unusable,
     as_captions,
     column_of,
-    existing,
     pair_of,
-    pair_of_file,
-    read_file,
-    told,
 )
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json, shown
@@ -39,9 +42,12 @@ SUFFIXES = (".parquet", ".arrow")
 _OF_SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
 
 _ROWS = 64
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 Columns = tuple[str, str]
 """(of pictures, of captions)"""
+Group = tuple[int | None, Callable[[list[str] | None], Iterable[Any]]]
+"""(rows, None where nobody knows how many; reads some columns of them)."""
 Wanted = tuple[str | None, str | None]
 
 
@@ -54,7 +60,7 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
     Raises:
         DataError: no such folder, or nothing in it that is a dataset.
     """
-    return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)))
+    return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)), units_per_part=1)
 
 
 def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
@@ -71,8 +77,10 @@ def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
     folder = path if path.is_dir() else path.parent
     for file, name in files.items():
         yield Unit(name, partial(_read_file, folder, wanted, name, file))
-    others = (entry for entry in found if entry.path not in files and entry.path.name not in _OF_SAVED)
-    yield from (told(entry.unpaired()) for entry in others)
+    read = {*files}
+    yield others(
+        lambda: (entry for entry in found if entry.path not in read and entry.path.name not in _OF_SAVED), reasons.OTHER
+    )
 
 
 def _saved_files(path: Path) -> dict[Path, str] | None:
@@ -89,7 +97,7 @@ def _saved_files(path: Path) -> dict[Path, str] | None:
                 entry["filename"] for entry in parse_json(read_file(folder / state, MAX_TEXT_BYTES))["_data_files"]
             ]
             files |= {folder / part: split if len(parts) == 1 else f"{split}/{part}" for part in parts}
-    except (OSError, ValueError, KeyError, TypeError, Unusable) as error:
+    except (ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
     return files
 
@@ -100,86 +108,67 @@ def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[
         return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, file)
 
     empty = True
-    for row in (parquet_rows if suffix_of(file.name) == ".parquet" else _arrow_rows)(file, name, columns):
+    for row in table_rows(file, name, columns):
         empty = False
         yield row if isinstance(row, Broken) else _row_pair(folder, *row)
     if empty:
-        yield Unpaired(name, NOTHING_IN_IT)
+        yield Unpaired(name, reasons.NOTHING_IN_IT)
 
 
-def parquet_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
-    """(name, values of some columns) for each row of a file. Where a group of rows cannot be read, the next one is.
+def table_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
+    """(name, values of some columns) for each row of a .parquet or .arrow file. Where a group of rows cannot be read, the next
+    one is.
 
     Args:
         columns_of: chooses among the names of columns; `DataError` where they are not there.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            try:
-                columns = columns_of(table.schema_arrow.names)
-            except DataError as error:
-                yield Broken(f"{name} ({error})", NO_COLUMN, table.metadata.num_rows)
-                return
-            end = 0
-            for group in range(table.num_row_groups):
-                number, end = end, end + table.metadata.row_group(group).num_rows
-                try:
-                    for batch in table.iter_batches(_ROWS, row_groups=[group], columns=list(columns)):
-                        yield from _rows_of(batch, columns, name, number)
-                        number += len(batch)
-                except (OSError, ValueError, pa.ArrowException):
-                    yield Broken(f"{name} row {number}", UNREADABLE, end - number)
-    except (OSError, ValueError, pa.ArrowException):
-        yield Broken(name, UNREADABLE)
-
-
-def _arrow_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
-    """`parquet_rows` of a file of Arrow, in either of its formats. Of a batch that cannot be read, nobody knows how many rows
-    it has; in a stream, nor what follows."""
-    import pyarrow as pa
-
-    damage = (OSError, ValueError, pa.ArrowException)
     number = 0
     try:
         with path.open("rb") as file:
-            schema, batches = _arrow_batches(file)
+            names, groups = _groups_of(path, file)
             try:
-                columns = columns_of(schema.names)
+                columns = list(columns_of(names))
             except DataError as error:
-                yield Broken(f"{name} ({error})", NO_COLUMN, sum(len(read()) for read in batches))
+                count = sum(sum(map(len, read(None))) if rows is None else rows for rows, read in groups)
+                yield Broken(f"{name} ({error})", reasons.NO_COLUMN, count)
                 return
-            for read in batches:
+            for rows, read in groups:
+                first = number
                 try:
-                    batch = read()
-                except damage:
-                    yield Broken(f"{name} row {number}", UNREADABLE)
-                    continue
-                for first in range(0, len(batch), _ROWS):
-                    yield from _rows_of(batch.slice(first, _ROWS), columns, name, number + first)
-                number += len(batch)
-    except damage:
-        yield Broken(f"{name} row {number}", UNREADABLE)
+                    for batch in read(columns):
+                        for start in range(0, len(batch), _ROWS):
+                            yield from _rows_of(batch.slice(start, _ROWS), columns, name, number + start)
+                        number += len(batch)
+                except _DAMAGE:
+                    lost = 1 if rows is None else first + rows - number
+                    yield Broken(f"{name} row {number}", reasons.UNREADABLE, lost)
+                    number += 0 if rows is None else lost
+    except _DAMAGE:
+        yield Broken(f"{name} row {number}" if number else name, reasons.UNREADABLE)
 
 
-def _arrow_batches(file: Any) -> tuple[Any, Iterator[Callable[[], Any]]]:
-    import pyarrow as pa
-
+def _groups_of(path: Path, file: Any) -> tuple[list[str], Iterator[Group]]:
+    """The names of columns, and groups of rows; in a stream of Arrow, nobody knows what follows a damaged one."""
+    if suffix_of(path.name) == ".parquet":
+        table = pyarrow.parquet.ParquetFile(file)
+        numbers = range(table.num_row_groups)
+        return table.schema_arrow.names, (
+            (table.metadata.row_group(number).num_rows, partial(table.iter_batches, _ROWS, [number]))
+            for number in numbers
+        )
     try:
         opened = pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         file.seek(0)
         stream = pa.ipc.open_stream(file)
-        return stream.schema, (lambda batch=batch: batch for batch in stream)
-    return opened.schema, (partial(opened.get_batch, number) for number in range(opened.num_record_batches))
+        return stream.schema.names, ((None, lambda _, batch=batch: [batch]) for batch in stream)
+    return opened.schema.names, (
+        (None, lambda _, number=number: [opened.get_batch(number)]) for number in range(opened.num_record_batches)
+    )
 
 
 def _rows_of(batch: Any, columns: Sequence[str], name: str, number: int) -> Iterator[tuple[Any, ...] | Broken]:
     """The rows of a batch, of which the first has this number; one that cannot be read costs no other."""
-    import pyarrow as pa
-
     batch = batch.select(list(columns))
     try:
         batch.validate(full=True)  # Arrow follows offsets without looking; in a damaged file they lead anywhere
@@ -190,7 +179,7 @@ def _rows_of(batch: Any, columns: Sequence[str], name: str, number: int) -> Iter
                 yield from _rows_of(batch.slice(place, 1), columns, name, number + place)
         else:
             is_text = isinstance(error, UnicodeDecodeError) or "UTF8" in str(error)
-            yield Broken(f"{name} row {number}", ENCODING if is_text else UNREADABLE)
+            yield Broken(f"{name} row {number}", reasons.ENCODING if is_text else reasons.UNREADABLE)
         return
     for place, row in enumerate(rows, start=number):
         yield (f"{name} row {place}", *(row[column] for column in columns))
@@ -203,5 +192,5 @@ def _row_pair(folder: Path, name: str, picture: Any, caption: Any) -> RawPair | 
     if not isinstance(picture, bytes):
         return pair_of_file(folder, picture, as_captions(caption), name)
     if len(picture) > MAX_PICTURE_BYTES:
-        return Broken(name, TOO_BIG)
+        return Broken(name, reasons.TOO_BIG)
     return pair_of(picture, as_captions(caption), name)

@@ -9,43 +9,19 @@ opened, and nothing is read that is absurdly long.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.data import reasons
 from dalle_ds.errors import DataError
-from dalle_ds.parsing import is_text, parse_json
+from dalle_ds.parsing import is_text
 
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
-
-NO_CAPTION = "no caption"
-NO_PICTURE = "no picture"
-NO_COLUMN = "no column of that name"
-NOT_LISTED = "not in the table"
-NOT_TEXT = "caption that is no text"
-ENCODING = "text that is not UTF-8"
-BROKEN_JSON = "broken JSON"
-LINK_TO_NOTHING = "link to nothing"
-EMPTY_FILE = "empty picture file"
-CAPTION_UNUSED = "caption file that is not used"
-NOTHING_IN_IT = "no rows or members in it"
-UNREADABLE = "unreadable source"
-TRUNCATED = "truncated archive"
-NOT_A_FILE = "not a regular file"
-TOO_BIG = "file too big"
-TOO_LONG = "line too long"
-
-MAX_PICTURE_BYTES = 512 * 2**20
-"""Of an encoded picture."""
-MAX_TEXT_BYTES = 2**20
-"""Of a caption file, a line of a table, or a name in an archive."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +70,12 @@ class Corpus:
 
     Args:
         units: begins to go through the units, of which none is read until it is asked to.
+        units_per_part: how many are a fair part of the work: a thousand pairs, or one file with many.
     """
 
-    def __init__(self, units: Callable[[], Iterator[Unit]]) -> None:
+    def __init__(self, units: Callable[[], Iterator[Unit]], units_per_part: int = 1000) -> None:
         self.units = units
+        self.units_per_part = units_per_part
 
     def __iter__(self) -> Iterator[RawPair | Broken]:
         for unit in self.units():
@@ -112,18 +90,6 @@ def told(broken: Broken) -> Unit:
 def content_group(image: bytes) -> str:
     """The group of a picture in corpora without groups of their own: equal files are one group."""
     return hashlib.sha256(image).hexdigest()[:16]
-
-
-def existing(source: str) -> Path:
-    """The path of a source; `DataError` where there is nothing."""
-    path = Path(source)
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"source {path} does not exist") from error
-    except OSError as error:
-        raise DataError(f"source {path} cannot be read: {error.strerror}") from error
-    return path
 
 
 def column_of(option: str, wanted: str | None, usual: tuple[str, ...], columns: Iterable[str], where: Path) -> str:
@@ -147,35 +113,15 @@ def pair_of(image: bytes, captions: list[Any], name: str, where: str = "") -> Ra
         where: a better name where it is not kept.
     """
     if not captions:
-        return Broken(where or name, NO_CAPTION)
+        return Broken(where or name, reasons.NO_CAPTION)
     if not image:
-        return Broken(where or name, EMPTY_FILE)
+        return Broken(where or name, reasons.EMPTY_FILE)
     problems = [_problem(caption) for caption in captions]
     lost = [problem for problem in problems if problem is not None]
     if len(lost) == len(captions):
         return Broken(where or name, lost[0])
     kept = [caption for caption, problem in zip(captions, problems, strict=True) if problem is None]
     return RawPair(image, kept, name, content_group(image), lost=lost)
-
-
-def pair_of_file(folder: Path, file_name: Any, captions: list[Any], name: str) -> RawPair | Broken:
-    """`pair_of` a picture file named in a table."""
-    if not isinstance(file_name, str) or not file_name:
-        return Broken(name, NO_PICTURE)
-    return file_pair(folder / file_name, captions, file_name, f"{file_name} ({name})")
-
-
-def file_pair(path: Path, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
-    """`pair_of` a picture file."""
-    try:
-        return pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name, where)
-    except Unusable as error:
-        reason = error.reason
-    except (FileNotFoundError, NotADirectoryError):
-        reason = LINK_TO_NOTHING if path.is_symlink() else NO_PICTURE
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        reason = UNREADABLE
-    return Broken(where or name, reason)
 
 
 class Unusable(Exception):
@@ -186,52 +132,9 @@ class Unusable(Exception):
         self.reason = reason
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes."""
-    if path.exists() and not path.is_file():
-        raise Unusable(NOT_A_FILE)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise Unusable(TOO_BIG)
-        return file.read(size + 1)  # no more, whatever the file becomes
-
-
-def encoding_of(head: bytes) -> str:
-    """How a text is encoded that begins with these four bytes: as its byte order mark says, else in UTF-8."""
-    marks = {
-        codecs.BOM_UTF8: "utf-8-sig",
-        codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
-        codecs.BOM_UTF32_BE: "utf-32",
-        codecs.BOM_UTF16_LE: "utf-16",
-        codecs.BOM_UTF16_BE: "utf-16",
-    }
-    return next((encoding for mark, encoding in marks.items() if head.startswith(mark)), "utf-8")
-
-
 def is_sound(text: str) -> bool:
     """Whether UTF-8 can hold a text, and it has no NUL, which text of another encoding is full of."""
     return is_text(text) and "\0" not in text
-
-
-def lines_of(text: bytes) -> list[str]:
-    """Captions, one in a line; `Unusable` where they are neither UTF-8 nor have a byte order mark."""
-    try:
-        decoded = text.decode(encoding_of(text[:4]))
-    except UnicodeDecodeError as error:
-        raise Unusable(ENCODING) from error
-    # Not `splitlines`, which ends lines at characters that captions may have in them.
-    return [line.removesuffix("\n") for line in io.StringIO(decoded, newline=None)]
-
-
-def json_of(text: bytes) -> Any:
-    """The value of a JSON document; `Unusable` where it is none."""
-    try:
-        return parse_json(text)
-    except UnicodeDecodeError as error:
-        raise Unusable(ENCODING) from error
-    except ValueError as error:
-        raise Unusable(BROKEN_JSON) from error
 
 
 def as_captions(value: Any) -> list[Any]:
@@ -241,5 +144,5 @@ def as_captions(value: Any) -> list[Any]:
 
 def _problem(caption: Any) -> str | None:
     if not isinstance(caption, str):
-        return NO_CAPTION if caption is None else NOT_TEXT
-    return None if is_sound(caption) else ENCODING
+        return reasons.NO_CAPTION if caption is None else reasons.NOT_TEXT
+    return None if is_sound(caption) else reasons.ENCODING

@@ -8,23 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.corpora.pairs import (
-    BROKEN_JSON,
-    CAPTION_COLUMNS,
-    ENCODING,
-    IMAGE_COLUMNS,
-    MAX_TEXT_BYTES,
-    TOO_LONG,
-    column_of,
-    encoding_of,
-    is_sound,
-)
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import MAX_TEXT_BYTES, encoding_of
+from dalle_ds.data.corpora.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, column_of, is_sound
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
-OPEN_QUOTE = "open or misplaced quote"
-FIELDS = "another number of fields than of columns"
 _SEPARATORS = (",", "\t", ";", "|")
 csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's 128 KiB
 
@@ -72,12 +62,12 @@ def quoted_rows(
             row = next(csv.reader(feed(), delimiter=separator, skipinitialspace=True, strict=True))
             # One that is closed by chance, by a quote in another row, is known by the rows between.
             if any(is_row(line.rstrip("\r\n").split(separator)) for _, line, _ in taken[1:]):
-                row = OPEN_QUOTE
+                row = reasons.OPEN_QUOTE
         except StopIteration:
             return
         except csv.Error:
-            row = OPEN_QUOTE
-        if row == OPEN_QUOTE:
+            row = reasons.OPEN_QUOTE
+        if row == reasons.OPEN_QUOTE:
             again.extend(reversed(taken[1:]))
             del taken[1:]
         row = next((problem for _, _, problem in taken if problem is not None), row)
@@ -95,11 +85,11 @@ def _lines(table: Path) -> Iterator[Line]:
             number += 1
             if len(line) <= MAX_TEXT_BYTES:
                 sound = is_sound(line) and (utf8 or "\N{REPLACEMENT CHARACTER}" not in line)
-                yield number, line, None if sound else ENCODING
+                yield number, line, None if sound else reasons.ENCODING
                 continue
             while line and not line.endswith(("\n", "\r")):
                 line = lines.readline(MAX_TEXT_BYTES)
-            yield number, "", TOO_LONG
+            yield number, "", reasons.TOO_LONG
 
 
 def _separated_rows(
@@ -128,7 +118,7 @@ def _separated_rows(
         if isinstance(row, str):
             yield line, row
         elif len(row) > len(heading):  # a separator in a caption, which would be cut there
-            yield line, FIELDS
+            yield line, reasons.FIELDS
         else:
             fields = (row[place] if place < len(row) else None for place in (image, caption))
             yield line, (next(fields), next(fields))
@@ -171,7 +161,7 @@ def _json_lines(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 row = parse_json(text)
             except ValueError:
                 row = None
-            yield number, row if isinstance(row, dict) else BROKEN_JSON
+            yield number, row if isinstance(row, dict) else reasons.BROKEN_JSON
 
 
 def _check_json_columns(table: Path, image_column: str | None, caption_column: str | None) -> None:

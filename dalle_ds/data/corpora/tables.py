@@ -1,11 +1,13 @@
-"""Captions of pictures in tab-separated tables of any length, looked up by the URL of the picture.
+"""Conceptual Captions, WIT and YFCC100M: captions in tab-separated tables, joined with images that were downloaded.
 
-A table is read once for an index of 16 bytes a row, which lies on the disk (in TMPDIR); the rows are read where they are
-asked for.
+A table, of any length, is read once for an index by URL, which lies on the disk (in TMPDIR).
 """
 
 from __future__ import annotations
 
+import html
+import re
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,34 +15,40 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import xxhash
 
-from dalle_ds.data.corpora.downloads import NO_URL, DownloadShard, download_shards
-from dalle_ds.data.corpora.files import ARCHIVE, Found, is_system, suffix_of, unpaired_reason, walk
-from dalle_ds.data.corpora.pairs import (
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.downloads import Read, download_shards
+from dalle_ds.data.corpora.files import (
     MAX_TEXT_BYTES,
-    NOT_LISTED,
-    TOO_LONG,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-    Unusable,
+    Found,
     encoding_of,
     existing,
-    pair_of,
+    is_system,
+    suffix_of,
+    unpaired_reason,
+    walk,
 )
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, pair_of
 from dalle_ds.data.corpora.rows import Line, Row, quoted_rows
-from dalle_ds.data.disk import unreadable_is_a_data_error
 from dalle_ds.errors import DataError
+from dalle_ds.files import unreadable_is_a_data_error
 
-_DIVISIONS = 64
-_BUFFERED = 2**16
 _FILE_SHIFT = 48  # of a position: the file's number above, the place in it below
-_RECORD = np.dtype([("key", "<u8"), ("position", "<u8")])
 _EXAMPLES = 5
+_SCHEMES = ("http://", "https://")
+WIT_COLUMNS = (
+    "language", "page_url", "image_url", "page_title", "section_title", "hierarchical_section_title",
+    "caption_reference_description", "caption_attribution_description", "caption_alt_text_description", "mime_type",
+    "original_height", "original_width", "is_main_image", "attribution_passes_lang_id", "page_changed_recently",
+    "context_page_description", "context_section_description",
+)  # fmt: skip
+"""Of `wit_v1.train.all-0000?-of-00010.tsv`, in this order."""
+_YFCC_COLUMNS = 23
+_TITLE, _DESCRIPTION, _DOWNLOAD_URL, _MARKER = 6, 7, 14, 22  # of 23
+_PHOTOGRAPH = "0"
+_ENCODED = re.compile(rb"%([0-9A-Fa-f]{2})")
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 Rows = Callable[[BinaryIO], Iterator[tuple[int, Row | str]]]
 """From where a file stands: (place at which the row begins, its fields or the reason for which it cannot be read)."""
@@ -55,6 +63,100 @@ class TableFormat:
     """Of the picture; "" where there is none, None in a heading; `Unusable` in rows that are not of this kind of table."""
     captions: Callable[[Row], list[str]]
     """None where the row has no use."""
+
+
+def read_conceptual(source: str, pictures: str) -> Corpus:
+    """Conceptual Captions (Sharma et al. 2018; DALL·E §2.3), rows of a caption and a URL, or Conceptual 12M, of a URL and a
+    caption; neither has a heading.
+
+    Args:
+        source: the table, or a folder of .tsv tables.
+        pictures: folder that img2dataset downloaded to.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    return joined(CaptionTable(source, TableFormat(plain_rows, _conceptual_url, _conceptual_captions)), pictures)
+
+
+def _conceptual_url(row: Row) -> str | None:
+    if len(row) > 2 and row[0].startswith(_SCHEMES):  # a tab in a caption; behind a URL there may be labels
+        raise Unusable(reasons.FIELDS)
+    return next((field for field in row[:2] if field.startswith(_SCHEMES)), "")
+
+
+def _conceptual_captions(row: Row) -> list[str]:
+    return [field for field in row[:2] if not field.startswith(_SCHEMES)]
+
+
+def read_wit(source: str, pictures: str, caption_column: str | None = None) -> Corpus:
+    """WIT (Srinivasan et al. 2021), as the Wikipedia pairs of DALL·E App. C: rows in English, and of their three captions the
+    reference description, which stands below the image in the article. The attribution is in whatever language, and the
+    alternative text is rare.
+
+    Args:
+        source: a table, or a folder of .tsv tables, unpacked.
+        pictures: folder that img2dataset downloaded to.
+        caption_column: which column has the captions; None takes the reference description.
+
+    Raises:
+        DataError: one of them is not there, or no such column.
+    """
+    column = caption_column or "caption_reference_description"
+    if column not in WIT_COLUMNS:
+        raise DataError(f"WIT has no column {column!r}: --caption_column takes one of {', '.join(WIT_COLUMNS)}")
+    captions = partial(_wit_captions, column=WIT_COLUMNS.index(column))
+    rows = partial(tsv_rows, columns=len(WIT_COLUMNS))
+    return joined(CaptionTable(source, TableFormat(rows, _wit_url, captions)), pictures)
+
+
+def _wit_url(row: Row) -> str | None:
+    if len(row) != len(WIT_COLUMNS):
+        raise Unusable(reasons.FIELDS)
+    return None if row[0] == "language" else row[WIT_COLUMNS.index("image_url")]
+
+
+def _wit_captions(row: Row, column: int) -> list[str]:
+    return [row[column]] if row[0] == "en" and row[column].strip() else []
+
+
+def read_yfcc(source: str, pictures: str) -> Corpus:
+    """YFCC100M (Thomee et al. 2016; DALL·E §2.3 and App. C): photographs, with title and description as two captions, each of
+    which the filters judge by itself. Markup in descriptions is removed. Videos have no captions.
+
+    Args:
+        source: the table, or a folder of .tsv tables, unpacked.
+        pictures: folder that img2dataset downloaded to.
+
+    Raises:
+        DataError: one of them is not there.
+    """
+    return joined(CaptionTable(source, TableFormat(plain_rows, _yfcc_url, _yfcc_captions)), pictures)
+
+
+def _yfcc_field(row: Row, number: int) -> str:
+    """A field by its number in tables of 23 columns."""
+    return row[number + len(row) - _YFCC_COLUMNS]
+
+
+def _yfcc_url(row: Row) -> str | None:
+    if len(row) not in (_YFCC_COLUMNS, _YFCC_COLUMNS + 2):
+        raise Unusable(reasons.FIELDS)
+    return _yfcc_field(row, _DOWNLOAD_URL)
+
+
+def _yfcc_captions(row: Row) -> list[str]:
+    if _yfcc_field(row, _MARKER) != _PHOTOGRAPH:
+        return []
+    texts = (_decoded(_yfcc_field(row, number)) for number in (_TITLE, _DESCRIPTION))
+    plain = (html.unescape(_TAG.sub(" ", text)).strip() for text in texts)
+    return [text for text in plain if text]
+
+
+def _decoded(text: str) -> str:
+    """The text that a URL-encoded one stands for; what is not UTF-8 in it stays recognizable."""
+    encoded = text.replace("+", " ").encode("utf-8", "surrogateescape")
+    return _ENCODED.sub(lambda code: bytes.fromhex(code[1].decode()), encoded).decode("utf-8", "surrogateescape")
 
 
 class CaptionTable:
@@ -76,7 +178,7 @@ class CaptionTable:
         self._beside = [entry for entry in found if entry.path not in tables]
         self._form = form
         self._unused: dict[str, list[Unpaired]] = {}
-        packed = [entry.name for entry in found if unpaired_reason(entry.name) == ARCHIVE]
+        packed = [entry.name for entry in found if unpaired_reason(entry.name) == reasons.ARCHIVE]
         if not self._files:
             raise DataError(f"{path} has no .tsv files" + (f": unpack {', '.join(packed)[:200]}" if packed else ""))
         if path.is_file() and packed:
@@ -111,7 +213,7 @@ class CaptionTable:
                     raise DataError(f"{path} is in {encoding.upper()}: convert it to UTF-8")
                 file.seek(3 if encoding == "utf-8-sig" else 0)
                 for count, (place, row) in enumerate(self._form.rows(file), start=1):
-                    reason = row if isinstance(row, str) else NO_URL
+                    reason = row if isinstance(row, str) else reasons.NO_URL
                     try:
                         url = "" if isinstance(row, str) else self._form.url(row)
                     except Unusable as error:
@@ -139,41 +241,21 @@ class CaptionTable:
 
 
 class UrlIndex:
-    """Where each URL stands, on the disk; a sixty-fourth of it is in memory while it is made."""
+    """Where each URL stands, on the disk."""
 
     def __init__(self, urls: Iterable[tuple[str, int]]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dalle_ds-urls-")
-        buffer: list[tuple[int, int]] = []
-        for url, position in urls:
-            buffer.append((_key(url), position))
-            if len(buffer) == _BUFFERED:
-                self._write(buffer)
-                buffer = []
-        self._write(buffer)
-        for division in range(_DIVISIONS):
-            path = self._path(division)
-            if path.exists():
-                records = np.fromfile(path, dtype=_RECORD)
-                records[np.argsort(records["key"], kind="stable")].tofile(path)
+        self._rows = sqlite3.connect(Path(self._folder.name) / "index", isolation_level=None)
+        self._rows.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
+        self._rows.execute("CREATE TABLE places (key INTEGER, position INTEGER)")
+        self._rows.executemany("INSERT INTO places VALUES (?, ?)", ((_key(url), position) for url, position in urls))
+        self._rows.execute("CREATE INDEX keys ON places (key, position)")
+        self._rows.execute("COMMIT")
 
     def positions(self, url: str) -> list[int]:
         """Where a URL, or one of the same hash, was; ascending."""
-        key = _key(url)
-        path = self._path(key % _DIVISIONS)
-        if not path.exists():
-            return []
-        records = np.memmap(path, dtype=_RECORD, mode="r")
-        first, end = (int(np.searchsorted(records["key"], np.uint64(key), side)) for side in ("left", "right"))
-        return [int(position) for position in records["position"][first:end]]
-
-    def _write(self, buffer: list[tuple[int, int]]) -> None:
-        records = np.array(buffer, dtype=_RECORD)
-        for division in np.unique(records["key"] % _DIVISIONS):
-            with self._path(int(division)).open("ab") as file:
-                file.write(records[records["key"] % _DIVISIONS == division].tobytes())
-
-    def _path(self, division: int) -> Path:
-        return Path(self._folder.name) / f"{division:02d}"
+        found = self._rows.execute("SELECT position FROM places WHERE key = ? ORDER BY position", (_key(url),))
+        return [position for (position,) in found]
 
 
 def joined(table: CaptionTable, pictures: str) -> Corpus:
@@ -185,20 +267,21 @@ def joined(table: CaptionTable, pictures: str) -> Corpus:
     shards = download_shards(pictures)
 
     def units() -> Iterator[Unit]:
-        for shard in shards:
-            yield Unit(shard.name, partial(_read_shard, table, shard))
+        for name, read in shards:
+            yield Unit(name, partial(_read_shard, table, read))
         yield Unit("rows of the table", partial(table.unpaired, pictures))
 
-    return Corpus(units)
+    return Corpus(units, units_per_part=1)
 
 
-def _read_shard(table: CaptionTable, shard: DownloadShard) -> Iterator[RawPair | Broken]:
-    for item in shard.read():
+def _read_shard(table: CaptionTable, read: Read) -> Iterator[RawPair | Broken]:
+    for item in read():
         if isinstance(item, Broken):
             yield item
             continue
-        captions = table.captions(item.url)
-        yield Broken(item.name, NOT_LISTED) if captions is None else pair_of(item.image, captions, item.name)
+        name, url, image = item
+        captions = table.captions(url)
+        yield Broken(name, reasons.NOT_LISTED) if captions is None else pair_of(image, captions, name)
 
 
 def plain_rows(file: BinaryIO) -> Iterator[tuple[int, Row | str]]:
@@ -218,11 +301,11 @@ def _lines(file: BinaryIO) -> Iterator[Line]:
     place = file.tell()
     while line := file.readline(MAX_TEXT_BYTES + 1):
         too_long = len(line) > MAX_TEXT_BYTES
-        yield place, "" if too_long else line.decode("utf-8", "surrogateescape"), TOO_LONG if too_long else None
+        yield place, "" if too_long else line.decode("utf-8", "surrogateescape"), reasons.TOO_LONG if too_long else None
         while too_long and line and not line.endswith(b"\n"):
             line = file.readline(MAX_TEXT_BYTES)
         place = file.tell()
 
 
 def _key(url: str) -> int:
-    return xxhash.xxh3_64_intdigest(url.encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_64_intdigest(url.encode("utf-8", "surrogatepass")) - 2**63  # signed, as SQLite has it

@@ -14,18 +14,22 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from dalle_ds.data.corpora.files import FORMAT, is_image, is_system, suffix_of, unpaired_reason, walk
-from dalle_ds.data.corpora.pairs import (
-    CAPTION_COLUMNS,
-    CAPTION_UNUSED,
+from dalle_ds.data import reasons
+from dalle_ds.data.corpora.files import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
-    NO_PICTURE,
-    NOT_A_FILE,
-    NOTHING_IN_IT,
-    TOO_BIG,
-    TRUNCATED,
-    UNREADABLE,
+    existing,
+    is_image,
+    is_system,
+    json_of,
+    lines_of,
+    others,
+    suffix_of,
+    unpaired_reason,
+    walk,
+)
+from dalle_ds.data.corpora.pairs import (
+    CAPTION_COLUMNS,
     Broken,
     Corpus,
     RawPair,
@@ -33,11 +37,7 @@ from dalle_ds.data.corpora.pairs import (
     Unpaired,
     Unusable,
     as_captions,
-    existing,
-    json_of,
-    lines_of,
     pair_of,
-    told,
 )
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
@@ -45,11 +45,6 @@ from dalle_ds.errors import DataError
 TEXT_SUFFIXES = (".txt", ".json")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
-NO_ARCHIVE = "not a tar archive"
-BEHIND_THE_END = "archive with something behind its end, or damaged"
-ANOTHER_PICTURE = "another image of a sample"
-AMBIGUOUS = "name that several samples share, so that it is not sure whose caption is whose"
-SEVERAL_DOTS = "several dots in the name (samples are named up to the first)"
 
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """First bytes of what is packed → how it is opened; one file may be several that were packed one by one."""
@@ -79,9 +74,9 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     def units() -> Iterator[Unit]:
         for tar in tars:
             yield Unit(tar.name, partial(_read_tar, tar, caption_column))
-        yield from (told(entry.unpaired()) for entry in found if not is_tar(entry.name))
+        yield others(lambda: (entry for entry in found if not is_tar(entry.name)), reasons.OTHER)
 
-    return Corpus(units)
+    return Corpus(units, units_per_part=1)
 
 
 def is_tar(name: str) -> bool:
@@ -167,7 +162,7 @@ class TarSample:
 
     def unused(self, suffix: str | None) -> Iterator[Unpaired]:
         """Texts of a sample of which only this one is used."""
-        return (Unpaired(f"{self.name}{other}", CAPTION_UNUSED) for other in self.texts if other != suffix)
+        return (Unpaired(f"{self.name}{other}", reasons.CAPTION_UNUSED) for other in self.texts if other != suffix)
 
 
 def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
@@ -177,7 +172,7 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
     empty = True
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise Unusable(NOT_A_FILE)
+            raise Unusable(reasons.NOT_A_FILE)
         with path.open("rb") as file:
             head = file.read(6)
         opened = next((opened for magic, opened in _PACKED.items() if head.startswith(magic)), open)
@@ -195,7 +190,7 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
                 name = f"{path.name}/{PurePosixPath(member.name)}"
                 key, suffix = _key_and_suffix(member.name)
                 if not member.isfile():
-                    yield Unpaired(name, NOT_A_FILE)
+                    yield Unpaired(name, reasons.NOT_A_FILE)
                     continue
                 if is_system(member.name) or not (is_image(member.name) or suffix_of(member.name) in TEXT_SUFFIXES):
                     yield Unpaired(name, unpaired_reason(member.name))
@@ -215,14 +210,14 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
             yield from sample.complete()
         name = sample.name if sample.key and not whole else path.name
         if isinstance(error, OSError) and error.errno is not None:
-            yield Broken(name, UNREADABLE)
+            yield Broken(name, reasons.UNREADABLE)
         elif header.zeros is None:
-            yield Broken(name, NO_ARCHIVE)
+            yield Broken(name, reasons.NO_ARCHIVE)
         else:
-            yield Broken(name, BEHIND_THE_END if header.zeros else TRUNCATED)
+            yield Broken(name, reasons.BEHIND_THE_END if header.zeros else reasons.TRUNCATED)
     else:
         if empty:
-            yield Unpaired(path.name, NOTHING_IN_IT)
+            yield Unpaired(path.name, reasons.NOTHING_IN_IT)
 
 
 def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Broken]:
@@ -230,18 +225,18 @@ def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member
     plain = suffix_of(name) == suffix
     if is_image(name):
         if not plain:
-            sample.others.append(Broken(name, SEVERAL_DOTS))
+            sample.others.append(Broken(name, reasons.SEVERAL_DOTS))
         elif suffix not in image_suffixes():
-            sample.others.append(Broken(name, FORMAT))
+            sample.others.append(Broken(name, reasons.FORMAT))
         elif sample.has_image:
             sample.ambiguous = sample.ambiguous or (suffix in sample.suffixes and not sample.texts)
-            yield Broken(name, ANOTHER_PICTURE)
+            yield Broken(name, reasons.ANOTHER_PICTURE)
         else:
             sample.image, sample.has_image = _content(tar, member, MAX_PICTURE_BYTES), True
     elif plain and suffix not in sample.texts:
         sample.texts[suffix] = _content(tar, member, MAX_TEXT_BYTES)
     else:
-        yield Unpaired(name, CAPTION_UNUSED if plain else SEVERAL_DOTS)
+        yield Unpaired(name, reasons.CAPTION_UNUSED if plain else reasons.SEVERAL_DOTS)
     sample.suffixes.append(suffix)
 
 
@@ -271,19 +266,21 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
 
 def _tar_pair(sample: TarSample, used: str, caption_column: str | None) -> RawPair | Broken:
     if not sample.has_image:
-        return Broken(sample.name, NO_PICTURE)
+        return Broken(sample.name, reasons.NO_PICTURE)
     if not sample.is_sure(used):
-        return Broken(sample.name, AMBIGUOUS)
+        return Broken(sample.name, reasons.AMBIGUOUS)
     try:
         captions = _tar_captions(sample.texts.get(used, b"{}"), used, caption_column)
     except Unusable as error:
         return Broken(sample.name, error.reason)
-    return Broken(sample.name, TOO_BIG) if sample.image is None else pair_of(sample.image, captions, sample.name)
+    return (
+        Broken(sample.name, reasons.TOO_BIG) if sample.image is None else pair_of(sample.image, captions, sample.name)
+    )
 
 
 def _tar_captions(content: bytes | None, used: str, caption_column: str | None) -> list[Any]:
     if content is None:
-        raise Unusable(TOO_BIG)
+        raise Unusable(reasons.TOO_BIG)
     if used == ".txt":
         return lines_of(content)
     fields = json_of(content)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dalle_ds.data.dedup import perceptual_hash
 from dalle_ds.data.filters.language import foreign_margin
-from dalle_ds.data.filters.perceptual import perceptual_hash
 from dalle_ds.errors import ConfigError
 
 MAX_HASH_DISTANCE = 10

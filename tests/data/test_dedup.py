@@ -17,12 +17,11 @@ from PIL import Image, ImageEnhance
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.config import ClipConfig
-from dalle_ds.data.examine import Caption, Examined
-from dalle_ds.data.filters import FilterOptions, copies, likeness, perceptual
-from dalle_ds.data.filters.copies import CLOSE_PICTURE, DUPLICATE, LIKE_PICTURE, SAME_CAPTION, find_copies
-from dalle_ds.data.filters.likeness import close_embeddings, embedded, picture_model
-from dalle_ds.data.filters.perceptual import close_hashes, perceptual_hash
+from dalle_ds.data import dedup, reasons
+from dalle_ds.data.dedup import close_embeddings, close_hashes, embedded, find_copies, perceptual_hash, picture_model
+from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
+from dalle_ds.data.processing import Caption, ProcessedPair
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.pretrained import WEIGHTS_NAME
 from tests.data.test_prepare import all_files
@@ -43,9 +42,9 @@ def first_come(alike: Callable[[int, int], bool], count: int) -> set[int]:
 def test_pairs_and_captions_against_a_set_and_a_counter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, divisions: int
 ) -> None:
-    monkeypatch.setattr(copies, "_BUFFERED", 50)
-    monkeypatch.setattr(copies, "_DIVISIONS", divisions)
-    monkeypatch.setattr(copies, "_CHUNK", 64)
+    monkeypatch.setattr(dedup, "_BUFFERED", 50)
+    monkeypatch.setattr(dedup, "_DIVISIONS", divisions)
+    monkeypatch.setattr(dedup, "_CHUNK", 64)
     rng = np.random.default_rng(divisions)
     items = []
     for number in range(600):
@@ -54,7 +53,7 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
             for problem in rng.choice(np.array([None, "bad"]), size=rng.integers(0, 4), p=[0.8, 0.2])
         ]
         problem = "broken" if rng.random() < 0.1 else None
-        items.append(Examined(number, str(number), problem, captions, f"{rng.integers(30):064x}"))
+        items.append(ProcessedPair(number, str(number), problem, captions, f"{rng.integers(30):064x}"))
     found = find_copies(items, FilterOptions(max_caption_copies=3), tmp_path / "scratch")
 
     pairs: set[tuple[str, str]] = set()
@@ -65,20 +64,20 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
             reason = None
             if item.problem is None and caption.problem is None:
                 if (item.picture, caption.text) in pairs:
-                    reason = DUPLICATE
+                    reason = reasons.DUPLICATE
                 elif texts[caption.text.lower()] >= 3:
-                    reason = SAME_CAPTION
+                    reason = reasons.SAME_CAPTION
                 else:
                     texts[caption.text.lower()] += 1
                 pairs.add((item.picture, caption.text))
             expected.append(reason)
     assert [found.of_caption(number) for number in range(len(expected))] == expected
-    assert {DUPLICATE, SAME_CAPTION, None} == set(expected)
+    assert {reasons.DUPLICATE, reasons.SAME_CAPTION, None} == set(expected)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 6, 10])
 def test_hashes_against_two_loops(monkeypatch: pytest.MonkeyPatch, distance: int) -> None:
-    monkeypatch.setattr(perceptual, "_BLOCK", 16)
+    monkeypatch.setattr(dedup, "_BLOCK", 16)
     rng = np.random.default_rng(distance)
     values = [int(value) for value in rng.integers(0, 2**63, 60)]
     for _ in range(240):  # copies of copies, up to eight bits away, which makes chains
@@ -91,7 +90,7 @@ def test_hashes_against_two_loops(monkeypatch: pytest.MonkeyPatch, distance: int
 
 
 def test_embeddings_against_two_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likeness, "_BLOCK", 32)
+    monkeypatch.setattr(dedup, "_BLOCK", 32)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(40, 16))
     vectors = centres[rng.integers(40, size=200)] + rng.normal(size=(200, 16)) * rng.choice([0.05, 0.4], size=(200, 1))
@@ -180,9 +179,9 @@ def test_like_pictures_are_dropped_alike_in_one_go_and_in_parts(copied_corpus: P
     filters = FilterOptions(max_hash_distance=6, max_caption_copies=1)
     options = PrepareOptions(corpus="folder", source=str(copied_corpus), validation=0.2, filters=filters)
     report = prepare(options, str(tmp_path / "whole"), workers=2)
-    assert report.dropped[LIKE_PICTURE].count == 6 and report.dropped[LIKE_PICTURE].examples == COPIES
-    assert report.dropped[SAME_CAPTION].examples == ["19.png"]
-    assert report.caption_examples == {SAME_CAPTION: ["picture 18"]}
+    assert report.dropped[reasons.LIKE_PICTURE].count == 6 and report.dropped[reasons.LIKE_PICTURE].examples == COPIES
+    assert report.dropped[reasons.SAME_CAPTION].examples == ["19.png"]
+    assert report.caption_examples == {reasons.SAME_CAPTION: ["picture 18"]}
     assert sum(report.kept.values()) == 19
     for shard in range(3):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
@@ -202,8 +201,8 @@ def test_close_pictures_are_dropped_alike_in_one_go_and_in_parts(clip: str, tmp_
     filters = FilterOptions(duplicate_model=clip, duplicate_cosine=0.9996)  # embeddings of a random model are all alike
     options = PrepareOptions(corpus="folder", source=str(corpus), filters=filters)
     report = prepare(options, str(tmp_path / "whole"))
-    assert report.dropped[CLOSE_PICTURE].examples == [f"copy{number}.bmp" for number in range(5)]
-    assert report.dropped[CLOSE_PICTURE].count == 6 and sum(report.kept.values()) == 20
+    assert report.dropped[reasons.CLOSE_PICTURE].examples == [f"copy{number}.bmp" for number in range(5)]
+    assert report.dropped[reasons.CLOSE_PICTURE].count == 6 and sum(report.kept.values()) == 20
     for shard in range(3):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
     merge_parts(str(tmp_path / "parts"))
@@ -213,7 +212,7 @@ def test_close_pictures_are_dropped_alike_in_one_go_and_in_parts(clip: str, tmp_
 def test_embeddings_do_not_depend_on_who_is_beside_them(copied_corpus: Path, clip: str) -> None:
     model = picture_model(clip)
     items = [
-        Examined(0, path.name, None, [], image=b"" if number % 5 == 2 else path.read_bytes())
+        ProcessedPair(0, path.name, None, [], image=b"" if number % 5 == 2 else path.read_bytes())
         for number, path in enumerate((sorted(copied_corpus.glob("*.png")) * 2)[:36])
     ]
     together = list(embedded(items, model))

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+from dalle_ds.data import reasons
 from dalle_ds.data.corpora import Broken, RawPair, Unit, Unpaired
+from dalle_ds.data.dedup import perceptual_hash
 from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
-from dalle_ds.data.filters.perceptual import perceptual_hash
 from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
 from dalle_ds.errors import DataError
-
-UNDECODABLE = "undecodable picture"
 
 _TOLD_BY_NAME = 5  # of a unit's files that belong to no pair, for one reason
 _CAPTION_CHARS = 2**16  # of a caption as it was written; of more, no more is cleaned than is kept in any case
@@ -44,7 +43,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Examined:
+class ProcessedPair:
     """A pair, or what is in the place of one, and all that preparation needs to know of it."""
 
     unit: int
@@ -69,9 +68,9 @@ class Examined:
     """Whether it is in no pair's place, but belongs to none."""
 
 
-def examine(
+def process_units(
     units: Iterable[tuple[int, Unit]], filters: FilterOptions, shrink: int | None, workers: int
-) -> Iterator[Examined]:
+) -> Iterator[ProcessedPair]:
     """Everything that the units hold, in order.
 
     Args:
@@ -80,8 +79,8 @@ def examine(
         workers: processes that judge captions and decode pictures.
     """
     pairs = ((number, pair) for number, unit in units for pair in _contents(unit))
-    judge = partial(_judge, filters=filters, shrink=shrink)
-    for (_, pair), (item, as_it_is) in _map_in_order(judge, pairs, workers):
+    process = partial(process_pair, filters=filters, shrink=shrink)
+    for (_, pair), (item, as_it_is) in _map_in_order(process, pairs, workers):
         # Pictures are not sent back by the process that has looked at them.
         yield replace(item, image=pair.image) if as_it_is and isinstance(pair, RawPair) else item
 
@@ -101,16 +100,18 @@ def _contents(unit: Unit) -> Iterator[RawPair | Broken]:
     yield from last.values()
 
 
-def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None) -> tuple[Examined, bool]:
+def process_pair(
+    numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None
+) -> tuple[ProcessedPair, bool]:
     """What is found of a pair of a unit, and whether its picture is to be stored as it is."""
     unit, pair = numbered
     if isinstance(pair, Broken):
         is_unpaired = isinstance(pair, Unpaired)
-        item = Examined(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=is_unpaired)
+        item = ProcessedPair(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=is_unpaired)
         return item, False
-    captions = [examined_caption(text, filters) for text in pair.captions]
+    captions = [process_caption(text, filters) for text in pair.captions]
     captions += [Caption("", reason, cut=False) for reason in pair.lost]
-    item = Examined(
+    item = ProcessedPair(
         unit,
         _storable(pair.name),
         None,
@@ -128,7 +129,7 @@ def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrin
             return replace(item, problem=problem), False
         pixels = decode_image(pair.image, max_pixels=filters.max_pixels, short_side=shrink)
     except DataError:
-        return replace(item, problem=UNDECODABLE), False
+        return replace(item, problem=reasons.UNDECODABLE), False
     if filters.max_hash_distance is not None:
         item = replace(item, hash=perceptual_hash(pixels))
     if shrink is None or min(width, height) <= shrink:
@@ -136,7 +137,7 @@ def _judge(numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrin
     return replace(item, image=encode_png(resize_short_side(pixels, shrink))), False
 
 
-def examined_caption(text: str, filters: FilterOptions) -> Caption:
+def process_caption(text: str, filters: FilterOptions) -> Caption:
     """A caption as it was written, cleaned, cut and judged."""
     most = max(_CAPTION_CHARS, 4 * filters.max_caption_chars)
     cleaned = clean_caption(text[:most])

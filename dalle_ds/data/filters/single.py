@@ -1,19 +1,14 @@
-"""Cleaning of captions, and the reasons for which they are left out (DALL·E §2.3 and App. C)."""
+"""Cleaning of captions, and why a caption or an image is left out by itself (DALL·E §2.3 and App. C)."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
 
+from dalle_ds.data import reasons
 from dalle_ds.data.filters.boilerplate import is_boilerplate
 from dalle_ds.data.filters.language import foreign_margin
 from dalle_ds.data.filters.options import FilterOptions
-
-EMPTY = "empty caption"
-TOO_SHORT = "caption too short"
-TOO_FEW_WORDS = "too few words"
-BOILERPLATE = "boilerplate caption"
-NOT_ENGLISH = "not English"
 
 
 def clean_caption(text: str) -> str:
@@ -45,12 +40,24 @@ def caption_problem(caption: str, options: FilterOptions) -> str | None:
 def _caption_problems(caption: str, options: FilterOptions) -> Iterator[str]:
     """In the order of what they cost to find."""
     if not caption:
-        yield EMPTY
+        yield reasons.EMPTY
     if len(caption) < options.min_caption_chars:
-        yield TOO_SHORT
+        yield reasons.TOO_SHORT
     if options.min_caption_words is not None and len(caption.split()) < options.min_caption_words:
-        yield TOO_FEW_WORDS
+        yield reasons.TOO_FEW_WORDS
     if options.drop_boilerplate and is_boilerplate(caption):
-        yield BOILERPLATE
+        yield reasons.BOILERPLATE
     if options.foreign_margin is not None and foreign_margin(caption) > options.foreign_margin:
-        yield NOT_ENGLISH
+        yield reasons.NOT_ENGLISH
+
+
+def picture_problem(width: int, height: int, options: FilterOptions) -> str | None:
+    """Why a picture of this size in pixels is dropped, or None."""
+    short, long = sorted((width, height))
+    if width * height > options.max_pixels:
+        return reasons.TOO_MANY_PIXELS
+    if short < options.min_side:
+        return reasons.TOO_SMALL
+    if options.max_aspect_ratio is not None and long > options.max_aspect_ratio * short:
+        return reasons.ASPECT_RATIO
+    return None
