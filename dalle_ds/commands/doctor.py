@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from dalle_ds.cli import own_arguments, parse_options
-from dalle_ds.cluster.environment import EnvOptions, describe_environment
+from dalle_ds.doctor.environment import EnvOptions, describe_environment
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def main() -> None:
     if own_arguments() == ["env"]:  # before anything is imported that may be missing
         console.print(describe_environment())
         return
-    from dalle_ds.cluster.command import ClusterOptions, check_cluster
-    from dalle_ds.data.inspection import DataOptions, inspect_data
+    from dalle_ds.doctor.cluster import ClusterOptions, check_cluster
+    from dalle_ds.doctor.data import DataOptions, inspect_data
 
     checkpoint = Annotated[Checkpoint, tyro.conf.subcommand("checkpoint")]
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
@@ -42,7 +42,7 @@ def main() -> None:
         report, faults = data_inspection.report(), data_inspection.faults
     else:
         # Imported once the options are read, so that --help and mistakes in them are quick.
-        from dalle_ds.training.checkpoints.inspection import inspect
+        from dalle_ds.doctor.checkpoint import inspect
 
         inspection = inspect(options.path)
         report, faults = inspection.report(), inspection.faults

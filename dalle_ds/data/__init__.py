@@ -14,7 +14,7 @@
 | `features`, `codes` | what a model computes of images, kept in the same store |
 | `augment`, `samples` | views of images; arrays that a stage trains on |
 | `order`, `mixture`, `loader`, `workers` | which rows make up which batch, of one corpus or several, read by whom |
-| `faults`, `inspection` | what cannot be read, while training and on demand |
+| `faults` | what cannot be read while training |
 
 The room is larger than others because a corpus is read as its owner has it (nine kinds, damaged ones included) and every loss
 is told.

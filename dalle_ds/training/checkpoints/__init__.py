@@ -5,5 +5,4 @@ storage     which parts of which parameter a process has; tensors on the disk, a
 writing     who writes which part, and writing it
 folder      every file with length and digest; the checkpoints of a run: complete or absent, damaged, kept
 saver       when they are written, beside training
-inspection  what `doctor.py checkpoint` says
 """

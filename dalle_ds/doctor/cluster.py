@@ -51,7 +51,7 @@ def check_cluster(options: ClusterOptions) -> tuple[RenderableType | None, list[
 
     mesh = Mesh.start(options.device, timeout_minutes=MINUTES)
     with Watch(mesh, explain, WatchConfig(hang_minutes=None), None):
-        from dalle_ds.cluster.checkup import examine  # DeepSpeed picks a device when it is imported
+        from dalle_ds.doctor.checkup import examine  # DeepSpeed picks a device when it is imported
 
         checkup = examine(
             mesh,

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dalle_ds.cluster.checkup import Checkup
-from dalle_ds.cluster.disk import Disk
-from dalle_ds.cluster.facts import Facts, offsets
-from dalle_ds.cluster.links import Link
-from dalle_ds.cluster.trial import Trial
+from dalle_ds.doctor.checkup import Checkup
+from dalle_ds.doctor.disk import Disk
+from dalle_ds.doctor.probes import Facts, Link, Trial, offsets
 from tests.conftest import ROOT
 
 SMALL = ["--megabytes", "2", "--disk_megabytes", "3", "--slow", "50"]  # two processes share this machine's cores

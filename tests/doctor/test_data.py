@@ -11,8 +11,8 @@ import pytest
 
 from dalle_ds.data import store_writer
 from dalle_ds.data.codes import CodesCache, cache_codes
-from dalle_ds.data.inspection import DataOptions, inspect_data
 from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.doctor.data import DataOptions, inspect_data
 from dalle_ds.errors import DataError
 from tests.data.test_samples import FINGERPRINT, CornerCodes
 from tests.processes import run_ranks

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from dalle_ds.cluster import environment
+from dalle_ds.doctor import environment
 from dalle_ds.precision import rates
 from tests.conftest import ROOT
 

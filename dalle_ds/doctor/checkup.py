@@ -13,11 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dalle_ds.cluster.disk import Disk, measure_disk
-from dalle_ds.cluster.facts import Facts, clock_offsets, facts_here, gather
-from dalle_ds.cluster.links import Link, measure_links
-from dalle_ds.cluster.trial import Trial, run_trial
 from dalle_ds.config import ParallelConfig
+from dalle_ds.doctor.disk import Disk, measure_disk
+from dalle_ds.doctor.probes import Facts, Link, Trial, clock_offsets, facts_here, gather, measure_links, run_trial
 from dalle_ds.parallel import Mesh
 
 CLOCKS_APART = 1.0
