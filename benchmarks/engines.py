@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from dalle_ds.config import Run
 from dalle_ds.parallel import Mesh
@@ -24,8 +23,7 @@ def build_step(
         kind: the run's task.
     """
     from dalle_ds.config.deepspeed import resolve
-    from dalle_ds.parallel.pipeline import Pipeline
-    from dalle_ds.training.engine import build_engine, scale_gradients
+    from dalle_ds.training.engine import build_engine, build_part, scale_gradients
     from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.step import TrainStep
@@ -36,17 +34,8 @@ def build_step(
     config = resolve(json_config, run, mesh.world_size)
     torch.manual_seed(run.seed)
 
-    def build_model() -> nn.Module:
-        if mesh.size("pipe") > 1:
-            return Pipeline(task.pipeline_layers(mesh.tensor), mesh)
-        return task.build_model(mesh.tensor)
-
-    engine = build_engine(build_model, task.parameter_groups, run.optim, config, mesh, run.seed)
-    scales = replicas = None
-    if config.precision == "fp16":
-        assert task.scaling is not None
-        blocks = task.resblocks(engine.module)
-        scales = scale_gradients(blocks, task.resblock_count, task.scaling, config.precision, mesh)
+    engine = build_engine(lambda: build_part(task, mesh), task.parameter_groups, run.optim, config, mesh, run.seed)
+    scales, replicas = scale_gradients(task, engine.module, config.precision, mesh), None
     if mesh.size("replica") > 1:
         replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
     train_step = TrainStep(
@@ -56,7 +45,6 @@ def build_step(
         mesh,
         run.optim,
         scales=scales,
-        scaling=task.scaling,
         average=None,
         numerics=None,
         replicas=replicas,

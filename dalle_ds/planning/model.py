@@ -22,6 +22,7 @@ from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.trace import Exchange, Pass, Work, on_meta, traced
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.tasks import Task
+from dalle_ds.tasks.layered import LayeredTask
 from dalle_ds.tasks.whole_batch import WholeBatchTask
 
 # --- parameters
@@ -267,12 +268,13 @@ class _Model:
 def _built(model: _Model) -> tuple[list[PipelineLayer], nn.ModuleList, ParameterSet]:
     """The layers of a model, or one without a kind that is all of it; as one process of its tensor group has them."""
     task, group = model.task, TensorGroup(0, model.tensor, sequence=model.sequence)
-    layers = task.pipeline_layers(group)
-    if not layers:
-        layers = [PipelineLayer("", 1.0, lambda: task.build_model(group), lambda module, inputs: module)]
+    if isinstance(task, LayeredTask):
+        layers = task.pipeline_layers(group)
+    else:
+        layers = [PipelineLayer("", 1.0, task.build_model, lambda module, inputs: module)]
     with on_meta(model.device), torch.device("meta"):
         modules = nn.ModuleList(layer.build() for layer in layers)
-        if model.precision == "fp16":
+        if model.precision == "fp16" and isinstance(task, LayeredTask):
             for block in task.resblocks(modules):
                 block.use(BranchPrecision(torch.float16, torch.empty(1)))  # type: ignore[operator]
     if model.precision == "bf16":
@@ -303,6 +305,7 @@ def _passes(model: _Model, rows: int) -> dict[str, Pass]:
     """A micro-batch of so many rows through one layer of each kind."""
     layers, modules, _ = _built(model)
     task = model.task
+    assert isinstance(task, LayeredTask)
     batch = task.batch_spec(rows)
     passed: tuple[Tensor, ...] = task.inputs(batch)
     found: dict[str, Pass] = {}

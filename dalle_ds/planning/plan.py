@@ -9,7 +9,6 @@ import torch
 
 from dalle_ds.config import Run
 from dalle_ds.config.deepspeed import is_auto, resolve, with_precision
-from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.cluster import Cluster
 from dalle_ds.planning.layout import Layout, shards_of
@@ -134,9 +133,7 @@ def make_plan(task: Task[Any], json_config: dict[str, Any], cluster: Cluster, de
         faster = (cluster.bf16_tflops or 0) > cluster.fp32_tflops
         json_config = with_precision(json_config, "bf16" if faster else "fp32")
     engine = resolve(json_config, run, cluster.gpus)
-    task.check_layout(Mesh(0, cluster.gpus, torch.device("cpu"), run.parallel), engine.micro_batch)
-    if engine.precision == "fp16" and task.scaling is None:
-        raise ConfigError(f"a {task.name} cannot train in fp16: give a DeepSpeed JSON for bf16 or fp32")
+    task.check_layout(Mesh(0, cluster.gpus, torch.device("cpu"), run.parallel), engine.micro_batch, engine.precision)
     cluster.flops(engine.precision)  # refuses what the GPUs cannot compute in
     layout = Layout.of(run, engine, cluster.gpus)
     stages = stages_of(task, layout, device)

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.config import Run, ScalingConfig
+from dalle_ds.config import Run
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.data.mixture import Mixture
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
-from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
-from dalle_ds.parallel.stages import PipelineLayer
+from dalle_ds.parallel import Mesh
 from dalle_ds.tasks.flops import training_flops
 
 RunConfig = TypeVar("RunConfig", bound=Run)
@@ -46,12 +45,12 @@ class Task(ABC, Generic[RunConfig]):
         return task
 
     @abstractmethod
-    def build_model(self, tensor: TensorGroup = WHOLE) -> nn.Module:
-        """The model, or this process's part of it, with fresh weights drawn from torch's global generator."""
+    def build_model(self) -> nn.Module:
+        """The model, with fresh weights drawn from torch's global generator."""
 
-    def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
-        """Raise a `ConfigError` where the model, or an update in micro-batches of so many rows, cannot be divided so, or where
-        16-bit moments are asked for of a model without residual blocks."""
+    def check_layout(self, mesh: Mesh, micro_batch: int, precision: str) -> None:
+        """Raise a `ConfigError` for what this task cannot do: a model, or an update in micro-batches of so many rows, that is
+        divided so; arithmetic in this precision; 16-bit moments of a model without residual blocks."""
         if self.run.optim.moments == "16-bit" and type(self).residual_blocks is Task.residual_blocks:
             raise ConfigError(
                 f"optim.moments=16-bit is for matrices of residual blocks, which a {self.name} has none of: leave it out"
@@ -63,14 +62,11 @@ class Task(ABC, Generic[RunConfig]):
                     f"parallel.{name}={degree}, but a {self.name} is not divided in that way: leave it out; ZeRO divides what "
                     "is too large for one device"
                 )
-
-    def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
-        """The layers of `build_model`'s model, for tasks whose `check_layout` allows pipelines; none for others."""
-        return []
-
-    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the first of `pipeline_layers` takes of a batch."""
-        raise NotImplementedError
+        if precision == "fp16":
+            raise ConfigError(
+                f"fp16 scales the gradients of residual blocks, which a {self.name} does not offer: give a DeepSpeed JSON for "
+                "bf16 or fp32"
+            )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer parameter groups."""
@@ -81,23 +77,9 @@ class Task(ABC, Generic[RunConfig]):
         """Blocks of the model whose matrices `optim.moments` is for; a task without any leaves this as it is."""
         return ()
 
-    @property
-    def scaling(self) -> ScalingConfig | None:
-        """Gradient scales of `resblocks` in fp16; None for a task that cannot train in fp16."""
-        return None
-
-    def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Those residual blocks that this process's model has; each has its `number` and `use(BranchPrecision)`."""
-        return ()
-
     def initial_weights(self) -> Mapping[str, Tensor] | None:
         """The plain model's state dict for the first update, on the CPU, or None to begin with those of `build_model`."""
         return None
-
-    @property
-    def resblock_count(self) -> int:
-        """Residual blocks of the whole model."""
-        return 0
 
     def samples(self, split: str) -> Samples:
         """The rows of "train" (augmented) or "validation" (not), of all of the run's corpora.

@@ -16,7 +16,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import LARGEST_SCALE, Clip
 from dalle_ds.models.pretrained import load_model
 from dalle_ds.nn.contrastive import contrastive_logits
-from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
+from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
@@ -58,7 +58,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
                 "leave --tokenizer out"
             )
 
-    def build_model(self, tensor: TensorGroup = WHOLE) -> Clip:
+    def build_model(self) -> Clip:
         tokenizer = getattr(self, "tokenizer", None)  # a task that is only planned has none
         return Clip(self.run.model, tokenizer=tokenizer, checkpointing=self.run.train.activation_checkpointing)
 
@@ -74,8 +74,8 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def sharpness(self) -> SharpnessConfig | None:
         return None if self.run.sharpness.rho is None else self.run.sharpness
 
-    def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
-        super().check_layout(mesh, micro_batch)
+    def check_layout(self, mesh: Mesh, micro_batch: int, precision: str) -> None:
+        super().check_layout(mesh, micro_batch, precision)
         if self.sharpness is not None:
             self.sharpness.span(self.run.train.batch_size, micro_batch, mesh.size("data"))
 

@@ -17,7 +17,6 @@ from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.optim import gumbel_temperature, kl_weight
-from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
@@ -30,7 +29,7 @@ class DvaeTask(Task[DvaeRun]):
 
     name = "dvae"
 
-    def build_model(self, tensor: TensorGroup = WHOLE) -> DiscreteVAE:
+    def build_model(self) -> DiscreteVAE:
         return DiscreteVAE(self.run.model)
 
     def residual_blocks(self, model: nn.Module) -> list[nn.Module]:

@@ -25,14 +25,15 @@ from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.pixels import to_pictures
-from dalle_ds.tasks.base import Batch, Metrics, Samples, Task, numbered
+from dalle_ds.tasks.base import Batch, Metrics, Samples, numbered
+from dalle_ds.tasks.layered import LayeredTask
 from dalle_ds.text.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 6
 PREVIEW_SAMPLES = 4
 
 
-class TransformerTask(Task[TransformerRun]):
+class TransformerTask(LayeredTask[TransformerRun]):
     """Maximizes the likelihood of captions and of the codes of their pictures, with weights 1/8 and 7/8.
 
     Raises:
@@ -107,7 +108,7 @@ class TransformerTask(Task[TransformerRun]):
     def build_model(self, tensor: TensorGroup = WHOLE) -> Dalle:
         return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
 
-    def check_layout(self, mesh: Mesh, micro_batch: int) -> None:
+    def check_division(self, mesh: Mesh) -> None:
         mesh.check(self.run.model)
 
     def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:

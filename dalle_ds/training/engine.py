@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -15,12 +15,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from dalle_ds.allocator import keep_freed_memory
-from dalle_ds.config import OptimConfig, ScalingConfig
+from dalle_ds.config import OptimConfig
 from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
+from dalle_ds.tasks import Task
+from dalle_ds.tasks.layered import LayeredTask
 
 
 def build_engine(
@@ -96,21 +98,28 @@ def _keep_one_copy(optimizer: Any) -> None:
             updated.data = gathered
 
 
-def scale_gradients(
-    blocks: Sequence[Any], count: int, config: ScalingConfig, precision: str, mesh: Mesh
-) -> GradientScales:
-    """Give every residual block a gradient scale, and in "fp16" that arithmetic.
+def build_part(task: Task[Any], mesh: Mesh) -> nn.Module:
+    """What this process trains of a task's model."""
+    if not isinstance(task, LayeredTask):
+        return task.build_model()
+    if mesh.size("pipe") == 1:
+        return task.build_model(mesh.tensor)
+    from dalle_ds.parallel.pipeline import Pipeline
 
-    Args:
-        blocks: those of this process's model, each with its `number`.
-        count: how many the whole model has.
-    """
+    return Pipeline(task.pipeline_layers(mesh.tensor), mesh)
+
+
+def scale_gradients(task: Task[Any], model: nn.Module, precision: str, mesh: Mesh) -> GradientScales | None:
+    """Give every residual block of a process's model a gradient scale, and in "fp16" that arithmetic; None where gradients are
+    not scaled."""
+    if not isinstance(task, LayeredTask) or not (precision == "fp16" or task.scaling.in_fp32):
+        return None
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    scales = GradientScales(config, count, mesh.size("data"), mesh.device)
-    for block in blocks:
-        block.use(scales.precision(block.number, dtype))
+    scales = GradientScales(task.scaling, task.resblock_count, mesh.size("data"), mesh.device)
+    for block in task.resblocks(model):
+        block.use(scales.precision(block.number, dtype))  # type: ignore[operator, arg-type]
         for parameter in block.parameters():
             if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:
                 # ZeRO-3 then gathers these weights in the dtype that the block casts them to anyway.
-                parameter.comm_dtype = dtype
+                parameter.comm_dtype = dtype  # type: ignore[attr-defined]
     return scales

@@ -137,7 +137,6 @@ class Loop:
             self.mesh,
             self.run.optim,
             scales=trained.scales,
-            scaling=self.task.scaling,
             average=self.average,
             numerics=NumericsReport(self._numerics_lines, every, self.mesh, trained.scales) if every else None,
             replicas=trained.replicas,

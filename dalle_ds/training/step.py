@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_ds.config import OptimConfig, ScalingConfig
+from dalle_ds.config import OptimConfig
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
@@ -120,8 +120,7 @@ class TrainStep:
         passes: the engine's.
         mesh: the processes of the run.
         optim: clipping.
-        scales: of the residual blocks, or None where gradients are not scaled.
-        scaling: what to skip.
+        scales: of the residual blocks, and what to skip; None where gradients are not scaled.
         average: told before weights change.
         numerics: asked for histograms of gradients.
         replicas: averages gradients over replicas; None where there is one.
@@ -136,13 +135,12 @@ class TrainStep:
         optim: OptimConfig,
         *,
         scales: GradientScales | None,
-        scaling: ScalingConfig | None,
         average: WeightAverage | None,
         numerics: NumericsReport | None,
         replicas: ReplicaReduction | None,
     ) -> None:
         self._task, self._passes, self._mesh, self._optim = task, passes, mesh, optim
-        self._scales, self._scaling, self._average, self._numerics = scales, scaling, average, numerics
+        self._scales, self._average, self._numerics = scales, average, numerics
         self._engine = engine
         self._optimizer: AdamW = engine.client_optimizer
         self._gradients = MasterGradients(engine)
@@ -170,7 +168,7 @@ class TrainStep:
             self._layout.blocks,
             clip=self._optim.clip,
             at_floor=None if self._scales is None else self._scales.at_floor,
-            skips_blocks=self._scaling is not None and self._scaling.skip == "block",
+            skips_blocks=self._scales is not None and self._scales.config.skip == "block",
             compresses=self._replicas is not None and self._replicas.compresses,
         )
         self._apply(decision)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import dalle_ds
 from dalle_ds.config import Run
@@ -23,7 +22,7 @@ from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
-from dalle_ds.training.engine import build_engine, scale_gradients
+from dalle_ds.training.engine import build_engine, build_part, scale_gradients
 from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
@@ -73,17 +72,7 @@ class Trainer:
             json_config = with_precision(json_config, self.choice.precision)
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
-        self.task.check_layout(mesh, self.config.micro_batch)
-        if self.task.scaling is not None and self.task.scaling.in_fp32 and self.config.precision != "fp32":
-            raise ConfigError(
-                f"scaling.in_fp32 is for fp32 runs, and this is {self.config.precision}: leave it out, or give a "
-                "DeepSpeed JSON for fp32"
-            )
-        if self.config.precision == "fp16" and self.task.scaling is None:
-            raise ConfigError(
-                f"fp16 scales the gradients of residual blocks, which a {self.task.name} does not offer: give a "
-                "DeepSpeed JSON for bf16 or fp32"
-            )
+        self.task.check_layout(mesh, self.config.micro_batch, self.config.precision)
         # One process looks, since disks may show several ones different things at one time.
         self.directory: RunDirectory = mesh.decide(lambda: RunDirectory(run.run_dir, self.task.name, run))
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
@@ -189,11 +178,8 @@ class Trainer:
         """The engine with fresh weights, and all that trains beside it."""
         run, config = self.run, self.config
         task, mesh = self.task, self.mesh
-        engine = build_engine(self._build_model, task.parameter_groups, run.optim, config, mesh, run.seed)
-        scales = None
-        if task.scaling is not None and (config.precision == "fp16" or task.scaling.in_fp32):
-            blocks = task.resblocks(engine.module)
-            scales = scale_gradients(blocks, task.resblock_count, task.scaling, config.precision, mesh)
+        engine = build_engine(lambda: build_part(task, mesh), task.parameter_groups, run.optim, config, mesh, run.seed)
+        scales = scale_gradients(task, engine.module, config.precision, mesh)
         weights = MasterWeights(engine)
         initial = task.initial_weights() if self.checkpoint is None else None
         if initial is not None:
@@ -211,14 +197,6 @@ class Trainer:
                 device=run.train.average_device,
             )
         return Trained(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard), replicas)
-
-    def _build_model(self) -> nn.Module:
-        """What this process trains of the model."""
-        if self.mesh.size("pipe") == 1:
-            return self.task.build_model(self.mesh.tensor)
-        from dalle_ds.parallel.pipeline import Pipeline
-
-        return Pipeline(self.task.pipeline_layers(self.mesh.tensor), self.mesh)
 
     def _tracker(self) -> Tracker:
         tracker = Tracker(

@@ -173,4 +173,4 @@ def test_16_bit_moments_of_a_model_without_residual_blocks_are_refused() -> None
 
     task = Plain(DvaeRun(optim=OptimConfig(moments="16-bit")))
     with pytest.raises(ConfigError, match=r"optim\.moments=16-bit"):
-        task.check_layout(Mesh(0, 1, torch.device("cpu")), 8)
+        task.check_layout(Mesh(0, 1, torch.device("cpu")), 8, "fp32")

@@ -194,7 +194,6 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
 
     options: dict[str, Any] = {
         "scales": None,
-        "scaling": None,
         "average": None,
         "numerics": None,
         "replicas": reduction,

@@ -339,7 +339,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
     ours, theirs = Towers(0.0), Towers(0.0)
     engine = SteppingEngine(ours)
     passes = sharp_passes(engine, rho, None, 2)
-    options: dict[str, Any] = {"scales": None, "scaling": None, "average": None, "numerics": None, "replicas": None}
+    options: dict[str, Any] = {"scales": None, "average": None, "numerics": None, "replicas": None}
     train_step = TrainStep(passes._task, engine, passes, MESH, OptimConfig(clip=None), **options)
     reference = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.1)
     (batch,) = batches(1)

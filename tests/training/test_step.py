@@ -73,7 +73,6 @@ def train_step(
         Mesh(0, 1, torch.device("cpu")),
         optim,
         scales=GradientScales(scaling, 2, 1) if scaled else None,
-        scaling=scaling,
         average=None,
         numerics=None,
         replicas=replicas,

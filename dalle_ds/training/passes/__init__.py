@@ -6,6 +6,7 @@ from typing import Any
 
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Task
+from dalle_ds.tasks.layered import LayeredTask
 from dalle_ds.tasks.whole_batch import WholeBatchTask
 from dalle_ds.training.passes.base import EnginePasses, Passes
 from dalle_ds.training.passes.caching import CachingPasses
@@ -18,6 +19,7 @@ __all__ = ["CachingPasses", "EnginePasses", "Passes", "PipelinePasses", "SharpPa
 def passes_of(task: Task[Any], engine: Any, mesh: Mesh) -> Passes:
     """The passes that fit an engine and its task."""
     if mesh.size("pipe") > 1:
+        assert isinstance(task, LayeredTask)
         return PipelinePasses(task, engine, mesh)
     if isinstance(task, WholeBatchTask):
         return CachingPasses(task, engine, mesh) if task.sharpness is None else SharpPasses(task, engine, mesh)

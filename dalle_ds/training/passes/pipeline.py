@@ -11,16 +11,17 @@ from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep
 from torch import Tensor, nn
 
 from dalle_ds.parallel import Mesh
-from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.tasks import Batch, Metrics
+from dalle_ds.tasks.layered import LayeredTask
 from dalle_ds.training.passes.base import Passes
 
 
 class PipelinePasses(Passes):
     """Micro-batches that stages work on at the same time, by DeepSpeed's schedule (one forward, one backward)."""
 
-    def __init__(self, task: Task[Any], engine: Any, mesh: Mesh) -> None:
+    def __init__(self, task: LayeredTask[Any], engine: Any, mesh: Mesh) -> None:
         super().__init__(task, engine)
-        self._mesh = mesh
+        self._mesh, self._layered = mesh, task
         self._reported: list[Metrics] = []
         self._names: list[tuple[str, torch.Size]] | None = None
         self._number = 0
@@ -56,7 +57,7 @@ class PipelinePasses(Passes):
 
     def _inputs_and_batches(self, micro_batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Batch]]:
         for batch in micro_batches:
-            yield self._task.inputs(batch), batch
+            yield self._layered.inputs(batch), batch
 
     def _loss(self, output: Any, batch: Batch) -> Tensor:
         """The last stage's loss, once the last layer has returned `output`."""
