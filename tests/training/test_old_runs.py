@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 from tests.processes import run_ranks
 
 FIXTURE = ROOT / "tests" / "fixtures" / "run_before_rooms.tar.xz"
-"""Written by version 0.1.0 of November 2026: data/ (codes in .npy files), tokenizer.model, dvae/, transformer/ (4 updates), and
-of straight/, a run of 8, metrics and export."""
+"""Of version 0.1.0, November 2026: data/ (codes in .npy files), tokenizer.model, dvae/, transformer/ (4 updates); metrics and
+export of straight/, a run of 8."""
 OPTIONS = (
     "--preset toy --steps 8 --save_every 4 --seed 3 --loader.workers 0 --optim.warmup_steps 2 --train.batch_size 4 "
     "--report.log_every 1 --report.validate_every 4 --report.preview_every 0 --report.keep_checkpoints 1 --model.width 16 "
