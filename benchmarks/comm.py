@@ -76,7 +76,7 @@ class Options:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic."""
     micro_batch: int = 1
-    """Pictures per process."""
+    """Images per process."""
     rank: int | None = None
     """Rank of a whole matrix; None takes the paper's for this width."""
     storage: Literal["fp32", "1-6-9"] = "fp32"

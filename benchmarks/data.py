@@ -28,11 +28,11 @@ class Options:
     """Measure preparation, loading and start-up."""
 
     pairs: int = 400
-    """JPEG pictures of 640×480 in the measured corpus."""
+    """JPEG images of 640×480 in the measured corpus."""
     image_size: int = 256
     """Side of the views that the loader makes."""
     micro_batch: int = 16
-    """Pictures in each batch."""
+    """Images in each batch."""
     batches: int = 30
     """Batches measured, after two that are not."""
     json: str | None = None
@@ -59,7 +59,7 @@ def write_corpus(folder: Path, pairs: int) -> None:
     for number in range(pairs):
         noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
         noise.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
-        (folder / f"{number:06d}.txt").write_text(f"a picture of noise number {number}")
+        (folder / f"{number:06d}.txt").write_text(f"an image of noise number {number}")
 
 
 def loader(samples: DvaeSamples | NothingToDo, micro_batch: int, workers: int, start_step: int = 0) -> BatchLoader:

@@ -40,7 +40,7 @@ PARTS: tuple[Part, ...] = ("damage", "disk", "process", "data", "numbers", "stor
 PATIENCE = 180.0
 """Seconds that anything may take."""
 PROCESSES = 2
-BEGINS = "pictures per update"
+BEGINS = "images per update"
 """In the line with which a run says where it begins."""
 
 
@@ -490,11 +490,11 @@ def process(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Ro
 
 
 def data(runs: Runs, options: Options, say: Callable[[str], None]) -> list[Row]:
-    """Pictures that cannot be decoded, a damaged file, a file that is gone; in training of the dVAE, which reads them."""
+    """Images that cannot be decoded, a damaged file, a file that is gone; in training of the dVAE, which reads them."""
     rows = []
     for name, share, harm, status in (
-        ("5 % broken pictures", 0.05, _break_pictures, 0),
-        ("50 % broken pictures", 0.5, _break_pictures, 1),
+        ("5 % broken images", 0.05, _break_pictures, 0),
+        ("50 % broken images", 0.5, _break_pictures, 1),
         ("a shard of which 4 % are zeroed", 0.04, _zero_part, 0),
         ("a shard of which half is zeroed", 0.5, _zero_part, 1),
         ("a shard that is gone", 0.0, _drop_shard, 1),
@@ -537,7 +537,7 @@ def _shards(data: Path) -> list[Path]:
 
 
 def _break_pictures(data: Path, share: float, rng: random.Random) -> str:
-    """Overwrite the middle of pictures, found by the signatures of their format."""
+    """Overwrite the middle of images, found by the signatures of their format."""
     broken = total = 0
     for shard in _shards(data):
         content = bytearray(shard.read_bytes())
@@ -550,7 +550,7 @@ def _break_pictures(data: Path, share: float, rng: random.Random) -> str:
                 broken += 1
             place = following
         shard.write_bytes(content)
-    return f"{broken} of {total} pictures"
+    return f"{broken} of {total} images"
 
 
 def _zero_part(data: Path, share: float, rng: random.Random) -> str:

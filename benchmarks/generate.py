@@ -1,7 +1,7 @@
 """How fast image codes are drawn, beside what reading memory and multiplying matrices allow on the same machine.
 
 python benchmarks/generate.py --batch 32 --dtype bf16 --json generate.json
-python benchmarks/generate.py --batch 512 --dtype bf16 --tokens 8      # in batches that fit, as pictures are drawn
+python benchmarks/generate.py --batch 512 --dtype bf16 --tokens 8      # in batches that fit, as images are drawn
 python benchmarks/generate.py --batch 1 --no_cache_tokens 3             # beside computing the whole sequence for each code
 python benchmarks/generate.py --device cuda --preset dalle-12b --dtype bf16 --batch 64
 """
@@ -41,7 +41,7 @@ from dalle_ds.models.decoding import DecodingWeights, bytes_per_step, new_cache,
 from dalle_ds.models.flops import decoding_flops
 from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.precision.rates import DTYPES, matmul_rate
-from dalle_ds.sampling.codes import even_batches, pictures_at_once
+from dalle_ds.sampling.codes import even_batches, images_at_once
 from dalle_ds.sampling.draw import Sampling, draw
 
 WARMUP = 3
@@ -53,11 +53,11 @@ class Options(ShapeOptions):
     """Measure the drawing of image codes."""
 
     batch: int = 1
-    """Pictures of each prompt."""
+    """Images of each prompt."""
     prompts: int = 1
     """Distinct prompts."""
     tokens: int = 64
-    """Codes measured, spread evenly over the picture."""
+    """Codes measured, spread evenly over the image."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the blocks' weights; auto takes what the device computes fastest."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -91,7 +91,7 @@ def measure(options: Options) -> dict[str, Any]:
     """All figures, by name; the machine's rates are measured in the same run."""
     device, dtype, config = torch.device(options.device), DTYPES[options.dtype], shape(options)
     if config.image_len < 2:
-        raise ConfigError("a picture of one code takes no step of decoding: set grid to 2 or more")
+        raise ConfigError("an image of one code takes no step of decoding: set grid to 2 or more")
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)  # so that no fp32 model exists before
     with device:
@@ -100,7 +100,7 @@ def measure(options: Options) -> dict[str, Any]:
     forget_peak_memory(device)
     prompts = [picture // options.batch for picture in range(options.batch * options.prompts)]
     # As `sample_codes` does, in batches that fit.
-    size = even_batches(len(prompts), pictures_at_once(model, options.batch, guided=False))
+    size = even_batches(len(prompts), images_at_once(model, options.batch, guided=False))
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     measured = [decode(model, batch, size, options.tokens) for batch in batches]
     seconds, drawing = (sum(each) for each in zip(*measured, strict=True))
@@ -137,7 +137,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def positions(config: DalleConfig, tokens: int) -> list[int]:
-    """Image positions of the measured steps, spread evenly over the picture."""
+    """Image positions of the measured steps, spread evenly over the image."""
     count = min(tokens, config.image_len - 1)
     return [1 + index * (config.image_len - 1) // count for index in range(count)]
 
@@ -165,8 +165,8 @@ def decode(model: Dalle, prompts: list[int], size: int, tokens: int) -> tuple[fl
     A step takes as long whatever was decoded before it, so those between the measured ones are left out.
 
     Args:
-        prompts: the prompt of each picture.
-        size: pictures that there is room for.
+        prompts: the prompt of each image.
+        size: images that there is room for.
     """
     config, device = model.config, model.image_head.weight.device
     weights = DecodingWeights(model)
@@ -195,7 +195,7 @@ def decode(model: Dalle, prompts: list[int], size: int, tokens: int) -> tuple[fl
 
 
 def decode_without_cache(model: Dalle, pictures: int, tokens: int) -> float:
-    """Median seconds of a step that computes the whole sequence anew, as far as the middle of the picture."""
+    """Median seconds of a step that computes the whole sequence anew, as far as the middle of the image."""
     config, device = model.config, model.image_head.weight.device
     text = torch.randint(0, config.text_vocab, (pictures, config.text_len), device=device)
     codes = torch.zeros(pictures, config.image_len // 2, dtype=torch.int64, device=device)

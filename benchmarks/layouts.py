@@ -3,7 +3,7 @@
     python benchmarks/layouts.py [--resume True] [--json FILE]
 
 Starts the deepspeed launcher for each number of processes, up to four on one machine. Every layout trains the same
-transformer, in fp32, from one seed on the same made-up captions and pictures, with clipping in every update; the first table
+transformer, in fp32, from one seed on the same made-up captions and images, with clipping in every update; the first table
 holds it against one process. With `--resume True` a run of each layout is stopped half-way and taken further in every other
 one; the second table says how far its losses then are from those of the run that was not stopped, and which are equal to the
 bit.
@@ -40,7 +40,7 @@ from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
 
 ROWS = 64
-"""Pictures of the made-up training data."""
+"""Images of the made-up training data."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Options:
     depth: int = 4
     """Attention layers."""
     batch: int = 8
-    """Pictures per update over all processes."""
+    """Images per update over all processes."""
     steps: int = 10
     """Updates; runs are stopped after half of them."""
     resume: bool = False
@@ -106,7 +106,7 @@ class MadeUp:
         return self._rows
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
-        """A caption of a length of its own, another one, and a picture's codes."""
+        """A caption of a length of its own, another one, and an image's codes."""
         drawn = np.random.default_rng(row)
         texts = [np.full(self._config.text_len, PADDING, dtype=np.int64) for _ in range(2)]
         for text in texts:

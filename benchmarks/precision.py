@@ -41,7 +41,7 @@ class Options:
     depth: int = 8
     """Attention layers."""
     batch: int = 16
-    """Pictures per update over all processes."""
+    """Images per update over all processes."""
     updates: int = 60
     """Updates of each run."""
     stages: tuple[int, ...] = (1, 3)

@@ -12,7 +12,7 @@ class ConfigError(DalleError, ValueError):
 
 
 class DataError(DalleError, ValueError):
-    """A corpus, picture, caption or prepared data folder that is missing, broken or of the wrong shape."""
+    """A corpus, image, caption or prepared data folder that is missing, broken or of the wrong shape."""
 
 
 class DataChangedError(DataError):

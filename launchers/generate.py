@@ -1,4 +1,4 @@
-"""Draw pictures for prompts with a trained transformer, and write them as one labelled PNG."""
+"""Generate images for prompts with a trained transformer, and write them as one labelled PNG."""
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.commands.generate import main

@@ -1,4 +1,4 @@
-"""A study of human preference between two models' pictures: pages for voters, and the count of what they save."""
+"""A study of human preference between two models' images: pages for voters, and the count of what they save."""
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.commands.study import main

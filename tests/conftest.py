@@ -65,7 +65,7 @@ def deepspeed_command(processes: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 90 captioned pictures: coloured shapes of several sizes."""
+    """A folder of 90 captioned images: coloured shapes of several sizes."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for number in range(90):

@@ -27,7 +27,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def tokens(config: DalleConfig) -> tuple[Tensor, Tensor]:
-    """Two captions, one of them half padding, and two pictures."""
+    """Two captions, one of them half padding, and two images."""
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(config.text_vocab, (2, config.text_len), generator=generator)
     text[1, config.text_len // 2 :] = -1

@@ -152,7 +152,7 @@ SIZES: dict[str, list[tuple[str, str, Any, str]]] = {
         ("clip", "sharpness.pairs", 64, "unCLIP App. C"),
     ],
 }
-# Embedding, pictures and patches; width, depth and heads of the picture tower; of the text tower.
+# Embedding, images and patches; width, depth and heads of the image tower; of the text tower.
 CLIPS = {
     "dalle-1b": ("ViT-B/16", (512, 224, 16, 768, 12, 12, 512, 12, 8), "CLIP Table 20"),
     "dalle-3b": ("ViT-L/14", (768, 224, 14, 1024, 24, 16, 768, 12, 12), "CLIP Table 20"),

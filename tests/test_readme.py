@@ -96,7 +96,7 @@ def shortened(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A copy of the repository, by links, with a folder of one's own pictures."""
+    """A copy of the repository, by links, with a folder of one's own images."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("Makefile", "launchers", "ds_configs", "dalle_ds", "setup.py", "constraints.txt", "README.md"):
         (folder / name).symlink_to(ROOT / name)

@@ -17,7 +17,7 @@ class Options:
     run_dir: str
     """Run directory."""
     out: str
-    """Picture to write; its name ends in .png, .svg or .pdf."""
+    """Image to write; its name ends in .png, .svg or .pdf."""
 
 
 def main() -> None:

@@ -39,8 +39,8 @@ def main() -> None:
     )
     config = model.config
     print(
-        f"{options.out}: a CLIP of {config.image_size}-pixel pictures in patches of {config.patch_size}, {config.embed_dim} "
+        f"{options.out}: a CLIP of {config.image_size}-pixel images in patches of {config.patch_size}, {config.embed_dim} "
         f"dimensions, {config.activation}, fingerprint {model.fingerprint[:12]}"
     )
     if model.tokenizer is None:
-        print("it has no tokenizer, and can embed pictures but no captions: give --tokenizer")
+        print("it has no tokenizer, and can embed images but no captions: give --tokenizer")

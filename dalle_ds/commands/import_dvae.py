@@ -18,7 +18,7 @@ class Options:
     out: str
     """Folder to write; give it as --dvae to other launchers."""
     image_size: int = 256
-    """Side in pixels of the square pictures that it is used for; codes have an eighth of it on each side."""
+    """Side in pixels of the square images that it is used for; codes have an eighth of it on each side."""
 
 
 def main() -> None:

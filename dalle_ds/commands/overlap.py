@@ -1,4 +1,4 @@
-"""Find validation pictures that are in the training data, and show them: OUT/neighbours.jsonl, pairs.html, overlap.json."""
+"""Find validation images that are in the training data, and show them: OUT/neighbours.jsonl, pairs.html, overlap.json."""
 
 from __future__ import annotations
 

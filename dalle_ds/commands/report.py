@@ -10,7 +10,7 @@ from dalle_ds.evaluation.report import write_report
 
 @dataclass(frozen=True)
 class Options:
-    """Draw pictures for captions of the data, and put them with figures and loss curves on one page."""
+    """Generate images for captions of the data, and put them with figures and loss curves on one page."""
 
     data: str
     """Folder that launchers/prepare_data.py made."""

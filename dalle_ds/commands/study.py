@@ -1,4 +1,4 @@
-"""A study of human preference between two models' pictures: pages for voters, and the count of what they save.
+"""A study of human preference between two models' images: pages for voters, and the count of what they save.
 
 python launchers/study.py make --a DIR --b DIR --out STUDY
 python launchers/study.py count votes-*.json --study STUDY

@@ -15,17 +15,17 @@ class ClipConfig:
     one space. The defaults are ViT-B/32's."""
 
     embed_dim: int = 512
-    """Dimensions of the space that pictures and texts share."""
+    """Dimensions of the space that images and texts share."""
     image_size: int = 224
-    """Side in pixels of the square pictures that it sees."""
+    """Side in pixels of the square images that it sees."""
     patch_size: int = 32
     """Side in pixels of the squares that become one position each."""
     vision_width: int = 768
-    """Width of the picture tower's residual stream."""
+    """Width of the image tower's residual stream."""
     vision_depth: int = 12
-    """Blocks of the picture tower."""
+    """Blocks of the image tower."""
     vision_heads: int = 12
-    """Attention heads of the picture tower; CLIP's are vision_width / 64."""
+    """Attention heads of the image tower; CLIP's are vision_width / 64."""
     text_width: int = 512
     """Width of the text tower's residual stream."""
     text_depth: int = 12
@@ -53,7 +53,7 @@ class ClipConfig:
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}: patches would "
-                "not cover the picture"
+                "not cover the image"
             )
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
@@ -93,7 +93,7 @@ class ClipConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along each side of a picture."""
+        """Patches along each side of an image."""
         return self.image_size // self.patch_size
 
 
@@ -107,7 +107,7 @@ _VIT_L14 = ClipConfig(
     text_heads=12,
 )
 CLIP_SHAPES: dict[str, ClipConfig] = {
-    # Trains in minutes on a laptop CPU, on the toy preset's pictures and vocabulary.
+    # Trains in minutes on a laptop CPU, on the toy preset's images and vocabulary.
     "toy": ClipConfig(
         embed_dim=64,
         image_size=32,
@@ -126,7 +126,7 @@ CLIP_SHAPES: dict[str, ClipConfig] = {
     "ViT-L/14": _VIT_L14,
     "ViT-L/14@336px": replace(_VIT_L14, image_size=336),
     # unCLIP App. C gives no numbers of heads: "the rest as in CLIP", whose heads are all 64 wide. (open_clip's ViT-H, of other
-    # authors, has 16 of 80 in its picture tower.)
+    # authors, has 16 of 80 in its image tower.)
     "unclip-H/16": ClipConfig(
         embed_dim=1024,
         image_size=256,

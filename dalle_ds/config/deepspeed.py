@@ -44,7 +44,7 @@ class EngineConfig:
     zero_stage: int
     """ZeRO stage."""
     micro_batch: int
-    """Pictures per process and forward pass."""
+    """Images per process and forward pass."""
     accumulation: int
     """Micro-batches per update."""
 

@@ -18,7 +18,7 @@ class DiscreteVAEConfig:
     """Shape of the discrete VAE (DALL·E App. A.1). The defaults are the released model's."""
 
     image_size: int = 256
-    """Side in pixels of the square pictures that it is trained on."""
+    """Side in pixels of the square images that it is trained on."""
     groups: int = 4
     """Groups of residual blocks; each but the last halves (encoder) or doubles (decoder) the resolution."""
     blocks_per_group: int = 2
@@ -32,7 +32,7 @@ class DiscreteVAEConfig:
     vocab_size: int = 8192
     """Number of codes."""
     min_log_scale: float | None = None
-    """Floor of the decoder's ln b. The paper has none; pictures with large areas of one exact colour need one, or those
+    """Floor of the decoder's ln b. The paper has none; images with large areas of one exact colour need one, or those
     areas' likelihood grows without bound and takes the gradient from everything else (docs/dvae.md)."""
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class DiscreteVAEConfig:
             "model", self, "image_size", "groups", "blocks_per_group", "encoder_width", "decoder_width", "decoder_input"
         )
         if self.groups > 16:
-            raise ConfigError(f"model.groups={self.groups} would shrink any picture to nothing: set it to 16 at most")
+            raise ConfigError(f"model.groups={self.groups} would shrink any image to nothing: set it to 16 at most")
         if self.vocab_size < 2:
             raise ConfigError(f"model.vocab_size must be at least 2, found {self.vocab_size}")
         for name in ("encoder_width", "decoder_width"):
@@ -52,7 +52,7 @@ class DiscreteVAEConfig:
         if self.image_size % self.factor:
             raise ConfigError(
                 f"model.image_size={self.image_size} is not a multiple of {self.factor}, by which {self.groups} groups "
-                f"shrink a picture: set model.image_size to a multiple of {self.factor}, or model.groups lower"
+                f"shrink an image: set model.image_size to a multiple of {self.factor}, or model.groups lower"
             )
 
     @property
@@ -62,7 +62,7 @@ class DiscreteVAEConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along each side of a picture."""
+        """Codes along each side of an image."""
         return self.image_size // self.factor
 
 
@@ -79,7 +79,7 @@ class DalleConfig:
     text_len: int = 256
     """Text positions."""
     grid: int = 32
-    """Image codes along each side; the picture takes grid² positions."""
+    """Image codes along each side; the image takes grid² positions."""
     text_vocab: int = 16384
     """Text vocabulary: room for as many pieces; the tokenizer may have fewer."""
     image_vocab: int = 8192

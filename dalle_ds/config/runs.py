@@ -147,6 +147,6 @@ class ClipRun(Run):
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
     """How updates are made."""
     objective: ClipObjective = field(default_factory=ClipObjective)
-    """Loss and pictures."""
+    """Loss and images."""
     sharpness: SharpnessConfig = field(default_factory=SharpnessConfig)
     """Sharpness-aware minimization."""

@@ -39,16 +39,16 @@ class DvaeObjective:
 
 @dataclass(frozen=True)
 class ClipObjective:
-    """CLIP's loss and what its pictures are cut from (CLIP §2.3, §2.4)."""
+    """CLIP's loss and what its images are cut from (CLIP §2.3, §2.4)."""
 
     local_loss: bool = True
     """Whether each process compares only its own rows with all others of the batch, and not all with all: the same loss and
     gradients in as much less memory as there are processes, for gradients of embeddings that cross between them."""
     min_crop: float = 0.9
-    """Training pictures are random squares of at least this share of the greatest square's area, in (0, 1]. 1 moves the
+    """Training images are random squares of at least this share of the greatest square's area, in (0, 1]. 1 moves the
     greatest square along the longer side, which is CLIP's; 0.9 is open_clip's."""
     mirror: bool = False
-    """Whether every other training picture is mirrored. CLIP's are not: captions may tell left from right."""
+    """Whether every other training image is mirrored. CLIP's are not: captions may tell left from right."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.min_crop <= 1.0:
@@ -174,9 +174,9 @@ class TrainConfig:
     """How updates are made. Precision and ZeRO stage come from the DeepSpeed JSON; state them here to have it checked."""
 
     batch_size: int = 512
-    """Pictures per update over all processes."""
+    """Images per update over all processes."""
     micro_batch: int | None = None
-    """Pictures per process and forward pass; None takes batch_size / processes, that is no gradient accumulation; in a
+    """Images per process and forward pass; None takes batch_size / processes, that is no gradient accumulation; in a
     pipeline, what leaves four micro-batches for each stage."""
     precision: Precision | None = None
     """Arithmetic; None takes the DeepSpeed JSON's. bf16 stores 16-bit weights beside fp32 ones; fp16 stores fp32 weights,
@@ -280,7 +280,7 @@ class LoaderConfig:
     workers: int = 4
     """Processes per rank that read, decode and augment; 0 does it in the training process. Batches do not depend on it."""
     max_unreadable: float = 0.1
-    """Share of rows that may be unreadable, in [0, 1]: missing files, damaged pictures. Other rows stand in for them; where
+    """Share of rows that may be unreadable, in [0, 1]: missing files, damaged images. Other rows stand in for them; where
     there are more than chance explains, the run ends. 0 ends it at the first, 1 never."""
 
     def __post_init__(self) -> None:
@@ -295,7 +295,7 @@ class TransformerLoaderConfig(LoaderConfig):
     """How batches reach the transformer."""
 
     codes: Literal["auto", "cached", "live"] = "auto"
-    """`cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly augmented pictures, `auto`
+    """`cached` reads codes made by `prepare_data.py --cache_codes`, `live` runs the dVAE on freshly augmented images, `auto`
     takes the cache where one of this dVAE exists, for each of several corpora."""
     caption_dropout: float = 0.0
     """Share of captions replaced by the empty one, which classifier-free guidance needs (0.1 is usual)."""
@@ -316,9 +316,9 @@ class ReportConfig:
     validate_every: int = 1_000
     """Updates between validation losses; 0 validates at the end only."""
     validation_rows: int = 2_048
-    """Validation pictures per validation, spread evenly over the split; all where it has fewer."""
+    """Validation images per validation, spread evenly over the split; all where it has fewer."""
     preview_every: int = 5_000
-    """Updates between preview pictures in RUN_DIR/samples; 0 draws at the end only."""
+    """Updates between preview images in RUN_DIR/samples; 0 draws at the end only."""
     numerics_every: int = 0
     """Updates between histograms of gradient exponents in RUN_DIR/numerics.jsonl, of the transformer per residual block; 0
     makes none."""

@@ -64,13 +64,13 @@ def clip_center_view(pixels: Pixels, size: int) -> Pixels:
     """The view that CLIP's evaluation takes: the shorter side resized to `size`, then the central square.
 
     Args:
-        pixels: (H, W, 3) of any size; smaller pictures are enlarged.
+        pixels: (H, W, 3) of any size; smaller images are enlarged.
 
     Returns:
         (size, size, 3).
     """
     short = min(pixels.shape[:2])
-    # The shorter side of a picture of 1 × 50,000 pixels, resized, would make it one of many gigabytes.
+    # The shorter side of an image of 1 × 50,000 pixels, resized, would make it one of many gigabytes.
     spare = [max(0, side - LONGEST * short) // 2 for side in pixels.shape[:2]]
     pixels = pixels[spare[0] : pixels.shape[0] - spare[0], spare[1] : pixels.shape[1] - spare[1]]
     height, width = pixels.shape[:2]
@@ -84,7 +84,7 @@ def clip_center_view(pixels: Pixels, size: int) -> Pixels:
 def clip_random_view(
     pixels: Pixels, size: int, rng: np.random.Generator, min_crop: float = 1.0, mirror: bool = False
 ) -> Pixels:
-    """A random square of a picture, resized.
+    """A random square of an image, resized.
 
     Args:
         pixels: (H, W, 3) of any size.

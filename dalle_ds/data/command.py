@@ -24,7 +24,7 @@ class Preparation(PrepareOptions):
     out: str = ""
     """Folder of prepared data: made with --corpus, otherwise expected to be there."""
     workers: int = 1
-    """Processes that judge captions and decode pictures."""
+    """Processes that judge captions and decode images."""
     overwrite: bool = False
     """Replace an earlier preparation, or earlier codes of the same dVAE."""
     engine: Literal["ray"] | None = None
@@ -37,14 +37,14 @@ class Preparation(PrepareOptions):
     merge: bool = False
     """Put the parts together, once all are there; --corpus and what belongs to it may be left out."""
     cache_codes: str | None = None
-    """Trained dVAE, its run directory or export, whose codes of all pictures are kept in the folder."""
+    """Trained dVAE, its run directory or export, whose codes of all images are kept in the folder."""
     codes_out: str | None = None
     """Cached codes: folder to keep them in, for data that cannot be written; training takes it as --codes. None keeps them in
     the folder of the data."""
     views: int = 8
-    """Cached codes: augmented views of each training picture."""
+    """Cached codes: augmented views of each training image."""
     batch_size: int = 64
-    """Cached codes: pictures encoded at a time."""
+    """Cached codes: images encoded at a time."""
 
     def check(self) -> None:
         """Raises `ConfigError` for what cannot be meant."""

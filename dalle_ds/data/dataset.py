@@ -18,7 +18,7 @@ FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, o
 
 
 class PairDataset:
-    """One split of a prepared folder: pictures with their captions by row.
+    """One split of a prepared folder: images with their captions by row.
 
     The rows stay in files: instances are small, also when sent to loader workers. Files that are missing or damaged
     keep their row numbers, and reading one of their rows raises a `RowError`.
@@ -92,7 +92,7 @@ class PairDataset:
         self._store.snapshot.check()
 
     def picture(self, row: int, short_side: int | None = None) -> Pixels:
-        """The picture of a row.
+        """The image of a row.
 
         Args:
             short_side: see `decode_image`; big JPEGs decode faster when no more than this is needed.
@@ -127,7 +127,7 @@ class PairDataset:
         return self._value(row, "name")
 
     def encoded(self, row: int) -> bytes:
-        """The picture of a row as it is stored. Raises `RowError` where it cannot be read."""
+        """The image of a row as it is stored. Raises `RowError` where it cannot be read."""
         return self._value(row, "image")
 
     def _value(self, row: int, column: str) -> Any:

@@ -173,7 +173,7 @@ def _mapped(path: Path, dtype: Any) -> Any:
 
 
 def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> str:
-    """The 64 signs of the lowest frequencies of a picture (pHash), in hexadecimal.
+    """The 64 signs of the lowest frequencies of an image (pHash), in hexadecimal.
 
     Args:
         pixels: (H, W, 3).
@@ -263,9 +263,9 @@ def _device() -> torch.device:
 
 
 def embedded(items: Iterable[ProcessedPair], model: Clip) -> Iterator[ProcessedPair]:
-    """The items, those that are kept so far with the embeddings of their pictures: D numbers of 16 bits.
+    """The items, those that are kept so far with the embeddings of their images: D numbers of 16 bits.
 
-    Every batch has the same size, if need be with a picture in it several times: results of other shapes of the same
+    Every batch has the same size, if need be with an image in it several times: results of other shapes of the same
     product may differ in the last bit, and what is prepared must not depend on how the work was divided.
     """
     batch: list[ProcessedPair] = []
@@ -279,7 +279,7 @@ def embedded(items: Iterable[ProcessedPair], model: Clip) -> Iterator[ProcessedP
 
 @torch.no_grad()
 def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[ProcessedPair]:
-    size = model.config.image_size  # in which the model would look at them, too: a batch of whole pictures may be large
+    size = model.config.image_size  # in which the model would look at them, too: a batch of whole images may be large
     pictures = [
         Image.fromarray(center_crop_resize(decode_image(item.image, short_side=size), size))
         for item in batch
@@ -297,7 +297,7 @@ def close_embeddings(vectors: npt.NDArray[np.float16], rows: Rows, cosine: float
     """Those of the ascending `rows` whose vectors have at least this cosine with that of an earlier one that is kept.
 
     All are compared with all, 4,096 with 4,096 at a time: exact, on a GPU where there is one, and a matter of hours beyond
-    some million pictures on one.
+    some million images on one.
 
     Args:
         vectors: (N, D), of length 1.

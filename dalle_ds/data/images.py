@@ -1,4 +1,4 @@
-"""Pictures from bytes: every common format and colour mode becomes (H, W, 3) uint8, everything else a `DataError`."""
+"""Images from bytes: every common format and colour mode becomes (H, W, 3) uint8, everything else a `DataError`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from PIL import Image, UnidentifiedImageError
 from dalle_ds.errors import DataError
 
 MAX_PIXELS = 150_000_000
-"""Pictures of more pixels than this are refused by default, from their header, before memory is spent on them."""
+"""Images of more pixels than this are refused by default, from their header, before memory is spent on them."""
 
-# What pictures come in. Pillow reads much more, some of it by calling other programs (EPS: Ghostscript), and tells formats
+# What images come in. Pillow reads much more, some of it by calling other programs (EPS: Ghostscript), and tells formats
 # by content: a corpus from anywhere must not choose which of its decoders run.
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 
 Pixels = npt.NDArray[np.uint8]
 
 _ORIENTATION_TAG = 0x0112
-# EXIF orientation (TIFF 6.0, tag 274) → the transposition that shows the picture upright
+# EXIF orientation (TIFF 6.0, tag 274) → the transposition that shows the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,11 +37,11 @@ _OPENING = threading.Lock()
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int | None = None) -> Pixels:
-    """Decode a picture, upright and on white where it is transparent.
+    """Decode an image, upright and on white where it is transparent.
 
     Args:
         data: a BMP, GIF, JPEG, PNG, PPM, TIFF, WebP, AVIF or JPEG 2000 file; of an animation the first frame.
-        max_pixels: width · height above which the picture is refused before it is decoded.
+        max_pixels: width · height above which the image is refused before it is decoded.
         short_side: a hint that no more pixels than this are needed along the shorter side. JPEGs are then decoded at
             1/2, 1/4 or 1/8 of their size, while the shorter side stays at least this long. Other formats ignore it.
 
@@ -49,13 +49,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int |
         (H, W, 3), 0 to 255.
 
     Raises:
-        DataError: the bytes are no picture, are broken or end early, or the picture has too many pixels.
+        DataError: the bytes are no image, are broken or end early, or the image has too many pixels.
     """
     image = _open(data)
     if image.width * image.height > max_pixels:
-        raise DataError(
-            f"picture has {image.width}×{image.height} pixels, more than the {max_pixels:,} that are allowed"
-        )
+        raise DataError(f"image has {image.width}×{image.height} pixels, more than the {max_pixels:,} that are allowed")
     try:
         if short_side is not None and image.format == "JPEG":
             image.draft(None, (short_side, short_side))
@@ -64,14 +62,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int |
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever their parsers stumble on, from OSError to IndexError
-        raise DataError(f"picture cannot be decoded: {error}") from error
+        raise DataError(f"image cannot be decoded: {error}") from error
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
+def image_size_of(data: bytes) -> tuple[int, int]:
     """(width, height) as stored, read from the header only, however many pixels it announces.
 
     Raises:
-        DataError: the bytes are no picture.
+        DataError: the bytes are no image.
     """
     return _open(data).size
 
@@ -94,10 +92,10 @@ def resize_short_side(pixels: Pixels, size: int) -> Pixels:
 
 
 def center_crop_resize(pixels: Pixels, size: int) -> Pixels:
-    """The view of a picture that evaluation uses: its shorter side resized to `size`, then the central square.
+    """The view of an image that evaluation uses: its shorter side resized to `size`, then the central square.
 
     Args:
-        pixels: (H, W, 3) of any size; smaller pictures are enlarged.
+        pixels: (H, W, 3) of any size; smaller images are enlarged.
 
     Returns:
         (size, size, 3).
@@ -115,9 +113,9 @@ def _open(data: bytes) -> Image.Image:
         try:
             return Image.open(io.BytesIO(data), formats=_available_formats())
         except UnidentifiedImageError as error:
-            raise DataError("picture cannot be decoded: it has none of the known formats") from error
+            raise DataError("image cannot be decoded: it has none of the known formats") from error
         except Exception as error:  # see decode_image
-            raise DataError(f"picture cannot be decoded: {error}") from error
+            raise DataError(f"image cannot be decoded: {error}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
 
@@ -146,7 +144,7 @@ def other_image_suffixes() -> tuple[str, ...]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a broken EXIF block does not make the picture unusable
+    except Exception:  # a broken EXIF block does not make the image unusable
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
@@ -155,7 +153,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for what Pillow widens to 32 bits
         return _from_sixteen_bits(np.asarray(image))
     if image.mode == "F":
-        raise DataError("picture has floating-point pixels, whose white is not defined: store it with 8 or 16 bits")
+        raise DataError("image has floating-point pixels, whose white is not defined: store it with 8 or 16 bits")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -164,8 +162,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_sixteen_bits(values: npt.NDArray[Any]) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
-        raise DataError(
-            f"picture has values from {values.min()} to {values.max()}: more than 16 bits are not supported"
-        )
+        raise DataError(f"image has values from {values.min()} to {values.max()}: more than 16 bits are not supported")
     eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return Image.fromarray(eight_bits).convert("RGB")

@@ -52,22 +52,22 @@ class PrepareOptions:
     """What a preparation depends on: equal options on an equal source give an equal folder."""
 
     corpus: Kind | None = None
-    """Kind of corpus: the embedded one, a folder of pictures, WebDataset tars, a Hugging Face dataset on disk; COCO captions
+    """Kind of corpus: the embedded one, a folder of images, WebDataset tars, a Hugging Face dataset on disk; COCO captions
     or the test part of CUB; Conceptual Captions, WIT or YFCC100M."""
     source: str = ""
     """Where the corpus is, of the last three its table; the embedded one has no source."""
     pictures: str = ""
-    """Conceptual Captions, WIT, YFCC100M: folder of their pictures, as img2dataset downloads them."""
+    """Conceptual Captions, WIT, YFCC100M: folder of their images, as img2dataset downloads them."""
     image_column: str | None = None
-    """Column of pictures in a table or dataset; None takes "image" or "file_name"."""
+    """Column of images in a table or dataset; None takes "image" or "file_name"."""
     caption_column: str | None = None
     """Column of captions; None takes "caption" or "text"."""
     validation: float = 0.05
-    """Share of groups of equal pictures that goes to the validation split."""
+    """Share of groups of equal images that goes to the validation split."""
     compositional: float = 0.05
     """Twemoji: share of skin-toned training emoji held out although their base and their tone are both trained on."""
     shrink: int | None = None
-    """Store pictures whose shorter side has more pixels than this resized to it, as PNG, so that big ones are not
+    """Store images whose shorter side has more pixels than this resized to it, as PNG, so that big ones are not
     decoded in every epoch; None stores all as they are."""
     seed: int = 0
     """Seed of the splits."""
@@ -86,13 +86,11 @@ class PrepareOptions:
         if self.corpus not in (None, "twemoji") and not self.source:
             raise ConfigError(f"corpus {self.corpus} needs source: give the folder or file it is in")
         if self.corpus == "webdataset" and self.image_column:
-            raise ConfigError("corpus webdataset finds pictures by their suffix: leave out image_column")
+            raise ConfigError("corpus webdataset finds images by their suffix: leave out image_column")
         if self.corpus in _JOINED and not self.pictures:
-            raise ConfigError(
-                f"corpus {self.corpus} needs pictures: give the folder that img2dataset downloaded them to"
-            )
+            raise ConfigError(f"corpus {self.corpus} needs images: give the folder that img2dataset downloaded them to")
         if self.pictures and self.corpus not in _JOINED:
-            raise ConfigError(f"pictures belongs to the corpora {', '.join(_JOINED)}: leave it out")
+            raise ConfigError(f"--pictures belongs to the corpora {', '.join(_JOINED)}: leave it out")
         if self.corpus in ("coco", "cub", *_JOINED) and (
             self.image_column or (self.caption_column and self.corpus != "wit")
         ):
@@ -284,7 +282,7 @@ def _options_of(identity: dict[str, Any]) -> PrepareOptions:
 def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
     notes = [ATTRIBUTION] if options.corpus == "twemoji" else []
     if options.validation > 0 and not report.kept["validation"]:
-        notes.append("The validation split is empty: the corpus has a single group of pictures.")
+        notes.append("The validation split is empty: the corpus has a single group of images.")
     if not report.kept["train"]:
         notes.append(f"The training split is empty: {FOR_TRAINING}.")
     return notes

@@ -1,4 +1,4 @@
-"""What can be said of a pair by itself: its captions cleaned and judged, its picture decoded once to be sure.
+"""What can be said of a pair by itself: its captions cleaned and judged, its image decoded once to be sure.
 
 Pairs can be examined in any order and on any machine; what depends on other pairs (duplicates, splits) comes later, from
 what is told of each here, in the order of the corpus.
@@ -20,8 +20,8 @@ from typing import TypeVar
 from dalle_ds.data import reasons
 from dalle_ds.data.corpora import Broken, RawPair, Unit, Unpaired
 from dalle_ds.data.dedup import perceptual_hash
-from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, picture_problem
-from dalle_ds.data.images import decode_image, encode_png, picture_size, resize_short_side
+from dalle_ds.data.filters import FilterOptions, caption_problem, clean_caption, cut_caption, image_problem
+from dalle_ds.data.images import decode_image, encode_png, image_size_of, resize_short_side
 from dalle_ds.errors import DataError
 
 _TOLD_BY_NAME = 5  # of a unit's files that belong to no pair, for one reason
@@ -53,15 +53,15 @@ class ProcessedPair:
     """Why it is dropped, whatever its captions are like."""
     captions: list[Caption] = field(default_factory=list)
     picture: str = ""
-    """SHA-256 of the picture as it was in the corpus, in hexadecimal."""
+    """SHA-256 of the image as it was in the corpus, in hexadecimal."""
     group: str = ""
     variant: str = ""
     image: bytes = b""
-    """The picture as it is to be stored; empty where the pair is dropped."""
+    """The image as it is to be stored; empty where the pair is dropped."""
     hash: str = ""
-    """Perceptual hash of the picture, 16 hexadecimal digits, where the filters ask for it."""
+    """Perceptual hash of the image, 16 hexadecimal digits, where the filters ask for it."""
     embedding: bytes = b""
-    """Of the picture, numbers of 16 bits, where the filters ask for it."""
+    """Of the image, numbers of 16 bits, where the filters ask for it."""
     count: int = 1
     """How many are told of as one."""
     unpaired: bool = False
@@ -76,12 +76,12 @@ def process_units(
     Args:
         units: with their numbers.
         shrink: see `PrepareOptions`.
-        workers: processes that judge captions and decode pictures.
+        workers: processes that judge captions and decode images.
     """
     pairs = ((number, pair) for number, unit in units for pair in _contents(unit))
     process = partial(process_pair, filters=filters, shrink=shrink)
     for (_, pair), (item, as_it_is) in _map_in_order(process, pairs, workers):
-        # Pictures are not sent back by the process that has looked at them.
+        # Images are not sent back by the process that has looked at them.
         yield replace(item, image=pair.image) if as_it_is and isinstance(pair, RawPair) else item
 
 
@@ -103,7 +103,7 @@ def _contents(unit: Unit) -> Iterator[RawPair | Broken]:
 def process_pair(
     numbered: tuple[int, RawPair | Broken], filters: FilterOptions, shrink: int | None
 ) -> tuple[ProcessedPair, bool]:
-    """What is found of a pair of a unit, and whether its picture is to be stored as it is."""
+    """What is found of a pair of a unit, and whether its image is to be stored as it is."""
     unit, pair = numbered
     if isinstance(pair, Broken):
         is_unpaired = isinstance(pair, Unpaired)
@@ -123,8 +123,8 @@ def process_pair(
     if all(caption.problem for caption in captions):  # dropped already
         return item, False
     try:
-        width, height = picture_size(pair.image)
-        problem = picture_problem(width, height, filters)
+        width, height = image_size_of(pair.image)
+        problem = image_problem(width, height, filters)
         if problem:
             return replace(item, problem=problem), False
         pixels = decode_image(pair.image, max_pixels=filters.max_pixels, short_side=shrink)
@@ -174,6 +174,6 @@ def _map_in_order(
                 yield done, future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that decodes pictures was killed, most likely for lack of memory: "
+                "a process that decodes images was killed, most likely for lack of memory: "
                 "use fewer --workers or lower filters.max_megapixels"
             ) from error

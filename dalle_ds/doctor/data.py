@@ -1,4 +1,4 @@
-"""Whether prepared data is what preparation wrote: every byte by its digest, and pictures by decoding them."""
+"""Whether prepared data is what preparation wrote: every byte by its digest, and images by decoding them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Read all of a prepared data folder and its cached codes, verify digests, decode pictures; status 1 where something is
+    """Read all of a prepared data folder and its cached codes, verify digests, decode images; status 1 where something is
     damaged."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A folder that prepare_data.py made."""
     all: bool = False
-    """Decode every picture instead of a sample."""
+    """Decode every image instead of a sample."""
     pictures: int = 1_000
-    """Pictures of each split that are decoded, spread evenly over it."""
+    """Images of each split that are decoded, spread evenly over it."""
     codes: str | None = None
     """Folder that prepare_data.py --codes_out made: codes of this data there are read, too."""
 
@@ -51,7 +51,7 @@ class Counts:
     bytes: int = 0
     """Of files whose digest is right."""
     decoded: int = 0
-    """Pictures that were decoded without an error."""
+    """Images that were decoded without an error."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class DataInspection:
     def report(self) -> RenderableType:
         """For a terminal."""
         table = Table(title=f"{self.path} (fingerprint {self.fingerprint[:16]}…)", title_justify="left")
-        for number, column in enumerate(("", "rows", "unreadable", "files", "GB read", "pictures decoded")):
+        for number, column in enumerate(("", "rows", "unreadable", "files", "GB read", "images decoded")):
             table.add_column(column, justify="right" if number else "left")
         for entry in self.counts:
             sizes = f"{entry.bytes / 1e9:.3f}"

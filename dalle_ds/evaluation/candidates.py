@@ -1,6 +1,6 @@
 """Candidates for captions, kept on disk where wanted, and the best among the first n of them.
 
-Candidate i of a caption depends on the seed, i and the caption only, so that the best of 8 is chosen among the same pictures
+Candidate i of a caption depends on the seed, i and the caption only, so that the best of 8 is chosen among the same images
 that the best of 64 is chosen among, and curves over n are of one draw.
 """
 
@@ -29,7 +29,7 @@ PROTOCOL_NAME = "protocol.json"
 
 
 class Candidates:
-    """Codes of `num` pictures for each of a list of captions.
+    """Codes of `num` images for each of a list of captions.
 
     Args:
         pipeline: draws them.
@@ -55,7 +55,7 @@ class Candidates:
         self.seed = seed
         self.folder = folder
         self.drawn = 0
-        """Pictures that were not found in the folder."""
+        """Images that were not found in the folder."""
 
     def protocol(self, dtype: str, weights: str) -> dict[str, Any]:
         """All that the codes depend on.

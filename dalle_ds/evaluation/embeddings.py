@@ -55,7 +55,7 @@ class _Sizes:
 
 
 class PerceptualHashes:
-    """The 64 bits of a picture's perceptual hash as a vector: the cosine of two is 1 − (bits that differ) / 32."""
+    """The 64 bits of an image's perceptual hash as a vector: the cosine of two is 1 − (bits that differ) / 32."""
 
     config = _Sizes(image_size=128, embed_dim=64)
     fingerprint = "phash-64"
@@ -77,7 +77,7 @@ class Embeddings:
     """What `embed_split` made."""
 
     vectors: Vectors
-    """(rows, D) of length 1, in a file; zeros where a picture could not be read."""
+    """(rows, D) of length 1, in a file; zeros where an image could not be read."""
     readable: npt.NDArray[np.bool_]
     """(rows,) whether it could."""
 
@@ -91,9 +91,9 @@ def embed_split(
     workers: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Embeddings:
-    """Embed the central square of every picture of a split into `folder`, or go on with what is there.
+    """Embed the central square of every image of a split into `folder`, or go on with what is there.
 
-    At any time, `batch_size` pictures are in memory, and those that workers read ahead.
+    At any time, `batch_size` images are in memory, and those that workers read ahead.
 
     Args:
         say: is told how far it is.
@@ -139,7 +139,7 @@ def embed_split(
                     # Only what is on the disk by now counts when this is gone on with.
                     write_json(files.progress, identity | {"done": done})
                     saved = done
-                    say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {len(dataset):,} pictures embedded")
+                    say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {len(dataset):,} images embedded")
         return files.read(len(dataset))
 
 
@@ -152,7 +152,7 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(
-                f"another process embeds pictures into {folder}: wait for it, or name another --out"
+                f"another process embeds images into {folder}: wait for it, or name another --out"
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):

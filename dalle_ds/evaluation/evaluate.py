@@ -37,7 +37,7 @@ from dalle_ds.evaluation.results import METHOD, Result, compare, comparison_tabl
 from dalle_ds.evaluation.sets import (
     RESIZE,
     GatheredRows,
-    PictureFolder,
+    ImageFolder,
     choose_captions,
     shard_rows,
     stacked,
@@ -139,7 +139,7 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[R
             with context.timed("pictures"):
                 _measure_generated(options, context, pipeline, reranker, weights, out)
     if judge is not None:
-        with context.timed("real pictures and captions"):
+        with context.timed("real images and captions"):
             measure_real_matching(context)
         if generates and judge is reranker and max(options.numbers) > 1:
             context.notes.append(JUDGED_BY_ITSELF)
@@ -232,14 +232,14 @@ def _filtered(data: str | None) -> dict[str, Any]:
 
 
 def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
-    """Distance of the pictures in `fake` from those in `real`, and score of the former. Collective.
+    """Distance of the images in `fake` from those in `real`, and score of the former. Collective.
 
     Raises:
-        ConfigError: no size is given, and the pictures have several.
-        DataError: a folder with fewer than two pictures, or a picture that cannot be read.
+        ConfigError: no size is given, and the images have several.
+        DataError: a folder with fewer than two images, or an image that cannot be read.
     """
     assert options.real is not None and options.fake is not None
-    real, fake = PictureFolder(options.real), PictureFolder(options.fake)
+    real, fake = ImageFolder(options.real), ImageFolder(options.fake)
     size = options.size or _only_size((real, fake))
     network = load_network(options.inception, mesh.device)
     of_real, real_sha256 = _appearance(real, network, options.radii, size, mesh, generated=False)
@@ -255,20 +255,20 @@ def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
     return Result(protocol, {"pictures": fake_sha256}, distances(of_real, of_fake)[""], dalle_ds.__version__, notes)
 
 
-def _only_size(folders: Sequence[PictureFolder]) -> int:
-    """The side of square pictures, judged by the first of each folder; where one of the others differs, it is resized."""
+def _only_size(folders: Sequence[ImageFolder]) -> int:
+    """The side of square images, judged by the first of each folder; where one of the others differs, it is resized."""
     shapes = {folder.read(0)[0].shape[:2] for folder in folders}
     sides = {side for shape in shapes for side in shape}
     if len(sides) > 1:
         raise ConfigError(
-            f"the pictures have sides of {', '.join(map(str, sorted(sides)))} pixels: say with --size at which they are to be "
+            f"the images have sides of {', '.join(map(str, sorted(sides)))} pixels: say with --size at which they are to be "
             "compared"
         )
     return sides.pop()
 
 
 def _appearance(
-    folder: PictureFolder,
+    folder: ImageFolder,
     network: FeatureNetwork,
     radii: Sequence[float],
     size: int,

@@ -27,8 +27,8 @@ from dalle_ds.evaluation.sets import Caption, GatheredRows, Selections, images_o
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.parallel import Mesh
-from dalle_ds.sampling import Reranker, TextToImage, picture_grid
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling import Reranker, TextToImage, image_grid
+from dalle_ds.sampling.pixels import to_pil_images
 
 EXTREMES = 8
 """Worst and best reconstructions that are shown, each."""
@@ -168,8 +168,8 @@ def _dvae_sheets(context: Context, vae: DiscreteVAE, codes: Tensor, signals: Ten
         batch = stacked(images).to(context.mesh.device).float() / 255
         values = ", ".join(f"{signals[row]:.1f}" for row in rows)
         lines.append((f"{what} by PSNR: {values} dB", [Image.fromarray(pixels) for pixels in images]))
-        lines.append(("their reconstructions", to_pictures(vae.decode(vae.encode(batch)))))
-    return {"codebook": codebook_panel(vae, codes, image), "reconstructions": picture_grid(lines, cell=96)}
+        lines.append(("their reconstructions", to_pil_images(vae.decode(vae.encode(batch)))))
+    return {"codebook": codebook_panel(vae, codes, image), "reconstructions": image_grid(lines, cell=96)}
 
 
 def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
@@ -321,7 +321,7 @@ def measure_generated(
             real = center_crop_resize(context.dataset.picture(caption.row), context.size)
             lines.append((caption.text, [Image.fromarray(real), *pipeline.decode(of_caption)]))
         titles = ["real", *[f"best of {n}" for n in numbers]]
-        context.sheets["pictures"] = picture_grid(lines, titles=titles, cell=96, label_width=240)
+        context.sheets["pictures"] = image_grid(lines, titles=titles, cell=96, label_width=240)
     return [
         {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), picks, strict=True))}
         for caption, *picks in zip(captions, *picks_of, strict=True)

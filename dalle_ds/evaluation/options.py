@@ -15,15 +15,15 @@ from dalle_ds.sampling import Sampling
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure trained models on a split of prepared data, or generated pictures against real ones in two folders.
+    """Measure trained models on a split of prepared data, or generated images against real ones in two folders.
 
-    Every part runs whose model is given: reconstructions and codebook with --dvae; likelihoods and pictures drawn for captions
+    Every part runs whose model is given: reconstructions and codebook with --dvae; likelihoods and images drawn for captions
     with --transformer; caption matching and the choice among candidates with --clip. Several processes (deepspeed or torchrun)
     divide the work, with the same figures.
     """
 
     out: str
-    """Folder for result.json, evaluation.html and pictures."""
+    """Folder for result.json, evaluation.html and images."""
     data: str | None = None
     """Folder that launchers/prepare_data.py made."""
     split: str = "validation"
@@ -37,19 +37,19 @@ class EvaluateOptions:
     judge: str | None = None
     """A second CLIP, for CLIP score and retrieval, so that candidates are not judged by the model that chose them."""
     captions: int | None = 30_000
-    """Captions to draw pictures for: a random choice among the split's different ones, all if there are fewer; None: all."""
+    """Captions to generate images for: a random choice among the split's different ones, all if there are fewer; None: all."""
     best_of: str = "1"
     """Numbers of candidates, as 1,8,64,512: of the first n of each caption, the one that --clip prefers is measured. Empty
-    draws no pictures."""
+    draws no images."""
     reference: Literal["split", "captions"] = "split"
-    """Real pictures that drawn ones are compared with: all of the split, or those of the captions only."""
+    """Real images that drawn ones are compared with: all of the split, or those of the captions only."""
     inception: str | None = None
     """File pt_inception-2015-12-05-6726825d.pth, by whose features FID and Inception Score are defined (it needs
     torch-fidelity), or a TorchScript archive; without it, an EfficientNet-lite0 is used, and the figures have other names."""
     blur: str = "0,1,2,4,8"
-    """Radii of the Gaussian blur of real and generated pictures before features are taken: standard deviations, pixels."""
+    """Radii of the Gaussian blur of real and generated images before features are taken: standard deviations, pixels."""
     size: int | None = None
-    """Side in pixels to which pictures are resized before they are blurred; None takes that of the models' pictures."""
+    """Side in pixels to which images are resized before they are blurred; None takes that of the models' images."""
     temperature: float = 1.0
     """The logits are divided by it; 0 takes the likeliest code always."""
     top_k: int | None = None
@@ -59,15 +59,15 @@ class EvaluateOptions:
     guidance: float = 1.0
     """Classifier-free guidance; 1 is off."""
     seed: int = 0
-    """Of the choice of captions and of the pictures."""
+    """Of the choice of captions and of the images."""
     pictures: str | None = None
-    """Folder that keeps the codes of drawn pictures, for an evaluation that is stopped, or another with the same ones."""
+    """Folder that keeps the codes of generated images, for an evaluation that is stopped, or another with the same ones."""
     without: str | None = None
     """JSON of rows that overlap with the training data (launchers/overlap.py): figures come with and without them."""
     real: str | None = None
-    """Folder of real pictures, instead of data and models."""
+    """Folder of real images, instead of data and models."""
     fake: str | None = None
-    """Folder of generated pictures, to be compared with those in --real."""
+    """Folder of generated images, to be compared with those in --real."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs where there are any."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -83,7 +83,7 @@ class EvaluateOptions:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value}")
         if (self.real is None) != (self.fake is None):
-            raise ConfigError("--real and --fake belong together: name a folder of real and one of generated pictures")
+            raise ConfigError("--real and --fake belong together: name a folder of real and one of generated images")
         models = [name for name in ("transformer", "dvae", "clip", "judge") if getattr(self, name) is not None]
         if self.real is not None:
             if self.data is not None or models:

@@ -36,7 +36,7 @@ _SHOWN_SIDE = 192
 
 @dataclass(frozen=True)
 class OverlapOptions:
-    """Find the most similar training picture of every validation picture, and write OUT/neighbours.jsonl and OUT/pairs.html.
+    """Find the most similar training image of every validation image, and write OUT/neighbours.jsonl and OUT/pairs.html.
 
     Choose a threshold on the page, by eye, so that no duplicate is missed (DALL·E §3.1). Given with --threshold,
     OUT/overlap.json lists the rows at or above it, which launchers/evaluate.py leaves out with --without. Embeddings stay in
@@ -54,11 +54,11 @@ class OverlapOptions:
     train_split: str = "train"
     """Split of --train."""
     validation: str | None = None
-    """Folder whose pictures are looked up; None takes that of --train."""
+    """Folder whose images are looked up; None takes that of --train."""
     split: str = "validation"
     """Split of --validation."""
     threshold: float | None = None
-    """Cosine in [-1, 1] from which on a validation picture is held to be a duplicate; None only shows pairs."""
+    """Cosine in [-1, 1] from which on a validation image is held to be a duplicate; None only shows pairs."""
     pairs: int = 200
     """Pairs on the page: half of them the closest, or closest to --threshold, the others spread over all cosines."""
     index: IndexKind = "auto"
@@ -67,13 +67,13 @@ class OverlapOptions:
     lists: int | None = None
     """Of `ivf`: parts into which the training set is divided; None takes 4 times the root of its size."""
     probes: int = 16
-    """Of `ivf`: parts that are looked through for each picture."""
+    """Of `ivf`: parts that are looked through for each image."""
     batch_size: int = 256
-    """Pictures embedded at once."""
+    """Images embedded at once."""
     workers: int = 0
     """Processes that read and decode; 0 does it here."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where pictures are embedded."""
+    """Where images are embedded."""
 
     def __post_init__(self) -> None:
         positive("overlap", self, "pairs", "lists", "probes", "batch_size")
@@ -96,7 +96,7 @@ class Overlap:
     similarity: npt.NDArray[np.float64]
     """(N,) cosine of the two, rounded to 6 digits."""
     training_unreadable: int
-    """Training pictures that could not be read, and were compared with nothing."""
+    """Training images that could not be read, and were compared with nothing."""
 
     def at_or_above(self, threshold: float) -> list[int]:
         """Rows that are held to be duplicates."""
@@ -119,7 +119,7 @@ def find_overlap(
     validation = PairDataset.open(options.validation or options.train, options.split)
     if (train.fingerprint, train.split) == (validation.fingerprint, validation.split):
         raise ConfigError(
-            f"both sets are the split {train.split!r} of {options.train}, each of whose pictures is its own duplicate: name "
+            f"both sets are the split {train.split!r} of {options.train}, each of whose images is its own duplicate: name "
             "another --split"
         )
     if embedder is None:
@@ -137,7 +137,7 @@ def find_overlap(
         for name, dataset in (("train", train), ("validation", validation))
     }
     if not embedded["train"].readable.any():
-        raise DataError(f"no picture of {train.data_dir / train.split} can be read: there is nothing to compare with")
+        raise DataError(f"no image of {train.data_dir / train.split} can be read: there is nothing to compare with")
     rows = np.flatnonzero(embedded["validation"].readable)
     cosines, numbers = nearest(
         embedded["validation"].vectors[rows],
@@ -267,14 +267,14 @@ def _image(dataset: PairDataset, row: int) -> Pixels:
 
 
 def _summary(found: Overlap, options: OverlapOptions) -> list[str]:
-    lines = [f"{len(found.rows):,} validation pictures, each with its most similar training picture:"]
+    lines = [f"{len(found.rows):,} validation images, each with its most similar training image:"]
     if len(found.rows):
         shares = ((100, "most similar"), (99, "99th percentile"), (90, "90th"), (50, "median"), (0, "least similar"))
         lines.append("cosine " + ", ".join(f"{name} {np.percentile(found.similarity, at):.3f}" for at, name in shares))
     if len(found.unreadable) or found.training_unreadable:
         lines.append(
             f"left out, since they cannot be read: {len(found.unreadable):,} validation and {found.training_unreadable:,} "
-            "training pictures"
+            "training images"
         )
     lines.append(f"wrote {options.out}/neighbours.jsonl and {options.out}/pairs.html")
     if options.threshold is None:

@@ -1,4 +1,4 @@
-"""The page that shows a finished pair of runs: pictures, figures, loss curves."""
+"""The page that shows a finished pair of runs: images, figures, loss curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dalle_ds.evaluation.curves import Series, curves_figure, gradient_scales, r
 from dalle_ds.evaluation.metrics.likelihood import ranking_accuracy
 from dalle_ds.evaluation.pages import encoded, figures_table, image_element, write_document
 from dalle_ds.files import write_bytes
-from dalle_ds.sampling import TextToImage, picture_grid
+from dalle_ds.sampling import TextToImage, image_grid
 
 Pair = tuple[str, Pixels]
 """A caption, and its image as the models see it."""
@@ -96,7 +96,7 @@ def _readable(dataset: PairDataset, rows: Iterable[int], size: int, faults: Faul
 
 
 def _pictures(pipeline: TextToImage, pairs: dict[str, list[Pair]], num: int, seed: int) -> Image.Image:
-    """Rows of caption, real picture, reconstruction, samples; beside each caption stands what its pairs are called."""
+    """Rows of caption, real image, reconstruction, samples; beside each caption stands what its pairs are called."""
     rows: list[tuple[str, list[Image.Image]]] = []
     for name, of_split in pairs.items():
         if not of_split:
@@ -106,7 +106,7 @@ def _pictures(pipeline: TextToImage, pairs: dict[str, list[Pair]], num: int, see
             tensor = torch.tensor(channels_first(pixels))[None].float() / 255
             restored = pipeline.decode(pipeline.dvae.encode(tensor.to(pipeline.device)).flatten(1))
             rows.append((f"{caption} [{name}]", [Image.fromarray(pixels), *restored, *samples]))
-    return picture_grid(rows, titles=[*TITLES, *[""] * (num - 1)], cell=96, label_width=240)
+    return image_grid(rows, titles=[*TITLES, *[""] * (num - 1)], cell=96, label_width=240)
 
 
 def _ranking(pipeline: TextToImage, pairs: Sequence[Pair]) -> float:

@@ -20,7 +20,7 @@ from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json, shown
 
 METHOD = 1
-"""Raised whenever a figure would come out otherwise from the same pictures."""
+"""Raised whenever a figure would come out otherwise from the same images."""
 DEPTH = 20
 """How deep a protocol may be nested; files that others made may be nested deeper."""
 

@@ -25,7 +25,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json, shown
 
 RESIZE = "shorter side by Lanczos, then the central square"
-"""Of pictures decoded at their full size, for protocols."""
+"""Of images decoded at their full size, for protocols."""
 CHUNK = 16
 """Rows in a chunk."""
 TELL_SECONDS = 30.0
@@ -36,7 +36,7 @@ Selections = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption to draw a picture for."""
+    """A caption to draw an image for."""
 
     row: int
     """Whose it is."""
@@ -110,11 +110,11 @@ def without_overlap(path: str | Path, dataset: PairDataset) -> Tensor:
     return kept
 
 
-class PictureFolder:
-    """The pictures in a folder and its subfolders, in the order of their names: all whose suffix is that of one.
+class ImageFolder:
+    """The images in a folder and its subfolders, in the order of their names: all whose suffix is that of one.
 
     Raises:
-        DataError: no such folder, or fewer than two pictures in it.
+        DataError: no such folder, or fewer than two images in it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -123,7 +123,7 @@ class PictureFolder:
         taken = [entry for entry in found if entry.problem is None and is_read(entry.name)]
         self.paths = [entry.path for entry in taken]
         if len(self.paths) < 2:
-            raise DataError(f"{folder} is no folder of at least 2 pictures ({', '.join(image_suffixes())})")
+            raise DataError(f"{folder} is no folder of at least 2 images ({', '.join(image_suffixes())})")
         self.left_out: dict[str, list[str]] = {}
         """Reason → names of what else lies there."""
         for entry in found:
@@ -141,7 +141,7 @@ class PictureFolder:
         ]
 
     def read(self, row: int, size: int | None = None) -> tuple[Pixels, bytes]:
-        """A picture, (H, W, 3), resized and cropped as `RESIZE` says where a size is given, and the SHA-256 of its file.
+        """An image, (H, W, 3), resized and cropped as `RESIZE` says where a size is given, and the SHA-256 of its file.
 
         Raises:
             DataError: it cannot be read.

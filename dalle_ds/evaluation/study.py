@@ -54,13 +54,13 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class MakeOptions:
-    """Make the pages of a study from two models' pictures."""
+    """Make the pages of a study from two models' images."""
 
     a: str
-    """Pictures of model A: a folder that launchers/generate.py made, its pictures.json, or any folder with one picture for
+    """Images of model A: a folder that launchers/generate.py made, its pictures.json, or any folder with one image for
     each caption, in the order of their names."""
     b: str
-    """Pictures of model B, likewise."""
+    """Images of model B, likewise."""
     out: str
     """Folder to make: pages/ for the voters, and key.json, which is not for them."""
     captions: str | None = None
@@ -106,7 +106,7 @@ def make_study(options: MakeOptions) -> dict[str, Any]:
         caption = min(of_a.keys() ^ of_b.keys())
         which = "a" if caption in of_a else "b"
         raise DataError(
-            f"--a {options.a} and --b {options.b} have pictures of different captions: {caption!r} is in --{which} only"
+            f"--a {options.a} and --b {options.b} have images of different captions: {caption!r} is in --{which} only"
         )
     key = _key(of_a, of_b, options)
     with built_beside(out) as partial:
@@ -173,15 +173,15 @@ def images_by_caption(source: str, captions: Sequence[str] | None) -> dict[str, 
         found = _listed(listed)
         missing = [caption for caption in captions or () if caption not in found]
         if missing:
-            raise DataError(f"{listed} has no picture of the caption {missing[0]!r}")
+            raise DataError(f"{listed} has no image of the caption {missing[0]!r}")
         return found if captions is None else {caption: found[caption] for caption in captions}
     if not path.is_dir():
-        raise DataError(f"no pictures at {source}: name a folder, or a {LIST_NAME}")
+        raise DataError(f"no images at {source}: name a folder, or a {LIST_NAME}")
     if captions is None:
-        raise DataError(f"{source} has no {LIST_NAME}: say with --captions what its pictures were drawn for")
+        raise DataError(f"{source} has no {LIST_NAME}: say with --captions what its images were drawn for")
     files = sorted((file for file in path.iterdir() if is_read(file.name)), key=_natural)
     if len(files) != len(captions):
-        raise DataError(f"{source} has {len(files)} pictures for {len(captions)} captions: it needs one for each")
+        raise DataError(f"{source} has {len(files)} images for {len(captions)} captions: it needs one for each")
     return dict(zip(captions, files, strict=True))
 
 
@@ -203,7 +203,7 @@ def _listed(path: Path) -> dict[str, Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts picture-2 before picture-10."""
+    """Sorts image-2 before image-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
@@ -297,7 +297,7 @@ def read_key(path: str | Path) -> dict[str, Any]:
         for pair in pairs
     )
     if not whole or not (is_text(key.get("a")) and is_text(key.get("b"))) or key.get("study") != study_name(key):
-        raise DataError(f"{file} is damaged: make the study again, of the same pictures and with the same seed")
+        raise DataError(f"{file} is damaged: make the study again, of the same images and with the same seed")
     return key
 
 

@@ -198,7 +198,7 @@ def _read_huggingface(file: Path, activation: Activation | None) -> Read:
 
 
 def _preprocessor(folder: Path) -> Any:
-    """What a folder of Hugging Face says of pictures, or None; the newer of two places goes first, as in transformers."""
+    """What a folder of Hugging Face says of images, or None; the newer of two places goes first, as in transformers."""
     newer, older = folder / HF_PROCESSOR, folder / HF_PREPROCESSOR
     content = _json(newer) if newer.is_file() else None
     if isinstance(content, dict) and "image_processor" in content:

@@ -211,7 +211,7 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
 
     Args:
         values: the content of `config.json`.
-        preprocessor: that of `preprocessor_config.json`, or None. What it says is to be how `clip_pixels` makes pictures.
+        preprocessor: that of `preprocessor_config.json`, or None. What it says is to be how `clip_pixels` makes images.
 
     Raises:
         CheckpointError: a field that our CLIP cannot have so, named.
@@ -254,8 +254,8 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
 
 
 def _check_huggingface_pictures(preprocessor: dict[str, Any], size: int, where: str) -> None:
-    """Refuse pictures that are not resized to `size` along the shorter side, cut and standardized."""
-    # Older files have numbers for sizes. A height and a width would squeeze the picture, where it is not cut.
+    """Refuse images that are not resized to `size` along the shorter side, cut and standardized."""
+    # Older files have numbers for sizes. A height and a width would squeeze the image, where it is not cut.
     allowed: dict[str, tuple[Any, ...]] = {
         "size": ({"shortest_edge": size}, size),
         "crop_size": ({"height": size, "width": size}, size),

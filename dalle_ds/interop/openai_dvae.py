@@ -42,7 +42,7 @@ def load_openai_dvae(encoder: str | Path, decoder: str | Path, image_size: int =
 
     Args:
         encoder, decoder: pickled `dall_e.Encoder` and `dall_e.Decoder`, of any width and vocabulary, or their state dicts.
-        image_size: side of the pictures that it is used for; the files do not say it, and it changes no weight.
+        image_size: side of the images that it is used for; the files do not say it, and it changes no weight.
 
     Raises:
         CheckpointError: a file that cannot be read, is not trusted, or is of another model; or the two do not fit together.

@@ -1,6 +1,6 @@
 """The key-value cache of incremental decoding: static buffers that hold of each layer what its attention kind needs.
 
-Text keys and values lie there once for each distinct prompt, whatever the number of pictures drawn from it.
+Text keys and values lie there once for each distinct prompt, whatever the number of images drawn from it.
 """
 
 from __future__ import annotations

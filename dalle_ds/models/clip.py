@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021): pictures and captions in one space, where those that belong together lie close.
+"""CLIP (Radford et al. 2021): images and captions in one space, where those that belong together lie close.
 
 The towers are those of `transformers`, and the state-dict keys those of its `CLIPModel`; `dalle_ds.interop` reads and
 writes others' layouts.
@@ -89,7 +89,7 @@ class Clip(nn.Module):
                 enable({"use_reentrant": False})
 
     def forward(self, images: Tensor, text: Tensor) -> ClipOutput:
-        """Embeddings of pictures and captions, with gradients.
+        """Embeddings of images and captions, with gradients.
 
         Args:
             images: (B, 3, image_size, image_size) floats in [0, 1].
@@ -106,7 +106,7 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Tensor | Sequence[Image.Image], *, normalize: bool = True) -> Tensor:
-        """Embeddings of pictures of any size: their central squares, resized to image_size.
+        """Embeddings of images of any size: their central squares, resized to image_size.
 
         Args:
             images: (B, 3, H, W) floats in [0, 1], or a list of PIL images.
@@ -116,7 +116,7 @@ class Clip(nn.Module):
             (B, embed_dim) fp32, on the model's device.
 
         Raises:
-            DataError: a tensor of another shape or type, or no list of pictures.
+            DataError: a tensor of another shape or type, or no list of images.
         """
         pixels = square_pixels(images, self.config.image_size).to(self.logit_scale.device)
         embeddings = self._project_images(pixels)

@@ -1,4 +1,4 @@
-"""Pictures as CLIP sees them: the shorter side resized, the central square, red, green and blue standardized."""
+"""Images as CLIP sees them: the shorter side resized, the central square, red, green and blue standardized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dalle_ds.errors import DataError
 
 
 def square_pixels(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
-    """The central squares of pictures.
+    """The central squares of images.
 
     Args:
         images: (B, 3, H, W) floats in [0, 1]; or PIL images of any sizes and modes, shown on white where transparent.
@@ -27,18 +27,18 @@ def square_pixels(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
         the right.
 
     Raises:
-        DataError: a tensor of another shape or type, or no picture at all.
+        DataError: a tensor of another shape or type, or no image at all.
     """
     if isinstance(images, Tensor):
         check_images(images)
         return _center(_resized(images.float(), size), size)
     if isinstance(images, Image.Image):
-        raise DataError("pictures must be one tensor or a list of PIL images, found one PIL image: put it into a list")
+        raise DataError("images must be one tensor or a list of PIL images, found one PIL image: put it into a list")
     if len(images) == 0:
-        raise DataError("there are no pictures to embed: give at least one")
+        raise DataError("there are no images to embed: give at least one")
     for image in images:
         if not isinstance(image, Image.Image):
-            raise DataError(f"pictures must be one tensor or a list of PIL images, found a {type(image).__name__}")
+            raise DataError(f"images must be one tensor or a list of PIL images, found a {type(image).__name__}")
     squares = [_square(image, size) for image in images]
     return torch.stack(squares).permute(0, 3, 1, 2).float() / 255
 

@@ -1,7 +1,7 @@
 """CLIP's initial weights, as `clip/model.py` of OpenAI's release draws them.
 
 Only the text tower has the scaled initialization that the CLIP paper adopts from GPT-2; the released code leaves the
-picture tower's blocks to PyTorch's defaults, and so does open_clip. Hugging Face's differs from both.
+image tower's blocks to PyTorch's defaults, and so does open_clip. Hugging Face's differs from both.
 """
 
 from __future__ import annotations

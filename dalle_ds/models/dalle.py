@@ -317,7 +317,7 @@ class Dalle(nn.Module):
         self.image_head = Unembedding(config.width, config.image_vocab, tensor)
 
     def forward(self, text: Tensor, codes: Tensor, *, logits: bool = True, keys: Tensor | None = None) -> DalleOutput:
-        """Loss and logits of captioned pictures.
+        """Loss and logits of captioned images.
 
         Args:
             text: (B, T) int64 in [0, text_vocab), −1 where padded.
@@ -325,7 +325,7 @@ class Dalle(nn.Module):
             logits: whether the result has them, in fp32. Without, losses are made chunk by chunk and their products of a
                 16-bit model have 16-bit factors (`linear_cross_entropy`): for training, where logits would take more
                 memory than all the rest.
-            keys: (B,) int64, seeds of what `dropout` drops of each picture in training; None drops nothing.
+            keys: (B,) int64, seeds of what `dropout` drops of each image in training; None drops nothing.
 
         Raises:
             DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking
@@ -390,11 +390,11 @@ class Dalle(nn.Module):
 
 
 def check_tokens(config: DalleConfig, text: Tensor, codes: Tensor) -> None:
-    """Raise a `DataError` where captions and pictures are not what `Dalle.forward` takes."""
+    """Raise a `DataError` where captions and images are not what `Dalle.forward` takes."""
     check_range(text, "text", config.text_len, PADDING, config.text_vocab)
     check_range(codes, "codes", config.image_len, 0, config.image_vocab)
     if len(text) != len(codes):
-        raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
+        raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per image")
 
 
 def check_range(tokens: Tensor, name: str, length: int, lowest: int, vocab: int) -> None:

@@ -3,7 +3,7 @@
 A step is the transformer's arithmetic for one new position of every row, with weights made ready for it. It reads every
 weight once and multiplies few rows with it, so it runs at the speed of memory, if nothing else gets in its way. What does:
 on a CPU, a matrix product of few rows first rearranges its weight, in every call. Here weights are rearranged once. Matrix
-products also differ in the last bits of a row with the number of rows they have; pictures must not, so products are made of
+products also differ in the last bits of a row with the number of rows they have; images must not, so products are made of
 as many rows as are known to give the same bits (`ROWS_ALIKE`).
 """
 
@@ -29,11 +29,11 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def new_cache(model: Dalle, rows: int | Sequence[int]) -> KVCache:
-    """An empty cache of whole pictures.
+    """An empty cache of whole images.
 
     Args:
-        rows: the number of the prompt that each picture continues, counted from 0; or how many pictures, each with a
-            prompt of its own. A prompt's text is kept and read once, however many pictures continue it.
+        rows: the number of the prompt that each image continues, counted from 0; or how many images, each with a
+            prompt of its own. A prompt's text is kept and read once, however many images continue it.
     """
     if model.tensor.sequence:
         raise ConfigError("a transformer whose positions are divided (parallel.sequence) cannot draw: leave it out")
@@ -44,7 +44,7 @@ def new_cache(model: Dalle, rows: int | Sequence[int]) -> KVCache:
 
 @torch.no_grad()
 def prefill(model: Dalle, text: Tensor, cache: KVCache, codes: Tensor | None = None) -> Tensor:
-    """Start `cache` with captions, and with the first codes of their pictures if there are any.
+    """Start `cache` with captions, and with the first codes of their images if there are any.
 
     Args:
         text: (P, T), as in `Dalle.forward`, one caption for each of the cache's prompts.
@@ -65,7 +65,7 @@ def prefill(model: Dalle, text: Tensor, cache: KVCache, codes: Tensor | None = N
             )
         check_range(codes, "codes", codes.shape[1], 0, config.image_vocab)
         if len(text) != len(codes):
-            raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per picture")
+            raise DataError(f"text has {len(text)} rows and codes {len(codes)}: give one caption per image")
         x = torch.cat([x, model.embedding.codes(codes, 0)], dim=1)
     kept = kept_text(config, text)
     cache.keep(kept)
@@ -177,7 +177,7 @@ class DecodingWeights:
 
     @torch.no_grad()
     def step(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
-        """Add code `step` of every picture to the cache, one position of it.
+        """Add code `step` of every image to the cache, one position of it.
 
         Args:
             codes: (rows,) int64 in [0, image_vocab).

@@ -1,4 +1,4 @@
-"""The discrete VAE (DALL·E §2.1, App. A): pictures ↔ a grid of codes.
+"""The discrete VAE (DALL·E §2.1, App. A): images ↔ a grid of codes.
 
 The state-dict keys are those of OpenAI's released encoder and decoder, at any number of groups, width and vocabulary.
 """
@@ -169,7 +169,7 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 
 
 class DiscreteVAE(nn.Module):
-    """Discrete VAE: `encode` pictures to codes, `decode` codes to pictures, `forward` for training.
+    """Discrete VAE: `encode` images to codes, `decode` codes to images, `forward` for training.
 
     Example:
         >>> vae = DiscreteVAE.from_pretrained("runs/dvae")
@@ -186,7 +186,7 @@ class DiscreteVAE(nn.Module):
     def forward(self, images: Tensor, temperature: float, gumbel: Tensor) -> DvaeOutput:
         """The parts of the evidence lower bound under the soft Gumbel relaxation (DALL·E §2.1).
 
-        The likelihood is that of the pictures decoded from softmax((logits + gumbel) / temperature), soft in both
+        The likelihood is that of the images decoded from softmax((logits + gumbel) / temperature), soft in both
         directions; the KL is the categorical's, from the plain softmax of the logits.
 
         Args:
@@ -202,7 +202,7 @@ class DiscreteVAE(nn.Module):
         return DvaeOutput(logit_laplace_nll(mapped, mu, log_b).mean(), kl_to_uniform(logits).mean(), logits)
 
     def nll(self, images: Tensor, codes: Tensor) -> Tensor:
-        """(B,) negative log-likelihood per pixel value of pictures (B, 3, H, W) in [0, 1] given codes (B, h, w), nats."""
+        """(B,) negative log-likelihood per pixel value of images (B, 3, H, W) in [0, 1] given codes (B, h, w), nats."""
         mu, log_b = self.likelihood_parameters(self._one_hot(codes))
         return logit_laplace_nll(map_pixels(images.float()), mu, log_b).mean(dim=(1, 2, 3))
 
@@ -219,13 +219,13 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) pictures in [0, 1] → (B, h, w) int64 codes: the most likely ones, with no noise (DALL·E §2.2)."""
+        """(B, 3, H, W) images in [0, 1] → (B, h, w) int64 codes: the most likely ones, with no noise (DALL·E §2.2)."""
         self._check_images(images)
         return self.encoder(map_pixels(images.float())).argmax(dim=1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, h, w) int64 codes → (B, 3, H, W) pictures in [0, 1]: the medians, whatever ln b (DALL·E App. A.3)."""
+        """(B, h, w) int64 codes → (B, 3, H, W) images in [0, 1]: the medians, whatever ln b (DALL·E App. A.3)."""
         if codes.ndim != 3:
             raise DataError(f"codes must be (B, h, w), found shape {tuple(codes.shape)}")
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.vocab_size):

@@ -62,7 +62,7 @@ def layer_flops(config: DalleConfig) -> list[float]:
 
 
 def decoding_flops(config: DalleConfig, position: int) -> int:
-    """Of one step of decoding for one picture, at image position `position`: nothing is computed that is not needed."""
+    """Of one step of decoding for one image, at image position `position`: nothing is computed that is not needed."""
     read = bytes_read_per_row(config, torch.int8, position).values()  # a key and a value of `width` bytes each
     attention = 2 * (2 * config.depth * config.text_len * config.width + sum(read))
     return 2 * (12 * config.depth * config.width**2 + config.width * config.image_vocab) + attention

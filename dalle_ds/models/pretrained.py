@@ -111,7 +111,7 @@ def check_shapes(
 
     Args:
         make: builds the model of `config`, here without memory.
-        config: what `make` builds from. No whole number in it, but for the size of pictures, may be greater than all sizes and
+        config: what `make` builds from. No whole number in it, but for the size of images, may be greater than all sizes and
             the number of the weights that have elements, so that `make` does not take for ever.
 
     Raises:

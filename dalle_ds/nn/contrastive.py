@@ -1,4 +1,4 @@
-"""The contrastive loss of pictures and captions (CLIP, arXiv 2103.00020, Figure 3), over all rows of all processes."""
+"""The contrastive loss of images and captions (CLIP, arXiv 2103.00020, Figure 3), over all rows of all processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ContrastiveLogits:
     """How each of some rows compares with all N rows of the batch, in fp32."""
 
     image: Tensor
-    """(n, N), pictures against all captions."""
+    """(n, N), images against all captions."""
     text: Tensor
-    """(n, N), captions against all pictures."""
+    """(n, N), captions against all images."""
     targets: Tensor
     """(n,) int64, which of the N belongs to the row."""
 
@@ -27,7 +27,7 @@ class ContrastiveLogits:
         return (F.cross_entropy(self.image, self.targets) + F.cross_entropy(self.text, self.targets)) / 2
 
     def accuracy(self) -> Tensor:
-        """() share of captions whose own picture is the most similar one, in [0, 1]."""
+        """() share of captions whose own image is the most similar one, in [0, 1]."""
         return (self.text.detach().argmax(dim=1) == self.targets).float().mean()
 
 
@@ -54,7 +54,7 @@ def contrastive_logits(
 def contrastive_loss(
     image: Tensor, text: Tensor, scale: Tensor, group: Peers | None = None, local: bool = True
 ) -> Tensor:
-    """Symmetric cross-entropy over the N × N similarities of a batch's N pictures and captions. Collective.
+    """Symmetric cross-entropy over the N × N similarities of a batch's N images and captions. Collective.
 
     The mean over processes of what each returns is the loss of the whole batch, and the mean over processes of the gradients
     that each gets for shared weights, which is what data-parallel training takes, is that loss's gradient.

@@ -1,10 +1,10 @@
-"""Drawing pictures from captions, choosing among them, completing them."""
+"""Generating images from captions, choosing among them, completing them."""
 
 from dalle_ds.sampling.candidates import Ranking, rank_candidates
 from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes, score
 from dalle_ds.sampling.completion import default_rows, kept_rows_mask
 from dalle_ds.sampling.draw import Sampling
-from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
 from dalle_ds.sampling.rerank import ClipReranker, Reranker
 
@@ -17,8 +17,8 @@ __all__ = [
     "SamplingRequest",
     "TextToImage",
     "default_rows",
+    "image_grid",
     "kept_rows_mask",
-    "picture_grid",
     "rank_candidates",
     "sample_codes",
     "score",

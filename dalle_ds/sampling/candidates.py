@@ -36,7 +36,7 @@ class Pipeline(Protocol):
         ...
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Pictures of codes (B, W²)."""
+        """Images of codes (B, W²)."""
         ...
 
 
@@ -144,14 +144,14 @@ def _by_prompt(drawn: Drawn, rankings: Sequence[Ranking]) -> Iterator[tuple[Rank
 def _checked(scores: Sequence[float], prompt: str, count: int) -> list[float]:
     values = [float(value) for value in scores]
     if len(values) != count:
-        raise DataError(f"rerank must give one score per picture: found {len(values)} for {count} pictures")
+        raise DataError(f"rerank must give one score per image: found {len(values)} for {count} images")
     if any(value != value for value in values):
         raise DataError(f"rerank gave a score that is not a number for the prompt {prompt!r}: {shown(values)}")
     return values
 
 
 def _agreed(pipe: Pipeline, scores: list[float]) -> list[float]:
-    """The same scores on all processes that draw together, or they would go on to draw different pictures."""
+    """The same scores on all processes that draw together, or they would go on to draw different images."""
     group = pipe.model.tensor
     if group.size == 1:
         return scores

@@ -1,9 +1,9 @@
 """Drawing image codes for captions, and the likelihood of codes under captions.
 
-A picture is a function of (seed, its number, its caption): its random numbers are drawn ahead on the CPU, and nothing
+An image is a function of (seed, its number, its caption): its random numbers are drawn ahead on the CPU, and nothing
 that it shares a batch with may reach it. The second part needs care. A matrix multiplication with 1 row and one with 4
 add up in different orders, the logits differ in their last bits, and sooner or later a code falls on the other side of
-an edge. So the transformer always decodes `ROWS` rows, or a multiple of it, and rows without a picture are computed and
+an edge. So the transformer always decodes `ROWS` rows, or a multiple of it, and rows without an image are computed and
 dropped. All batch sizes up to `ROWS` are thereby one and the same computation; beyond that, `DecodingWeights` makes
 products of as many rows as are measured to give the same bits on CPUs. On GPUs nothing of the kind is known.
 """
@@ -28,14 +28,14 @@ from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.sampling.draw import Sampling, candidate_uniforms, draw, guide
 
 CPU_BUDGET = 2**30
-"""Bytes that pictures in the making may take on a CPU, where `batch_size` is not given."""
+"""Bytes that images in the making may take on a CPU, where `batch_size` is not given."""
 GPU_SHARE = 0.5
 """The same on a GPU, as a share of what is free."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Pictures in the making, given out whenever a row of codes of them is complete."""
+    """Images in the making, given out whenever a row of codes of them is complete."""
 
     pictures: tuple[tuple[int, int], ...]
     """(caption, candidate) indices of each."""
@@ -44,7 +44,7 @@ class Progress:
 
 
 class Drawn(NamedTuple):
-    """Pictures that were drawn in one batch."""
+    """Images that were drawn in one batch."""
 
     pictures: tuple[tuple[int, int], ...]
     """(caption, number) of each."""
@@ -53,12 +53,12 @@ class Drawn(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a picture continues."""
+    """What an image continues."""
 
     text: tuple[int, ...]
     """T tokens, −1 where padded."""
     given: tuple[int, ...]
-    """The picture's first codes; none where it is drawn from the beginning."""
+    """The image's first codes; none where it is drawn from the beginning."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def sample_batches(
     batch_size = request.batch_size
     if batch_size is None:
         fewest = min(Counter(caption for caption, _ in images).values())
-        batch_size = pictures_at_once(model, fewest, guided=request.sampling.guidance != 1)
+        batch_size = images_at_once(model, fewest, guided=request.sampling.guidance != 1)
     batch_size = even_batches(len(images), batch_size)
     batches = _Batches(model, request.sampling, rows=-(-batch_size // ROWS) * ROWS)
     for start in range(0, len(images), batch_size):
@@ -152,10 +152,10 @@ def _prompts(config: DalleConfig, text: Tensor, given: Tensor | None) -> list[Pr
 
 
 class _Batches:
-    """Draws batch after batch of `rows` pictures; what one has prepared serves the next.
+    """Draws batch after batch of `rows` images; what one has prepared serves the next.
 
-    With guidance, each picture takes two rows of the same batch, one under its caption and one under the empty one, so that
-    both share each reading of the weights. What is given of a picture is given to both.
+    With guidance, each image takes two rows of the same batch, one under its caption and one under the empty one, so that
+    both share each reading of the weights. What is given of an image is given to both.
     """
 
     def __init__(self, model: Dalle, sampling: Sampling, rows: int) -> None:
@@ -175,7 +175,7 @@ class _Batches:
         seed: int,
         on_row: Callable[[Progress], None] | None,
     ) -> Tensor:
-        """Codes (pictures, W²) of at most `rows` pictures."""
+        """Codes (pictures, W²) of at most `rows` images."""
         config, device = self.model.config, self.weights.device
         count = len(pictures)
         of_rows = [*(prompts[caption] for caption, _ in pictures), *[prompts[pictures[0][0]]] * (self.rows - count)]
@@ -193,7 +193,7 @@ class _Batches:
             if step > first:
                 last = codes[:, step - 1]
                 logits = self.weights.step(last.repeat(2) if self.guided else last, step - 1, cache)
-            # Of rows without a picture, codes that are drawn stay 0.
+            # Of rows without an image, codes that are drawn stay 0.
             mixed = logits[:count]
             if self.guided:
                 mixed = guide(mixed, logits[self.rows : self.rows + count], self.sampling.guidance)
@@ -233,20 +233,20 @@ class _Batches:
 
 
 def even_batches(count: int, most: int) -> int:
-    """The size of as few batches as hold `count` pictures, at most `most` in each: about equally full, in whole `ROWS`."""
+    """The size of as few batches as hold `count` images, at most `most` in each: about equally full, in whole `ROWS`."""
     batches = -(-count // most)
     return min(most, -(-count // (batches * ROWS)) * ROWS)
 
 
-def pictures_at_once(model: Dalle, num: int, *, guided: bool) -> int:
-    """How many pictures fit in the memory set aside for them, where each prompt has `num`: a multiple of `ROWS`."""
+def images_at_once(model: Dalle, num: int, *, guided: bool) -> int:
+    """How many images fit in the memory set aside for them, where each prompt has `num`: a multiple of `ROWS`."""
     device = decoding_device(model)
     if device.type == "cpu":
         budget = CPU_BUDGET
     else:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = int((torch.cuda.mem_get_info(device)[0] + reusable) * GPU_SHARE)
-    picture, prompt = bytes_per_picture(model.config, model.weights_dtype, guided=guided)
+    picture, prompt = bytes_per_image(model.config, model.weights_dtype, guided=guided)
     fit = (budget - prompt) // picture  # of one prompt
     if fit > num:
         fit = int((budget - prompt) / (picture + prompt / num))  # the first prompt may have begun in the batch before
@@ -255,8 +255,8 @@ def pictures_at_once(model: Dalle, num: int, *, guided: bool) -> int:
     return max(1, fit // ROWS) * ROWS
 
 
-def bytes_per_picture(config: DalleConfig, dtype: torch.dtype, *, guided: bool) -> tuple[int, int]:
-    """Bytes that each picture in the making takes, and each prompt beside its pictures."""
+def bytes_per_image(config: DalleConfig, dtype: torch.dtype, *, guided: bool) -> tuple[int, int]:
+    """Bytes that each image in the making takes, and each prompt beside its images."""
     row, prompt = sum(bytes_per_row(config, dtype).values()), bytes_per_prompt(config, dtype)
     # Logits in fp32, and from them probabilities in fp32, their sums in fp64, and a few more of either when filtered.
     logits = 32 * config.image_vocab
@@ -266,7 +266,7 @@ def bytes_per_picture(config: DalleConfig, dtype: torch.dtype, *, guided: bool) 
 
 @torch.no_grad()
 def score(model: Dalle, text: Tensor, codes: Tensor) -> Tensor:
-    """log p(codes | text) of every row, in nats per picture.
+    """log p(codes | text) of every row, in nats per image.
 
     Args:
         text: (B, T) int64, −1 where padded.

@@ -22,9 +22,9 @@ from dalle_ds.parsing import is_text
 from dalle_ds.precision.rates import DTYPES, choose_precision
 from dalle_ds.sampling.candidates import Ranking, rank_candidates
 from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
-from dalle_ds.sampling.completion import open_picture, top_rows
+from dalle_ds.sampling.completion import open_image, top_rows
 from dalle_ds.sampling.draw import Sampling
-from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.sampling.prompts import read_prompts
@@ -32,30 +32,30 @@ from dalle_ds.sampling.rerank import ClipReranker
 from dalle_ds.sampling.scores import Scores
 
 LIST_NAME = "pictures.json"
-"""In a folder of pictures: a list of {"caption", "picture", "number"}, and "score" where there are scores."""
+"""In a folder of images: a list of {"caption", "picture", "number"}, and "score" where there are scores."""
 _OURS = re.compile(r"pictures\.json|[0-9]{5,}-[0-9]{3,}\.png")
 """What such a folder has in it; one with anything else is not replaced."""
 KEEP = 8
-"""Pictures that are kept of each prompt's candidates where nobody says."""
+"""Images that are kept of each prompt's candidates where nobody says."""
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Draw pictures for prompts."""
+    """Generate images for prompts."""
 
     model: str
     """Run directory of launchers/train_transformer.py, or its export."""
     out: str
-    """PNG file to write, a row for each prompt. A name without a suffix is a folder instead: one PNG for each picture, and
+    """PNG file to write, a row for each prompt. A name without a suffix is a folder instead: one PNG for each image, and
     pictures.json, which tells their captions."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """What to draw; given again, another row of pictures."""
+    """What to draw; given again, another row of images."""
     prompts: str | None = None
     """Text file with a prompt on each line, besides those of --prompt."""
     num: Annotated[int, tyro.conf.arg(aliases=["--num_images_per_prompt", "--pictures"])] = 8
     """Images for each prompt. The deepspeed command refuses --num as an unclear one of its own: give it the longer name."""
     seed: int = 0
-    """Picture i of a prompt depends on the seed, i and the prompt only."""
+    """Image i of a prompt depends on the seed, i and the prompt only."""
     temperature: float = 1.0
     """The logits are divided by it; 0 takes the likeliest code always."""
     top_k: int | None = None
@@ -65,18 +65,18 @@ class GenerateOptions:
     guidance: float = 1.0
     """Classifier-free guidance; 1 is off. More needs a model trained with loader.caption_dropout."""
     rerank: str | None = None
-    """Run directory of launchers/train_clip.py, or an exported CLIP: keep those of --num pictures that fit best."""
+    """Run directory of launchers/train_clip.py, or an exported CLIP: keep those of --num images that fit best."""
     keep: int | None = None
-    """Pictures to keep for each prompt, best first; 8 by default, or --num if that is less."""
+    """Images to keep for each prompt, best first; 8 by default, or --num if that is less."""
     scores: str | None = None
-    """JSON file of the scores of all pictures, by default beside OUT. Given again with larger --num or --keep, or other
+    """JSON file of the scores of all images, by default beside OUT. Given again with larger --num or --keep, or other
     prompts, only what is missing is drawn and scored."""
     init_image: str | None = None
-    """A picture to complete: the codes of its top rows are kept, the rest is drawn."""
+    """An image to complete: the codes of its top rows are kept, the rest is drawn."""
     init_rows: int | None = None
     """Rows of its codes to keep; by default the paper's share, 15 of 32."""
     batch_size: int | None = None
-    """Pictures drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
+    """Images drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -94,7 +94,7 @@ class GenerateOptions:
             or (out.is_dir() if is_file else out.is_file())
         ):
             raise ConfigError(
-                "out must be a .png file in a folder that exists, or a name without a suffix for a folder of pictures, found "
+                "out must be a .png file in a folder that exists, or a name without a suffix for a folder of images, found "
                 f"{self.out}"
             )
         if not is_file and out.is_dir() and not _is_ours(out):
@@ -103,10 +103,10 @@ class GenerateOptions:
             raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one on each line")
         self.request(1, None, None)  # refuses what is out of range
         if self.init_rows is not None and self.init_image is None:
-            raise ConfigError(f"init_rows={self.init_rows} keeps rows of a picture: name it with --init_image")
+            raise ConfigError(f"init_rows={self.init_rows} keeps rows of an image: name it with --init_image")
         for name, value in (("keep", self.keep), ("scores", self.scores)):
             if value is not None and self.rerank is None:
-                raise ConfigError(f"{name}={value} needs scores of pictures: name a CLIP with --rerank")
+                raise ConfigError(f"{name}={value} needs scores of images: name a CLIP with --rerank")
         if self.keep is not None and not 1 <= self.keep <= self.num:
             raise ConfigError(f"keep must be at least 1 and at most num={self.num}, found {self.keep}")
         if self.scores is not None:
@@ -184,7 +184,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
         first = f"given: {rows_given} of {grid} rows"
         notes = [[first, *(notes[row] if notes else [])] for row in range(len(prompts))]
     buffer = io.BytesIO()
-    picture_grid(list(zip(prompts, pictures, strict=True)), notes=notes).save(buffer, format="PNG")
+    image_grid(list(zip(prompts, pictures, strict=True)), notes=notes).save(buffer, format="PNG")
     write_bytes(files[0], buffer.getvalue())
     return files
 
@@ -203,7 +203,7 @@ def _is_ours(folder: Path) -> bool:
 def _write_folder(
     folder: Path, prompts: Sequence[str], pictures: Iterable[Sequence[Image.Image]], rankings: Sequence[Ranking] | None
 ) -> None:
-    """One file for each picture, and the list of them."""
+    """One file for each image, and the list of them."""
     entries: list[dict[str, Any]] = []
     with built_beside(folder) as partial:
         for row, (prompt, of_prompt) in enumerate(zip(prompts, pictures, strict=True)):
@@ -218,10 +218,10 @@ def _write_folder(
 
 
 def _initial(pipe: TextToImage, options: GenerateOptions) -> tuple[Image.Image | None, Tensor | None]:
-    """The picture to complete as the models see it, and the codes (n,) that are kept of it."""
+    """The image to complete as the models see it, and the codes (n,) that are kept of it."""
     if options.init_image is None:
         return None, None
-    init = open_picture(options.init_image, pipe.dvae.config.image_size)
+    init = open_image(options.init_image, pipe.dvae.config.image_size)
     return init, top_rows(pipe.dvae, init, options.init_rows)
 
 

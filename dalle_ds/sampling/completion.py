@@ -1,4 +1,4 @@
-"""Completing a picture: the codes of its top rows are kept, the rest is drawn for a prompt (DALL·E §3.3)."""
+"""Completing an image: the codes of its top rows are kept, the rest is drawn for a prompt (DALL·E §3.3)."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def default_rows(grid: int) -> int:
 
 
 def kept_rows_mask(grid: int, rows: int) -> Tensor:
-    """Which codes of a picture are kept: (grid, grid) bool, True in the top `rows` rows.
+    """Which codes of an image are kept: (grid, grid) bool, True in the top `rows` rows.
 
     Raises:
         ConfigError: rows outside of [0, grid].
     """
     if not 0 <= rows <= grid:
         raise ConfigError(
-            f"rows of a picture to keep must lie in [0, {grid}] for a grid of {grid} rows, found {rows}; "
+            f"rows of an image to keep must lie in [0, {grid}] for a grid of {grid} rows, found {rows}; "
             f"{default_rows(grid)} is the paper's share"
         )
     return (torch.arange(grid) < rows)[:, None].expand(grid, grid)
 
 
-def open_picture(image: str | Path | Image.Image, size: int) -> Image.Image:
-    """The view of a picture that the models know: upright, on white, its central square in `size` × `size` pixels.
+def open_image(image: str | Path | Image.Image, size: int) -> Image.Image:
+    """The view of an image that the models know: upright, on white, its central square in `size` × `size` pixels.
 
     Args:
-        image: a file, or a picture of any size and mode.
+        image: a file, or an image of any size and mode.
 
     Raises:
-        DataError: a file that cannot be read, or is no picture; a picture whose pixels are floats.
+        DataError: a file that cannot be read, or is no image; an image whose pixels are floats.
     """
     # `datasets` is not loaded to draw from prompts alone
     from dalle_ds.data.images import center_crop_resize, decode_image
@@ -50,31 +50,31 @@ def open_picture(image: str | Path | Image.Image, size: int) -> Image.Image:
     if isinstance(image, Image.Image):
         return Image.fromarray(center_crop_resize(decode_image(_as_png(image)), size))
     try:
-        # Not `short_side`: it would decode a large JPEG in another way than the same picture in memory.
+        # Not `short_side`: it would decode a large JPEG in another way than the same image in memory.
         return Image.fromarray(center_crop_resize(decode_image(Path(image).read_bytes()), size))
     except OSError as error:
-        raise DataError(f"the picture {image} cannot be read: {error.strerror}; name a file") from error
+        raise DataError(f"the image {image} cannot be read: {error.strerror}; name a file") from error
     except DataError as error:
-        raise DataError(f"{image}: {error}; name a file with a picture") from error
+        raise DataError(f"{image}: {error}; name a file with an image") from error
 
 
 def _as_png(image: Image.Image) -> bytes:
-    """A picture in memory as a file with the same pixels."""
+    """An image in memory as a file with the same pixels."""
     buffer = io.BytesIO()
     try:
         upright = ImageOps.exif_transpose(image)
         mode = _PNG_MODES.get(upright.mode, upright.mode)
         (upright if mode == upright.mode else upright.convert(mode)).save(buffer, format="PNG", compress_level=0)
     except Exception as error:  # lazily loaded, it may be damaged in whatever way its decoder stumbles on
-        raise DataError(f"a picture of mode {image.mode} cannot be used: {error}; convert it to RGB") from error
+        raise DataError(f"an image of mode {image.mode} cannot be used: {error}; convert it to RGB") from error
     return buffer.getvalue()
 
 
 def top_rows(dvae: DiscreteVAE, image: Image.Image, rows: int | None = None) -> Tensor:
-    """The codes of a picture's top rows.
+    """The codes of an image's top rows.
 
     Args:
-        image: RGB, as `open_picture` returns it.
+        image: RGB, as `open_image` returns it.
         rows: how many, in [0, grid]; None keeps `default_rows`.
 
     Returns:

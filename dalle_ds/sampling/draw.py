@@ -83,7 +83,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
 
 
 def candidate_uniforms(tokens: tuple[int, ...], seed: int, candidate: int, count: int) -> Tensor:
-    """The uniform numbers that decide picture `candidate` of a caption under `seed`: (count,) float64 on the CPU."""
+    """The uniform numbers that decide image `candidate` of a caption under `seed`: (count,) float64 on the CPU."""
     digest = hashlib.sha256(repr((seed, candidate, tokens)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(count, dtype=torch.float64, generator=generator)

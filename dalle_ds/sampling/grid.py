@@ -1,4 +1,4 @@
-"""Rows of labelled pictures on one white sheet, for files, previews and the demo page."""
+"""Rows of labelled images on one white sheet, for files, previews and the demo page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAINT = (110, 110, 110)
 Row = tuple[str, Sequence[Image.Image]]
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[Row],
     *,
     cell: int = 128,
@@ -27,27 +27,27 @@ def picture_grid(
     font_size: int = 14,
     margin: int = 12,
 ) -> Image.Image:
-    """Draw rows of pictures, each row with its label at the left.
+    """Draw rows of images, each row with its label at the left.
 
     Args:
-        rows: (label, pictures) pairs; rows may differ in length. Labels of any length are wrapped. A character that no font
+        rows: (label, images) pairs; rows may differ in length. Labels of any length are wrapped. A character that no font
             here has stands there as its code point, "[U+1F3F4]".
-        cell: side in pixels of the square that each picture gets. Smaller pictures grow by the greatest whole factor
+        cell: side in pixels of the square that each image gets. Smaller images grow by the greatest whole factor
             that fits, pixel by pixel; larger ones shrink.
         titles: one above each column.
-        notes: for each row, one under each of its pictures.
+        notes: for each row, one under each of its images.
         label_width: in pixels, of the label column; it is left out where no row has a label.
         font_size, margin: in pixels.
 
     Returns:
-        RGB picture.
+        RGB image.
 
     Raises:
-        DataError: no pictures at all.
+        DataError: no images at all.
     """
     columns = max((len(pictures) for _, pictures in rows), default=0)
     if columns == 0:
-        raise DataError("a picture grid needs at least one picture")
+        raise DataError("an image grid needs at least one image")
     font = LabelFont(font_size)
     line_height = round(font_size * 1.35)
     labels = [_wrap(label, font, label_width) for label, _ in rows]
@@ -77,7 +77,7 @@ def picture_grid(
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture on white, no larger than `cell` × `cell`."""
+    """The image on white, no larger than `cell` × `cell`."""
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     picture = picture.convert("RGB")
@@ -134,7 +134,7 @@ def _font(number: int, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _characters(number: int) -> frozenset[int]:
-    """Code points that a font has a picture of."""
+    """Code points that a font has an image of."""
     from matplotlib.ft2font import FT2Font
 
     return frozenset(FT2Font(str(_font_file(number))).get_charmap())

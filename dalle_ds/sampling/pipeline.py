@@ -1,4 +1,4 @@
-"""Text to pictures: tokenizer, transformer and dVAE in one object (DALL·E §2.6)."""
+"""Text to images: tokenizer, transformer and dVAE in one object (DALL·E §2.6)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.candidates import rank_candidates
 from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
-from dalle_ds.sampling.completion import open_picture, top_rows
+from dalle_ds.sampling.completion import open_image, top_rows
 from dalle_ds.sampling.draw import Sampling
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.pixels import to_pil_images
 from dalle_ds.sampling.placement import load_spread
 from dalle_ds.sampling.rerank import Reranker
 from dalle_ds.text.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ PARTS_NAME = "parts.json"
 
 
 class TextToImage:
-    """Draws pictures for prompts.
+    """Generates images for prompts.
 
     Args:
         model: the transformer; its device is where everything runs.
@@ -55,7 +55,7 @@ class TextToImage:
         config = model.config
         for what, found, needed in (
             ("the dVAE has a vocabulary of", dvae.config.vocab_size, config.image_vocab),
-            ("the dVAE's pictures have a code grid of side", dvae.config.grid, config.grid),
+            ("the dVAE's images have a code grid of side", dvae.config.grid, config.grid),
         ):
             if found != needed:
                 raise CheckpointError(
@@ -96,7 +96,7 @@ class TextToImage:
 
         Raises:
             CheckpointError: something is missing or does not belong together.
-            ConfigError: `device` or `dtype` is none that pictures can be drawn with here.
+            ConfigError: `device` or `dtype` is none that images can be drawn with here.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, found {dtype}")
@@ -114,7 +114,7 @@ class TextToImage:
         for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(
-                    f"{folder} has no {part}: it is a transformer alone, and drawing pictures needs all that a "
+                    f"{folder} has no {part}: it is a transformer alone, and generating images needs all that a "
                     "transformer run exports"
                 )
         pipeline = cls(model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME))
@@ -123,7 +123,7 @@ class TextToImage:
         return pipeline
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of all that pictures come from, "transformer" "dvae" "tokenizer"; reads the transformer's file anew.
+        """SHA-256 of all that images come from, "transformer" "dvae" "tokenizer"; reads the transformer's file anew.
 
         Of a transformer that was read from a file, the weights in that file count, whatever dtype they are used in.
         """
@@ -213,7 +213,7 @@ class TextToImage:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         given = None
         if image is not None:
-            given = top_rows(self.dvae, open_picture(image, self.dvae.config.image_size), rows).expand(len(prompts), -1)
+            given = top_rows(self.dvae, open_image(image, self.dvae.config.image_size), rows).expand(len(prompts), -1)
         elif rows is not None:
             raise ConfigError(f"rows={rows} keeps rows of an image: give image, or leave rows out")
         if keep is not None and rerank is None:
@@ -239,20 +239,20 @@ class TextToImage:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Pictures of codes (B, W²).
+        """Images of codes (B, W²).
 
         They are decoded one at a time: convolutions over several add up in another order, and pixels near the edge
         between two of the 256 levels would depend on the batch.
         """
         side = self.model.config.grid
-        return [to_pictures(self.dvae.decode(one.view(1, side, side).to(self.device)))[0] for one in codes]
+        return [to_pil_images(self.dvae.decode(one.view(1, side, side).to(self.device)))[0] for one in codes]
 
 
 def _usable(device: str | torch.device) -> torch.device:
     """The device of that name.
 
     Raises:
-        ConfigError: there is none here, or pictures are not drawn on such.
+        ConfigError: there is none here, or images are not drawn on such.
     """
     try:
         found = torch.device(device)

@@ -1,4 +1,4 @@
-"""Tensors to pictures."""
+"""Tensors to images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) floats in [0, 1] → B RGB pictures."""
+def to_pil_images(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) floats in [0, 1] → B RGB images."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]

@@ -22,7 +22,7 @@ def load_spread(
 ) -> Dalle:
     """The transformer of an export or run directory, on as many devices as it needs; a residual block is never split.
 
-    GPUs are filled first, but for a fifth of what is free there, which pictures in the making take; then main memory. What is
+    GPUs are filled first, but for a fifth of what is free there, which images in the making take; then main memory. What is
     left stays in the exported file, and is read from there whenever it is used. Layers that are not on a GPU are computed
     there all the same, where there is one. In 16 bits, codes may be others than those of one device, since products are not
     packed and the logits are multiplied out in fp32.

@@ -19,7 +19,7 @@ class DrawingProgress:
     """Counts codes as they are drawn; to be passed as `on_row`.
 
     Args:
-        grid: codes in a row of a picture.
+        grid: codes in a row of an image.
         pictures: how many are to be drawn; should there be more, the total grows with them.
         given_rows: rows of each that are given and not drawn.
         enabled: False says nothing, for processes beside the first.
@@ -55,7 +55,7 @@ class DrawingProgress:
         return self._total * self._codes_each
 
     def __call__(self, progress: Progress) -> None:
-        """Take note of one more row of some pictures."""
+        """Take note of one more row of some images."""
         if not self.enabled:
             return
         self._total = max(self._total, self._pictures + len(progress.pictures))
@@ -64,7 +64,7 @@ class DrawingProgress:
             self._pictures += len(progress.pictures)
         now = time.monotonic()
         rate = self._codes / max(now - self._started, 1e-9)
-        status = f"{self._pictures}/{self._total} pictures, {rate:,.0f} codes/s"
+        status = f"{self._pictures}/{self._total} images, {rate:,.0f} codes/s"
         if self._bar is not None:
             self._bar.update(self._task, total=self._expected, completed=self._codes, status=status)
         elif now - self._printed >= SECONDS_BETWEEN_LINES:

@@ -1,4 +1,4 @@
-"""What scores pictures for reranking (DALL·E §2.6)."""
+"""What scores images for reranking (DALL·E §2.6)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from dalle_ds.models.clip import Clip
 
 DIGITS = 6
-"""Decimals of a CLIP score. What lies beyond is rounding, and depends on which pictures are embedded together."""
+"""Decimals of a CLIP score. What lies beyond is rounding, and depends on which images are embedded together."""
 
 
 class Reranker(Protocol):
-    """Says how well pictures match a prompt, each picture by itself."""
+    """Says how well images match a prompt, each image by itself."""
 
     def __call__(self, prompt: str, images: list[Image.Image]) -> Sequence[float]:
-        """One score per picture, greater is better. Called several times for a prompt of many pictures."""
+        """One score per image, greater is better. Called several times for a prompt of many images."""
         ...
 
 
 class ClipReranker:
-    """Scores pictures by the cosine of CLIP's embeddings of picture and prompt.
+    """Scores images by the cosine of CLIP's embeddings of image and prompt.
 
     Args:
         clip: with its tokenizer.
-        batch_size: pictures embedded at once.
+        batch_size: images embedded at once.
 
     Raises:
         ConfigError: batch_size below 1, or a CLIP that reads no captions.

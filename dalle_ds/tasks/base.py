@@ -162,7 +162,7 @@ class Task(ABC, Generic[RunConfig]):
 
     @abstractmethod
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
-        """A picture that shows what the plain, averaged model can do, drawn from a few rows of validation data."""
+        """An image that shows what the plain, averaged model can do, drawn from a few rows of validation data."""
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> None:

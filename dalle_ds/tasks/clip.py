@@ -18,8 +18,8 @@ from dalle_ds.models.pretrained import load_model
 from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
-from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.grid import image_grid
+from dalle_ds.sampling.pixels import to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples
 from dalle_ds.tasks.embeddings import at_places, collapse, spread
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
@@ -30,7 +30,7 @@ RECALLS = (1, 5, 10)
 
 
 class ClipTask(WholeBatchTask[ClipRun]):
-    """Maximizes the similarity of pictures and their own captions, relative to that with all others of the batch.
+    """Maximizes the similarity of images and their own captions, relative to that with all others of the batch.
 
     Raises:
         ConfigError: no tokenizer, or the tokenizer or the model to begin with does not fit the model's shape.
@@ -139,7 +139,7 @@ class ClipTask(WholeBatchTask[ClipRun]):
     def summarize(self, sums: Metrics) -> dict[str, float]:
         """Of all rows against each other: loss, and how often the right one is among the most similar k.
 
-        "recall@k" is that of pictures for captions, "image_recall@k" that of captions for pictures. Loss and recalls depend on
+        "recall@k" is that of images for captions, "image_recall@k" that of captions for images. Loss and recalls depend on
         the number of rows.
         """
         scale = sums["scale"] / sums["count"]
@@ -150,18 +150,18 @@ class ClipTask(WholeBatchTask[ClipRun]):
         return figures | {f"{name}_spread": spread(sums[name].mean(dim=0)) for name in ("image", "text")}
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
-        """Captions, each with its own picture and those of the batch that are most similar to it."""
+        """Captions, each with its own image and those of the batch that are most similar to it."""
         clip = cast(Clip, model)
         # The model may have moved to another type; what it is given follows.
         similarities = clip.embed_texts(batch["text"]) @ clip.embed_images(batch["image"]).T
-        pictures = to_pictures(batch["image"])
+        pictures = to_pil_images(batch["image"])
         best = similarities.topk(min(PREVIEW_MATCHES, len(pictures)), dim=1).indices.tolist()
         captions = [self.tokenizer.decode(row.tolist()) for row in batch["text"]]
         rows = [
             (caption, [pictures[number], *(pictures[found] for found in matches)])
             for number, (caption, matches) in enumerate(zip(captions, best, strict=True))
         ]
-        return picture_grid(rows, titles=["its own", *(f"match {n + 1}" for n in range(PREVIEW_MATCHES))], cell=64)
+        return image_grid(rows, titles=["its own", *(f"match {n + 1}" for n in range(PREVIEW_MATCHES))], cell=64)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """A folder that `Clip.from_pretrained` reads: the model and its tokenizer."""

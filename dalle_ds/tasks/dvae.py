@@ -17,15 +17,15 @@ from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, kl_to_uniform
 from dalle_ds.models.gumbel import gumbel_noise
 from dalle_ds.models.likelihood import map_pixels
 from dalle_ds.optim import gumbel_temperature, kl_weight
-from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.grid import image_grid
+from dalle_ds.sampling.pixels import to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
 
 PREVIEW_PICTURES = 12
 
 
 class DvaeTask(Task[DvaeRun]):
-    """Maximizes the evidence lower bound on the logit-Laplace likelihood of pictures under a soft Gumbel relaxation."""
+    """Maximizes the evidence lower bound on the logit-Laplace likelihood of images under a soft Gumbel relaxation."""
 
     name = "dvae"
 
@@ -79,7 +79,7 @@ class DvaeTask(Task[DvaeRun]):
         logits = vae.encoder(map_pixels(images))
         codes = logits.argmax(dim=1)
         squared = (vae.decode(codes) - images).square().mean(dim=(1, 2, 3))
-        # The bound itself, not its relaxation: the likelihood of pictures decoded from codes drawn from the posterior,
+        # The bound itself, not its relaxation: the likelihood of images decoded from codes drawn from the posterior,
         # which is what argmax gives with Gumbel noise on the logits.
         noise = gumbel_noise(batch["key"], tuple(logits.shape[1:]), images.device)
         nll = vae.nll(images, (logits + noise).argmax(dim=1))
@@ -102,7 +102,7 @@ class DvaeTask(Task[DvaeRun]):
         vae = cast(DiscreteVAE, model)
         images = batch["image"][:PREVIEW_PICTURES]
         restored = vae.decode(vae.encode(images))
-        return picture_grid([("pictures", to_pictures(images)), ("reconstructions", to_pictures(restored))])
+        return image_grid([("pictures", to_pil_images(images)), ("reconstructions", to_pil_images(restored))])
 
     def export(self, model: nn.Module, folder: Path) -> None:
         cast(DiscreteVAE, model).save_pretrained(folder)

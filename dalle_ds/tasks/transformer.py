@@ -23,8 +23,8 @@ from dalle_ds.optim import resblock_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
-from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.grid import image_grid
+from dalle_ds.sampling.pixels import to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples, numbered
 from dalle_ds.tasks.layered import LayeredTask
 from dalle_ds.text.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ PREVIEW_SAMPLES = 4
 
 
 class TransformerTask(LayeredTask[TransformerRun]):
-    """Maximizes the likelihood of captions and of the codes of their pictures, with weights 1/8 and 7/8.
+    """Maximizes the likelihood of captions and of the codes of their images, with weights 1/8 and 7/8.
 
     Raises:
         ConfigError: the dVAE or the tokenizer does not fit the model's grid or vocabularies.
@@ -57,7 +57,7 @@ class TransformerTask(LayeredTask[TransformerRun]):
             )
         if dvae.grid != model.grid:
             raise ConfigError(
-                f"the dVAE in {run.dvae} makes {dvae.grid}×{dvae.grid} codes of a picture but model.grid is {model.grid}: "
+                f"the dVAE in {run.dvae} makes {dvae.grid}×{dvae.grid} codes of an image but model.grid is {model.grid}: "
                 f"set --model.grid {dvae.grid}, or name the dVAE that belongs to this preset"
             )
         # A small corpus supports fewer pieces than the model has room for; the rest of the table is never used.
@@ -182,7 +182,7 @@ class TransformerTask(LayeredTask[TransformerRun]):
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
         text, codes, valid = batch["text"], batch["codes"], batch["valid"]
         output = model(text, codes)
-        # The same pictures under the captions of others: what the model gains from reading.
+        # The same images under the captions of others: what the model gains from reading.
         mismatched = model(batch["other_text"], codes)
         tokens = (text != PADDING).sum(dim=1) * valid
         return {
@@ -213,10 +213,10 @@ class TransformerTask(LayeredTask[TransformerRun]):
         text, codes = batch["text"][:PREVIEW_ROWS], batch["codes"][:PREVIEW_ROWS]
         grid = self.run.model.grid
         captions = [self.tokenizer.decode(row.tolist()) for row in text]
-        restored = to_pictures(self.dvae.decode(codes.view(-1, grid, grid)))
+        restored = to_pil_images(self.dvae.decode(codes.view(-1, grid, grid)))
         drawn = pipeline.generate(captions, num=PREVIEW_SAMPLES, seed=self.run.seed)
         rows = [(caption, [real, *fake]) for caption, real, fake in zip(captions, restored, drawn, strict=True)]
-        return picture_grid(rows, titles=["reconstruction", *["sample"] * PREVIEW_SAMPLES])
+        return image_grid(rows, titles=["reconstruction", *["sample"] * PREVIEW_SAMPLES])
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """A folder that `TextToImage.from_pretrained` reads: the transformer, its tokenizer and its dVAE."""

@@ -88,7 +88,7 @@ class Batches:
     def _shared(self, read: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
         """Batches made ready by the first of the processes that hold parts of one model, on all of them.
 
-        Each reading for itself would be as much work once more, and where one of them could not read a picture, or rounded a
+        Each reading for itself would be as much work once more, and where one of them could not read an image, or rounded a
         code in another way, they would go on with different data.
         """
         if self._mesh.size("model") == 1:

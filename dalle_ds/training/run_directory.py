@@ -173,7 +173,7 @@ class RunDirectory:
 
     @property
     def samples(self) -> Path:
-        """Preview pictures."""
+        """Preview images."""
         return self.path / "samples"
 
     @property

@@ -215,7 +215,7 @@ class Trainer:
             f"{self.task.name}: {begun} in {self.directory.path}; {len(self.batches.train_samples):,} training and "
             f"{len(self.batches.validation_samples):,} validation rows; {self.mesh.describe()}, "
             f"ZeRO-{self.config.zero_stage}, {self.config.precision}, {self.config.accumulation} × "
-            f"{self.config.micro_batch} × {self.mesh.size('data')} = {self.run.train.batch_size} pictures per update"
+            f"{self.config.micro_batch} × {self.mesh.size('data')} = {self.run.train.batch_size} images per update"
         )
         slow = slow_warning(self.config.precision, self.mesh.device) if self.mesh.is_main else None
         precision = [str(self.choice)] if self.choice is not None else []

@@ -100,7 +100,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 def archives(folder: Path) -> Iterator[tuple[str, Path]]:
     size = TAR_PARTS * 2**24
     for name, before in (
-        ("a huge picture in a tar", header("a.png", size)),
+        ("a huge image in a tar", header("a.png", size)),
         ("a huge caption in a tar", header("a.txt", size)),
         ("a huge name in a tar", header("././@LongLink", size, tarfile.GNUTYPE_LONGNAME)),
         ("a huge pax header in a tar", header("pax", size, tarfile.XHDTYPE)),

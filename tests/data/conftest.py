@@ -16,7 +16,7 @@ MakePicture = Callable[..., bytes]
 
 
 def picture_bytes(seed: int, size: tuple[int, int] = (40, 40), format: str = "PNG", mode: str = "RGB") -> bytes:
-    """A random but smooth picture of (width, height), encoded."""
+    """A random but smooth image of (width, height), encoded."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
     buffer = io.BytesIO()
@@ -26,11 +26,11 @@ def picture_bytes(seed: int, size: tuple[int, int] = (40, 40), format: str = "PN
 
 @pytest.fixture(scope="session")
 def folder_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty pictures of different sizes with a caption each."""
+    """Thirty images of different sizes with a caption each."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(30):
         (folder / f"{number:02d}.png").write_bytes(picture_bytes(number, (40 + number, 40)))
-        (folder / f"{number:02d}.txt").write_text(f"picture number {number}\nanother caption of {number}\n")
+        (folder / f"{number:02d}.txt").write_text(f"image number {number}\nanother caption of {number}\n")
     return folder
 
 

@@ -96,7 +96,7 @@ def test_folder_with_text_files(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(RED)
     (tmp_path / "d.png").write_bytes(RED)
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xff not UTF-8")
-    (tmp_path / "notes.md").write_text("not a picture")
+    (tmp_path / "notes.md").write_text("not an image")
     items = list(read_folder(str(tmp_path)))
     assert summary(items) == [
         ("b.jpg", ["one", "two"]),
@@ -180,7 +180,7 @@ def test_a_caption_that_cannot_be_looked_at_costs_its_pair(tmp_path: Path, monke
 def test_folder_mistakes_name_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_folder(str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="has no pictures"):
+    with pytest.raises(DataError, match="has no images"):
         list(read_folder(str(tmp_path)))
     with pytest.raises(DataError, match=r"has no .csv, .tsv or .jsonl table"):
         list(read_folder(str(tmp_path), image_column="image"))
@@ -213,7 +213,7 @@ def test_webdataset_as_its_own_writer_makes_it(tmp_path: Path) -> None:
             {"__key__": "dir/k1", "jpg": BLUE, "json": {"caption": "second"}},
             {"__key__": "k2", "png": RED, "txt": "txt counts", "json": {"caption": "not this"}},
             {"__key__": "k3", "png": RED, "json": {"other": 1}},
-            {"__key__": "k4", "txt": "no picture"},
+            {"__key__": "k4", "txt": "no image"},
         ],
     )
     write_tar(tmp_path / "a.tar", [{"__key__": "z", "png": RED, "txt": "before"}])
@@ -289,7 +289,7 @@ def test_hf_parquet_with_bytes_paths_and_lists(tmp_path: Path, hf_rows: datasets
     table.to_parquet(str(tmp_path / "paths" / "a.parquet"))
     pair, *broken = read_hf(str(tmp_path / "paths"))
     assert pair.image == BLUE
-    assert [item.reason for item in broken] == [reasons.NO_PICTURE] * 2 + [reasons.OTHER], "the picture is no table"
+    assert [item.reason for item in broken] == [reasons.NO_PICTURE] * 2 + [reasons.OTHER], "the image is no table"
 
 
 def test_hf_mistakes(tmp_path: Path, hf_rows: datasets.Dataset) -> None:

@@ -134,11 +134,11 @@ def test_hashes_are_those_of_imagehash_and_find_edited_pictures() -> None:
 
 @pytest.fixture(scope="module")
 def copied_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures; of the first six an edited copy each, under other captions; and two pictures with one caption."""
+    """Twenty images; of the first six an edited copy each, under other captions; and two images with one caption."""
     folder = tmp_path_factory.mktemp("copied")
     for number in range(20):
         (folder / f"{number:02d}.png").write_bytes(encoded(photograph(number)))
-        (folder / f"{number:02d}.txt").write_text(f"picture {min(number, 18)}")
+        (folder / f"{number:02d}.txt").write_text(f"image {min(number, 18)}")
     for number in range(6):
         edit = list(EDITS.values())[number % 3]
         (folder / f"copy{number}.png").write_bytes(encoded(edit(photograph(number))))
@@ -181,7 +181,7 @@ def test_like_pictures_are_dropped_alike_in_one_go_and_in_parts(copied_corpus: P
     report = prepare(options, str(tmp_path / "whole"), workers=2)
     assert report.dropped[reasons.LIKE_PICTURE].count == 6 and report.dropped[reasons.LIKE_PICTURE].examples == COPIES
     assert report.dropped[reasons.SAME_CAPTION].examples == ["19.png"]
-    assert report.caption_examples == {reasons.SAME_CAPTION: ["picture 18"]}
+    assert report.caption_examples == {reasons.SAME_CAPTION: ["image 18"]}
     assert sum(report.kept.values()) == 19
     for shard in range(3):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
@@ -194,7 +194,7 @@ def test_close_pictures_are_dropped_alike_in_one_go_and_in_parts(clip: str, tmp_
     corpus.mkdir()
     for number in range(20):
         (corpus / f"{number:02d}.png").write_bytes(encoded(photograph(number)))
-        (corpus / f"{number:02d}.txt").write_text(f"picture {number}")
+        (corpus / f"{number:02d}.txt").write_text(f"image {number}")
         if number < 6:  # the same pixels in another file
             (corpus / f"copy{number}.bmp").write_bytes(encoded(photograph(number), "BMP"))
             (corpus / f"copy{number}.txt").write_text(f"copy {number}")

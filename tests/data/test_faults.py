@@ -113,7 +113,7 @@ def test_damage_of_one_record_batch_costs_that_batch(data: Path) -> None:
     whole = rows_of(data, "train")
     path = data / "train" / files_of(data)[0]["file"]
     content = path.read_bytes()
-    place = content.index(whole[0][0][:64])  # the pictures of the first batch; before them lie their offsets
+    place = content.index(whole[0][0][:64])  # the images of the first batch; before them lie their offsets
     path.write_bytes(content[: place - 8] + b"\xff" * 8 + content[place:])
     found = rows_of(data, "train")
     assert found[:2] == [None, None] and found[2:] == whole[2:]
@@ -254,7 +254,7 @@ def test_no_tolerance_ends_at_the_first() -> None:
 def test_the_message_names_counts_limit_commonest_reason_and_an_example() -> None:
     log = FaultLog()
     for row in range(30):
-        log.add(RowError(f"data/train row {row}: picture cannot be decoded", "undecodable picture", f"row {row}"))
+        log.add(RowError(f"data/train row {row}: image cannot be decoded", "undecodable image", f"row {row}"))
     for row in range(60):
         log.add(RowError(f"data/train/data-00003.arrow is missing, row {row}", MISSING_FILE, "data-00003.arrow"))
     with pytest.raises(DataError) as caught:
@@ -266,7 +266,7 @@ def test_the_message_names_counts_limit_commonest_reason_and_an_example() -> Non
     )
     news = log.news()
     assert len([line for line in news if "undecodable" not in line and "is missing" in line]) == 1, "a file once"
-    assert len(news) == 1 + 20, "and of pictures the first twenty"
+    assert len(news) == 1 + 20, "and of images the first twenty"
     assert log.news() == []
 
 

@@ -13,8 +13,8 @@ from dalle_ds.data.filters import (
     caption_problem,
     clean_caption,
     cut_caption,
+    image_problem,
     language,
-    picture_problem,
 )
 from dalle_ds.data.filters.boilerplate import is_boilerplate
 from dalle_ds.data.filters.options import _OFF
@@ -106,14 +106,14 @@ def test_caption_length() -> None:
 
 def test_picture_filters_include_their_bounds() -> None:
     options = FilterOptions(min_side=10, max_megapixels=0.01)
-    assert picture_problem(10, 20, options) is None
-    assert picture_problem(20, 10, options) is None
-    assert picture_problem(10, 21, options) == reasons.ASPECT_RATIO
-    assert picture_problem(21, 10, options) == reasons.ASPECT_RATIO
-    assert picture_problem(9, 9, options) == reasons.TOO_SMALL
-    assert picture_problem(100, 100, options) is None
-    assert picture_problem(101, 100, options) == reasons.TOO_MANY_PIXELS
-    assert picture_problem(1000, 1, FilterOptions(max_aspect_ratio=None)) is None
+    assert image_problem(10, 20, options) is None
+    assert image_problem(20, 10, options) is None
+    assert image_problem(10, 21, options) == reasons.ASPECT_RATIO
+    assert image_problem(21, 10, options) == reasons.ASPECT_RATIO
+    assert image_problem(9, 9, options) == reasons.TOO_SMALL
+    assert image_problem(100, 100, options) is None
+    assert image_problem(101, 100, options) == reasons.TOO_MANY_PIXELS
+    assert image_problem(1000, 1, FilterOptions(max_aspect_ratio=None)) is None
 
 
 @pytest.mark.parametrize(

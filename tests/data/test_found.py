@@ -28,7 +28,7 @@ from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.data.report import Dropped, PreparationReport
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.sets import PictureFolder
+from dalle_ds.evaluation.sets import ImageFolder
 from tests.data.conftest import picture_bytes
 
 PNG = [picture_bytes(number) for number in range(8)]
@@ -84,7 +84,7 @@ def pictures(count: int, **more: bytes | str) -> dict[str, bytes | str]:
 
 
 def table(text: str | bytes, count: int = 3, name: str = "a.csv") -> Callable[[Path], None]:
-    """A table with `count` pictures beside it."""
+    """A table with `count` images beside it."""
     return put({**pictures(count), name: text})
 
 
@@ -180,7 +180,7 @@ def cub(folder: Path) -> None:
             "train_test_split.txt": "1 0\n2 0\n3 1\n",
             "text_c10/a/1.txt": "caption 1\n",
             "text_c10/a/2.txt": "caf\xe9\n".encode("latin-1"),
-            "text_c10/a/7.txt": "of no picture",
+            "text_c10/a/7.txt": "of no image",
             **{f"images/a/{number}.png": PNG[number] for number in (1, 2, 3, 7)},
         }
     )(folder)
@@ -282,7 +282,7 @@ JSON = [json.dumps({"text": f"caption {number}"}).encode() for number in range(3
 FLIPPED = gzip.compress(tar(samples(3)), 0).replace(b"caption 2", b"option 2!")
 
 CASES = {
-    # --- folders with texts beside pictures
+    # --- folders with texts beside images
     "folder: each without the other": Case(
         "folder", put({**pictures(2), **texts(1), "2.txt": "x"}), captions(0), {reasons.NO_CAPTION: 1, reasons.NO_PICTURE: 1}
     ),
@@ -411,7 +411,7 @@ CASES = {
     "jsonl: names through a link": Case("folder", linked_table, captions(0), unpaired={reasons.LOOP: 1}),
     # --- WebDataset
     "tar: one name": Case("webdataset", put({"0.tar": tar(samples(5, IMAGE))}), captions(0, 1, 2, 3, 4)),
-    "tar: one name, pictures first": Case(
+    "tar: one name, images first": Case(
         "webdataset",
         put({"0.tar": tar([*sorted(samples(2, IMAGE), key=lambda member: member[0]), *samples(4)[6:]])}),
         captions(3),
@@ -442,7 +442,7 @@ CASES = {
     "tar: cut behind a member": Case(
         "webdataset", put({"0.tar": cut_between_members(3)}), captions(0, 1, 2), {reasons.TRUNCATED: 1}
     ),
-    "tar: cut between picture and text": Case(
+    "tar: cut between image and text": Case(
         "webdataset",
         put({"0.tar": tar(samples(2)[:3]).rstrip(b"\0") + bytes(512 - len(tar(samples(2)[:3]).rstrip(b"\0")) % 512)}),
         captions(0), {reasons.TRUNCATED: 1}
@@ -596,7 +596,7 @@ CASES = {
         {reasons.NO_URL: 1, reasons.FIELDS: 1, reasons.SYSTEM: 1, reasons.ARCHIVE: 1, reasons.CAPTION_UNUSED: 1},
         "table",
     ),
-    "conceptual: pictures in the folder of the table": Case(
+    "conceptual: images in the folder of the table": Case(
         "conceptual", pictures_inside, captions(0, 1), unpaired={reasons.OTHER: 1}, source="table"
     ),
     "wit": Case(
@@ -656,7 +656,7 @@ def test_found_is_kept_and_dropped(folder: Path, tmp_path: Path, name: str) -> N
     assert sorted(text for row in range(len(dataset)) for text in dataset.captions(row)) == sorted(case.kept)
     for row in range(len(dataset)):
         number = dataset.captions(row)[0].removeprefix("caption ")
-        assert not number.isdecimal() or dataset.encoded(row) == PNG[int(number)], "a caption of another picture"
+        assert not number.isdecimal() or dataset.encoded(row) == PNG[int(number)], "a caption of another image"
     assert counts(report.dropped) == case.dropped and counts(report.unpaired) == case.unpaired
     assert report.captions_dropped == case.lost
     assert report.read == len(dataset) + sum(case.dropped.values())
@@ -716,7 +716,7 @@ def test_every_suffix_that_the_decoder_reads_is_read(folder: Path, suffix: str) 
     )
     for corpus in (pairs.Corpus(files_units(folder)), webdataset.read_webdataset(str(folder.with_name("0.tar")))):
         assert next(iter(corpus)).captions == ["caption"]  # type: ignore[union-attr]
-    assert [path.name for path in PictureFolder(folder).paths] == [name, "b.png"]
+    assert [path.name for path in ImageFolder(folder).paths] == [name, "b.png"]
 
 
 def files_units(folder: Path) -> Any:
@@ -727,7 +727,7 @@ def files_units(folder: Path) -> Any:
 
 def test_an_evaluation_tells_what_it_leaves_out(folder: Path) -> None:
     put({**pictures(2), "._0.png": MAC, "notes.md": "x", "a.heic": b"x", "sub.png/2.png": PNG[2]})(folder)
-    found = PictureFolder(folder)
+    found = ImageFolder(folder)
     assert [path.name for path in found.paths] == ["0.png", "1.png", "2.png"]
     assert {reason: len(names) for reason, names in found.left_out.items()} == {
         reasons.SYSTEM: 1,
@@ -758,13 +758,13 @@ EMPTY_TABLE = "file_name,text\n"
 @pytest.mark.parametrize(
     ("corpus", "build", "told"),
     [
-        ("folder", table("image,caption\nprefix/0.png,x\n", 1), ["no picture (1)", "prefix/0.png", "line 2"]),
+        ("folder", table("image,caption\nprefix/0.png,x\n", 1), ["no image (1)", "prefix/0.png", "line 2"]),
         ("folder", table(EMPTY_TABLE, 1), [reasons.NOTHING_IN_IT, "a.csv", "not in the table (1)", "0.png"]),
         ("folder", table("", 0), [reasons.NOTHING_IN_IT, "a.csv"]),
         (
             "folder",
             put({"i/0.png": PNG[0], "c/0.txt": "x"}),
-            ["no picture (1)", "c/0.txt", "no caption (1)", "i/0.png"],
+            ["no image (1)", "c/0.txt", "no caption (1)", "i/0.png"],
         ),
         ("folder", put({**pictures(1), "a.json1": "x"}), ["a.json1", ".jsonl", "NAME.txt"]),
         ("webdataset", put({"0.tar": tar([])}), [reasons.NOTHING_IN_IT, "0.tar"]),

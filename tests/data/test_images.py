@@ -1,4 +1,4 @@
-"""Pictures of every kind that corpora contain: shown right, or refused with a DataError."""
+"""Images of every kind that corpora contain: shown right, or refused with a DataError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_ds.data.images import center_crop_resize, decode_image, encode_png, picture_size, resize_short_side
+from dalle_ds.data.images import center_crop_resize, decode_image, encode_png, image_size_of, resize_short_side
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
 
@@ -114,7 +114,7 @@ def test_bombs_are_refused_from_the_header() -> None:
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-    assert picture_size(bomb) == (60_000, 60_000)
+    assert image_size_of(bomb) == (60_000, 60_000)
     with pytest.raises(DataError, match="60000×60000 pixels, more than the 150,000,000"):
         decode_image(bomb)
 

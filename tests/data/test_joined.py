@@ -1,4 +1,4 @@
-"""Tables of captions joined with pictures as img2dataset leaves them: Conceptual Captions, WIT, YFCC100M."""
+"""Tables of captions joined with images as img2dataset leaves them: Conceptual Captions, WIT, YFCC100M."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def url_of(number: int) -> str:
 
 
 def download(folder: Path, form: str, numbers: list[int], per_shard: int = 4) -> str:
-    """What img2dataset writes of these URLs in one of its output formats; the picture of number 3 cannot be had."""
+    """What img2dataset writes of these URLs in one of its output formats; the image of number 3 cannot be had."""
     folder.mkdir()
     for shard in range(0, len(numbers), per_shard):
         name = f"{shard // per_shard:05d}"
@@ -82,7 +82,7 @@ def found(corpus: Corpus) -> dict[str, list[str] | str]:
 
 @pytest.fixture
 def conceptual(tmp_path: Path) -> str:
-    """Six rows; the picture of 1 stands there twice, that of 5 not at all."""
+    """Six rows; the image of 1 stands there twice, that of 5 not at all."""
     rows = [("a cat", 0), ('the "best" dog', 1), ("a dog again", 1), ("unavailable", 3), ("猫が座る", 2), ("  ", 4)]
     path = tmp_path / "Train_GCC-training.tsv"
     path.write_text("".join(f"{caption}\t{url_of(number)}\n" for caption, number in rows), encoding="utf-8")
@@ -179,7 +179,7 @@ def test_yfcc_takes_titles_and_descriptions_of_photographs(tmp_path: Path, colum
 
 def test_joined_corpora_in_parts_are_the_preparation_byte_for_byte(tmp_path: Path) -> None:
     table = tmp_path / "table.tsv"
-    table.write_text("".join(f"picture number {number}\t{url_of(number)}\n" for number in range(24)))
+    table.write_text("".join(f"image number {number}\t{url_of(number)}\n" for number in range(24)))
     pictures = download(tmp_path / "pictures", "webdataset", list(range(28)))
     options = PrepareOptions(corpus="conceptual", source=str(table), pictures=pictures, validation=0.2)
     report = prepare(options, str(tmp_path / "whole"))
@@ -208,10 +208,10 @@ def test_urls_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_mistakes_name_what_was_found(tmp_path: Path, conceptual: str) -> None:
-    with pytest.raises(DataError, match=r"pictures .*nowhere is not a folder"):
+    with pytest.raises(DataError, match=r"images .*nowhere is not a folder"):
         read_conceptual(conceptual, str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="has no pictures of img2dataset"):
+    with pytest.raises(DataError, match="has no images of img2dataset"):
         read_conceptual(conceptual, str(tmp_path / "empty"))
     with pytest.raises(DataError, match=r"source .*no\.tsv does not exist"):
         read_conceptual(str(tmp_path / "no.tsv"), str(tmp_path))

@@ -161,7 +161,7 @@ def test_evaluation_takes_rows_of_all_corpora() -> None:
 
 @pytest.fixture(scope="module")
 def more_data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty of the corpus's pictures, prepared by themselves."""
+    """Thirty of the corpus's images, prepared by themselves."""
     folder = tmp_path_factory.mktemp("more")
     (folder / "corpus").mkdir()
     for file in sorted(corpus.iterdir())[:60]:

@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(folder: Path, first: int, count: int) -> None:
-    """Pairs of every kind: good, equal pictures, equal pairs, broken, without captions, cut, boilerplate."""
+    """Pairs of every kind: good, equal images, equal pairs, broken, without captions, cut, boilerplate."""
     for number in range(first, first + count):
         stem = folder / f"{number:03d}"
         stem.with_suffix(".png").write_bytes(
             b"broken" if number % 7 == 3 else picture_bytes(number % 9, (40, 90 if number % 5 == 4 else 40))
         )
-        caption = ["a picture", f"picture {number}\nshot on 4 March 2012", "", "word " * 300][number % 4]
+        caption = ["an image", f"image {number}\nshot on 4 March 2012", "", "word " * 300][number % 4]
         if number % 11:
             stem.with_suffix(".txt").write_text(caption)
 
@@ -61,7 +61,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     last.write_bytes(last.read_bytes()[:9000])
     rows = {
         "image": [path.read_bytes() for path in sorted(folder.glob("*.png"))],
-        "text": [f"a picture of {number % 6}" for number in range(44)],
+        "text": [f"an image of {number % 6}" for number in range(44)],
     }
     datasets.Dataset.from_dict(rows).save_to_disk(str(place / "hf"))
     table = place / "table"

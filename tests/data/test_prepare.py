@@ -53,7 +53,7 @@ def test_every_pair_is_kept_once_with_its_bytes(prepared: Path, folder_corpus: P
     for row in rows:
         number = int(row["name"][:2])
         assert row["image"] == (folder_corpus / row["name"]).read_bytes()
-        assert row["captions"] == [f"picture number {number}", f"another caption of {number}"]
+        assert row["captions"] == [f"image number {number}", f"another caption of {number}"]
 
 
 def test_workers_and_repetition_change_nothing(folder_corpus: Path, prepared: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_holdout_takes_nothing_whose_parts_would_be_gone() -> None:
 
 
 def test_a_folder_of_everything(tmp_path: Path) -> None:
-    """Every awkward picture and caption is either handled or counted under its reason."""
+    """Every awkward image and caption is either handled or counted under its reason."""
     corpus, out = tmp_path / "corpus", tmp_path / "data"
     corpus.mkdir()
 
@@ -235,9 +235,9 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
     add("palette.png", palette, "a palette with alpha", transparency=b"\x80")
     add("sixteen.png", Image.fromarray(np.full((20, 20), 32896, np.uint16)), "a deep grey")
     add("one_pixel.png", Image.new("RGB", (1, 1), "green"), "a single pixel")
-    add("forty_megapixels.jpg", picture_bytes(3, (8000, 5000), "JPEG"), "a very large picture")
-    add("corrupt.png", b"\x89PNG\r\n\x1a\n nothing more", "a broken picture")
-    add("truncated.jpg", picture_bytes(4, (64, 64), "JPEG")[:-200], "a picture cut short")
+    add("forty_megapixels.jpg", picture_bytes(3, (8000, 5000), "JPEG"), "a very large image")
+    add("corrupt.png", b"\x89PNG\r\n\x1a\n nothing more", "a broken image")
+    add("truncated.jpg", picture_bytes(4, (64, 64), "JPEG")[:-200], "an image cut short")
     add("wide.png", Image.new("RGB", (50, 20)), "a panorama")
     add("empty_caption.png", picture_bytes(5), "  \n \t\n")
     add("no_lines.png", picture_bytes(6), "")
@@ -256,7 +256,7 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
     report = prepare(options, str(out))
     assert {reason: entry.examples for reason, entry in report.dropped.items()} == {
         "no caption": ["alone.png", "no_lines.png"],
-        "undecodable picture": ["corrupt.png", "truncated.jpg"],
+        "undecodable image": ["corrupt.png", "truncated.jpg"],
         "empty caption": ["empty_caption.png"],
         "boilerplate caption": ["only_date.png"],
         "duplicate": ["twice_c.png"],
@@ -287,7 +287,7 @@ def test_nothing_to_keep_is_an_error_that_says_why(tmp_path: Path) -> None:
     corpus.mkdir()
     (corpus / "a.png").write_bytes(b"broken")
     (corpus / "a.txt").write_text("a caption")
-    with pytest.raises(DataError, match=r"no pair that can be kept: dropped undecodable picture \(1\)"):
+    with pytest.raises(DataError, match=r"no pair that can be kept: dropped undecodable image \(1\)"):
         prepare(options_for(corpus), str(tmp_path / "data"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
 
@@ -446,8 +446,11 @@ def test_report_shows_captions_where_captions_are_the_reason(tmp_path: Path) -> 
         ({"corpus": "twemoji", "source": "x"}, "embedded"),
         ({"corpus": "folder"}, "needs source"),
         ({"corpus": "webdataset", "source": "x", "image_column": "y"}, "leave out image_column"),
-        ({"corpus": "wit", "source": "x"}, "needs pictures"),
-        ({"corpus": "folder", "source": "x", "pictures": "y"}, "pictures belongs to the corpora conceptual, wit, yfcc"),
+        ({"corpus": "wit", "source": "x"}, "needs images"),
+        (
+            {"corpus": "folder", "source": "x", "pictures": "y"},
+            "--pictures belongs to the corpora conceptual, wit, yfcc",
+        ),
         ({"corpus": "yfcc", "source": "x", "pictures": "y", "caption_column": "z"}, "has columns of its own"),
         ({"validation": 1.0}, "validation"),
         ({"shrink": 0}, "shrink"),

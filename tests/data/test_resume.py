@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(120):
         (folder / f"{number:03d}.png").write_bytes(picture_bytes(number % 100, (90 if number % 11 == 5 else 40, 40)))
-        caption = ["a picture of a house", f"this is picture number {number}", "three short words"][number % 3]
+        caption = ["an image of a house", f"this is image number {number}", "three short words"][number % 3]
         (folder / f"{number:03d}.txt").write_text(f"{caption}\nanother caption of number {number}")
     return folder
 

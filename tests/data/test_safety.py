@@ -44,7 +44,7 @@ def test_bombs_are_refused_without_the_memory_they_ask_for(tmp_path: Path) -> No
     found = told["found"]
     harmless = {"png with more than its pixels": "(4, 4, 3)"}  # what follows the pixels is not read
     tars = {
-        "a huge picture in a tar": "['truncated archive']",
+        "a huge image in a tar": "['truncated archive']",
         "a huge caption in a tar": "['truncated archive']",
         "a huge name in a tar": "['truncated archive']",
         "a huge pax header in a tar": "['truncated archive']",
@@ -55,7 +55,7 @@ def test_bombs_are_refused_without_the_memory_they_ask_for(tmp_path: Path) -> No
     }
     assert found.items() >= (harmless | tars).items()
     pictures = found.keys() - harmless.keys() - tars.keys()
-    assert len(pictures) == 11 and all(found[name].startswith("DataError: picture ") for name in pictures)
+    assert len(pictures) == 11 and all(found[name].startswith("DataError: image ") for name in pictures)
     assert told["grown_mib"] < 80, "each asks for 96 MiB to 10 GB"
 
 
@@ -87,7 +87,7 @@ def test_archives_are_read_and_never_unpacked(tmp_path: Path, monkeypatch: pytes
     secret.write_text("a secret")
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
         for name in ("../../outside", "/tmp/absolute", "good"):
-            for suffix, content in ((".png", PNG), (".txt", f"a picture named {name}".encode())):
+            for suffix, content in ((".png", PNG), (".txt", f"an image named {name}".encode())):
                 tar.addfile(member(name + suffix, tarfile.REGTYPE, size=len(content)), io.BytesIO(content))
         for name, kind, target in (
             ("link", tarfile.SYMTYPE, str(secret)),
@@ -101,7 +101,7 @@ def test_archives_are_read_and_never_unpacked(tmp_path: Path, monkeypatch: pytes
             tar.addfile(member(f"{name}.txt", kind, target))
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     found = reasons(read_webdataset(str(tmp_path / "evil.tar")))
-    assert found[:3] == ["a picture named ../../outside", "a picture named /tmp/absolute", "a picture named good"]
+    assert found[:3] == ["an image named ../../outside", "an image named /tmp/absolute", "an image named good"]
     assert sorted(found[3:]) == ["no caption"] * 6 + ["not a regular file"] * 5, "links and devices are told"
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
     assert not Path("/tmp/absolute.png").exists()
@@ -225,7 +225,7 @@ def test_a_table_goes_on_after_a_field_without_an_end(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\n".join([*lines, *["more and more and more"] * 60_000]))
     found = reasons(read_folder(str(tmp_path)))
     assert found[:4] == ["first", "line too long", "last", "open or misplaced quote"]
-    assert found[4:] == ["no picture"] * 60_000, "what the open quote swallowed are rows by themselves"
+    assert found[4:] == ["no image"] * 60_000, "what the open quote swallowed are rows by themselves"
 
 
 def test_json_that_no_parser_likes(tmp_path: Path) -> None:

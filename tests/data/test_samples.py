@@ -62,7 +62,7 @@ def train(prepared: Path) -> PairDataset:
 
 
 def broken_row(dataset: PairDataset, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, the picture of a row is bytes that are none."""
+    """From here on, the image of a row is bytes that are none."""
     value = PairDataset._value
 
     def damaged(self: PairDataset, asked: int, column: str):
@@ -102,7 +102,7 @@ def test_dataset_survives_pickling_small(train: PairDataset) -> None:
 
 def test_dataset_names_the_row_it_cannot_decode(train: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_row(train, 2, monkeypatch)
-    with pytest.raises(DataError, match=rf"train row 2 \({train.name(2)}\): picture cannot be decoded"):
+    with pytest.raises(DataError, match=rf"train row 2 \({train.name(2)}\): image cannot be decoded"):
         train.picture(2)
     with pytest.raises(IndexError):
         train.picture(len(train))

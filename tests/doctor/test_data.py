@@ -68,7 +68,7 @@ def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     content = bytearray(paths[2].read_bytes())
-    content[content.index(b"IDAT") + 10] ^= 1  # one bit of one picture
+    content[content.index(b"IDAT") + 10] ^= 1  # one bit of one image
     paths[2].write_bytes(content)
     codes = next((data / "codes" / FINGERPRINT[:16] / "validation").glob("*.arrow"))
     stored = CodesCache.open(data, FINGERPRINT, "validation").features(0, 0).tobytes()

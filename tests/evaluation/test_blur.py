@@ -15,7 +15,7 @@ RADII = (1.0, 2.0, 4.0, 8.0)
 
 
 def noise(height: int, width: int, count: int = 2) -> torch.Tensor:
-    """Random pictures: nothing is harder to blur right."""
+    """Random images: nothing is harder to blur right."""
     return torch.randint(
         0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

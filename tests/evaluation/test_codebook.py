@@ -39,7 +39,7 @@ def test_a_code_alone_is_the_middle_of_a_grid_full_of_it(vae: DiscreteVAE) -> No
 
 
 def test_examples_show_the_code_in_their_middle(vae: DiscreteVAE) -> None:
-    """Pictures whose pixels are their code: each example is centred on the code's own colour."""
+    """Images whose pixels are their code: each example is centred on the code's own colour."""
     codes = torch.randint(0, 32, (20, 4, 4), generator=torch.Generator().manual_seed(0))
 
     def picture(row: int) -> np.ndarray:

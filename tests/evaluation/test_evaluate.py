@@ -133,7 +133,7 @@ def test_the_protocol_says_how_the_set_was_filtered(
 
 
 def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: None) -> None:
-    """From pictures that the public interface draws, by torch-fidelity's formulas, without a blur."""
+    """From images that the public interface draws, by torch-fidelity's formulas, without a blur."""
     options = replace(options, best_of="3", blur="0")
     result = evaluate(options, ALONE)
     dataset = PairDataset.open(str(options.data), "validation")
@@ -169,7 +169,7 @@ def test_figures_are_those_computed_by_hand(options: EvaluateOptions, quick: Non
 def test_likelihoods_and_what_real_pictures_reach_are_those_computed_by_hand(
     options: EvaluateOptions, quick: None
 ) -> None:
-    """And the drawn pictures' distance from the captions' own pictures only."""
+    """And the generated images' distance from the captions' own images only."""
     options = replace(options, dvae=None, best_of="1", blur="0", reference="captions")
     found = evaluate(options, ALONE).metrics
     dataset = PairDataset.open(str(options.data), "validation")
@@ -277,7 +277,7 @@ def test_without_the_overlap_is_as_if_its_rows_were_not_there(
 
 
 def save_all(folder: Path, pictures: list[tuple[int, int, int]]) -> str:
-    """A folder of plain pictures."""
+    """A folder of plain images."""
     folder.mkdir()
     for number, colour in enumerate(pictures):
         Image.new("RGB", (8, 8), colour).save(folder / f"{number}.png")
@@ -294,7 +294,7 @@ def test_the_score_is_of_the_generated_pictures(tmp_path: Path, quick: None) -> 
     for name, real, fake in (("various", alike, various), ("alike", various, alike)):
         result = evaluate(EvaluateOptions(out=str(tmp_path / name), real=real, fake=fake, device="cpu"), ALONE)
         scores[name] = result.metrics["colour_score/blur_0"]
-    # Ten splits of six pictures have fewer than three kinds now and then.
+    # Ten splits of six images have fewer than three kinds now and then.
     assert scores["alike"] == pytest.approx(1) and 2 < scores["various"] < 3
 
 
@@ -312,7 +312,7 @@ def test_the_score_is_of_drawn_pictures_too(
 
 
 def _plain(count: int, size: int) -> Tensor:
-    """Red pictures."""
+    """Red images."""
     pixels = torch.zeros(count, 3, size, size, dtype=torch.uint8)
     pixels[:, 0] = 255
     return pixels

@@ -40,7 +40,7 @@ def test_equal_pictures_are_no_retrieval() -> None:
 
 
 def test_pictures_that_are_equal_but_for_rounding_are_no_retrieval() -> None:
-    """Such as those of one picture that was embedded in batches of several sizes."""
+    """Such as those of one image that was embedded in batches of several sizes."""
     noise = 1e-7 * torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     assert retrieval_ranks(unit(1, 3) + noise, unit(20, 4)).tolist() == [19] * 20
 

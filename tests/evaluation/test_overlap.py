@@ -1,4 +1,4 @@
-"""The search for validation pictures that are in the training data: planted copies are found, and nothing else is lost."""
+"""The search for validation images that are in the training data: planted copies are found, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOSTILE = "</script><script>alert(1)</script> & <b>bold</b>"
 
 
 class Pixels:
-    """An embedder that any test can foresee: the picture's pixels, less their mean, at length 1."""
+    """An embedder that any test can foresee: the image's pixels, less their mean, at length 1."""
 
     def __init__(self, name: str = "pixels") -> None:
         self.config = SimpleNamespace(image_size=SIDE, embed_dim=3 * SIDE**2)
@@ -50,13 +50,13 @@ class Pixels:
 
 
 def noise(seed: int) -> Image.Image:
-    """A picture of large random squares: unlike any other, and like itself when compressed."""
+    """An image of large random squares: unlike any other, and like itself when compressed."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((48, 48), Image.Resampling.NEAREST)
 
 
 def prepared(folder: Path, pictures: dict[str, Image.Image], captions: dict[str, str] | None = None) -> Path:
-    """A prepared folder all of whose pictures are in "train", in this order."""
+    """A prepared folder all of whose images are in "train", in this order."""
     source = folder / "source"
     source.mkdir(parents=True)
     for name, picture in pictures.items():
@@ -69,7 +69,7 @@ def prepared(folder: Path, pictures: dict[str, Image.Image], captions: dict[str,
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """40 training pictures, 8 to look up, of which three are compressed copies; rows are in the order of names."""
+    """40 training images, 8 to look up, of which three are compressed copies; rows are in the order of names."""
     folder = tmp_path_factory.mktemp("overlap")
     train = prepared(folder / "a", {f"{number:03}": noise(number) for number in range(40)})
     copies: dict[str, Image.Image] = {}
@@ -210,7 +210,7 @@ def test_the_page_counts_and_saves_as_the_launcher_does(sets: SimpleNamespace, t
     assert result["judged"] == {"same": 2, "different": 1, "missed": 1, "falseAlarms": 1}
     assert result["safe"] == last["similarity"]
     assert second["row"] in result["at"]
-    assert result["keys"][0] == result["keys"][1] != result["keys"][2]  # marks are not those of other training pictures
+    assert result["keys"][0] == result["keys"][1] != result["keys"][2]  # marks are not those of other training images
     overlap = json.loads((tmp_path / "overlap.json").read_text())
     assert {name: value for name, value in result["saved"].items() if name != "marks"} == overlap
 
@@ -234,7 +234,7 @@ def test_pictures_that_cannot_be_read_are_left_out(
         assert found.unreadable.tolist() == [copy] and len(found.rows) == 7 and found.training_unreadable == 2
         assert found.at_or_above(0.9) == []
         assert not set(found.nearest) & lost[str(sets.train)]
-    assert any("1 validation and 2 training pictures" in line for line in said)
+    assert any("1 validation and 2 training images" in line for line in said)
     assert json.loads((tmp_path / "overlap.json").read_text())["unreadable"] == [copy]
     # What is left keeps its own neighbours.
     lost[str(sets.train)] = set()

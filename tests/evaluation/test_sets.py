@@ -26,7 +26,7 @@ def picture(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Three pictures, of which one has no captions and one no file."""
+    """Three images, of which one has no captions and one no file."""
     folder = tmp_path / "coco"
     images = [{"id": number, "file_name": f"COCO_val2014_{number:012}.jpg", "license": 1} for number in (42, 73, 9)]
     for image in images[:2]:
@@ -46,9 +46,7 @@ def test_coco_has_all_captions_of_each_picture(coco: Path) -> None:
         ["Someone on a bench."],
         ["A motorcycle parked. ", "A bike."],
     ]
-    assert [pair for pair in pairs if isinstance(pair, Broken)] == [
-        Broken("COCO_val2014_000000000009.jpg", "no picture")
-    ]
+    assert [pair for pair in pairs if isinstance(pair, Broken)] == [Broken("COCO_val2014_000000000009.jpg", "no image")]
     assert [pair.name for pair in read_coco(str(coco / "annotations" / "captions_val2014.json"))] == [
         pair.name for pair in pairs
     ]
@@ -75,12 +73,12 @@ def test_coco_reads_nothing_outside_of_its_folder(coco: Path) -> None:
     picture(coco / "secret.jpg", 1)
     content = {"images": [{"id": 1, "file_name": "../secret.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
     (coco / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
-    assert next(iter(read_coco(str(coco)))) == Broken("../secret.jpg", "no picture")
+    assert next(iter(read_coco(str(coco)))) == Broken("../secret.jpg", "no image")
 
 
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:
-    """Two pictures each of two kinds, the last one's captions missing."""
+    """Two images each of two kinds, the last one's captions missing."""
     folder = tmp_path / "CUB_200_2011"
     names = ["001.Albatross/A_1.jpg", "001.Albatross/A_2.jpg", "002.Wren/W_1.jpg", "002.Wren/W_2.jpg"]
     for number, name in enumerate(names):

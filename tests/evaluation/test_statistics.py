@@ -93,7 +93,7 @@ def test_pictures_that_are_all_alike_have_a_distance() -> None:
 
 
 def test_one_picture_has_no_covariance() -> None:
-    with pytest.raises(DataError, match="at least 2 pictures, found 1"):
+    with pytest.raises(DataError, match="at least 2 images, found 1"):
         frechet_distance(Moments.of(vectors(1, 4, 8)), Moments.of(vectors(9, 4, 8)))
 
 

@@ -49,7 +49,7 @@ def picture(model: str, number: int) -> Image.Image:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Pictures of twelve captions by two models, a.png of A with a comment that names it."""
+    """Images of twelve captions by two models, a.png of A with a comment that names it."""
     for model in ("a", "b"):
         (tmp_path / model).mkdir()
         for number in range(len(CAPTIONS)):
@@ -197,10 +197,10 @@ def test_mistakes_in_making_are_named(folders: Path) -> None:
         make(folders, pairs_per_page=0)
     with pytest.raises(ConfigError, match="out must be a folder that does not exist yet"):
         make(folders, out="a")
-    with pytest.raises(DataError, match="no pictures at"):
+    with pytest.raises(DataError, match="no images at"):
         make(folders, a=str(folders / "absent"))
     (b / "pictures.json").write_text(json.dumps([{"caption": "another", "picture": "p0.png"}]))
-    with pytest.raises(DataError, match=r"have pictures of different captions: '.*' is in --"):
+    with pytest.raises(DataError, match=r"have images of different captions: '.*' is in --"):
         make(folders)
     (b / "pictures.json").write_text(json.dumps([{"caption": "another", "picture": "../absent.png"}]))
     with pytest.raises(DataError, match=r"absent\.png, which is not there"):
@@ -216,11 +216,11 @@ def test_mistakes_in_making_are_named(folders: Path) -> None:
     with pytest.raises(DataError, match="'one' twice"):
         make(folders, captions=str(folders / "twice.txt"))
     (folders / "few.txt").write_text("\n".join(["caption number 1", "caption number 2"]))
-    with pytest.raises(DataError, match="12 pictures for 2 captions"):
+    with pytest.raises(DataError, match="12 images for 2 captions"):
         make(folders, captions=str(folders / "few.txt"))
-    (a / "p3.png").write_text("no picture")
+    (a / "p3.png").write_text("no image")
     shutil.copy(folders / "b.json", b / "pictures.json")
-    with pytest.raises(DataError, match=r"a/p3\.png: picture cannot be decoded"):
+    with pytest.raises(DataError, match=r"a/p3\.png: image cannot be decoded"):
         make(folders)
     assert not (folders / "study").exists()
     assert not [path for path in folders.iterdir() if "partial" in path.name]

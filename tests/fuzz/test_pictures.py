@@ -1,4 +1,4 @@
-"""Pictures of any bytes."""
+"""Images of any bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalle_ds.data.images import decode_image, picture_size
+from dalle_ds.data.images import decode_image, image_size_of
 from tests.fuzz.harness import survives_in_child
 from tests.fuzz.strategies import damaged_bytes
 
@@ -57,16 +57,16 @@ def test_pictures(name: str, data: st.DataObject, short_side: int | None) -> Non
     def check() -> None:
         pixels = decode_image(content, max_pixels=4_000_000, short_side=short_side)
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size <= 12_000_000
-        assert len(picture_size(content)) == 2
+        assert len(image_size_of(content)) == 2
 
-    survives_in_child(f"pictures, {name.split()[0]}", check)
+    survives_in_child(f"images, {name.split()[0]}", check)
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_what_is_whole_is_taken(name: str) -> None:
-    survives_in_child(f"pictures, {name.split()[0]}", lambda: decode_image(PICTURES[name]), must_take=True)
+    survives_in_child(f"images, {name.split()[0]}", lambda: decode_image(PICTURES[name]), must_take=True)
 
 
 @given(content=st.binary(max_size=200))
 def test_bytes(content: bytes) -> None:
-    survives_in_child("pictures of random bytes", lambda: decode_image(content))
+    survives_in_child("images of random bytes", lambda: decode_image(content))

@@ -1,4 +1,4 @@
-"""Files that go with drawn pictures: scores of candidates, lists of pictures, keys of studies and their votes."""
+"""Files that go with generated images: scores of candidates, lists of images, keys of studies and their votes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_scores(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> Non
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of two models, a study of them, and the votes of one page, of which files are exchanged."""
+    """Images of two models, a study of them, and the votes of one page, of which files are exchanged."""
     place = tmp_path_factory.mktemp("fuzzed-study")
     for number, model in enumerate("ab"):
         (place / model).mkdir()
@@ -82,7 +82,7 @@ def count(place: Path) -> Any:
 
 def test_what_is_whole_is_taken(study: Path) -> None:
     assert survives("votes", lambda: count(study))["questions"]["realism"]["pairs"] == len(CAPTIONS)
-    assert list(survives("lists of pictures", lambda: images_by_caption(str(study / "a"), None))) == list(CAPTIONS)
+    assert list(survives("lists of images", lambda: images_by_caption(str(study / "a"), None))) == list(CAPTIONS)
 
 
 @given(data=st.data())
@@ -108,8 +108,8 @@ def test_lists_of_pictures(data: st.DataObject, study: Path) -> None:
     """And what is taken becomes a study."""
     content = data.draw(damaged_json(json.loads((study / "a" / "pictures.json").read_text())))
     with Exchanged(study / "a" / "pictures.json", content):
-        found = survives("lists of pictures", lambda: images_by_caption(str(study / "a"), None))
+        found = survives("lists of images", lambda: images_by_caption(str(study / "a"), None))
         if found is not None:
             out = study / "again"
-            survives("lists of pictures", lambda: make_study(MakeOptions(str(study / "a"), str(study / "a"), str(out))))
+            survives("lists of images", lambda: make_study(MakeOptions(str(study / "a"), str(study / "a"), str(out))))
             shutil.rmtree(out, ignore_errors=True)

@@ -56,7 +56,7 @@ def same(model: Clip, other: Clip) -> None:
 
 @torch.no_grad()
 def equal(model: Clip, image: Callable[[Tensor], Tensor], caption: Callable[[Tensor], Tensor]) -> None:
-    """Embeddings of someone else's functions on standardized pictures and on tokens padded with zeros."""
+    """Embeddings of someone else's functions on standardized images and on tokens padded with zeros."""
     config = model.config
     wanted = image(standardized(config, pictures(config)))
     assert (model.embed_images(pictures(config), normalize=False) - wanted).abs().max() < TOLERANCE

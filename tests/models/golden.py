@@ -1,4 +1,4 @@
-"""Trains a transformer of the demo's size in fp32 on pictures made of numbers, and prints the losses.
+"""Trains a transformer of the demo's size in fp32 on images made of numbers, and prints the losses.
 
 `golden_losses.json` holds what this printed before the sparse kernels and the chunked cross-entropy existed, when the model
 was dense attention under a mask and whole logits: python -m tests.models.golden > tests/models/golden_losses.json

@@ -224,7 +224,7 @@ def test_pictures_of_any_size_are_seen_as_transformers_sees_them() -> None:
     assert (standardized(SMALL, square_pixels(images, size)) - pixels).abs().max() < 1e-5
     wanted = theirs.get_image_features(pixels).pooler_output
     assert (model.embed_images(images, normalize=False) - wanted).abs().max() < TOLERANCE
-    # A tensor of the same picture differs by the rounding of Pillow's bytes, as long as nothing is clipped on the way.
+    # A tensor of the same image differs by the rounding of Pillow's bytes, as long as nothing is clipped on the way.
     for image in images[: len(sizes)]:
         image = image.point(lambda value: 96 + value // 4)
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255

@@ -124,7 +124,7 @@ def test_pictures_of_one_prompt_share_its_text(rows: list[int], mask_padding: bo
 @pytest.mark.parametrize("first", [0, 7])
 @torch.no_grad()
 def test_a_prompt_can_be_taken_over(first: int) -> None:
-    """Prompts run through the model one at a time, and then pictures of all of them in one batch."""
+    """Prompts run through the model one at a time, and then images of all of them in one batch."""
     model = build(attention=KINDS, depth=4, mask_padding=True)
     text, codes = batch(CONFIG)
     rows = [2, 0, 1, 2, 0]
@@ -156,7 +156,7 @@ def test_each_position_reads_what_its_mask_allows_and_no_more(kind: str, grid: i
 
 
 def test_slots_are_those_that_a_kind_needs() -> None:
-    """At the paper's grid: a row and one more; the whole picture by columns; five rows and five more."""
+    """At the paper's grid: a row and one more; the whole image by columns; five rows and five more."""
     counts = {kind: slots_of(kind, 32, 11).count for kind in KINDS}
     assert counts == {"row": 33, "column": 1024, "conv": 166, "full": 1024}
     most = {kind: max(slots_of(kind, 32, 11).reads) for kind in KINDS}

@@ -85,7 +85,7 @@ def test_mistakes_are_named(arguments: tuple, named: str) -> None:
 @pytest.mark.parametrize(("grid", "length"), [*((4, length) for length in (1, 4, 5, 6, 13, 21)), (14, 201), (14, 150)])
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])
 def test_pattern_is_masked_attention(kind: str, grid: int, length: int, padded: bool) -> None:
-    """Against torch's own masked attention, for sequences that end anywhere in the text or the picture."""
+    """Against torch's own masked attention, for sequences that end anywhere in the text or the image."""
     torch.manual_seed(0)
     qkv = torch.randn(2, length, 3, 2, 8)
     mask = attention_mask(kind, 5, grid, 3)[:length, :length].repeat(2, 1, 1, 1)

@@ -19,7 +19,7 @@ SPARSE_KINDS = ("row", "column", "conv")
 
 @dataclass(frozen=True)
 class Case:
-    """One shape; `codes` may stop before the picture is full."""
+    """One shape; `codes` may stop before the image is full."""
 
     kind: str
     text_len: int

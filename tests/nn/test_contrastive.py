@@ -73,4 +73,4 @@ def test_accuracy_counts_captions_whose_own_picture_is_the_nearest() -> None:
     captions = torch.eye(4)[[0, 1, 3, 2]]
     logits = contrastive_logits(pictures, captions, torch.tensor(3.0))
     assert logits.accuracy() == 0.5
-    assert logits.text.argmax(dim=1).tolist() == [0, 1, 3, 2], "captions are rows here, pictures columns"
+    assert logits.text.argmax(dim=1).tolist() == [0, 1, 3, 2], "captions are rows here, images columns"

@@ -160,7 +160,7 @@ def some_inputs(layout: Layout, codes: int, padded: bool, dtype: torch.dtype = t
     ids=str,
 )
 def test_flex_is_dense_attention(on_cpu: None, layout: Layout, codes: int, padded: bool) -> None:
-    """Forward and backward, with whole pictures and parts of them, with and without padding masked."""
+    """Forward and backward, with whole images and parts of them, with and without padding masked."""
     qkv, keep = some_inputs(layout, codes, padded)
     found, reference = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
     with warnings.catch_warnings():

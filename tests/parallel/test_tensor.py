@@ -1,4 +1,4 @@
-"""A transformer divided among 2 and 4 processes is the same transformer: weights, losses, gradients, logits, pictures."""
+"""A transformer divided among 2 and 4 processes is the same transformer: weights, losses, gradients, logits, images."""
 
 from __future__ import annotations
 

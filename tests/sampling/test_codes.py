@@ -39,7 +39,7 @@ def text() -> Tensor:
 
 @torch.no_grad()
 def reference_codes(model: Dalle, caption: Tensor, sampling: Sampling, seed: int, candidate: int) -> Tensor:
-    """One picture, every step computed from the beginning by the whole model, guidance by its formula: (W²,)."""
+    """One image, every step computed from the beginning by the whole model, guidance by its formula: (W²,)."""
     uniforms = candidate_uniforms(tuple(caption.tolist()), seed, candidate, CODES)
     codes = torch.zeros(1, CODES, dtype=torch.int64)
     for step in range(CODES):
@@ -133,7 +133,7 @@ def test_guidance_shares_each_step(model: Dalle, text: Tensor, monkeypatch: obje
 
 
 def test_as_many_pictures_at_once_as_fit(model: Dalle, text: Tensor, monkeypatch: object) -> None:
-    """In batches whose caches stay below the budget; and they are the pictures of any other batches."""
+    """In batches whose caches stay below the budget; and they are the images of any other batches."""
     budget = 250_000
     monkeypatch.setattr(drawing, "CPU_BUDGET", budget)
     sizes: list[int] = []
@@ -172,7 +172,7 @@ def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> No
 
 
 def test_progress_is_a_copy(model: Dalle, text: Tensor) -> None:
-    """What a caller does with it does not reach the pictures."""
+    """What a caller does with it does not reach the images."""
     expected = sample_codes(model, text, SamplingRequest(seed=3))
     assert torch.equal(
         sample_codes(model, text, SamplingRequest(seed=3, on_row=lambda progress: progress.codes.zero_())), expected
@@ -244,7 +244,7 @@ def test_a_seed_is_a_number_whatever_its_type(model: Dalle, text: Tensor) -> Non
 
 @torch.no_grad()
 def test_score_is_a_log_probability(model: Dalle) -> None:
-    """Over all codes of a one-code picture, the probabilities sum to 1; and the image loss is the mean score."""
+    """Over all codes of a one-code image, the probabilities sum to 1; and the image loss is the mean score."""
     torch.manual_seed(0)
     single = Dalle(DalleConfig(width=32, depth=2, heads=2, text_len=3, grid=1, text_vocab=9, image_vocab=11))
     all_codes = torch.arange(11)[:, None]

@@ -1,4 +1,4 @@
-"""Completing pictures: kept codes stay, the rest is what the uncached model draws after them, whoever draws beside."""
+"""Completing images: kept codes stay, the rest is what the uncached model draws after them, whoever draws beside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dalle_ds.models.decoding import DecodingWeights
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage, default_rows, kept_rows_mask, sample_codes, score
 from dalle_ds.sampling import codes as drawing
-from dalle_ds.sampling.completion import open_picture, top_rows
+from dalle_ds.sampling.completion import open_image, top_rows
 from dalle_ds.sampling.draw import candidate_uniforms, draw
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE
@@ -46,7 +46,7 @@ KNOWN = torch.randint(0, CONFIG.image_vocab, (2, CODES), generator=torch.Generat
 
 @torch.no_grad()
 def reference(model: Dalle, caption: Tensor, given: Tensor, sampling: Sampling, seed: int, number: int) -> Tensor:
-    """One picture, every step by the whole model from the beginning, under a dense mask: (W²,)."""
+    """One image, every step by the whole model from the beginning, under a dense mask: (W²,)."""
     uniforms = candidate_uniforms(tuple(caption.tolist()), seed, number, CODES)
     codes = torch.zeros(1, CODES, dtype=torch.int64)
     codes[0, : len(given)] = given
@@ -82,7 +82,7 @@ def test_without_given_codes_it_is_drawing() -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_picture_is_completed_to_itself(guidance: float) -> None:
-    """The random numbers of a code are those of its place, so a drawn picture's own beginning leads to its own end."""
+    """The random numbers of a code are those of its place, so a drawn image's own beginning leads to its own end."""
     model, sampling = build(), Sampling(guidance=guidance)
     drawn = sample_codes(model, TEXT, SamplingRequest(seed=3, sampling=sampling))
     for rows in (1, 2, 3):
@@ -160,7 +160,7 @@ def test_the_mask_has_the_top_rows(grid: int) -> None:
             kept_rows_mask(grid, wrong)
 
 
-# --- pictures
+# --- images
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +191,12 @@ def codes_of(pipe: TextToImage, path: Path) -> Tensor:
 
 
 def test_the_top_rows_of_a_picture_are_kept(pipe: TextToImage, photo: Path) -> None:
-    """The codes are those of the view of the picture that evaluation encodes."""
+    """The codes are those of the view of the image that evaluation encodes."""
     expected = codes_of(pipe, photo)
     for rows in (0, 1, 3, 4):
-        found = top_rows(pipe.dvae, open_picture(photo, 16), rows)
+        found = top_rows(pipe.dvae, open_image(photo, 16), rows)
         assert torch.equal(found, expected[:rows].flatten())
-    assert torch.equal(top_rows(pipe.dvae, open_picture(photo, 16)), expected[:1].flatten())
+    assert torch.equal(top_rows(pipe.dvae, open_image(photo, 16)), expected[:1].flatten())
 
 
 def test_a_completed_picture(pipe: TextToImage, photo: Path) -> None:
@@ -217,33 +217,33 @@ def test_a_completed_picture(pipe: TextToImage, photo: Path) -> None:
 
 
 def test_a_picture_in_memory_is_the_file(photo: Path) -> None:
-    expected = np.asarray(open_picture(photo, 16))
-    assert np.array_equal(open_picture(Image.open(photo), 16), expected)
-    assert np.array_equal(open_picture(str(photo), 16), expected)
+    expected = np.asarray(open_image(photo, 16))
+    assert np.array_equal(open_image(Image.open(photo), 16), expected)
+    assert np.array_equal(open_image(str(photo), 16), expected)
     clear = Image.new("RGBA", (9, 20), (255, 0, 0, 0))
-    assert (np.asarray(open_picture(clear, 16)) == 255).all()  # on white
+    assert (np.asarray(open_image(clear, 16)) == 255).all()  # on white
     with_palette = Image.open(photo).convert("P")
-    assert np.array_equal(open_picture(with_palette, 16), open_picture(with_palette.convert("RGB"), 16))
+    assert np.array_equal(open_image(with_palette, 16), open_image(with_palette.convert("RGB"), 16))
     for mode in ("CMYK", "YCbCr", "HSV", "RGBX", "L", "1"):
         converted = Image.open(photo).convert(mode)
-        assert np.array_equal(open_picture(converted, 16), open_picture(converted.convert("RGB"), 16)), mode
+        assert np.array_equal(open_image(converted, 16), open_image(converted.convert("RGB"), 16)), mode
     half_clear = Image.new("RGBA", (8, 8), (200, 0, 0, 100))
-    assert np.array_equal(open_picture(half_clear.convert("RGBa"), 16), open_picture(half_clear, 16))
+    assert np.array_equal(open_image(half_clear.convert("RGBa"), 16), open_image(half_clear, 16))
     turned, exif = photo.with_suffix(".jpg"), Image.Exif()
     exif[0x0112] = 6
     Image.open(photo).save(turned, exif=exif)
-    assert np.array_equal(open_picture(Image.open(turned), 16), open_picture(turned, 16))
+    assert np.array_equal(open_image(Image.open(turned), 16), open_image(turned, 16))
     as_stored = Image.fromarray(np.asarray(Image.open(turned)))
-    assert not np.array_equal(open_picture(turned, 16), open_picture(as_stored, 16))
+    assert not np.array_equal(open_image(turned, 16), open_image(as_stored, 16))
 
 
 def test_wrong_pictures_are_named(pipe: TextToImage, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.png cannot be read: No such file"):
         pipe.generate("a red circle", image=tmp_path / "absent.png")
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"text\.png: picture cannot be decoded"):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match=r"text\.png: image cannot be decoded"):
         pipe.generate("a red circle", image=tmp_path / "text.png")
-    with pytest.raises(DataError, match=r"a picture of mode F cannot be used.*convert it"):
+    with pytest.raises(DataError, match=r"an image of mode F cannot be used.*convert it"):
         pipe.generate("a red circle", image=Image.new("F", (8, 8)))
     cut_short = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(cut_short, "PNG")

@@ -1,4 +1,4 @@
-"""Text to pictures, and the launcher, with tiny untrained models of the real classes."""
+"""Text to images, and the launcher, with tiny untrained models of the real classes."""
 
 from __future__ import annotations
 

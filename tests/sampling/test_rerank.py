@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.sets import PictureFolder
+from dalle_ds.evaluation.sets import ImageFolder
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
@@ -37,7 +37,7 @@ from dalle_ds.sampling import (
 )
 from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.codes import sample_batches
-from dalle_ds.sampling.completion import open_picture, top_rows
+from dalle_ds.sampling.completion import open_image, top_rows
 from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.text.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def test_the_first_of_equals_is_kept(pipe: TextToImage) -> None:
 
 
 def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures that are alive at once, whatever their number; and rows of the caches."""
+    """Images that are alive at once, whatever their number; and rows of the caches."""
     alive: set[int] = set()
     most, count, rows = 0, 0, set()
     decode, new_cache = TextToImage.decode, drawing.new_cache
@@ -177,7 +177,7 @@ def test_memory_has_a_chunk_and_what_is_kept(pipe: TextToImage, monkeypatch: pyt
 
 
 def test_known_candidates_are_not_drawn_again(pipe: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for those of them that are kept: they are the same pictures."""
+    """But for those of them that are kept: they are the same images."""
     expected = rank_candidates(pipe, PROMPTS, SamplingRequest(num=12), brightness, keep=4)
     known = {PROMPTS[0]: expected[0].scores[:7], PROMPTS[1]: expected[1].scores}
     seen, asked = drawn_pictures(monkeypatch), []
@@ -396,7 +396,7 @@ def test_the_launcher_completes(
     red = ["--init_image", str(folders / "red.png")]
     assert launch("--prompt", "a", "--num", "2", "--init_rows", "2", *red, clip=None)[0] == 0
     sheet = np.asarray(Image.open(tmp_path / "cats.png"))
-    assert (sheet[12:140, 204:332] == (255, 0, 0)).all()  # the picture itself comes first
+    assert (sheet[12:140, 204:332] == (255, 0, 0)).all()  # the image itself comes first
     expected = pipe.generate("a", image=folders / "red.png", rows=2, num=2)[0]
     for column, picture in enumerate(expected, start=1):
         cell = sheet[12:140, 204 + column * 140 : 332 + column * 140]
@@ -404,7 +404,7 @@ def test_the_launcher_completes(
     best = ["--prompt", "a", "--num", "5", "--keep", "2", *red]
     assert launch(*best, out="best.png")[0] == 0
     assert launch(*best, "--init_rows", "3", out="best.png")[0] == 1
-    given = top_rows(pipe.dvae, open_picture(folders / "red.png", 16)).expand(1, -1)
+    given = top_rows(pipe.dvae, open_image(folders / "red.png", 16)).expand(1, -1)
     (ranking,) = rank_candidates(pipe, "a", SamplingRequest(num=5, given=given), clip, keep=2)
     (entry,) = json.loads((tmp_path / "best.json").read_text())["prompts"]
     assert entry == {"prompt": "a", "kept": [one.number for one in ranking.kept], "scores": ranking.scores}
@@ -474,19 +474,19 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.Monk
             clock[0] = second
             shown(row(done))
     assert text.getvalue().splitlines() == [
-        "drawing: 2/8 pictures, 2 codes/s, 70 s left",
-        "drawing: 4/8 pictures, 2 codes/s, 46 s left",
+        "drawing: 2/8 images, 2 codes/s, 70 s left",
+        "drawing: 4/8 images, 2 codes/s, 46 s left",
     ]
     more = io.StringIO()  # than was said: candidates of known scores that are drawn again
     with DrawingProgress(4, 1, console=Console(file=more)) as shown:
         clock[0] += 16.0
         shown(row(8))
-    assert more.getvalue() == "drawing: 0/2 pictures, 0 codes/s, 48 s left\n"
+    assert more.getvalue() == "drawing: 0/2 images, 0 codes/s, 48 s left\n"
     rest = io.StringIO()
     with DrawingProgress(4, 2, given_rows=2, console=Console(file=rest)) as shown:
         clock[0] += 16.0
         shown(row(12))
-    assert rest.getvalue() == "drawing: 0/2 pictures, 0 codes/s, 16 s left\n"
+    assert rest.getvalue() == "drawing: 0/2 images, 0 codes/s, 16 s left\n"
     silent = io.StringIO()
     with DrawingProgress(4, 8, console=Console(file=silent), enabled=False) as shown:
         clock[0] = 100.0
@@ -495,13 +495,13 @@ def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.Monk
     on_terminal = io.StringIO()
     with DrawingProgress(4, 2, console=Console(file=on_terminal, force_terminal=True, width=100)) as shown:
         shown(row(16))
-    assert "drawing" in on_terminal.getvalue() and "2/2 pictures" in on_terminal.getvalue()
+    assert "drawing" in on_terminal.getvalue() and "2/2 images" in on_terminal.getvalue()
 
 
 def test_a_folder_of_pictures(
     launch: Callable[..., tuple[int, str]], tmp_path: Path, pipe: TextToImage, clip: Clip
 ) -> None:
-    """For what measures pictures, and for studies: prompts from a file, one picture a file, and what they were drawn for."""
+    """For what measures images, and for studies: prompts from a file, one image a file, and what they were drawn for."""
     (tmp_path / "prompts.txt").write_text("a blue square\n\n  a green triangle  \n")
     prompts = ["--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt")]
     assert launch(*prompts, "--num", "2", out="pictures", clip=None)[0] == 0
@@ -512,7 +512,7 @@ def test_a_folder_of_pictures(
         (prompt, n) for prompt in every for n in (0, 1)
     ]
     assert same([Image.open(tmp_path / "pictures" / entry["picture"]) for entry in listed], expected)
-    generated = PictureFolder(tmp_path / "pictures")  # what evaluate.py --fake reads
+    generated = ImageFolder(tmp_path / "pictures")  # what evaluate.py --fake reads
     assert same([generated.read(row, 16)[0] for row in range(len(generated))], expected)
     assert launch(*prompts, "--num", "5", "--keep", "1", out="pictures")[0] == 0  # in the place of the former
     best = rank_candidates(pipe, every, SamplingRequest(num=5), clip, keep=1)

@@ -1,4 +1,4 @@
-"""Ranks and completes pictures in a tensor group of all launched processes; started by test_groups.py.
+"""Ranks and completes images in a tensor group of all launched processes; started by test_groups.py.
 
 Arguments: a JSON file with {"export": folder, "clip": folder, "picture": file, "out": folder}.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from dalle_ds.models.clip import Clip
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.sampling import ClipReranker, SamplingRequest, TextToImage, rank_candidates
-from dalle_ds.sampling.completion import open_picture, top_rows
+from dalle_ds.sampling.completion import open_image, top_rows
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -30,7 +30,7 @@ class Unlike(ClipReranker):
 def results(job: dict[str, str], tensor: TensorGroup = WHOLE) -> dict[str, Any]:
     pipe = TextToImage.from_pretrained(job["export"], tensor=tensor)
     clip = Clip.from_pretrained(job["clip"])
-    given = top_rows(pipe.dvae, open_picture(job["picture"], 16), 2).expand(2, -1)
+    given = top_rows(pipe.dvae, open_image(job["picture"], 16), 2).expand(2, -1)
     found: dict[str, Any] = {"fingerprints": list(pipe.fingerprints().values())}
     for name, codes in (("whole", None), ("completed", given)):
         rankings = rank_candidates(

@@ -21,8 +21,8 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.clip_pixels import square_pixels
 from dalle_ds.nn.contrastive import contrastive_loss
-from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.grid import image_grid
+from dalle_ds.sampling.pixels import to_pil_images
 from dalle_ds.tasks.clip import ClipTask, recalls
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.text.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def test_pictures_that_are_very_long_take_no_memory_for_what_is_cut_away() -> No
 
 
 def test_random_views_are_random_squares_of_at_least_the_asked_share() -> None:
-    """Of a picture whose red and green tell the place of each pixel."""
+    """Of an image whose red and green tell the place of each pixel."""
     across, down = np.meshgrid(np.arange(120), np.arange(80))
     picture = np.stack([across * 2, down * 2, np.zeros_like(down)], axis=2).astype(np.uint8)
     rng = np.random.default_rng(0)
@@ -243,7 +243,7 @@ def test_recalls_count_columns_that_are_as_similar_or_more_so() -> None:
 
 
 def test_captions_recall_pictures_and_not_the_other_way_round(task: ClipTask) -> None:
-    """Captions 0 and 1 are both nearest to picture 0; every picture is nearest to its own caption."""
+    """Captions 0 and 1 are both nearest to image 0; every image is nearest to its own caption."""
     images = torch.eye(16)[:15]
     texts = images.clone()
     texts[1] = torch.nn.functional.normalize(images[1] + 1.2 * images[0], dim=0)
@@ -254,7 +254,7 @@ def test_captions_recall_pictures_and_not_the_other_way_round(task: ClipTask) ->
     assert figures["scale"] == 20.0
 
 
-# --- alarms, pictures, files
+# --- alarms, images, files
 
 
 def test_alarms(task: ClipTask) -> None:
@@ -280,16 +280,16 @@ def test_the_preview_shows_captions_and_the_export_reads_back(
 
     def spy(rows: list[tuple[str, list[Image.Image]]], **options: object) -> Image.Image:
         drawn.extend(rows)
-        return picture_grid(rows)
+        return image_grid(rows)
 
-    monkeypatch.setattr("dalle_ds.tasks.clip.picture_grid", spy)
+    monkeypatch.setattr("dalle_ds.tasks.clip.image_grid", spy)
     task.preview(model, batch)
     matches = (model.embed_texts(batch["text"]) @ model.embed_images(batch["image"]).T).argsort(dim=1, descending=True)
-    shown = [picture.tobytes() for picture in to_pictures(batch["image"])]
+    shown = [picture.tobytes() for picture in to_pil_images(batch["image"])]
     for number, (_, pictures) in enumerate(drawn):
         expected = [shown[number], *(shown[found] for found in matches[number, :4].tolist())]
         assert [picture.tobytes() for picture in pictures] == expected, (
-            "its own picture, then those nearest to the caption"
+            "its own image, then those nearest to the caption"
         )
     task.export(model, tmp_path / "export")
     again = Clip.from_pretrained(tmp_path / "export")

@@ -77,7 +77,7 @@ def test_training_pictures_of_the_dvae_are_listing_1s_and_live_ones_of_the_trans
         expected = augment_for_transformer(pixels, 16, rng)
         assert np.array_equal(sample["image"], expected.transpose(2, 0, 1))
         lopsided += not np.array_equal(expected, expected[:, ::-1])
-    assert lopsided > len(rows) // 2, "pictures that do not show whether they are mirrored"
+    assert lopsided > len(rows) // 2, "images that do not show whether they are mirrored"
 
 
 def test_bpe_dropout_reaches_the_tokenizer_in_training_and_nowhere_else(

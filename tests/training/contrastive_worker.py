@@ -67,7 +67,7 @@ class Case:
     limit: bool = False
     """Whether the scale begins above its limit."""
     broken: bool = False
-    """Whether the last process has a picture that is not finite."""
+    """Whether the last process has an image that is not finite."""
     offload: bool = False
     persistent: bool = False
     """Whether ZeRO-3 keeps small parameters whole, as it does unless told otherwise."""

@@ -1,4 +1,4 @@
-"""Readers of corpora: pictures (still encoded) with their captions, in a fixed order, one pair in memory.
+"""Readers of corpora: images (still encoded) with their captions, in a fixed order, one pair in memory.
 
 `pairs` says what a corpus is. `folder`, `webdataset` and `hf` read what anybody may have; `twemoji` is embedded; `coco` and
 `cub` are for evaluation; Conceptual Captions, WIT and YFCC100M are `tables` of captions, joined with images of `downloads`.

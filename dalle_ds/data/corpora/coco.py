@@ -21,19 +21,19 @@ PREFIX = "captions_"
 
 
 def read_coco(source: str) -> Corpus:
-    """Pictures with all their captions (five, mostly), in the order of the annotation file.
+    """Images with all their captions (five, mostly), in the order of the annotation file.
 
     Args:
-        source: a file `annotations/captions_PART.json`, whose pictures lie in the folder PART beside `annotations`; or the
+        source: a file `annotations/captions_PART.json`, whose images lie in the folder PART beside `annotations`; or the
             folder of both, where it has one such file.
 
     Raises:
-        DataError: no or several annotation files, one that is damaged, or no folder of pictures.
+        DataError: no or several annotation files, one that is damaged, or no folder of images.
     """
     file = _annotation_file(existing(source))
     folder = file.parent.parent / file.stem.removeprefix(PREFIX)
     if not folder.is_dir():
-        raise DataError(f"{file} describes the pictures of a folder {folder}, which does not exist: unpack them there")
+        raise DataError(f"{file} describes the images of a folder {folder}, which does not exist: unpack them there")
     return Corpus(partial(_units, file, folder))
 
 

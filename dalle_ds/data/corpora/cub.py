@@ -1,13 +1,13 @@
-"""Caltech-UCSD Birds 200-2011 (Wah et al., 2011) with the captions of Reed et al. (2016), ten to a picture, from a local copy.
+"""Caltech-UCSD Birds 200-2011 (Wah et al., 2011) with the captions of Reed et al. (2016), ten to an image, from a local copy.
 
     CUB_200_2011/images.txt              "1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18796.jpg"
-    CUB_200_2011/train_test_split.txt    "1 0": picture 1 is not of the training part
+    CUB_200_2011/train_test_split.txt    "1 0": image 1 is not of the training part
     CUB_200_2011/images/001.Black_…/Black_…_18796.jpg
     …/text_c10/001.Black_…/Black_…_18796.txt      one caption per line; inside of CUB_200_2011 or beside it
     …/testclasses.txt                    beside text_c10, where there is one: "001.Black_footed_Albatross"
 
-Papers on generation call the pictures of the test classes (50 of 200) the test set, those on classification those of
-`train_test_split.txt`, which has pictures of all classes on both sides. Where `testclasses.txt` lies beside the captions, it
+Papers on generation call the images of the test classes (50 of 200) the test set, those on classification those of
+`train_test_split.txt`, which has images of all classes on both sides. Where `testclasses.txt` lies beside the captions, it
 decides.
 """
 
@@ -43,7 +43,7 @@ def read_cub(source: str) -> Corpus:
     names, bad = _table(folder / "images.txt")
     test, of_neither = _test_pictures(folder, captions, names)
     if not test:
-        raise DataError(f"{folder} has no pictures of its test part: {len(names)} are listed in images.txt")
+        raise DataError(f"{folder} has no images of its test part: {len(names)} are listed in images.txt")
 
     def units() -> Iterator[Unit]:
         for name in filter(test.__contains__, names.values()):
@@ -83,7 +83,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _test_pictures(folder: Path, captions: Path, names: dict[str, str]) -> tuple[set[str], set[str]]:
-    """Names of the pictures of the test part, and of those of which nobody says which part they belong to."""
+    """Names of the images of the test part, and of those of which nobody says which part they belong to."""
     classes = captions.parent / "testclasses.txt"
     if classes.is_file():
         listed = {line.strip() for line in _lines(classes)}

@@ -1,7 +1,7 @@
-"""Pictures as img2dataset downloads them, each with the URL that it came from.
+"""Images as img2dataset downloads them, each with the URL that it came from.
 
 It writes shards of some thousand samples: `00000.tar`, or a folder `00000`, with `000000012.jpg` and `000000012.json` (its
-"url", "status" and more), or `00000.parquet` with the pictures in a column. Captions in there are not read.
+"url", "status" and more), or `00000.parquet` with the images in a column. Captions in there are not read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def download_shards(pictures: str) -> list[tuple[str, Read]]:
     """
     folder = Path(pictures)
     if not folder.is_dir():
-        raise DataError(f"pictures {folder} is not a folder: give the one that img2dataset downloaded to")
+        raise DataError(f"--pictures {folder} is not a folder: give the one that img2dataset downloaded to")
     found = walk(folder)
     plain = [entry for entry in found if not is_system(entry.name)]
     # Tars and folders have a .parquet beside them, too, with what is in their .json files.
@@ -61,7 +61,7 @@ def download_shards(pictures: str) -> list[tuple[str, Read]]:
         rest = [entry for entry in found if entry.path not in shards]
     else:
         raise DataError(
-            f"{folder} has no pictures of img2dataset: looked for .tar, folders with .json, and .parquet (its formats "
+            f"{folder} has no images of img2dataset: looked for .tar, folders with .json, and .parquet (its formats "
             "webdataset, files and parquet)"
         )
     # One for what is no shard.
@@ -70,7 +70,7 @@ def download_shards(pictures: str) -> list[tuple[str, Read]]:
 
 
 def _folders_of(found: list[Found]) -> set[Path]:
-    """Those in which a picture lies with what is said of it."""
+    """Those in which an image lies with what is said of it."""
     pictures = {entry.path.with_suffix("") for entry in found if is_image(entry.name)}
     return {entry.path.parent for entry in found if _is_about(entry) and entry.path.with_suffix("") in pictures}
 
@@ -132,7 +132,7 @@ def _from_table(path: Path) -> Iterator[Download | Broken]:
 def _columns(names: list[str]) -> tuple[str, ...]:
     picture = next((name for name in names if f".{name}" in image_suffixes()), None)
     if picture is None or not {"url", "key"} <= set(names):
-        raise DataError("no column of pictures")
+        raise DataError("no column of images")
     return "key", "url", picture
 
 

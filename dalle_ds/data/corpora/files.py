@@ -22,7 +22,7 @@ _SYSTEM = (".ds_store", "thumbs.db", "desktop.ini")
 
 
 MAX_PICTURE_BYTES = 512 * 2**20
-"""Of an encoded picture."""
+"""Of an encoded image."""
 MAX_TEXT_BYTES = 2**20
 """Of a caption file, a line of a table, or a name in an archive."""
 
@@ -83,13 +83,13 @@ def suffix_of(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of a picture, in a format that is read or not."""
+    """Whether a file's name is that of an image, in a format that is read or not."""
     suffix = suffix_of(name)
     return suffix in image_suffixes() or suffix in other_image_suffixes()
 
 
 def is_read(name: str) -> bool:
-    """Whether it is a picture in a format that is read."""
+    """Whether it is an image in a format that is read."""
     return suffix_of(name) in image_suffixes() and not is_system(name)
 
 
@@ -183,14 +183,14 @@ def json_of(text: bytes) -> Any:
 
 
 def pair_of_file(folder: Path, file_name: Any, captions: list[Any], name: str) -> RawPair | Broken:
-    """`pair_of` a picture file named in a table."""
+    """`pair_of` an image file named in a table."""
     if not isinstance(file_name, str) or not file_name:
         return Broken(name, reasons.NO_PICTURE)
     return file_pair(folder / file_name, captions, file_name, f"{file_name} ({name})")
 
 
 def file_pair(path: Path, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
-    """`pair_of` a picture file."""
+    """`pair_of` an image file."""
     try:
         return pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name, where)
     except Unusable as error:

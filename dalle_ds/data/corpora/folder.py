@@ -1,4 +1,4 @@
-"""Folders of pictures, with captions beside them or in a table."""
+"""Folders of images, with captions beside them or in a table."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _TEXT = ".txt"
 
 
 def read_folder(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
-    """A folder of pictures, searched with its subfolders.
+    """A folder of images, searched with its subfolders.
 
-    Captions stand in a text file beside each picture (`cat.jpg`, `cat.txt`, one caption per line), or in one table
+    Captions stand in a text file beside each image (`cat.jpg`, `cat.txt`, one caption per line), or in one table
     directly in the folder (.csv or .jsonl, or .tsv where there is neither) with a column of file names, relative to the
     folder, and a column of captions. The separator of a table is the one that gives these columns.
 
@@ -49,11 +49,11 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
             "caption", "text" that it has. In .jsonl a caption may be a list of captions.
 
     Raises:
-        DataError: no folder, no pictures, several tables, or no such column.
+        DataError: no folder, no images, several tables, or no such column.
     """
     folder = existing(source)
     if not folder.is_dir():
-        raise DataError(f"source {folder} is not a folder: --corpus folder needs a folder of pictures")
+        raise DataError(f"source {folder} is not a folder: --corpus folder needs a folder of images")
     with unreadable_is_a_data_error(folder):
         files = sorted(path for path in folder.iterdir() if path.is_file() and not is_system(path.name))
     tables = [path for path in files if suffix_of(path.name) in _TABLES]
@@ -71,7 +71,7 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
     if not any(is_image(entry.name) and not is_system(entry.name) for entry in found):
         there = f"; it has {len(found):,} other files, such as {found[0].name}" if found else ""
         raise DataError(
-            f"{folder} has no pictures: looked for {', '.join(image_suffixes())} there and in its subfolders{there}"
+            f"{folder} has no images: looked for {', '.join(image_suffixes())} there and in its subfolders{there}"
         )
     return Corpus(partial(_units, found))
 

@@ -45,7 +45,7 @@ _ROWS = 64
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 Columns = tuple[str, str]
-"""(of pictures, of captions)"""
+"""(of images, of captions)"""
 Group = tuple[int | None, Callable[[list[str] | None], Iterable[Any]]]
 """(rows, None where nobody knows how many; reads some columns of them)."""
 Wanted = tuple[str | None, str | None]

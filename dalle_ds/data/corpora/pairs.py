@@ -1,6 +1,6 @@
 """What a corpus consists of, and what its readers share.
 
-A corpus is a sequence of units that can be read one without the other (a picture, a row of a table, an archive), so that
+A corpus is a sequence of units that can be read one without the other (an image, a row of a table, an archive), so that
 several machines can share the work. Nothing in a source disappears: a pair that cannot be read is yielded as a `Broken`, what
 belongs to no pair as an `Unpaired`, and the report of the preparation counts and names both. Captions are passed on as they
 were written, or not at all. Sources may come from anywhere: archives are read and never unpacked, only regular files are
@@ -26,10 +26,10 @@ CAPTION_COLUMNS = ("caption", "text")
 
 @dataclass(frozen=True)
 class RawPair:
-    """A picture as it is stored and its captions as they were written."""
+    """An image as it is stored and its captions as they were written."""
 
     image: bytes
-    """The encoded picture."""
+    """The encoded image."""
     captions: list[str]
     """At least one, not cleaned."""
     name: str
@@ -44,7 +44,7 @@ class RawPair:
 
 @dataclass(frozen=True)
 class Broken:
-    """A pair that cannot be read, or that lacks its picture or its caption."""
+    """A pair that cannot be read, or that lacks its image or its caption."""
 
     name: str
     reason: str
@@ -88,7 +88,7 @@ def told(broken: Broken) -> Unit:
 
 
 def content_group(image: bytes) -> str:
-    """The group of a picture in corpora without groups of their own: equal files are one group."""
+    """The group of an image in corpora without groups of their own: equal files are one group."""
     return hashlib.sha256(image).hexdigest()[:16]
 
 

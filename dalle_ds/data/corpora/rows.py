@@ -22,7 +22,7 @@ Line = tuple[int, str, str | None]
 """(where it begins, the text, why it cannot be read or None)."""
 Row = list[str]
 PairRow = tuple[Any, Any]
-"""(what names the picture, the captions), as they stand in the table; None where there is none."""
+"""(what names the image, the captions), as they stand in the table; None where there is none."""
 
 
 def pair_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[tuple[int, PairRow | str]]:

@@ -60,7 +60,7 @@ class TableFormat:
 
     rows: Rows
     url: Callable[[Row], str | None]
-    """Of the picture; "" where there is none, None in a heading; `Unusable` in rows that are not of this kind of table."""
+    """Of the image; "" where there is none, None in a heading; `Unusable` in rows that are not of this kind of table."""
     captions: Callable[[Row], list[str]]
     """None where the row has no use."""
 
@@ -185,7 +185,7 @@ class CaptionTable:
             raise DataError(f"{path} is packed, so that no row can be read by itself: unpack it")
 
     def captions(self, url: str) -> list[str] | None:
-        """All captions of a picture, in the order of the table; None where it is not in there.
+        """All captions of an image, in the order of the table; None where it is not in there.
 
         Raises:
             DataError: a table cannot be read.
@@ -194,7 +194,7 @@ class CaptionTable:
         return [caption for row in rows for caption in self._form.captions(row)] if rows else None
 
     def unpaired(self, pictures: str) -> Iterator[Broken]:
-        """Rows that cannot be looked up, some of each kind by name, and files that are neither tables nor pictures."""
+        """Rows that cannot be looked up, some of each kind by name, and files that are neither tables nor images."""
         _ = self._index
         yield from (row for rows in self._unused.values() for row in rows)
         places = {entry.path.parent for entry in self._beside}
@@ -259,7 +259,7 @@ class UrlIndex:
 
 
 def joined(table: CaptionTable, pictures: str) -> Corpus:
-    """The pictures that were downloaded, shard by shard, with their captions in the table.
+    """The images that were downloaded, shard by shard, with their captions in the table.
 
     Raises:
         DataError: see `download_shards`.

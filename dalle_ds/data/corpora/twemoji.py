@@ -1,4 +1,4 @@
-"""The embedded corpus: Twemoji's pictures with their Unicode CLDR names, both from pip packages.
+"""The embedded corpus: Twemoji's images with their Unicode CLDR names, both from pip packages.
 
 Art: Twemoji by Twitter and contributors, CC-BY 4.0. The `emoji` package stores CLDR names with ":" and "," dropped and
 spaces as "_"; `caption_of` puts them back ("woman kneeling: dark skin tone", "kiss: woman, man, light skin tone").
@@ -15,7 +15,7 @@ from pathlib import Path
 from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit
 from dalle_ds.errors import DataError
 
-ATTRIBUTION = "Pictures: Twemoji by Twitter, Inc and other contributors, CC-BY 4.0. Names: Unicode CLDR."
+ATTRIBUTION = "Images: Twemoji by Twitter, Inc and other contributors, CC-BY 4.0. Names: Unicode CLDR."
 
 _VARIATION_SELECTOR = "\N{VARIATION SELECTOR-16}"
 _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
@@ -53,7 +53,7 @@ def read_twemoji() -> Corpus:
 
 
 def emoji_pictures() -> list[tuple[str, Path]]:
-    """(code points without U+FE0F, path of the 72×72 PNG) of every picture that has a CLDR name, sorted by file name.
+    """(code points without U+FE0F, path of the 72×72 PNG) of every image that has a CLDR name, sorted by file name.
 
     Raises:
         DataError: a package is missing.

@@ -56,7 +56,7 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     """WebDataset tars: a tar file, packed or not, or a folder of them. Members that share a name up to the first dot and
     follow each other are one sample; where a complete one is followed by another of the same name, both are samples.
 
-    A sample is a picture (.jpg, .png, .webp, …; the first counts) and a .txt (one caption per line) or a .json (captions
+    A sample is an image (.jpg, .png, .webp, …; the first counts) and a .txt (one caption per line) or a .json (captions
     under `caption_column`, by default "caption" or "text"); with both, the .txt counts.
     A tar that ends early, or without its end marker, yields the samples before the end and one `Broken`; so does a packed
     one whose checksum is wrong, which stands behind the samples. Where a name is repeated in an order that does not show
@@ -121,16 +121,16 @@ class TarSample:
     archive: str = ""
     key: str = ""
     image: bytes | None = None
-    """The first picture; None where there is none, or it is too big."""
+    """The first image; None where there is none, or it is too big."""
     has_image: bool = False
     texts: dict[str, bytes | None] = field(default_factory=dict)
     """Suffix → contents; None where they are too big."""
     others: list[Broken] = field(default_factory=list)
-    """Pictures that cannot be the sample's, and why."""
+    """Images that cannot be the sample's, and why."""
     suffixes: list[str] = field(default_factory=list)
     """Of its members, in their order."""
     ambiguous: bool = False
-    """Whether it has a second picture of the same name before any text: of which of them the text is, is not sure."""
+    """Whether it has a second image of the same name before any text: of which of them the text is, is not sure."""
     before: list[str] | None = None
     """Where the sample before it has the same name: the suffixes of that one."""
     repeated: bool = False
@@ -152,7 +152,7 @@ class TarSample:
         return not self.ambiguous and not may_begin
 
     def complete(self) -> Iterator[TarSample | Broken]:
-        """The sample, and pictures that are not in it, now that nothing more comes."""
+        """The sample, and images that are not in it, now that nothing more comes."""
         if self.has_image:
             yield from (Unpaired(other.name, other.reason) for other in self.others)
         else:
@@ -221,7 +221,7 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
 
 
 def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Broken]:
-    """Put a picture or text into a sample, or tell why not."""
+    """Put an image or text into a sample, or tell why not."""
     plain = suffix_of(name) == suffix
     if is_image(name):
         if not plain:

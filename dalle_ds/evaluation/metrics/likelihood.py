@@ -1,6 +1,6 @@
 """What captions, codes and pixels cost under the models, exactly.
 
-For a picture x with codes z (the likeliest ones of the dVAE's encoder) and caption y,
+For an image x with codes z (the likeliest ones of the dVAE's encoder) and caption y,
 
     −ln P(x | y)  ≤  −ln P(x | z) − ln P(z | y)
 
@@ -47,7 +47,7 @@ def _row_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pixel_nats(vae: DiscreteVAE, pixels: Tensor, codes: Tensor) -> Tensor:
-    """−ln P(8-bit picture | codes) of each picture under the dVAE, in nats.
+    """−ln P(8-bit image | codes) of each image under the dVAE, in nats.
 
     Args:
         pixels: (B, 3, H, W) uint8.
@@ -91,10 +91,10 @@ def level_nats(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
 
 
 def ranking_accuracy(model: Dalle, text: Tensor, codes: Tensor, candidates: int = 16) -> float:
-    """Share of captions whose own picture ranks first of `candidates` by log p(codes | caption) − log p(codes | no caption).
+    """Share of captions whose own image ranks first of `candidates` by log p(codes | caption) − log p(codes | no caption).
 
-    Subtracting the likelihood without a caption removes what makes a picture likely whatever is said of it. Rows are taken
-    in groups of `candidates`, each caption against the pictures of its group; rows that fill no group are left out. Chance
+    Subtracting the likelihood without a caption removes what makes an image likely whatever is said of it. Rows are taken
+    in groups of `candidates`, each caption against the images of its group; rows that fill no group are left out. Chance
     is 1 / candidates.
 
     Args:
@@ -105,7 +105,7 @@ def ranking_accuracy(model: Dalle, text: Tensor, codes: Tensor, candidates: int 
         DataError: fewer rows than candidates.
     """
     if len(text) < candidates:
-        raise DataError(f"ranking {candidates} pictures needs as many rows, found {len(text)}")
+        raise DataError(f"ranking {candidates} images needs as many rows, found {len(text)}")
     groups = len(text) // candidates
     right = 0
     for group in range(groups):

@@ -1,4 +1,4 @@
-"""Whether pictures match their captions, judged by a contrastive model."""
+"""Whether images match their captions, judged by a contrastive model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dalle_ds.errors import DataError
 
 CUTOFFS = (1, 5, 10)
 BLOCK = 1024
-"""Captions whose similarities to all pictures are in memory at once."""
+"""Captions whose similarities to all images are in memory at once."""
 ROUNDING = 1e-6
-"""Cosines that differ by less count as equal. Two equal pictures' embeddings differ by 1e-7 if they were computed in batches
+"""Cosines that differ by less count as equal. Two equal images' embeddings differ by 1e-7 if they were computed in batches
 of different sizes, and a model that draws the same for every caption must not find any."""
 
 
 def clip_scores(image: Tensor, text: Tensor) -> Tensor:
-    """CLIP score of each picture with its caption: 100 · max(cosine, 0) (Hessel et al., 2021, without their factor 2.5).
+    """CLIP score of each image with its caption: 100 · max(cosine, 0) (Hessel et al., 2021, without their factor 2.5).
 
     Args:
         image, text: (N, D), L2-normalized.
@@ -28,12 +28,12 @@ def clip_scores(image: Tensor, text: Tensor) -> Tensor:
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, own: Tensor | None = None) -> Tensor:
-    """For each caption, how many other pictures match it at least as well as its own: 0 where its own comes first.
+    """For each caption, how many other images match it at least as well as its own: 0 where its own comes first.
 
     Args:
         image: (P, D), L2-normalized.
         text: (N, D), L2-normalized.
-        own: (N,) int64, which picture is each caption's; None: row i of one belongs to row i of the other.
+        own: (N,) int64, which image is each caption's; None: row i of one belongs to row i of the other.
 
     Returns:
         (N,) int64.
@@ -54,5 +54,5 @@ def retrieval_ranks(image: Tensor, text: Tensor, own: Tensor | None = None) -> T
 
 
 def recalls(ranks: Tensor, pictures: int) -> dict[str, float]:
-    """Share of captions whose own picture is among the first 1, 5 and 10, where there are more pictures than that."""
+    """Share of captions whose own image is among the first 1, 5 and 10, where there are more images than that."""
     return {f"retrieval_at_{k}": float((ranks < k).double().mean()) for k in CUTOFFS if k < pictures}

@@ -44,9 +44,9 @@ class Blocks:
     by_column: bool
     """Codes are taken column by column; else in raster order."""
     width: int
-    """Codes in a row of the picture."""
+    """Codes in a row of the image."""
     height: int
-    """Rows of the picture that hold codes."""
+    """Rows of the image that hold codes."""
     size: int
     """Codes in a block."""
     strips: tuple[tuple[int, int], ...]
@@ -108,7 +108,7 @@ class Blocks:
 
 @functools.lru_cache(maxsize=64)
 def blocks_of(kind: str, grid: int, kernel: int, codes: int) -> Blocks:
-    """How the first `codes` codes of a picture, in raster order, meet each other under an attention kind."""
+    """How the first `codes` codes of an image, in raster order, meet each other under an attention kind."""
     allowed = allowed_offsets(kind, grid, kernel)
     by_column = kind == "column"
     height = -(-codes // grid)

@@ -1,6 +1,6 @@
 """Attention of one code at a time to its prompt's text and to the earlier codes that its kind allows.
 
-What each kind keeps of a picture, and where, is decided here (`Slots`). A step reads it through a `Window`, of which there
+What each kind keeps of an image, and where, is decided here (`Slots`). A step reads it through a `Window`, of which there
 are two: `Runs`, slices of exactly what is allowed, for the CPU; and `Table`, where the position is a tensor and every
 shape is the same in every step, so that a CUDA graph can hold the step.
 """

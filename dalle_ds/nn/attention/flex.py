@@ -116,7 +116,7 @@ def flex_attention(qkv: Tensor, keep: Tensor | None, *, kind: str, text_len: int
     """
     layout = Layout(kind, text_len, grid, kernel)
     length = qkv.shape[1]
-    qkv = _padded(qkv, text_len + grid**2)  # one kernel for all parts of a picture
+    qkv = _padded(qkv, text_len + grid**2)  # one kernel for all parts of an image
     differentiated = torch.is_grad_enabled() and qkv.requires_grad
     refusal = _refusal(layout, qkv.shape, qkv.dtype, qkv.device, keep is not None, differentiated)
     if refusal is not None:
