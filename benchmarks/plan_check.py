@@ -332,7 +332,7 @@ def _count(task: Task[Any], json_config: dict[str, Any], setting: Setting, mesh:
     # A run has its batches all the time: the next one is made ready while an update is computed.
     batches = [real_batch(task, run.train.micro_batch) for _ in range(setting.accumulation)]
     for batch in batches:
-        batch.pop("share", None)
+        batch.pop("loss_scale", None)
 
     def update(number: int) -> None:
         train_step.run(batches, number, 1e-3)

@@ -29,7 +29,7 @@ from dalle_ds.config import OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
-from dalle_ds.training.checkpoints.saver import Kept, Saver
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,14 @@ class Bench:
         self.savers = {background: self._saver(background) for background in (True, False)}
         self.step = 0
 
-    def _saver(self, background: bool) -> Saver:
+    def _saver(self, background: bool) -> AsyncCheckpointer:
         folder = CheckpointFolder(self.folder / f"background-{background}")
         optimizer = self.engine.client_optimizer
-        return Saver(folder, self.weights, optimizer, self.mesh, Kept(1), average=self.average, background=background)
+        return AsyncCheckpointer(
+            folder, self.weights, optimizer, self.mesh, RetentionPolicy(1), average=self.average, background=background
+        )
 
-    def update(self, saver: Saver | None) -> None:
+    def update(self, saver: AsyncCheckpointer | None) -> None:
         """One update, with what a trainer does about a checkpoint in it."""
         generator = torch.Generator().manual_seed(self.step)
         size = (self.options.batch,)
@@ -94,7 +96,7 @@ class Bench:
         if saver is not None:
             saver.advance(*map(round, outcome.flags))
 
-    def run(self, saver: Saver | None) -> dict[str, float]:
+    def run(self, saver: AsyncCheckpointer | None) -> dict[str, float]:
         """Seconds of a run of updates, with a checkpoint or without."""
         self.mesh.barrier()
         began = time.perf_counter()
@@ -117,7 +119,11 @@ class Bench:
 def measure(options: Options, mesh: Mesh, folder: Path) -> dict[str, Any]:
     """All figures; equal on all processes but for noise."""
     bench = Bench(options, mesh, folder)
-    kinds: dict[str, Saver | None] = {"none": None, "beside": bench.savers[True], "waiting": bench.savers[False]}
+    kinds: dict[str, AsyncCheckpointer | None] = {
+        "none": None,
+        "beside": bench.savers[True],
+        "waiting": bench.savers[False],
+    }
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for kind in kinds:  # the first of each makes plans and takes memory
         bench.run(kinds[kind])

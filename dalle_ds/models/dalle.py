@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
     number: int = 0
     """Place among the model's residual blocks, counted from 0."""
     dropout: float = 0.0
-    """Share of the branch's output that is dropped in training, where samples have keys."""
+    """Share of the branch's output that is dropped in training, where samples have seeds."""
     precision: BranchPrecision | None = None
 
     def __init__(self, width: int, tensor: TensorGroup = WHOLE) -> None:
@@ -88,11 +88,11 @@ class ResidualBlock(nn.Module):
         """What the branch begins with; `dtype` is that of its weights."""
         normalized = self.norm(x)
         entered = normalized.to(dtype) if self.precision is None else enter_branch(normalized, self.precision)
-        return self.tensor.enter(entered)
+        return self.tensor.copy_to_tensor_region(entered)
 
-    def _join(self, x: Tensor, branch: Tensor, keys: Tensor | None) -> Tensor:
-        if self.dropout and self.training and keys is not None:
-            branch = dropout(branch, keys, self.number, self.dropout, self.tensor)
+    def _join(self, x: Tensor, branch: Tensor, dropout_seeds: Tensor | None) -> Tensor:
+        if self.dropout and self.training and dropout_seeds is not None:
+            branch = dropout(branch, dropout_seeds, self.number, self.dropout, self.tensor)
         return x + branch if self.precision is None else join_branch(x, branch, self.precision)
 
 
@@ -111,12 +111,12 @@ class AttentionBlock(ResidualBlock):
         self.attention = SelfAttention(pattern, width, heads, residual_scale, tensor)
 
     def forward(
-        self, x: Tensor, keys: Tensor | None = None, keep: Tensor | None = None, *, lean: bool = False
+        self, x: Tensor, dropout_seeds: Tensor | None = None, keep: Tensor | None = None, *, recompute: bool = False
     ) -> Tensor:
         """(B, n, width) fp32, or this process's positions of it → the same; `keep` is that of `SelfAttention`, the rest as in
         `MlpBlock`."""
-        qkv = recomputed(self.project, x) if lean else self.project(x)
-        return self._join(x, self.attention.attend(qkv, keep), keys)
+        qkv = recomputed(self.project, x) if recompute else self.project(x)
+        return self._join(x, self.attention.attend(qkv, keep), dropout_seeds)
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of (B, n, width) fp32, as `SelfAttention.project` returns them."""
@@ -131,16 +131,16 @@ class MlpBlock(ResidualBlock):
         self.up = ColumnParallelLinear(width, 4 * width, tensor)
         self.down = RowParallelLinear(4 * width, width, tensor, scale=residual_scale, input_major=True)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None, *, lean: bool = False) -> Tensor:
+    def forward(self, x: Tensor, dropout_seeds: Tensor | None = None, *, recompute: bool = False) -> Tensor:
         """(B, n, width) fp32, or this process's positions of it → the same.
 
         Args:
-            keys: as `Dalle.forward` takes them.
-            lean: keep no normalized or activated vectors, but compute them again.
+            dropout_seeds: as `Dalle.forward` takes them.
+            recompute: keep no normalized or activated vectors, but compute them again.
         """
-        if lean:
-            return self._join(x, recomputed(self._narrow, recomputed(self._widen, x)), keys)
-        return self._join(x, self._narrow(self._widen(x)), keys)
+        if recompute:
+            return self._join(x, recomputed(self._narrow, recomputed(self._widen, x)), dropout_seeds)
+        return self._join(x, self._narrow(self._widen(x)), dropout_seeds)
 
     def _widen(self, x: Tensor) -> Tensor:
         return self.up(self._enter(x, self.up.weight.dtype))
@@ -210,7 +210,7 @@ def transformer_output(layers: OutputLayers, x: Tensor, text: Tensor, codes: Ten
         text, codes, logits: as `Dalle.forward` takes them.
     """
     config = layers.config
-    hidden = layers.tensor.enter(layers.norm(x))
+    hidden = layers.tensor.copy_to_tensor_region(layers.norm(x))
     of_text, of_image = hidden[:, : config.text_len], hidden[:, config.text_len :]
     text_logits = image_logits = None
     if logits:
@@ -248,14 +248,14 @@ def residual_block(
 
 
 def run_block(
-    block: nn.Module, x: Tensor, keys: Tensor | None, keep: Tensor | None, checkpointing: Checkpointing
+    block: nn.Module, x: Tensor, dropout_seeds: Tensor | None, keep: Tensor | None, checkpointing: Checkpointing
 ) -> Tensor:
-    """What a residual block makes of x; `keys` are those of `Dalle.forward`, `keep` is that of `SelfAttention`."""
-    inputs = (x, keys, keep) if isinstance(block, AttentionBlock) else (x, keys)
+    """What a residual block makes of x; `dropout_seeds` are those of `Dalle.forward`, `keep` is that of `SelfAttention`."""
+    inputs = (x, dropout_seeds, keep) if isinstance(block, AttentionBlock) else (x, dropout_seeds)
     if not torch.is_grad_enabled() or checkpointing == "none":
         return cast(Tensor, block(*inputs))
     if checkpointing == "selective":
-        return cast(Tensor, block(*inputs, lean=True))
+        return cast(Tensor, block(*inputs, recompute=True))
     return recomputed(block, *inputs)
 
 
@@ -316,7 +316,9 @@ class Dalle(nn.Module):
         self.text_head = Unembedding(config.width, config.text_vocab, tensor)
         self.image_head = Unembedding(config.width, config.image_vocab, tensor)
 
-    def forward(self, text: Tensor, codes: Tensor, *, logits: bool = True, keys: Tensor | None = None) -> DalleOutput:
+    def forward(
+        self, text: Tensor, codes: Tensor, *, logits: bool = True, dropout_seeds: Tensor | None = None
+    ) -> DalleOutput:
         """Loss and logits of captioned images.
 
         Args:
@@ -325,22 +327,22 @@ class Dalle(nn.Module):
             logits: whether the result has them, in fp32. Without, losses are made chunk by chunk and their products of a
                 16-bit model have 16-bit factors (`linear_cross_entropy`): for training, where logits would take more
                 memory than all the rest.
-            keys: (B,) int64, seeds of what `dropout` drops of each image in training; None drops nothing.
+            dropout_seeds: (B,) int64, seeds of what `dropout` drops of each image in training; None drops nothing.
 
         Raises:
             DataError: a wrong shape or dtype; a value out of range, which is looked for on the CPU only, since looking
                 on a GPU would make it wait in every step.
         """
         check_tokens(self.config, text, codes)
-        if keys is not None:
-            keys = keys.cpu() if self.config.dropout else None  # read once, not in every block
-        x = self.residual_blocks(self.embedding(text, codes), keys, kept_text(self.config, text))
+        if dropout_seeds is not None:
+            dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None  # read once, not in every block
+        x = self.residual_blocks(self.embedding(text, codes), dropout_seeds, kept_text(self.config, text))
         return transformer_output(self, x, text, codes, logits=logits)
 
-    def residual_blocks(self, x: Tensor, keys: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def residual_blocks(self, x: Tensor, dropout_seeds: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """What all residual blocks in turn make of x, as `run_block`."""
         for block in self.blocks:
-            x = run_block(block, x, keys, keep, self.checkpointing)
+            x = run_block(block, x, dropout_seeds, keep, self.checkpointing)
         return x
 
     @property

@@ -25,7 +25,7 @@ from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 
 Passed = tuple[Tensor, ...]
-"""Between layers: (B, n, width) fp32, of this process's positions; the captions and codes of the batch; in training, its keys.
+"""Between layers: (B, n, width) fp32, of this process's positions; the captions and codes of the batch; its dropout seeds.
 
 What follows the first is needed by losses, the mask of padding and dropout, and is small: at a width of 3,968, a
 two-thousandth.
@@ -49,7 +49,7 @@ def pipeline_layers(
 ) -> list[PipelineLayer]:
     """The layers of a `Dalle`, of the same names and, from the same random state, with the same weights.
 
-    The first takes (text, codes) and, in training, the keys of `Dalle.forward`; the last returns a `DalleOutput`, with logits
+    The first takes (text, codes) and, in training, the seeds of `Dalle.forward`; the last returns a `DalleOutput`, with logits
     where no gradients are wanted. Their costs are counted operations: the embeddings' are none to speak of, the heads' are
     many.
 
@@ -72,15 +72,15 @@ def pipeline_layers(
 
 
 def _embed(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Passed:
-    text, codes, *keys = inputs
+    text, codes, *seeds = inputs
     check_tokens(cast(InputEmbedding, layer).config, text, codes)
-    return layer(text, codes), text, codes, *keys
+    return layer(text, codes), text, codes, *seeds
 
 
 def _run_block(block: nn.Module, passed: Passed, *, config: DalleConfig, checkpointing: Checkpointing) -> Passed:
     x, text, *rest = passed
-    keys = rest[1] if len(rest) > 1 else None
-    return run_block(block, x, keys, kept_text(config, text), checkpointing), text, *rest
+    seeds = rest[1] if len(rest) > 1 else None
+    return run_block(block, x, seeds, kept_text(config, text), checkpointing), text, *rest
 
 
 def _finish(layer: nn.Module, passed: Passed) -> DalleOutput:

@@ -38,7 +38,7 @@ def linear_cross_entropy(
         weight: (vocabulary, width); bias: (vocabulary,).
         targets: (n,) int64; `PADDING` is left out.
         tensor: the group that divides the vocabulary. Each process gives its rows of the weight and gets the whole sum; the
-            gradient of `hidden` is then its share of one (`TensorGroup.enter` adds them up).
+            gradient of `hidden` is then its share of one (`TensorGroup.copy_to_tensor_region` adds them up).
 
     Returns:
         () fp32, in nats; it can be differentiated once.

@@ -64,7 +64,7 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """A linear layer whose inputs are divided among a tensor group, and whose outputs leave it (`TensorGroup.leave`).
+    """A linear layer whose inputs are divided among a tensor group; its outputs are added up (`reduce_from_tensor_region`).
 
     Args:
         scale: of the initial weights.
@@ -92,7 +92,7 @@ class RowParallelLinear(Linear):
         """(B, n, inputs of this process) → (B, n, outputs), or this process's positions of it."""
         if self.tensor.size == 1:
             return self._multiply(input, self.bias)
-        share = self.tensor.leave(self._multiply(input, None))
+        share = self.tensor.reduce_from_tensor_region(self._multiply(input, None))
         # Once, not on every process before the sum.
         bias = self.tensor.shared(self.bias)
         return share + bias if self.precision is None else branch_bias(share, bias, self.precision)

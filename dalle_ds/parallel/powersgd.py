@@ -136,7 +136,7 @@ class PowerSGD:
     Numbers that are not finite, in a gradient or an error buffer of any replica, or too great for the factors' format, are
     found in P or Q, where sums carry them to all replicas. Such a shard's Ĝ is NaN and its square NaN or Inf, so that the
     update is left out, and error buffers stay what they were before, as if that update had not been; only one that is itself
-    not finite becomes 0. What other shards' Ĝ took out of their buffers, `give_back` returns to them where it is not used.
+    not finite becomes 0. What other shards' Ĝ took out of their buffers and is not used, `restore_error_feedback` returns.
     (The paper's keep the new gradient where P or Q overflowed. They have nothing to go back to, and would overflow again.) No
     number that is not finite is made orthonormal.
 
@@ -191,7 +191,7 @@ class PowerSGD:
         return outcome
 
     @torch.no_grad()
-    def give_back(self, shards: Iterable[int], pieces: Sequence[Tensor]) -> None:
+    def restore_error_feedback(self, shards: Iterable[int], pieces: Sequence[Tensor]) -> None:
         """Take Ĝ, which `reduce` left in `pieces`, back into the error buffers: it is not used in this update.
 
         Nothing of these gradients is lost then: it comes with those of later updates.
@@ -220,7 +220,7 @@ class PowerSGD:
         return sums
 
     @torch.no_grad()
-    def load_errors(self, sums: Mapping[str, Tensor]) -> None:
+    def load_error_feedback(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from `errors`, of this or any other number of replicas: each takes an equal part.
 
         Args:

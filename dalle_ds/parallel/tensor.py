@@ -101,13 +101,13 @@ class TensorGroup:
 
     # --- between the residual stream and the divided layers; each (B, n, width)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def copy_to_tensor_region(self, x: Tensor) -> Tensor:
         """Into divided layers: with `sequence`, (B, n / size, width) → (B, n, width)."""
         if self.size == 1:
             return x
         return _Gather.apply(x, self, 1, True) if self.sequence else _Copy.apply(x, self)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def reduce_from_tensor_region(self, x: Tensor) -> Tensor:
         """Out of divided layers, each process's share of a sum: with `sequence`, (B, n, width) → (B, n / size, width)."""
         if self.size == 1:
             return x

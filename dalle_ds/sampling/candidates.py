@@ -41,7 +41,7 @@ class Pipeline(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept:
+class RankedImage:
     """A candidate that was kept."""
 
     number: int
@@ -59,7 +59,7 @@ class Ranking:
     prompt: str
     scores: list[float] = field(default_factory=list)
     """Of all candidates, by their numbers."""
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[RankedImage] = field(default_factory=list)
     """The best, best first; the first drawn of equals."""
 
     def best(self, keep: int) -> list[int]:
@@ -115,7 +115,7 @@ def rank_candidates(
             ranking.scores += scores
             numbers = [number for _, number in drawn.pictures]
             codes = [one.clone() for one in drawn.codes]  # a view would keep the codes of the whole chunk
-            found = [Kept(*each) for each in zip(numbers, scores, codes, pictures, strict=True)]
+            found = [RankedImage(*each) for each in zip(numbers, scores, codes, pictures, strict=True)]
             ranking.kept = sorted([*ranking.kept, *found], key=lambda one: (-one.score, one.number))[:keep]
         if on_scores is not None:
             on_scores(rankings)
@@ -126,7 +126,7 @@ def rank_candidates(
     again = [(row, number) for row, numbers in enumerate(best) for number in numbers if number not in at_hand[row]]
     for drawn in draw(again):
         for (row, number), codes, picture in zip(drawn.pictures, drawn.codes, pipe.decode(drawn.codes), strict=True):
-            at_hand[row][number] = Kept(number, rankings[row].scores[number], codes.clone(), picture)
+            at_hand[row][number] = RankedImage(number, rankings[row].scores[number], codes.clone(), picture)
     for ranking, numbers, ours in zip(rankings, best, at_hand, strict=True):
         ranking.kept = [ours[number] for number in numbers]
     return rankings

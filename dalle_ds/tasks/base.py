@@ -128,7 +128,7 @@ class Task(ABC, Generic[RunConfig]):
         """A batch, already on the device, made ready for `loss`; called once, outside the model's forward pass."""
         return batch
 
-    def weight_of(self, batch: Batch) -> Tensor:
+    def num_items(self, batch: Batch) -> Tensor:
         """() how many items the varying part of this micro-batch's loss is a mean over; 1 where all batches weigh the same."""
         return torch.ones((), device=batch["key"].device)
 
@@ -138,8 +138,8 @@ class Task(ABC, Generic[RunConfig]):
 
         Args:
             model: the DeepSpeed engine, or the plain model.
-            batch: as `prepare` left it. `batch["share"]`, set by the Trainer, is what the mean over this micro-batch must be
-                multiplied by so that the mean over all ranks and micro-batches is the mean over the whole batch.
+            batch: as `prepare` left it. `batch["loss_scale"]`, set by the Trainer, is what the mean over this micro-batch must
+                be multiplied by so that the mean over all ranks and micro-batches is the mean over the whole batch.
             step: update, counted from 0.
 
         Returns:

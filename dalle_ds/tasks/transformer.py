@@ -136,7 +136,7 @@ class TransformerTask(LayeredTask[TransformerRun]):
         config = self.run.model
         shapes = {"text": (rows, config.text_len), "codes": (rows, config.image_len)}
         tokens = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in shapes.items()}
-        return {**tokens, "share": torch.empty((), device="meta")}
+        return {**tokens, "loss_scale": torch.empty((), device="meta")}
 
     def corpus_samples(self, folder: str, split: str) -> Samples:
         cache = None
@@ -168,13 +168,13 @@ class TransformerTask(LayeredTask[TransformerRun]):
         dvae = self.dvae.to(image.device)
         return {**batch, "codes": dvae.encode(image.float() / 255).flatten(1)}
 
-    def weight_of(self, batch: Batch) -> Tensor:
+    def num_items(self, batch: Batch) -> Tensor:
         """Text tokens: their number differs between micro-batches, that of codes does not."""
         return (batch["text"] != PADDING).sum().float()
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        output = model(batch["text"], batch["codes"], logits=False, keys=batch.get("key"))
-        text_loss = output.text_loss * batch["share"]
+        output = model(batch["text"], batch["codes"], logits=False, dropout_seeds=batch.get("key"))
+        text_loss = output.text_loss * batch["loss_scale"]
         weight = self.run.model.text_weight
         loss = weight * text_loss + (1 - weight) * output.image_loss
         return loss, {"text_loss": text_loss.detach(), "image_loss": output.image_loss.detach()}

@@ -27,7 +27,7 @@ from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
-from dalle_ds.training.checkpoints.saver import Kept, Saver, Saving
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, CheckpointScheduler, RetentionPolicy
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.passes import passes_of
 from dalle_ds.training.randomness import seed_update
@@ -56,7 +56,7 @@ class Pulse(Protocol):
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunContext:
     """What a run consists of besides its engine."""
 
     run: Run
@@ -72,7 +72,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainState:
     """What training changes, besides the weights and moments that the engine holds."""
 
     engine: Any
@@ -111,7 +111,7 @@ class Loop:
     """
 
     def __init__(
-        self, setup: Setup, trained: Trained, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
+        self, setup: RunContext, trained: TrainState, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
     ) -> None:
         self.run, self.mesh, self.task, self.config = setup.run, setup.mesh, setup.task, setup.config
         self.directory, self.batches, self.signals = setup.directory, setup.batches, setup.signals
@@ -142,18 +142,18 @@ class Loop:
             replicas=trained.replicas,
         )
         report, replicas = self.run.report, trained.replicas
-        saver = Saver(
+        saver = AsyncCheckpointer(
             self.directory.checkpoints,
             self.weights,
             self.engine.client_optimizer,
             self.mesh,
-            Kept(report.keep_checkpoints, report.keep_every),
+            RetentionPolicy(report.keep_checkpoints, report.keep_every),
             average=self.average,
             errors=replicas,
             background=report.background_saves,
             before_completing=self._sync_lines,
         )
-        self._saving = Saving(
+        self._saving = CheckpointScheduler(
             saver,
             self.run,
             self.mesh,

@@ -109,22 +109,22 @@ class ReplicaReduction:
         """Whether gradients cross as factors."""
         return self._compressor is not None
 
-    def give_back(self, groups: Collection[int]) -> None:
-        """`PowerSGD.give_back` of parameter groups whose gradients, still as `reduce` left them, are not used."""
+    def restore_error_feedback(self, groups: Collection[int]) -> None:
+        """`PowerSGD.restore_error_feedback` of parameter groups whose gradients, still as `reduce` left them, are not used."""
         if self._compressor is None or not groups:
             return
         shards = self._compressor.shards
         numbers = [number for number, shard in enumerate(shards) if self._group_of[shard.piece] in groups]
-        self._compressor.give_back(numbers, self._pieces())
+        self._compressor.restore_error_feedback(numbers, self._pieces())
 
     def errors(self) -> dict[str, Tensor]:
         """`PowerSGD.errors` by the parameters' names, for what this process holds; empty without compression. Collective."""
         return {} if self._compressor is None else self._compressor.errors()
 
-    def load_errors(self, sums: Mapping[str, Tensor]) -> None:
+    def load_error_feedback(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from `errors`, of any number of replicas."""
         if self._compressor is not None:
-            self._compressor.load_errors(sums)
+            self._compressor.load_error_feedback(sums)
 
     def describe(self) -> list[str]:
         """What crosses, for the user."""

@@ -184,7 +184,7 @@ class TrainStep:
         }
         unused = set(range(len(self._layout.numbers))) - used
         if self._replicas is not None:
-            self._replicas.give_back(unused)
+            self._replicas.restore_error_feedback(unused)
         self._gradients.clear(unused)
         if decision.applied and decision.clip_factor != 1:
             self._gradients.scale(decision.clip_factor)
@@ -208,11 +208,11 @@ class TrainStep:
 
     def _set_shares(self, micro_batches: Sequence[Batch]) -> None:
         """Give each micro-batch its share in the mean over the whole batch; see `Task.loss`."""
-        own = torch.stack([self._task.weight_of(batch).float() for batch in micro_batches])
+        own = torch.stack([self._task.num_items(batch).float() for batch in micro_batches])
         total = self._mesh.sum(own.sum()).clamp_min(1)
         count = len(micro_batches) * self._mesh.size("data")
         for batch, weight in zip(micro_batches, own, strict=True):
-            batch["share"] = weight * count / total
+            batch["loss_scale"] = weight * count / total
 
     def _agree(
         self, reported: list[Metrics], squares_here: Tensor, flags: Sequence[float]

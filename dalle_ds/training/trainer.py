@@ -23,7 +23,7 @@ from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.engine import build_engine, build_part, scale_gradients
-from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, Setup, Trained
+from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, RunContext, TrainState
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.tracking import Tracker
@@ -167,14 +167,14 @@ class Trainer:
                 self.directory.note_start(self.step, self.mesh.describe())
             for line in trained.replicas.describe() if trained.replicas is not None else ():
                 tracker.say(line)
-            setup = Setup(
+            setup = RunContext(
                 self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals, self.pulse
             )
             Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
         if self.mesh.is_main:
             self.directory.release()
 
-    def _build(self) -> Trained:
+    def _build(self) -> TrainState:
         """The engine with fresh weights, and all that trains beside it."""
         run, config = self.run, self.config
         task, mesh = self.task, self.mesh
@@ -196,7 +196,7 @@ class Trainer:
                 every=run.train.average_every,
                 device=run.train.average_device,
             )
-        return Trained(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard), replicas)
+        return TrainState(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard), replicas)
 
     def _tracker(self) -> Tracker:
         tracker = Tracker(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup, split_of
-from dalle_ds.training.checkpoints.storage import Fragment, Rectangle, matrix_size
+from dalle_ds.training.checkpoints.storage import ParamShard, TensorSlice, matrix_size
 
 
 class MasterWeights:
@@ -47,7 +47,7 @@ class MasterWeights:
             self._copies = {id(parameter): copy for parameter, copy in zip(originals, self.shards, strict=True)}
         else:
             self.shards = list(self._module.parameters())
-        self.fragments: list[Fragment] = fragments_of(engine)
+        self.param_shards: list[ParamShard] = param_shards_of(engine)
         """What the shards hold of which parameter; together with those of the other processes, all of the model."""
 
     @cached_property
@@ -85,7 +85,7 @@ class MasterWeights:
         """
         received, sent = self._transfers
         for number in sent:
-            dist.send(self._run(self.fragments[number]), dst=0)
+            dist.send(self._run(self.param_shards[number]), dst=0)
         if dist.get_rank() > 0:
             return None
         weights: dict[str, Tensor] = {}
@@ -99,25 +99,25 @@ class MasterWeights:
                 weights[fragment.name] = torch.empty(fragment.whole)
             whole = weights[fragment.name].view(matrix_size(fragment.whole))
             run = run.cpu()
-            for part in fragment.rectangles():
+            for part in fragment.slices():
                 part.in_matrix(whole).copy_(part.of(run))
         return weights
 
     @torch.no_grad()
     def load(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take the weights from the plain model's state dict, which every process has. Collective."""
-        for fragment in self.fragments:
+        for fragment in self.param_shards:
             whole = state_dict[fragment.name].float().view(matrix_size(fragment.whole))
             run = fragment.of(self.shards[fragment.shard].detach())
-            for part in fragment.rectangles():
+            for part in fragment.slices():
                 part.of(run).copy_(part.in_matrix(whole))
         self.publish()
 
-    def _run(self, fragment: Fragment) -> Tensor:
+    def _run(self, fragment: ParamShard) -> Tensor:
         return fragment.of(self.shards[fragment.shard]).to(self._device, torch.float32)
 
     @cached_property
-    def _transfers(self) -> tuple[list[tuple[int, Fragment]], list[int]]:
+    def _transfers(self) -> tuple[list[tuple[int, ParamShard]], list[int]]:
         """What crosses to rank 0, in this order: there, ranks and their fragments; elsewhere, numbers of own fragments.
 
         Collective at its first use; cuts do not change.
@@ -125,31 +125,31 @@ class MasterWeights:
         rank, size = dist.get_rank(), dist.get_world_size()
         # Only one of those processes that are cut alike, such as replicas, tells rank 0 of its fragments.
         digests: list[Any] = [None] * size
-        dist.all_gather_object(digests, hashlib.sha256(repr(self.fragments).encode()).hexdigest())
+        dist.all_gather_object(digests, hashlib.sha256(repr(self.param_shards).encode()).hexdigest())
         is_first = digests.index(digests[rank]) == rank
         if rank > 0:
             wanted: list[Any] = [[]]
             if is_first:
-                dist.send_object_list([self.fragments], dst=0, device=self._device)
+                dist.send_object_list([self.param_shards], dst=0, device=self._device)
                 dist.recv_object_list(wanted, src=0, device=self._device)
             return [], wanted[0]
-        received: list[tuple[int, Fragment]] = []
-        seen: set[tuple[str, Rectangle]] = set()
+        received: list[tuple[int, ParamShard]] = []
+        seen: set[tuple[str, TensorSlice]] = set()
         for source in range(size):
             if digests.index(digests[source]) < source:
                 continue
-            offered: list[Any] = [self.fragments]
+            offered: list[Any] = [self.param_shards]
             if source > 0:
                 dist.recv_object_list(offered, src=source, device=self._device)
-            new = [number for number, each in enumerate(offered[0]) if (each.name, each.rectangles()[0]) not in seen]
-            seen.update((offered[0][number].name, offered[0][number].rectangles()[0]) for number in new)
+            new = [number for number, each in enumerate(offered[0]) if (each.name, each.slices()[0]) not in seen]
+            seen.update((offered[0][number].name, offered[0][number].slices()[0]) for number in new)
             received += [(source, offered[0][number]) for number in new]
             if source > 0:
                 dist.send_object_list([new], dst=source, device=self._device)
         return received, []
 
 
-def fragments_of(engine: Any) -> list[Fragment]:
+def param_shards_of(engine: Any) -> list[ParamShard]:
     """What this process keeps in fp32 of every parameter of a DeepSpeed engine, in the order of `engine.module`'s parameters.
 
     Shards are numbered as in `MasterWeights.shards`.
@@ -158,7 +158,7 @@ def fragments_of(engine: Any) -> list[Fragment]:
     rename = getattr(module, "plain_name", None)  # a pipeline's stages name their layers in their own way
     group = _tensor_group(module)
     places = _Places(engine)
-    found: list[Fragment] = []
+    found: list[ParamShard] = []
     for name, parameter in module.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         start, length, shard, offset = places.of(parameter)
@@ -166,9 +166,9 @@ def fragments_of(engine: Any) -> list[Fragment]:
             plain = name if rename is None else rename(name)
             split = split_of(parameter)
             if split is None:
-                found.append(Fragment(plain, shape, start, length, shard, offset))
+                found.append(ParamShard(plain, shape, start, length, shard, offset))
             else:
-                found.append(Fragment(plain, shape, start, length, shard, offset, split, group.rank, group.size))
+                found.append(ParamShard(plain, shape, start, length, shard, offset, split, group.rank, group.size))
     return found
 
 

@@ -27,7 +27,7 @@ from dalle_ds.training.checkpoints.folder import (
     record_of,
     require_whole,
 )
-from dalle_ds.training.checkpoints.storage import Index, Pieces, Rectangle
+from dalle_ds.training.checkpoints.storage import Index, LocalShards, TensorSlice
 from dalle_ds.training.run_directory import RunDirectory
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_bytes, damaged_json, damaged_tree, values
@@ -100,7 +100,7 @@ STATE = {
 
 def write(folder: Path, step: int) -> Path:
     parts = {name: torch.full((3, 4), float(step)) for name in ("weight/a", "weight/b", "exp_avg/a")}
-    pieces = {name: Pieces((3, 4), [(Rectangle(0, 0, 3, 4, 0, 4), part)]) for name, part in parts.items()}
+    pieces = {name: LocalShards((3, 4), [(TensorSlice(0, 0, 3, 4, 0, 4), part)]) for name, part in parts.items()}
     parameters = {
         name: {"shape": [3, 4], "moments": "fp32", "step": step, "ceiling": 0.0, "index": 0} for name in ("a", "b")
     }

@@ -60,8 +60,8 @@ def test_the_model_drops_in_training_only_and_only_where_there_are_keys() -> Non
     text = torch.randint(0, TINY_DALLE.text_vocab, (3, TINY_DALLE.text_len))
     codes = torch.randint(0, TINY_DALLE.image_vocab, (3, TINY_DALLE.image_len))
     plain = model(text, codes).loss
-    assert not torch.equal(model(text, codes, keys=KEYS).loss, plain)
-    assert torch.equal(model.eval()(text, codes, keys=KEYS).loss, plain)
+    assert not torch.equal(model(text, codes, dropout_seeds=KEYS).loss, plain)
+    assert torch.equal(model.eval()(text, codes, dropout_seeds=KEYS).loss, plain)
 
 
 def test_a_share_beyond_one_is_refused() -> None:

@@ -90,12 +90,12 @@ def other_number(replica: int, group_of: dict[int, Any]) -> Any:
             four.reduce(gradients(replica, update))
         sums = four.errors()
         two = PowerSGD(SHARDS, group_of[2], 2, config, seed=1)
-        two.load_errors({**sums, "another": torch.ones(3)})
+        two.load_error_feedback({**sums, "another": torch.ones(3)})
         moved = two.errors()
         without = PowerSGD(SHARDS, group_of[2], 2, config, seed=1)
         compressors = {"four": four, "two": two, "without": without}
         following = {name: means(c, gradients(9, UPDATES))[0] for name, c in compressors.items()}
-        two.load_errors({"tall": sums["tall"]})
+        two.load_error_feedback({"tall": sums["tall"]})
         found[storage] = sums, moved, following, two.errors()
     return found
 
@@ -164,7 +164,7 @@ def broken_buffer(replica: int, replicas: int, group: Any) -> Any:
     errors = compressor.errors()
     spoilt = errors["wide"].clone()
     spoilt[3] = math.inf if replica == 1 else spoilt[3]
-    compressor.load_errors({**errors, "wide": spoilt})
+    compressor.load_error_feedback({**errors, "wide": spoilt})
     said = means(compressor, gradients(replica, 1))[1]
     return errors, said, compressor.errors(), means(compressor, gradients(replica, 2))
 
@@ -225,7 +225,7 @@ def regression(replica: int, replicas: int, group: Any) -> Any:
             piece = ((inputs @ weight.t() - outputs).t() @ inputs / batch).flatten()
             compressor.reduce([piece])
             if name == "nothing kept":
-                compressor.load_errors({})
+                compressor.load_error_feedback({})
             weight -= rate * piece.view(size, size)
         found[name] = float((weight - target)[noisy:].norm() / target[noisy:].norm())
     return found

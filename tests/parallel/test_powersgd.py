@@ -397,7 +397,7 @@ def test_what_is_given_back_comes_later(storage: Literal["fp32", "1-6-9"]) -> No
         pieces = [gradient.clone()]
         compressor.reduce(pieces)
         if update % 4 == 1:
-            compressor.give_back([0], pieces)
+            compressor.restore_error_feedback([0], pieces)
         else:
             applied += pieces[0]
     missing = applied + compressor.errors()["w"] - all_of_them
@@ -411,7 +411,7 @@ def test_what_is_not_finite_is_not_given_back() -> None:
     before = compressor.errors()["w"]
     pieces = [torch.full((shard.numel,), math.inf)]
     assert math.isnan(compressor.reduce(pieces).squares[0]), "the gradient itself was not finite"
-    compressor.give_back([0], pieces)
+    compressor.restore_error_feedback([0], pieces)
     assert torch.equal(compressor.errors()["w"], before)
 
 

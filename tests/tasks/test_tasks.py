@@ -124,7 +124,7 @@ def test_captions_are_dropped_as_often_as_the_run_says_and_in_training_only(
 
 def validation_batch(task: DvaeTask | TransformerTask, rows: int = 6) -> dict[str, torch.Tensor]:
     batch = next(evaluation_batches(task.samples("validation"), rows, rank=0, world_size=1, rows=rows))
-    return {**task.prepare(batch), "share": torch.ones(())}
+    return {**task.prepare(batch), "loss_scale": torch.ones(())}
 
 
 def test_the_dvae_loss_is_the_papers_with_its_constants(dvae_run: DvaeRun) -> None:
@@ -178,9 +178,9 @@ def test_shares_make_the_text_loss_a_mean_over_all_tokens(transformer_run: Trans
     whole = model(text, codes)
     total = 0.0
     halves = [{"text": text[rows], "codes": codes[rows]} for rows in (slice(0, 2), slice(2, 4))]
-    tokens = sum(task.weight_of(half) for half in halves)
+    tokens = sum(task.num_items(half) for half in halves)
     for half in halves:
-        half["share"] = task.weight_of(half) * 2 / tokens
+        half["loss_scale"] = task.num_items(half) * 2 / tokens
         loss, metrics = task.loss(model, half, 0)
         total += loss.item() / 2
         assert set(metrics) == {"text_loss", "image_loss"}

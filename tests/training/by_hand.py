@@ -9,15 +9,15 @@ from typing import Any
 
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import ErrorSums
+from dalle_ds.training.checkpoints.content import ErrorFeedback
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, record_of
-from dalle_ds.training.checkpoints.saver import Kept, Saver
-from dalle_ds.training.checkpoints.storage import Pieces
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.storage import LocalShards
 from dalle_ds.training.checkpoints.writing import Planner
 from dalle_ds.training.zero_state import MasterWeights
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, Pieces], parameters: dict[str, dict[str, Any]]) -> None:
+def write_tensors(folder: Path, pieces: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]) -> None:
     """Tensors and their index."""
     plan = Planner().plan(pieces)
     plan.write(folder, pieces)
@@ -25,7 +25,7 @@ def write_tensors(folder: Path, pieces: Mapping[str, Pieces], parameters: dict[s
 
 
 def write_checkpoint(
-    folder: Path, state: dict[str, Any], pieces: Mapping[str, Pieces], parameters: dict[str, dict[str, Any]]
+    folder: Path, state: dict[str, Any], pieces: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]
 ) -> Path:
     """A complete checkpoint."""
     checkpoints = CheckpointFolder(folder)
@@ -47,7 +47,7 @@ def save_checkpoint(
     *,
     keep: int,
     average: WeightAverage | None = None,
-    errors: ErrorSums | None = None,
+    errors: ErrorFeedback | None = None,
 ) -> Path:
     """Write `folder/step-N` and wait for it; delete all but the `keep` newest. Collective.
 
@@ -59,7 +59,9 @@ def save_checkpoint(
         CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
     """
     checkpoints = CheckpointFolder(folder)
-    saver = Saver(checkpoints, weights, optimizer, mesh, Kept(keep), average=average, errors=errors, background=False)
+    saver = AsyncCheckpointer(
+        checkpoints, weights, optimizer, mesh, RetentionPolicy(keep), average=average, errors=errors, background=False
+    )
     saver.begin(step, state)
     saved = saver.finish()
     assert saved is not None

@@ -124,12 +124,12 @@ class Training:
 
         plain = dict(Dalle(TINY_DALLE).named_parameters())
         everyone: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(everyone, self.weights.fragments)
+        dist.all_gather_object(everyone, self.weights.param_shards)
         stage = self.engine.zero_optimization_stage()
         seen = {name: torch.zeros(matrix_size(value.shape), dtype=torch.int64) for name, value in plain.items()}
         for fragment in everyone[0] if stage == 0 else [fragment for own in everyone for fragment in own]:
             assert fragment.whole == tuple(plain[fragment.name].shape)
-            for place in fragment.rectangles():
+            for place in fragment.slices():
                 place.in_matrix(seen[fragment.name]).add_(1)
         assert all(bool((count == 1).all()) for count in seen.values())
         whole = self.weights.consolidate()

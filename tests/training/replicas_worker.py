@@ -188,7 +188,7 @@ def kept(processes: Mesh) -> dict[str, float]:
     replica.reduction.reduce()
     got = torch.cat(groups_of(replica))
     errors = replica.reduction.errors()
-    replica.reduction.load_errors({name: 3 * error for name, error in errors.items()})
+    replica.reduction.load_error_feedback({name: 3 * error for name, error in errors.items()})
     again = replica.reduction.errors()
     return {
         "left": float(given.square().sum() - got.square().sum()),

@@ -123,7 +123,7 @@ def sharp_passes(engine: SteppingEngine, rho: float, pairs: int | None, count: i
     task.sharpness = SharpnessConfig(rho=rho, pairs=pairs)
     task.run = DvaeRun(train=TrainConfig(batch_size=12))
     task.build_model = lambda: Towers(engine.module.dropout)  # type: ignore[method-assign]
-    task.weight_of = lambda batch: torch.ones(())  # type: ignore[method-assign]
+    task.num_items = lambda batch: torch.ones(())  # type: ignore[method-assign]
     return SharpPasses(task, engine, MESH)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Split
 from dalle_ds.training.checkpoints import storage, writing
-from dalle_ds.training.checkpoints.storage import INDEX_NAME, Fragment, Index, Pieces, matrix_size
+from dalle_ds.training.checkpoints.storage import INDEX_NAME, Index, LocalShards, ParamShard, matrix_size
 from dalle_ds.training.checkpoints.writing import write_safetensors
 from tests.training.by_hand import write_tensors
 
@@ -50,7 +50,9 @@ def values() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, (shape, _) in SHAPES.items()}
 
 
-def cut(whole: dict[str, Tensor], style: str, shards: int, parts: int) -> Iterator[tuple[list[Tensor], list[Fragment]]]:
+def cut(
+    whole: dict[str, Tensor], style: str, shards: int, parts: int
+) -> Iterator[tuple[list[Tensor], list[ParamShard]]]:
     """What every process keeps of a model, as DeepSpeed would have it, padded with NaN: its shards and their fragments.
 
     Parameters are in two groups, as those with and without weight decay are.
@@ -62,14 +64,14 @@ def cut(whole: dict[str, Tensor], style: str, shards: int, parts: int) -> Iterat
             split = SHAPES[name][1]
             pieces[name] = value if split is None or parts == 1 else split.cut(value, part, parts)
         tensors: list[Tensor] = []
-        fragments: list[Fragment] = []
+        param_shards: list[ParamShard] = []
 
         def keep(name: str, start: int, length: int, number: int, offset: int) -> None:
             split = SHAPES[name][1] if parts > 1 else None
             place = (part, parts) if split is not None else (0, 1)  # noqa: B023
             shape = tuple(pieces[name].shape)  # noqa: B023
             if length > 0:
-                fragments.append(Fragment(name, shape, start, length, number, offset, split, *place))  # noqa: B023
+                param_shards.append(ParamShard(name, shape, start, length, number, offset, split, *place))  # noqa: B023
 
         for group in groups:
             flat = [pieces[name].flatten() for name in group]
@@ -96,16 +98,16 @@ def cut(whole: dict[str, Tensor], style: str, shards: int, parts: int) -> Iterat
                     keep(name, shard * size, min(size, len(value) - shard * size), len(tensors), begin)
                     begin += size
                 tensors.append(torch.cat(own))
-        yield tensors, fragments
+        yield tensors, param_shards
 
 
-def pieces_of(tensors: list[Tensor], fragments: list[Fragment]) -> dict[str, Pieces]:
+def local_shards_of(tensors: list[Tensor], param_shards: list[ParamShard]) -> dict[str, LocalShards]:
     return {
-        f"weight/{fragment.name}": Pieces(
+        f"weight/{fragment.name}": LocalShards(
             matrix_size(fragment.whole),
-            [(place, place.of(fragment.of(tensors[fragment.shard]))) for place in fragment.rectangles()],
+            [(place, place.of(fragment.of(tensors[fragment.shard]))) for place in fragment.slices()],
         )
-        for fragment in fragments
+        for fragment in param_shards
     }
 
 
@@ -113,13 +115,15 @@ def written(folder: Path, style: str, shards: int, parts: int) -> Index:
     """What all processes of a cut write, written by one: of what several have, the first one's."""
     together: dict[str, dict] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for tensors, fragments in cut(values(), style, shards, parts):
-        for name, pieces in pieces_of(tensors, fragments).items():
+    for tensors, param_shards in cut(values(), style, shards, parts):
+        for name, pieces in local_shards_of(tensors, param_shards).items():
             sizes[name] = pieces.size
             for place, part in pieces.parts:
                 together.setdefault(name, {}).setdefault((place.row, place.column), (place, part))
     folder.mkdir(exist_ok=True)
-    write_tensors(folder, {name: Pieces(sizes[name], list(parts.values())) for name, parts in together.items()}, {})
+    write_tensors(
+        folder, {name: LocalShards(sizes[name], list(parts.values())) for name, parts in together.items()}, {}
+    )
     return Index.open(folder)
 
 
@@ -128,14 +132,14 @@ def test_fragments_tile_every_parameter_and_have_its_values(style: str, shards: 
     whole = values()
     # Of what all processes of a tensor group have alike, that of the first is looked at.
     seen = {name: torch.zeros(matrix_size(value.shape), dtype=torch.int64) for name, value in whole.items()}
-    for number, (tensors, fragments) in enumerate(cut(whole, style, shards, parts)):
+    for number, (tensors, param_shards) in enumerate(cut(whole, style, shards, parts)):
         is_first_copy = number < parts or style != "whole"
-        for fragment in fragments:
+        for fragment in param_shards:
             assert fragment.whole == tuple(whole[fragment.name].shape)
             matrix = whole[fragment.name].view(matrix_size(fragment.whole))
             run = fragment.of(tensors[fragment.shard])
-            assert sum(place.rows * place.columns for place in fragment.rectangles()) == fragment.length
-            for place in fragment.rectangles():
+            assert sum(place.rows * place.columns for place in fragment.slices()) == fragment.length
+            for place in fragment.slices():
                 assert torch.equal(place.of(run), place.in_matrix(matrix)), fragment
                 if is_first_copy and (SHAPES[fragment.name][1] is not None or number % parts == 0):
                     place.in_matrix(seen[fragment.name]).add_(1)
@@ -144,7 +148,7 @@ def test_fragments_tile_every_parameter_and_have_its_values(style: str, shards: 
 
 def test_an_undivided_run_has_three_rectangles_at_most() -> None:
     for start, length in itertools.combinations(range(35), 2):
-        places = Fragment("a", (5, 7), start, length - start, 0, 0).rectangles()
+        places = ParamShard("a", (5, 7), start, length - start, 0, 0).slices()
         assert len(places) <= 3
         assert [place.start for place in places] == list(
             itertools.accumulate([0, *(p.rows * p.columns for p in places[:-1])])
@@ -154,10 +158,10 @@ def test_an_undivided_run_has_three_rectangles_at_most() -> None:
 @pytest.mark.parametrize(("there", "here"), list(itertools.permutations(CUTS, 2)), ids=str)
 def test_what_one_cut_has_written_another_reads(tmp_path: Path, there: tuple, here: tuple) -> None:
     index = written(tmp_path, *there)
-    for (expected, fragments), (found, _) in zip(cut(values(), *here), cut(values(), *here), strict=True):
+    for (expected, param_shards), (found, _) in zip(cut(values(), *here), cut(values(), *here), strict=True):
         for tensor, reference in zip(found, expected, strict=True):
             tensor[~reference.isnan()] = -1.0
-        index.read(pieces_of(found, fragments))
+        index.read(local_shards_of(found, param_shards))
         assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(found, expected, strict=True))
 
 
@@ -194,40 +198,42 @@ def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path, monkeypa
 
 def test_strided_parts_are_written_and_read_by_their_elements(tmp_path: Path) -> None:
     codes = torch.arange(-20, 20, dtype=torch.int16).view(5, 8)
-    left = Fragment("a", (5, 4), 0, 20, 0, 0, Split(1), 0, 2).rectangles()[0]
-    right = Fragment("a", (5, 4), 0, 20, 0, 0, Split(1), 1, 2).rectangles()[0]
+    left = ParamShard("a", (5, 4), 0, 20, 0, 0, Split(1), 0, 2).slices()[0]
+    right = ParamShard("a", (5, 4), 0, 20, 0, 0, Split(1), 1, 2).slices()[0]
     halves = [(left, codes[:, :4]), (right, codes[:, 4:])]  # not contiguous
-    write_tensors(tmp_path, {"codes/a": Pieces((5, 8), halves)}, {"a": {"shape": [5, 8]}})
+    write_tensors(tmp_path, {"codes/a": LocalShards((5, 8), halves)}, {"a": {"shape": [5, 8]}})
     index = Index.open(tmp_path)
     assert torch.equal(index.tensor("codes/a"), codes) and index.tensors["codes/a"].dtype == torch.int16
     assert index.parameters == {"a": {"shape": [5, 8]}}
     into = torch.zeros(8, 5, dtype=torch.int16)
-    (all_of_it,) = Fragment("a", (5, 8), 0, 40, 0, 0).rectangles()
-    index.read({"codes/a": Pieces((5, 8), [(all_of_it, into.t())])})
+    (all_of_it,) = ParamShard("a", (5, 8), 0, 40, 0, 0).slices()
+    index.read({"codes/a": LocalShards((5, 8), [(all_of_it, into.t())])})
     assert torch.equal(into.t(), codes)
 
 
 def test_large_rectangles_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "BUFFER_BYTES", 64)
     index = written(tmp_path, "whole", 1, 1)
-    for (expected, fragments), (found, _) in zip(cut(values(), "each", 2, 4), cut(values(), "each", 2, 4), strict=True):
+    for (expected, param_shards), (found, _) in zip(
+        cut(values(), "each", 2, 4), cut(values(), "each", 2, 4), strict=True
+    ):
         for tensor in found:
             tensor[~tensor.isnan()] = -1.0
-        index.read(pieces_of(found, fragments))
+        index.read(local_shards_of(found, param_shards))
         assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(found, expected, strict=True))
 
 
 def test_what_is_missing_cut_off_or_of_another_shape_is_told(tmp_path: Path) -> None:
     index = written(tmp_path, "end to end", 3, 1)
     file = "rank-0.safetensors"
-    (place,) = Fragment("a", (2, 2), 0, 4, 0, 0).rectangles()
+    (place,) = ParamShard("a", (2, 2), 0, 4, 0, 0).slices()
     with pytest.raises(CheckpointError, match=r"weight/a of 2 × 2 is needed, and .* has none"):
-        index.read({"weight/a": Pieces((2, 2), [(place, torch.zeros(2, 2))])})
+        index.read({"weight/a": LocalShards((2, 2), [(place, torch.zeros(2, 2))])})
     with pytest.raises(CheckpointError, match=r"weight/gain of 2 × 2 is needed, and .* has one of 9 × 1"):
-        index.read({"weight/gain": Pieces((2, 2), [(place, torch.zeros(2, 2))])})
-    (place,) = Fragment("gain", (9,), 0, 9, 0, 0).rectangles()
+        index.read({"weight/gain": LocalShards((2, 2), [(place, torch.zeros(2, 2))])})
+    (place,) = ParamShard("gain", (9,), 0, 9, 0, 0).slices()
     with pytest.raises(CheckpointError, match=r"weight/gain is needed as torch.int16, and .* has torch.float32"):
-        index.read({"weight/gain": Pieces((9, 1), [(place, torch.zeros(9, 1, dtype=torch.int16))])})
+        index.read({"weight/gain": LocalShards((9, 1), [(place, torch.zeros(9, 1, dtype=torch.int16))])})
     content = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(content[:-200])
     with pytest.raises(CheckpointError, match=f"{file} is cut off"):

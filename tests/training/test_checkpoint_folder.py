@@ -22,8 +22,8 @@ from dalle_ds.training.checkpoints.folder import (
     faults_of,
     require_whole,
 )
-from dalle_ds.training.checkpoints.saver import Kept, Saver
-from dalle_ds.training.checkpoints.storage import Fragment
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.storage import ParamShard
 from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.zero_state import MasterWeights
 from tests.training.by_hand import save_checkpoint
@@ -41,7 +41,7 @@ class Weights(MasterWeights):
 
     def __init__(self, value: float) -> None:
         self.shards = [torch.full((3,), float(value))]
-        self.fragments = [Fragment("w", (3,), 0, 3, 0, 0)]
+        self.param_shards = [ParamShard("w", (3,), 0, 3, 0, 0)]
         self.published = False
 
     @property
@@ -171,13 +171,13 @@ def test_a_checkpoint_of_another_model_or_other_moments_is_refused(tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"moments are fp32.*optim\.moments"):
         load_checkpoint(final, weights, AdamW(weights.shards, moments="16-bit"), ALONE)
     for fragment, words in (
-        (Fragment("w", (1, 3), 0, 3, 0, 0), r"the model's w has shape \(1, 3\), and its has shape \(3,\)"),
-        (Fragment("v", (3,), 0, 3, 0, 0), r"the model's v has shape \(3,\), and it has none"),
+        (ParamShard("w", (1, 3), 0, 3, 0, 0), r"the model's w has shape \(1, 3\), and its has shape \(3,\)"),
+        (ParamShard("v", (3,), 0, 3, 0, 0), r"the model's v has shape \(3,\), and it has none"),
     ):
-        weights.fragments = [fragment]
+        weights.param_shards = [fragment]
         with pytest.raises(CheckpointError, match=words):
             load_checkpoint(final, weights, AdamW(weights.shards), ALONE)
-    weights.fragments = Weights(0).fragments
+    weights.param_shards = Weights(0).param_shards
     unaveraged = save_checkpoint(tmp_path, 2, state(2), weights, AdamW(weights.shards), ALONE, keep=2, average=None)
     with pytest.raises(CheckpointError, match=r"average/w of 3 × 1 is needed, and .* has none"):
         load_checkpoint(unaveraged, weights, AdamW(weights.shards), ALONE, average=WeightAverage(weights.shards, 0.9))
@@ -195,11 +195,11 @@ def test_a_shard_that_was_not_updated_yet_is_begun_anew_by_its_first_update(tmp_
 def test_a_parameter_that_was_never_updated_may_share_a_shard_with_one_that_was(tmp_path: Path) -> None:
     apart, together = Weights(0), Weights(0)
     apart.shards = [torch.ones(2), torch.full((1,), 2.0)]
-    apart.fragments = [Fragment("a", (2,), 0, 2, 0, 0), Fragment("b", (1,), 0, 1, 1, 0)]
+    apart.param_shards = [ParamShard("a", (2,), 0, 2, 0, 0), ParamShard("b", (1,), 0, 1, 1, 0)]
     optimizer = AdamW(apart.shards)
     optimizer.begin(apart.shards[0], "fp32", step=4, index=0, ceiling=1.0)["exp_avg"].fill_(3.0)
     final = save_checkpoint(tmp_path, 4, state(4), apart, optimizer, ALONE, keep=2)
-    together.fragments = [Fragment("b", (1,), 0, 1, 0, 0), Fragment("a", (2,), 0, 2, 0, 1)]
+    together.param_shards = [ParamShard("b", (1,), 0, 1, 0, 0), ParamShard("a", (2,), 0, 2, 0, 1)]
     optimizer = AdamW(together.shards)
     load_checkpoint(final, together, optimizer, ALONE)
     assert together.shards[0].tolist() == [2, 1, 1]
@@ -404,11 +404,11 @@ class Slow:
         monkeypatch.setattr(owner, name, write)
 
 
-def advance(saver: Saver) -> object:
+def advance(saver: AsyncCheckpointer) -> object:
     return saver.advance(*saver.progress())
 
 
-def wait_for(saver: Saver) -> None:
+def wait_for(saver: AsyncCheckpointer) -> None:
     for _ in range(1000):
         if saver.progress() != (0, 0):
             return
@@ -425,7 +425,7 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was_there_before(
     disk = Slow(monkeypatch, where)
     disk.fails = fails
     weights = Weights(5)
-    saver = Saver(CheckpointFolder(tmp_path), weights, AdamW(weights.shards), ALONE, Kept(2))
+    saver = AsyncCheckpointer(CheckpointFolder(tmp_path), weights, AdamW(weights.shards), ALONE, RetentionPolicy(2))
     saver.begin(5, state(5))
     weights.shards[0].fill_(9)  # training goes on
     if where == "rest":
@@ -467,7 +467,9 @@ def test_what_must_be_there_before_a_checkpoint_is_waited_for(tmp_path: Path) ->
 
     weights = Weights(0)
     folder = CheckpointFolder(tmp_path)
-    saver = Saver(folder, weights, AdamW(weights.shards), ALONE, Kept(2), before_completing=cannot)
+    saver = AsyncCheckpointer(
+        folder, weights, AdamW(weights.shards), ALONE, RetentionPolicy(2), before_completing=cannot
+    )
     saver.begin(1, state(1))
     saved = saver.finish()
     assert saved is not None and saved.failure is not None and not folder.all()

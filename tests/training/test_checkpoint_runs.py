@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dalle_ds.config import DalleConfig, TransformerRun, to_dict
 from dalle_ds.models import Dalle
 from dalle_ds.sampling import TextToImage
-from dalle_ds.training.checkpoints.storage import Index, Pieces, Rectangle, matrix_size
+from dalle_ds.training.checkpoints.storage import Index, LocalShards, TensorSlice, matrix_size
 from dalle_ds.training.export import export_checkpoint
 from tests.conftest import EVERYTHING, ROOT, TINY_DALLE, TINY_DVAE, thorough
 from tests.training.by_hand import write_checkpoint
@@ -327,8 +327,8 @@ def _write_run(folder: Path, run: TransformerRun) -> None:
     pieces = {}
     for name, value in weights.items():
         rows, columns = matrix_size(value.shape)
-        pieces[f"average/{name}"] = Pieces(
-            (rows, columns), [(Rectangle(0, 0, rows, columns, 0, columns), value.reshape(rows, columns))]
+        pieces[f"average/{name}"] = LocalShards(
+            (rows, columns), [(TensorSlice(0, 0, rows, columns, 0, columns), value.reshape(rows, columns))]
         )
     identity = {
         "dvae": DiscreteVAE.from_pretrained(run.dvae).fingerprint,

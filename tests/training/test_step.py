@@ -39,7 +39,7 @@ class Engine:
 class Square:
     """A task: mean squared error of two layers in a row."""
 
-    def weight_of(self, batch: dict[str, Tensor]) -> Tensor:
+    def num_items(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.ones(())
 
     def loss(self, engine: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,7 +244,7 @@ class Replicas:
         norms = [sum(p.grad.square().sum() for p in layer.parameters() if p.grad is not None) for layer in self.module]
         return torch.tensor([float(norms[0]), self.square])
 
-    def give_back(self, groups: set[int]) -> None:
+    def restore_error_feedback(self, groups: set[int]) -> None:
         is_there = [any(bool(p.grad.any()) for p in layer.parameters() if p.grad is not None) for layer in self.module]
         self.given_back.append((set(groups), is_there))
 

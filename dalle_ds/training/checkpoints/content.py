@@ -20,7 +20,7 @@ from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json
-from dalle_ds.training.checkpoints.storage import Index, Pieces, matrix_size
+from dalle_ds.training.checkpoints.storage import Index, LocalShards, matrix_size
 from dalle_ds.training.zero_state import MasterWeights
 
 FORMAT = 3
@@ -31,14 +31,14 @@ WEIGHT, AVERAGE, ERROR = "weight", "average", "error"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ErrorSums(Protocol):
+class ErrorFeedback(Protocol):
     """What compresses gradients between replicas and keeps what is lost (DALL·E App. E.2)."""
 
     def errors(self) -> dict[str, Tensor]:
         """What is kept of each compressed parameter, summed over replicas, as this process's fragment. Collective."""
         ...
 
-    def load_errors(self, sums: Mapping[str, Tensor]) -> None:
+    def load_error_feedback(self, sums: Mapping[str, Tensor]) -> None:
         """Go on from what `errors` returned."""
         ...
 
@@ -83,7 +83,7 @@ def load_checkpoint(
     mesh: Mesh,
     *,
     average: WeightAverage | None = None,
-    errors: ErrorSums | None = None,
+    errors: ErrorFeedback | None = None,
 ) -> None:
     """Put a checkpoint's weights, moments, average and error sums into an engine, fresh or not, of any layout. Collective.
 
@@ -100,7 +100,7 @@ def load_checkpoint(
             index = Index.open(checkpoint / TENSORS_NAME)
             _begin_states(index, weights, optimizer)
             known = {name: value for name, value in sums.items() if f"{ERROR}/{name}" in index.tensors}
-            pieces = pieces_of(weights, optimizer, average, known)
+            pieces = local_shards_of(weights, optimizer, average, known)
             for name, stored in index.parameters.items():
                 if stored["step"] == 0:  # never updated, though others are that share its shard here
                     for kind in MOMENTS:
@@ -114,22 +114,22 @@ def load_checkpoint(
     _on_all(mesh, read)
     weights.publish()
     if errors is not None:
-        errors.load_errors(sums)
+        errors.load_error_feedback(sums)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def pieces_of(
+def local_shards_of(
     weights: MasterWeights, optimizer: AdamW, average: WeightAverage | None, sums: Mapping[str, Tensor]
-) -> dict[str, Pieces]:
+) -> dict[str, LocalShards]:
     """What this process has of every tensor of a checkpoint."""
     kinds: dict[str, list[Tensor | None]] = {WEIGHT: list(weights.shards)}
     for name in MOMENTS:
         kinds[name] = [optimizer.state.get(shard, {}).get(name) for shard in weights.shards]
     if average is not None:
         kinds[AVERAGE] = list(average.averages)
-    found: dict[str, Pieces] = {}
-    for fragment in weights.fragments:
+    found: dict[str, LocalShards] = {}
+    for fragment in weights.param_shards:
         runs: dict[str, Tensor] = {}
         for kind, tensors in kinds.items():
             tensor = tensors[fragment.shard]
@@ -138,8 +138,8 @@ def pieces_of(
         if fragment.name in sums:
             runs[ERROR] = sums[fragment.name]
         for kind, run in runs.items():
-            parts = [(place, place.of(run)) for place in fragment.rectangles()]
-            found[f"{kind}/{fragment.name}"] = Pieces(matrix_size(fragment.whole), parts)
+            parts = [(place, place.of(run)) for place in fragment.slices()]
+            found[f"{kind}/{fragment.name}"] = LocalShards(matrix_size(fragment.whole), parts)
     return found
 
 
@@ -147,7 +147,7 @@ def parameters_of(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[st
     """What a checkpoint keeps of every parameter besides tensors: its shape, and of Adam's state all but the moments."""
     known: dict[int, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
-    for fragment in weights.fragments:
+    for fragment in weights.param_shards:
         if fragment.shard not in known:
             state = optimizer.state.get(weights.shards[fragment.shard], {})
             known[fragment.shard] = {
@@ -163,7 +163,7 @@ def parameters_of(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[st
 def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> None:
     """Make Adam's states, which a fresh engine has none of, and check that the checkpoint is of this model."""
     held: list[list[dict[str, Any]]] = [[] for _ in weights.shards]
-    for fragment in weights.fragments:
+    for fragment in weights.param_shards:
         stored = index.parameters.get(fragment.name)
         if stored is None or tuple(stored["shape"]) != fragment.whole:
             found = "it has none" if stored is None else f"its has shape {tuple(stored['shape'])}"

@@ -34,10 +34,10 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import (
     STATE_NAME,
     TENSORS_NAME,
-    ErrorSums,
+    ErrorFeedback,
+    local_shards_of,
     merged,
     parameters_of,
-    pieces_of,
     state_text,
 )
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, FileRecord, Manifest, record_of
@@ -49,7 +49,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Kept:
+class RetentionPolicy:
     """Which checkpoints are kept."""
 
     last: int
@@ -86,7 +86,7 @@ class _Save:
     completing: bool = False
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes a run's checkpoints. Every process has one, and calls the same methods in the same order.
 
     The processes of the first replica write, each what it has; what several of them have is written once.
@@ -106,10 +106,10 @@ class Saver:
         weights: MasterWeights,
         optimizer: AdamW,
         mesh: Mesh,
-        kept: Kept,
+        kept: RetentionPolicy,
         *,
         average: WeightAverage | None = None,
-        errors: ErrorSums | None = None,
+        errors: ErrorFeedback | None = None,
         background: bool = True,
         before_completing: Callable[[], None] = lambda: None,
     ) -> None:
@@ -141,8 +141,8 @@ class Saver:
         if self._errors is not None:
             sums = self._errors.errors()
             # What is resumed from the sums shares them out anew, and so does this run, to go on exactly alike.
-            self._errors.load_errors(sums)
-        pieces = pieces_of(self._weights, self._optimizer, self._average, sums)
+            self._errors.load_error_feedback(sums)
+        pieces = local_shards_of(self._weights, self._optimizer, self._average, sums)
         plan, parameters = None, {}
         if self._writes:
             plan = self._planner.plan(pieces)
@@ -328,7 +328,7 @@ class Say(Protocol):
         ...
 
 
-class Saving:
+class CheckpointScheduler:
     """Decides, on all processes alike, when a run's checkpoints are written.
 
     Args:
@@ -342,7 +342,14 @@ class Saving:
     """
 
     def __init__(
-        self, saver: Saver, run: Run, mesh: Mesh, *, exactly: bool, say: Say, long: Callable[[], AbstractContextManager]
+        self,
+        saver: AsyncCheckpointer,
+        run: Run,
+        mesh: Mesh,
+        *,
+        exactly: bool,
+        say: Say,
+        long: Callable[[], AbstractContextManager],
     ) -> None:
         self._saver, self._run, self._mesh = saver, run, mesh
         self._exactly, self._say, self._long = exactly, say, long

@@ -12,7 +12,7 @@ All tensors are matrices (`matrix_size`), called KIND/PARAMETER.
 
 DeepSpeed cuts parameters in its own ways, whatever their shapes: ZeRO-1 and 2 lay a parameter group's parameters end to end
 and cut the whole into equal lengths, ZeRO-3 cuts every parameter by itself. What a process is left with of a parameter is a
-run of its elements in row-major order, a `Fragment`. Of a matrix, and every parameter is seen as one here, a run is made up
+run of its elements in row-major order, a `ParamShard`. Of a matrix, and every parameter is seen as one here, a run is made up
 of at most three rectangles: the end of a row, whole rows, the beginning of a row. Rectangles can be put into a parameter, or
 taken out of it, by processes that cut it in another way.
 """
@@ -40,7 +40,7 @@ from dalle_ds.parsing import parse_json
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class TensorSlice:
     """Elements of a parameter that is seen as a matrix, its first axis by all others (`matrix_size`)."""
 
     row: int
@@ -66,7 +66,7 @@ class Rectangle:
 
 
 @dataclass(frozen=True)
-class Fragment:
+class ParamShard:
     """A run of a parameter's elements that this process keeps in one of its fp32 shards; padding is none of them."""
 
     name: str
@@ -100,16 +100,16 @@ class Fragment:
         """This run of the shard, or of a tensor that is laid out as it: a view (length,)."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.length)
 
-    def rectangles(self) -> list[Rectangle]:
+    def slices(self) -> list[TensorSlice]:
         """What the run is made up of in the plain model's parameter."""
         height, width = matrix_size(self.shape)
-        found: list[Rectangle] = []
+        found: list[TensorSlice] = []
         for row, column, rows, columns in _runs(self.start, self.length, width):
             start = row * width + column - self.start
             for global_row, skipped_rows, some_rows in self._placed(0, row, rows, height):
                 for global_column, skipped_columns, some_columns in self._placed(1, column, columns, width):
                     begin = start + skipped_rows * width + skipped_columns
-                    found.append(Rectangle(global_row, global_column, some_rows, some_columns, begin, width))
+                    found.append(TensorSlice(global_row, global_column, some_rows, some_columns, begin, width))
         return found
 
     def _placed(self, axis: int, first: int, count: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -161,12 +161,12 @@ BUFFER_BYTES = 2**24
 
 
 @dataclass(frozen=True)
-class Pieces:
+class LocalShards:
     """What a process has of one tensor."""
 
     size: tuple[int, int]
     """Rows and columns of the whole tensor."""
-    parts: Sequence[tuple[Rectangle, Tensor]]
+    parts: Sequence[tuple[TensorSlice, Tensor]]
     """Where its parts belong, and these, (rows, columns) of any strides; at least one."""
 
 
@@ -240,7 +240,7 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{folder / INDEX_NAME} cannot be read: {str(error)[:200]!r}") from error
 
-    def read(self, pieces: Mapping[str, Pieces]) -> None:
+    def read(self, pieces: Mapping[str, LocalShards]) -> None:
         """Fill parts of tensors with what is stored, wherever they are and however they were cut when it was written.
 
         Raises:
@@ -285,8 +285,8 @@ class Index:
                 f"{name} of {stored.size[0]} × {stored.size[1]} does not fit into memory: {self.folder} is damaged, or of a "
                 "larger machine"
             ) from error
-        everything = Rectangle(0, 0, *stored.size, 0, stored.size[1])
-        self.read({name: Pieces(stored.size, [(everything, whole)])})
+        everything = TensorSlice(0, 0, *stored.size, 0, stored.size[1])
+        self.read({name: LocalShards(stored.size, [(everything, whole)])})
         return whole
 
 
@@ -301,11 +301,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def as_chunk(at: Rectangle | Chunk) -> ChunkStorageMetadata:
+def as_chunk(at: TensorSlice | Chunk) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size((at.row, at.column)), torch.Size((at.rows, at.columns)))
 
 
-def _overlaps(name: str, stored: Stored, wanted: Pieces) -> list[tuple[Chunk, Rectangle, Tensor]]:
+def _overlaps(name: str, stored: Stored, wanted: LocalShards) -> list[tuple[Chunk, TensorSlice, Tensor]]:
     """What is to be read: the stored rectangle, what of it (placed within it), and where to.
 
     Raises:
@@ -320,7 +320,7 @@ def _overlaps(name: str, stored: Stored, wanted: Pieces) -> list[tuple[Chunk, Re
         assert item.storage_index.index is not None and item.dest_index.offset is not None
         chunk = stored.chunks[item.storage_index.index]
         (row, column), (rows, columns) = item.storage_offsets, item.lengths
-        source = Rectangle(row, column, rows, columns, 0, chunk.columns)
+        source = TensorSlice(row, column, rows, columns, 0, chunk.columns)
         row, column = item.dest_offsets
         into = places[item.dest_index.offset][row : row + rows, column : column + columns]
         found.append((chunk, source, into))
@@ -329,7 +329,7 @@ def _overlaps(name: str, stored: Stored, wanted: Pieces) -> list[tuple[Chunk, Re
     return found
 
 
-def _read(file: BinaryIO, dtype: torch.dtype, chunk: Chunk, source: Rectangle, into: Tensor) -> None:
+def _read(file: BinaryIO, dtype: torch.dtype, chunk: Chunk, source: TensorSlice, into: Tensor) -> None:
     """Read a rectangle of a chunk to where it belongs: at once where it lies in one piece here and there."""
     begin = chunk.offset + source.row * chunk.columns * dtype.itemsize
     if source.rows == 1:

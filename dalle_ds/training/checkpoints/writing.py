@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from dalle_ds.training.checkpoints.folder import FileRecord
-from dalle_ds.training.checkpoints.storage import BUFFER_BYTES, DTYPES, INDEX_NAME, Pieces, as_bytes, as_chunk
+from dalle_ds.training.checkpoints.storage import BUFFER_BYTES, DTYPES, INDEX_NAME, LocalShards, as_bytes, as_chunk
 
 
 class Plan:
@@ -54,7 +54,7 @@ class Plan:
         """On the group's first process, bytes of all files."""
         return sum(file.size for file in self._files)
 
-    def snapshot(self, pieces: Mapping[str, Pieces], buffer: Tensor | None) -> Tensor:
+    def snapshot(self, pieces: Mapping[str, LocalShards], buffer: Tensor | None) -> Tensor:
         """A copy, in the host's memory, of what this process writes, which may then change.
 
         Args:
@@ -77,7 +77,7 @@ class Plan:
             torch.cuda.synchronize()
         return buffer
 
-    def write(self, folder: Path, source: Tensor | Mapping[str, Pieces]) -> FileRecord | None:
+    def write(self, folder: Path, source: Tensor | Mapping[str, LocalShards]) -> FileRecord | None:
         """Write this process's file into `folder` and force it to the disk. Communicates with nobody.
 
         Args:
@@ -143,7 +143,7 @@ class Planner:
         self._offered: list[Any] = []
         self._plan: Plan | None = None
 
-    def plan(self, pieces: Mapping[str, Pieces]) -> Plan:
+    def plan(self, pieces: Mapping[str, LocalShards]) -> Plan:
         """The plan for what this process, and the others, have. Collective within the group."""
         offered = [
             (name, each.size, [(place, part.dtype) for place, part in each.parts]) for name, each in pieces.items()
@@ -155,7 +155,7 @@ class Planner:
             self._plan, self._offered = self._make(pieces), offered
         return self._plan
 
-    def _make(self, pieces: Mapping[str, Pieces]) -> Plan:
+    def _make(self, pieces: Mapping[str, LocalShards]) -> Plan:
         planner = _OfferingPlanner()
         planner.set_up_planner(dict(pieces), is_coordinator=self._rank == 0)
         offers: list[Any] = [planner.create_local_plan()]
@@ -252,7 +252,7 @@ class _Rectangle:
         """Its name in its file."""
         return f"{self.name}[{self.row}:{self.row + self.rows}, {self.column}:{self.column + self.columns}]"
 
-    def find(self, pieces: Mapping[str, Pieces]) -> Tensor:
+    def find(self, pieces: Mapping[str, LocalShards]) -> Tensor:
         """It, among what the process has."""
         return next(part for at, part in pieces[self.name].parts if (at.row, at.column) == (self.row, self.column))
 
@@ -260,8 +260,8 @@ class _Rectangle:
 class _FileLayout:
     """Where rectangles lie in a file that has them."""
 
-    def __init__(self, rectangles: Sequence[_Rectangle]) -> None:
-        by_key = {rectangle.key: rectangle for rectangle in rectangles}
+    def __init__(self, slices: Sequence[_Rectangle]) -> None:
+        by_key = {rectangle.key: rectangle for rectangle in slices}
         shapes = [(key, each.dtype, (each.rows, each.columns)) for key, each in by_key.items()]
         self.header, offsets, self.body_size = _header(shapes)
         self.places = [(by_key[key], offset) for key, offset in offsets.items()]
@@ -311,7 +311,7 @@ class _OfferingPlanner(dcp.DefaultSavePlanner):
         return self.plan
 
 
-def _write_items(name: str, pieces: Pieces) -> list[WriteItem]:
+def _write_items(name: str, pieces: LocalShards) -> list[WriteItem]:
     properties = TensorProperties(dtype=pieces.parts[0][1].dtype)
     return [
         WriteItem(
