@@ -19,7 +19,7 @@ from rich import print
 from rich.table import Table
 
 from dalle_ds.cli import explain, parse_options, run_launcher
-from dalle_ds.config.watch import WatchConfig
+from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.resilience.watch import Watch

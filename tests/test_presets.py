@@ -27,7 +27,7 @@ from dalle_ds.config.presets import PRESET_DIR
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.clip import INITIAL_SCALE, LARGEST_SCALE
-from dalle_ds.models.likelihood import map_pixels
+from dalle_ds.models.dvae import map_pixels
 from dalle_ds.parallel.powersgd import paper_rank
 from dalle_ds.parsing import parse_yaml
 from dalle_ds.text.tokenizer import TokenizerConfig

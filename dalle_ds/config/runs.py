@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dalle_ds.config.checks import positive, sound
 from dalle_ds.config.clip import ClipConfig
 from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
-from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
+from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig, WatchConfig
 from dalle_ds.config.training import (
     ClipObjective,
     DvaeObjective,
@@ -22,7 +22,6 @@ from dalle_ds.config.training import (
     TrainConfig,
     TransformerLoaderConfig,
 )
-from dalle_ds.config.watch import WatchConfig
 from dalle_ds.errors import ConfigError
 
 _MOST_TURNS = 10_000  # after which all corpora have had their shares; loaders lay out that many at a time

@@ -45,7 +45,7 @@ class ClusterOptions:
 def check_cluster(options: ClusterOptions) -> tuple[RenderableType | None, list[str]]:
     """What there is to show, on the main process, and what is wrong, on all."""
     # PyTorch takes seconds to import: the help and mistakes on the command line are told before.
-    from dalle_ds.config.watch import WatchConfig
+    from dalle_ds.config.parallel import WatchConfig
     from dalle_ds.parallel import Mesh
     from dalle_ds.resilience.watch import Watch
 

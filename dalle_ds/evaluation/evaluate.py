@@ -17,7 +17,7 @@ from rich.console import Console
 import dalle_ds
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import explain, parse_options
-from dalle_ds.config.watch import WatchConfig
+from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.data import PairDataset
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.filters import FilterOptions

@@ -28,7 +28,7 @@ from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import Reranker, TextToImage, image_grid
-from dalle_ds.sampling.pixels import to_pil_images
+from dalle_ds.sampling.grid import to_pil_images
 
 EXTREMES = 8
 """Worst and best reconstructions that are shown, each."""

@@ -31,8 +31,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.pages import data_uri, encoded, write_template
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.parsing import is_text, parse_json, shown
-from dalle_ds.sampling.command import LIST_NAME
-from dalle_ds.sampling.prompts import read_prompts
+from dalle_ds.sampling.command import LIST_NAME, read_prompts
 
 KEY_NAME = "key.json"
 KIND, VOTES_KIND = "key of a study", "votes of a study"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup, Work
 
-from dalle_ds.config.watch import WatchConfig
+from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.parallel import Mesh
 
 TIMED_UPDATES = 3

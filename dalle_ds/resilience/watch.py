@@ -38,7 +38,7 @@ from typing import IO, Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dalle_ds.config.watch import WatchConfig
+from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.errors import Interrupted, TrainingError
 from dalle_ds.parallel.mesh import Mesh
 from dalle_ds.resilience.failures import EXIT_REQUEUE, Failure, Position, log_line

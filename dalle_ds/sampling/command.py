@@ -27,9 +27,30 @@ from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
 from dalle_ds.sampling.progress import DrawingProgress
-from dalle_ds.sampling.prompts import read_prompts
 from dalle_ds.sampling.rerank import ClipReranker
 from dalle_ds.sampling.scores import Scores
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file; empty ones are left out.
+
+    Raises:
+        DataError: it cannot be read, or has none, or one twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the captions in {path} cannot be read: {error}; name a text file") from error
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise DataError(f"{path} has no captions: write one on each line")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt in seen:
+            raise DataError(f"{path} has the caption {prompt!r} twice: leave one out")
+        seen.add(prompt)
+    return prompts
+
 
 LIST_NAME = "pictures.json"
 """In a folder of images: a list of {"caption", "picture", "number"}, and "score" where there are scores."""

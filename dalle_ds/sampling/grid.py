@@ -9,8 +9,16 @@ from itertools import groupby
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from dalle_ds.errors import DataError
+
+
+def to_pil_images(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) floats in [0, 1] → B RGB images."""
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
 
 INK = (40, 40, 40)
 FAINT = (110, 110, 110)

@@ -24,7 +24,7 @@ from dalle_ds.sampling.candidates import rank_candidates
 from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
 from dalle_ds.sampling.completion import open_image, top_rows
 from dalle_ds.sampling.draw import Sampling
-from dalle_ds.sampling.pixels import to_pil_images
+from dalle_ds.sampling.grid import to_pil_images
 from dalle_ds.sampling.placement import load_spread
 from dalle_ds.sampling.rerank import Reranker
 from dalle_ds.text.tokenizer import Tokenizer

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_ds.config import Run
 from dalle_ds.data.dataset import read_info
@@ -18,7 +19,21 @@ from dalle_ds.data.mixture import Mixture
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
 from dalle_ds.parallel import Mesh
-from dalle_ds.tasks.flops import training_flops
+
+
+def training_flops(build: Callable[[], nn.Module], forward: Callable[[nn.Module], Any]) -> float:
+    """FLOPs of `forward` and its backward pass, which takes twice as many.
+
+    Args:
+        build: makes the model; called with the meta device as default.
+        forward: calls it, on inputs of the meta device.
+    """
+    with torch.device("meta"):
+        model = build()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            forward(model)
+    return 3.0 * counter.get_total_flops()
+
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Metrics = dict[str, Tensor]

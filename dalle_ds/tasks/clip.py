@@ -18,8 +18,7 @@ from dalle_ds.models.pretrained import load_model
 from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
-from dalle_ds.sampling.grid import image_grid
-from dalle_ds.sampling.pixels import to_pil_images
+from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples
 from dalle_ds.tasks.embeddings import at_places, collapse, spread
 from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask

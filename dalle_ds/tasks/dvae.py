@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun
 from dalle_ds.data import DvaeSamples, PairDataset
-from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, kl_to_uniform
-from dalle_ds.models.gumbel import gumbel_noise
-from dalle_ds.models.likelihood import map_pixels
+from dalle_ds.models.dvae import DiscreteVAE, ResidualBlock, gumbel_noise, kl_to_uniform, map_pixels
 from dalle_ds.optim import gumbel_temperature, kl_weight
-from dalle_ds.sampling.grid import image_grid
-from dalle_ds.sampling.pixels import to_pil_images
+from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
 
 PREVIEW_PICTURES = 12

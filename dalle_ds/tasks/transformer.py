@@ -23,8 +23,7 @@ from dalle_ds.optim import resblock_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
-from dalle_ds.sampling.grid import image_grid
-from dalle_ds.sampling.pixels import to_pil_images
+from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples, numbered
 from dalle_ds.tasks.layered import LayeredTask
 from dalle_ds.text.tokenizer import Tokenizer

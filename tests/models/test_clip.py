@@ -20,8 +20,7 @@ from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipRun, from_dict, load_pr
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
 from dalle_ds.models import Clip, DiscreteVAE
-from dalle_ds.models.clip import huggingface_config
-from dalle_ds.models.clip_pixels import square_pixels
+from dalle_ds.models.clip import huggingface_config, square_pixels
 from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from tests.references import FOLDER, reference
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.errors import CheckpointError, DataError
 from dalle_ds.models import DiscreteVAE
-from dalle_ds.models.dvae import ResidualBlock
-from dalle_ds.models.gumbel import gumbel_noise
-from dalle_ds.models.likelihood import logit_laplace_nll, map_pixels, unmap_pixels
+from dalle_ds.models.dvae import ResidualBlock, gumbel_noise, logit_laplace_nll, map_pixels, unmap_pixels
 from dalle_ds.models.pretrained import check_shapes, load_weights
 from tests.conftest import TINY_DVAE
 

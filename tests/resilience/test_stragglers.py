@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed import ProcessGroup, Work
 
-from dalle_ds.config.watch import WatchConfig
+from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience.stragglers import RankTimes, Straggler, Stragglers, find_straggler

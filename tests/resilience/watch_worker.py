@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_ds.cli import explain, run_launcher
-from dalle_ds.config.watch import WatchConfig
+from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.errors import EXIT_REQUEUE, DataError
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience import watch

@@ -17,7 +17,7 @@ from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, use
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Dalle, DiscreteVAE
-from dalle_ds.models.likelihood import map_pixels
+from dalle_ds.models.dvae import map_pixels
 from dalle_ds.nn.attention import attention_mask, configured_kinds
 from dalle_ds.optim import gumbel_temperature
 from dalle_ds.sampling import TextToImage

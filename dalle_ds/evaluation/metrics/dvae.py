@@ -11,8 +11,7 @@ from torch import Tensor
 from dalle_ds.data.images import Pixels
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.sampling.grid import image_grid
-from dalle_ds.sampling.pixels import to_pil_images
+from dalle_ds.sampling.grid import image_grid, to_pil_images
 
 SHOWN = 8
 """Most used and least used codes on the panel, each."""

@@ -20,8 +20,7 @@ from torch import Tensor
 from dalle_ds.config import PADDING
 from dalle_ds.errors import DataError
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.models.likelihood import EPSILON
+from dalle_ds.models.dvae import EPSILON, DiscreteVAE
 from dalle_ds.sampling import score
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_ds.meta import device_type
 from dalle_ds.nn.attention.blockwise import blockwise_attention, is_worthwhile
 from dalle_ds.nn.attention.flex import Layout, Refused, flex_attention, flex_pairs
 from dalle_ds.nn.attention.masks import attention_mask
+from dalle_ds.nn.layers import ColumnParallelLinear, RowParallelLinear
+from dalle_ds.parallel import WHOLE, TensorGroup
 
 KERNELS = {"cpu": "blockwise", "cuda": "flex"}
 """What computes the sparse kinds on which device; on others dense attention is masked. `benchmarks/attention.py` tells
@@ -101,3 +103,42 @@ def dense_attention(qkv: Tensor, mask: Tensor | None = None, keys: int | None = 
     key, value = key[:, :, :keys], value[:, :, :keys]
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
     return attended.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one fused projection to queries, keys and values; heads are divided among a tensor group.
+
+    In two steps, `project` and `attend`: activation checkpointing and the cache have something to do between them.
+    """
+
+    def __init__(
+        self,
+        pattern: AttentionPattern,
+        width: int,
+        heads: int,
+        residual_scale: float,
+        tensor: TensorGroup = WHOLE,
+    ) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.heads = heads // tensor.size
+        """Those of this process."""
+        self.head_size = width // heads
+        self.qkv = ColumnParallelLinear(width, 3 * width, tensor, fused=3)
+        self.out = RowParallelLinear(width, width, tensor, scale=residual_scale)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(B, n, width) → (B, n, 3, heads, head size) queries, keys and values, of the same dtype."""
+        return self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_size)
+
+    def attend(self, qkv: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Attend among positions 0 … n − 1.
+
+        Args:
+            qkv: what `project` returns for them.
+            keep: as `AttentionPattern` takes it.
+
+        Returns:
+            (B, n, width) out of the tensor group, in the dtype of `qkv`.
+        """
+        return self.out(self.pattern(qkv, keep))
