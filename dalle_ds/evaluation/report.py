@@ -25,7 +25,7 @@ from dalle_ds.sampling import TextToImage, image_grid
 Pair = tuple[str, Pixels]
 """A caption, and its image as the models see it."""
 CANDIDATES = 16
-TITLES = ["picture", "dVAE", "samples"]
+TITLES = ["image", "dVAE", "samples"]
 
 
 def write_report(

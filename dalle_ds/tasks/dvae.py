@@ -99,7 +99,7 @@ class DvaeTask(Task[DvaeRun]):
         vae = cast(DiscreteVAE, model)
         images = batch["image"][:PREVIEW_PICTURES]
         restored = vae.decode(vae.encode(images))
-        return image_grid([("pictures", to_pil_images(images)), ("reconstructions", to_pil_images(restored))])
+        return image_grid([("images", to_pil_images(images)), ("reconstructions", to_pil_images(restored))])
 
     def export(self, model: nn.Module, folder: Path) -> None:
         cast(DiscreteVAE, model).save_pretrained(folder)
