@@ -91,7 +91,7 @@ class PairDataset:
         )
         self._store.snapshot.check()
 
-    def picture(self, row: int, short_side: int | None = None) -> Pixels:
+    def image(self, row: int, short_side: int | None = None) -> Pixels:
         """The image of a row.
 
         Args:

@@ -69,7 +69,7 @@ class Views(Dataset[tuple[Tensor, bool]]):
     def __getitem__(self, row: int) -> tuple[Tensor, bool]:
         size = self._image_size
         try:
-            pixels = self._dataset.picture(row, useful_short_side(size))
+            pixels = self._dataset.image(row, useful_short_side(size))
         except DataError:
             return torch.zeros(self.views, 3, size, size, dtype=torch.uint8), False
         if self._random_views is None:

@@ -76,7 +76,7 @@ class DvaeSamples(RowSamples):
         """An image, decoded once where the whole split is small: decoding takes longer than all else that is done to it."""
         pixels = self._decoded.get(row)
         if pixels is None:
-            pixels = self._dataset.picture(row, useful_short_side(self._image_size))
+            pixels = self._dataset.image(row, useful_short_side(self._image_size))
             if len(self._dataset) * pixels.nbytes <= KEPT_BYTES:
                 self._decoded[row] = pixels
         return pixels
@@ -154,7 +154,7 @@ class TextImageSamples(RowSamples):
             view = int(rng.integers(self._codes.views)) if self._train else 0
             return {"codes": self._codes.codes(row, view)}
         size = self._image_size
-        pixels = self._dataset.picture(row, useful_short_side(size))
+        pixels = self._dataset.image(row, useful_short_side(size))
         view_pixels = augment_for_transformer(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
         return {"image": channels_first(view_pixels)}
 
@@ -199,10 +199,10 @@ class ClipSamples(RowSamples):
         if truncated:
             text[-1] = self._tokenizer.end
         if self._train:  # views may be of a part of the image, whose pixels are to be as many
-            pixels = self._dataset.picture(row, 2 * size)
+            pixels = self._dataset.image(row, 2 * size)
             view = clip_random_view(pixels, size, rng, self._min_crop, self._mirror)
         else:
-            view = clip_center_view(self._dataset.picture(row, size), size)
+            view = clip_center_view(self._dataset.image(row, size), size)
         return {"text": text, "truncated": truncated, "image": channels_first(view)}
 
 

@@ -119,7 +119,7 @@ def _inspect_split(folder: Path, split: str, rows: int, options: DataOptions, co
         row = number * len(dataset) // wanted
         if _readable(dataset, row):  # those that are not are counted already
             try:
-                dataset.picture(row)
+                dataset.image(row)
                 counts.decoded += 1
             except DataError as error:
                 counts.unreadable += 1

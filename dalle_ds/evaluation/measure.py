@@ -157,8 +157,8 @@ def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
 def _dvae_sheets(context: Context, vae: DiscreteVAE, codes: Tensor, signals: Tensor) -> dict[str, Image.Image]:
     """Codes and what they look like; the worst and best reconstructions by their PSNR, `signals` (rows,)."""
 
-    def image(row: int) -> Pixels:
-        return center_crop_resize(context.dataset.picture(row), vae.config.image_size)
+    def picture(row: int) -> Pixels:
+        return center_crop_resize(context.dataset.image(row), vae.config.image_size)
 
     order = signals.argsort().tolist()
     count = min(EXTREMES, len(order) // 2)
@@ -318,7 +318,7 @@ def measure_generated(
     if mesh.is_main:
         lines = []
         for caption, of_caption in zip(captions, on_sheet_codes, strict=False):
-            real = center_crop_resize(context.dataset.picture(caption.row), context.size)
+            real = center_crop_resize(context.dataset.image(caption.row), context.size)
             lines.append((caption.text, [Image.fromarray(real), *pipeline.decode(of_caption)]))
         titles = ["real", *[f"best of {n}" for n in numbers]]
         context.sheets["pictures"] = image_grid(lines, titles=titles, cell=96, label_width=240)

@@ -261,7 +261,7 @@ def _text(read: Callable[[int], str], row: int) -> str:
 
 def _image(dataset: PairDataset, row: int) -> Pixels:
     try:
-        return dataset.picture(row)
+        return dataset.image(row)
     except RowError:  # damaged since it was embedded
         return np.full((1, 1, 3), 255, dtype=np.uint8)
 

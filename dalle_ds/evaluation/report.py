@@ -89,7 +89,7 @@ def _readable(dataset: PairDataset, rows: Iterable[int], size: int, faults: Faul
     pairs: list[Pair] = []
     for row in rows:
         try:
-            pairs.append((dataset.captions(row)[0], center_crop_resize(dataset.picture(row), size)))
+            pairs.append((dataset.captions(row)[0], center_crop_resize(dataset.image(row), size)))
         except RowError as error:
             faults.add(error)
     return pairs

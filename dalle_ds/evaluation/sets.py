@@ -63,7 +63,7 @@ def choose_captions(dataset: PairDataset, number: int | None, seed: int) -> list
 
 def images_of(dataset: PairDataset, rows: Sequence[int], size: int) -> Tensor:
     """(B, 3, size, size) uint8 images of some rows, resized and cropped as `RESIZE` says."""
-    return stacked([center_crop_resize(dataset.picture(row), size) for row in rows])
+    return stacked([center_crop_resize(dataset.image(row), size) for row in rows])
 
 
 def stacked(images: Sequence[Pixels]) -> Tensor:

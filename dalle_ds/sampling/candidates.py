@@ -49,7 +49,7 @@ class RankedImage:
     score: float
     codes: Tensor
     """(W²,) int64."""
-    picture: Image.Image
+    image: Image.Image
 
 
 @dataclass
@@ -113,7 +113,7 @@ def rank_candidates(
             pictures = pipe.decode(drawn.codes)
             scores = _agreed(pipe, _checked(score(ranking.prompt, pictures), ranking.prompt, len(pictures)))
             ranking.scores += scores
-            numbers = [number for _, number in drawn.pictures]
+            numbers = [number for _, number in drawn.images]
             codes = [one.clone() for one in drawn.codes]  # a view would keep the codes of the whole chunk
             found = [RankedImage(*each) for each in zip(numbers, scores, codes, pictures, strict=True)]
             ranking.kept = sorted([*ranking.kept, *found], key=lambda one: (-one.score, one.number))[:keep]
@@ -125,7 +125,7 @@ def rank_candidates(
     at_hand = [{one.number: one for one in ranking.kept} for ranking in rankings]
     again = [(row, number) for row, numbers in enumerate(best) for number in numbers if number not in at_hand[row]]
     for drawn in draw(again):
-        for (row, number), codes, picture in zip(drawn.pictures, drawn.codes, pipe.decode(drawn.codes), strict=True):
+        for (row, number), codes, picture in zip(drawn.images, drawn.codes, pipe.decode(drawn.codes), strict=True):
             at_hand[row][number] = RankedImage(number, rankings[row].scores[number], codes.clone(), picture)
     for ranking, numbers, ours in zip(rankings, best, at_hand, strict=True):
         ranking.kept = [ours[number] for number in numbers]
@@ -135,7 +135,7 @@ def rank_candidates(
 def _by_prompt(drawn: Drawn, rankings: Sequence[Ranking]) -> Iterator[tuple[Ranking, Drawn]]:
     """The parts of a chunk that belong to one prompt each."""
     start = 0
-    for row, group in groupby(drawn.pictures, key=lambda picture: picture[0]):
+    for row, group in groupby(drawn.images, key=lambda picture: picture[0]):
         pictures = tuple(group)
         yield rankings[row], Drawn(pictures, drawn.codes[start : start + len(pictures)])
         start += len(pictures)

@@ -37,7 +37,7 @@ GPU_SHARE = 0.5
 class Progress:
     """Images in the making, given out whenever a row of codes of them is complete."""
 
-    pictures: tuple[tuple[int, int], ...]
+    images: tuple[tuple[int, int], ...]
     """(caption, candidate) indices of each."""
     codes: Tensor
     """(pictures, codes so far) int64 on the CPU, a copy."""
@@ -46,7 +46,7 @@ class Progress:
 class Drawn(NamedTuple):
     """Images that were drawn in one batch."""
 
-    pictures: tuple[tuple[int, int], ...]
+    images: tuple[tuple[int, int], ...]
     """(caption, number) of each."""
     codes: Tensor
     """(pictures, W²) int64 on the CPU."""

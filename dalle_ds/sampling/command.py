@@ -193,7 +193,7 @@ def draw_to_file(options: GenerateOptions) -> list[Path]:
         if tensor.rank > 0:
             return []
         files.append(scores.path)
-        pictures = [[one.picture for one in ranking.kept] for ranking in rankings]
+        pictures = [[one.image for one in ranking.kept] for ranking in rankings]
     if not files[0].suffix:
         _write_folder(files[0], prompts, pictures, rankings)
         return files

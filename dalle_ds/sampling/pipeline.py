@@ -221,7 +221,7 @@ class TextToImage:
         request = SamplingRequest(num, seed, Sampling(temperature, top_k, top_p, guidance), given, batch_size, on_row)
         if rerank is not None:
             rankings = rank_candidates(self, prompts, request, rerank, keep=keep)
-            return [[one.picture for one in ranking.kept] for ranking in rankings]
+            return [[one.image for one in ranking.kept] for ranking in rankings]
         return [self.decode(codes) for codes in sample_codes(self.model, self.encode(prompts), request)]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -58,10 +58,10 @@ class DrawingProgress:
         """Take note of one more row of some images."""
         if not self.enabled:
             return
-        self._total = max(self._total, self._pictures + len(progress.pictures))
-        self._codes += len(progress.pictures) * self._grid
+        self._total = max(self._total, self._pictures + len(progress.images))
+        self._codes += len(progress.images) * self._grid
         if progress.codes.shape[1] == self._grid**2:
-            self._pictures += len(progress.pictures)
+            self._pictures += len(progress.images)
         now = time.monotonic()
         rate = self._codes / max(now - self._started, 1e-9)
         status = f"{self._pictures}/{self._total} images, {rate:,.0f} codes/s"

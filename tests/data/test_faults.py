@@ -147,7 +147,7 @@ def test_a_file_cut_off_while_in_use_is_an_error_and_not_the_end(data: Path) -> 
         "import sys; from dalle_ds.data import PairDataset; from dalle_ds.data.faults import RowError\n"
         f"data = PairDataset.open({str(data)!r}, 'train'); data.captions(0), data.encoded(0)\n"
         f"open({str(data / 'train' / files_of(data)[0]['file'])!r}, 'r+b').truncate(512)\n"
-        "for read in (data.captions, data.encoded, data.picture):\n"
+        "for read in (data.captions, data.encoded, data.image):\n"
         "    try: read(1)\n"
         "    except RowError as error: print(error.reason)\n"
     )

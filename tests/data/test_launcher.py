@@ -50,6 +50,6 @@ def test_prepare_and_cache_in_one_call(folder_corpus: Path, tmp_path: Path) -> N
     assert "dropped: aspect ratio" in result.stdout
     validation = PairDataset.open(out, "validation")
     cache = CodesCache.open(out, vae.fingerprint, "validation")
-    picture = torch.from_numpy(center_crop_resize(validation.picture(0), 16).copy()).permute(2, 0, 1)[None]
+    picture = torch.from_numpy(center_crop_resize(validation.image(0), 16).copy()).permute(2, 0, 1)[None]
     assert cache.codes(0, 0).tolist() == vae.eval().encode(picture.float() / 255).flatten().tolist()
     assert CodesCache.open(out, vae.fingerprint, "train").views == 2

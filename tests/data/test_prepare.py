@@ -269,7 +269,7 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
     dataset = PairDataset.open(out, "train")
     rows = {dataset.name(row): row for row in range(len(dataset))}
     assert len(rows) == 12
-    pictures = {name: dataset.picture(row) for name, row in rows.items()}
+    pictures = {name: dataset.image(row) for name, row in rows.items()}
     captions = {name: dataset.captions(row) for name, row in rows.items()}
     assert np.abs(pictures["cmyk.jpg"][10, 10].astype(int) - (255, 0, 0)).max() < 8
     assert pictures["palette.png"][0, 0].tolist() == [255, 127, 127]

@@ -97,15 +97,15 @@ def test_dataset_mistakes(prepared: Path, tmp_path: Path) -> None:
 def test_dataset_survives_pickling_small(train: PairDataset) -> None:
     data = pickle.dumps(train)
     assert len(data) < 2000
-    assert np.array_equal(pickle.loads(data).picture(3), train.picture(3))
+    assert np.array_equal(pickle.loads(data).image(3), train.image(3))
 
 
 def test_dataset_names_the_row_it_cannot_decode(train: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_row(train, 2, monkeypatch)
     with pytest.raises(DataError, match=rf"train row 2 \({train.name(2)}\): image cannot be decoded"):
-        train.picture(2)
+        train.image(2)
     with pytest.raises(IndexError):
-        train.picture(len(train))
+        train.image(len(train))
 
 
 # --- samples --------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_dvae_samples(train: PairDataset) -> None:
     assert first.shape == (3, SIZE, SIZE) and first.dtype == np.uint8
     assert not np.array_equal(first, second)
     central = DvaeSamples(train, SIZE, train=False).sample(0, np.random.default_rng(0))["image"]
-    assert np.array_equal(central, center_crop_resize(train.picture(0), SIZE).transpose(2, 0, 1))
+    assert np.array_equal(central, center_crop_resize(train.image(0), SIZE).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -125,9 +125,9 @@ def test_images_of_a_small_split_are_decoded_once(
     train: PairDataset, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
-    picture = PairDataset.picture
-    monkeypatch.setattr(PairDataset, "picture", lambda self, row, *a: (decoded.append(row), picture(self, row, *a))[1])
-    bytes_needed = len(train) * train.picture(0).nbytes
+    picture = PairDataset.image
+    monkeypatch.setattr(PairDataset, "image", lambda self, row, *a: (decoded.append(row), picture(self, row, *a))[1])
+    bytes_needed = len(train) * train.image(0).nbytes
     monkeypatch.setattr("dalle_ds.data.samples.KEPT_BYTES", bytes_needed if fits else bytes_needed - 1)
     decoded.clear()
     samples, fresh = (DvaeSamples(train, SIZE, train=True) for _ in range(2))
@@ -170,7 +170,7 @@ def test_live_pictures_are_the_transformers_views(train: PairDataset) -> None:
     image = text_samples(train).sample(0, np.random.default_rng(0))["image"]
     assert image.shape == (3, SIZE, SIZE) and image.dtype == np.uint8
     central = text_samples(train, train=False).sample(0, np.random.default_rng(0))["image"]
-    assert np.array_equal(central, center_crop_resize(train.picture(0), SIZE).transpose(2, 0, 1))
+    assert np.array_equal(central, center_crop_resize(train.image(0), SIZE).transpose(2, 0, 1))
 
 
 # --- codes ----------------------------------------------------------------------------------------------------------
@@ -191,13 +191,13 @@ def test_cached_codes_are_those_of_the_views(data: Path, batch_size: int, worker
     assert (len(cache), cache.views, cache.grid) == (len(train), 3, (2, 2))
     for row, view in itertools.product((0, 7, len(train) - 1), range(3)):
         rng = np.random.default_rng(hash_integers(9, row, view))
-        expected = corner_codes(augment_for_transformer(train.picture(row), SIZE, rng))
+        expected = corner_codes(augment_for_transformer(train.image(row), SIZE, rng))
         codes = cache.codes(row, view)
         assert codes.dtype == np.int64 and codes.tolist() == expected
     validation, cache = PairDataset.open(data, "validation"), CodesCache.open(data, FINGERPRINT, "validation")
     assert cache.views == 1
     for row in range(len(validation)):
-        assert cache.codes(row, 0).tolist() == corner_codes(center_crop_resize(validation.picture(row), SIZE))
+        assert cache.codes(row, 0).tolist() == corner_codes(center_crop_resize(validation.image(row), SIZE))
 
 
 def test_codes_kept_elsewhere_are_the_same_and_as_well_checked(data: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_embeddings_are_cached_like_codes(data: Path) -> None:
 
     Embeddings.write(encode, data, fingerprint=FINGERPRINT, image_size=SIZE, dtype="<f2", views=1)
     cache = Embeddings.open(data, FINGERPRINT, "validation")
-    pixels = center_crop_resize(PairDataset.open(data, "validation").picture(3), SIZE)
+    pixels = center_crop_resize(PairDataset.open(data, "validation").image(3), SIZE)
     found = cache.features(3, 0)
     assert found.dtype == np.float16 and found.shape == (3,)
     assert np.allclose(found, pixels.mean(axis=(0, 1)) / 255, atol=1e-3)
@@ -556,14 +556,14 @@ def test_a_folder_that_cannot_be_looked_at_is_an_error_that_names_it(
 def test_a_killed_process_that_decodes_for_the_cache_is_an_error_that_names_it(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    me, picture = os.getpid(), PairDataset.picture
+    me, picture = os.getpid(), PairDataset.image
 
     def deadly(self: PairDataset, row: int, short_side: int | None = None) -> np.ndarray:
         if row == 7 and os.getpid() != me:
             os.kill(os.getpid(), signal.SIGKILL)
         return picture(self, row, short_side)
 
-    monkeypatch.setattr(PairDataset, "picture", deadly)
+    monkeypatch.setattr(PairDataset, "image", deadly)
     with pytest.raises(DataError, match=r"^loader process \d+ was killed \(SIGKILL\), most likely for lack of memory"):
         cache_codes(CornerCodes(), data, views=2, batch_size=4, workers=2)
     assert CodesCache.find(data, FINGERPRINT, "train") is None

@@ -257,8 +257,8 @@ def test_without_the_overlap_is_as_if_its_rows_were_not_there(
         def captions(self, row: int) -> list[str]:
             return self.whole.captions(self.rows[row])
 
-        def picture(self, row: int, short_side: int | None = None) -> np.ndarray:
-            return self.whole.picture(self.rows[row], short_side)
+        def image(self, row: int, short_side: int | None = None) -> np.ndarray:
+            return self.whole.image(self.rows[row], short_side)
 
     kept = [caption.text for caption in choose_captions(dataset, 7, 0)[3:]]
     monkeypatch.setattr(evaluate_module, "PairDataset", Fewer)

@@ -147,7 +147,7 @@ def test_a_clip_finds_them(sets: SimpleNamespace, clip_exports: tuple[Path, Path
     found = find_overlap(options(sets, tmp_path, clip=str(clip_exports[0])), say=lambda line: None)
     nearest_of = dict(zip(found.rows.tolist(), found.nearest.tolist(), strict=True))
     assert {row: nearest_of[row] for row in sets.planted} == sets.planted
-    picture = Image.fromarray(PairDataset.open(sets.validation, "train").picture(2))
+    picture = Image.fromarray(PairDataset.open(sets.validation, "train").image(2))
     vectors = np.fromfile(tmp_path / "embeddings" / "validation" / "vectors.f32", dtype="<f4")
     np.testing.assert_allclose(vectors.reshape(8, -1)[2], clip.embed_images([picture])[0], atol=0.01)  # 8 bits a colour
 
@@ -220,14 +220,14 @@ def test_pictures_that_cannot_be_read_are_left_out(
 ) -> None:
     copy = min(sets.planted)
     lost = {str(sets.validation): {copy}, str(sets.train): {sets.planted[row] for row in sets.planted if row != copy}}
-    picture = PairDataset.picture
+    picture = PairDataset.image
 
     def broken(self: PairDataset, row: int, short_side: int | None = None) -> Any:
         if row in lost[str(self.data_dir)]:
             raise RowError("broken")
         return picture(self, row, short_side)
 
-    monkeypatch.setattr(PairDataset, "picture", broken)
+    monkeypatch.setattr(PairDataset, "image", broken)
     said: list[str] = []
     for kind in ("torch", "flat"):
         found = find_overlap(options(sets, tmp_path, threshold=0.9, index=kind), Pixels(), said.append)

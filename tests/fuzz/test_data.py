@@ -131,7 +131,7 @@ def prepared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def look(folder: Path, fingerprint: str) -> None:
     dataset = PairDataset.open(folder, "train")
     for row in (0, len(dataset) - 1):
-        dataset.picture(row)
+        dataset.image(row)
         dataset.captions(row)
     codes = CodesCache.open(folder, fingerprint, "train")
     codes.codes(0, 0)

@@ -143,7 +143,7 @@ def test_as_many_pictures_at_once_as_fit(model: Dalle, text: Tensor, monkeypatch
     )
     batches: list[int] = []
     codes = sample_codes(
-        model, text[:1], SamplingRequest(num=40, on_row=lambda progress: batches.append(len(progress.pictures)))
+        model, text[:1], SamplingRequest(num=40, on_row=lambda progress: batches.append(len(progress.images)))
     )
     fitting = max(batches)
     assert 4 < fitting < 40
@@ -165,9 +165,9 @@ def test_progress_has_the_rows_of_the_pictures(model: Dalle, text: Tensor) -> No
         (2, 12),
         (2, 16),
     ]
-    assert seen[0].pictures == ((0, 0), (0, 1), (1, 0), (1, 1))
+    assert seen[0].images == ((0, 0), (0, 1), (1, 0), (1, 1))
     for progress in seen:
-        for (caption, candidate), so_far in zip(progress.pictures, progress.codes, strict=True):
+        for (caption, candidate), so_far in zip(progress.images, progress.codes, strict=True):
             assert torch.equal(so_far, codes[caption, candidate, : len(so_far)])
 
 

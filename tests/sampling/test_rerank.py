@@ -104,8 +104,8 @@ def test_candidates_are_the_images_of_generate(pipe: TextToImage) -> None:
         wanted = [(prompt, number) for prompt in range(2) for number in range(first, 7)]
         found, codes = [], []
         for drawn in sample_batches(pipe.model, text, wanted, SamplingRequest(seed=3, batch_size=size)):
-            assert len(drawn.codes) == len(drawn.pictures) <= (size or 14)
-            found += drawn.pictures
+            assert len(drawn.codes) == len(drawn.images) <= (size or 14)
+            found += drawn.images
             codes.append(drawn.codes)
         assert found == wanted
         assert torch.equal(torch.cat(codes).view(2, 7 - first, -1), expected[:, first:])
@@ -125,12 +125,12 @@ def test_the_best_of_all_are_kept(pipe: TextToImage, chunk: int | None) -> None:
         best = sorted(range(10), key=lambda number: -ranking.scores[number])[:3]
         assert [one.number for one in ranking.kept] == best == ranking.best(3)
         assert [one.score for one in ranking.kept] == [ranking.scores[number] for number in best]
-        assert same([one.picture for one in ranking.kept], [pictures[number] for number in best])
+        assert same([one.image for one in ranking.kept], [pictures[number] for number in best])
         assert same(
-            pipe.decode(torch.stack([one.codes for one in ranking.kept])), [one.picture for one in ranking.kept]
+            pipe.decode(torch.stack([one.codes for one in ranking.kept])), [one.image for one in ranking.kept]
         )
     kept = pipe.generate(PROMPTS, 10, 0.9, guidance=2.0, seed=1, rerank=brightness, keep=3, batch_size=chunk)
-    assert all(same(row, [one.picture for one in ranking.kept]) for row, ranking in zip(kept, rankings, strict=True))
+    assert all(same(row, [one.image for one in ranking.kept]) for row, ranking in zip(kept, rankings, strict=True))
 
 
 def test_the_first_of_equals_is_kept(pipe: TextToImage) -> None:
@@ -186,7 +186,7 @@ def test_known_candidates_are_not_drawn_again(pipe: TextToImage, monkeypatch: py
     for ranking, other in zip(found, expected, strict=True):
         assert ranking.scores == other.scores
         assert [(one.number, one.score) for one in ranking.kept] == [(one.number, one.score) for one in other.kept]
-        assert same([one.picture for one in ranking.kept], [one.picture for one in other.kept])
+        assert same([one.image for one in ranking.kept], [one.image for one in other.kept])
     old = {(0, one.number) for one in expected[0].kept if one.number < 7} | {
         (1, one.number) for one in expected[1].kept
     }
@@ -289,7 +289,7 @@ def test_the_launcher_keeps_scores(
         for column, one in enumerate(ranking.kept):
             top, left = 12 + row * (sheet.shape[0] - 12) // 2, 204 + column * 140
             cell = sheet[top : top + 128, left : left + 128]
-            assert np.array_equal(cell, np.asarray(one.picture).repeat(8, axis=0).repeat(8, axis=1))
+            assert np.array_equal(cell, np.asarray(one.image).repeat(8, axis=0).repeat(8, axis=1))
             assert (sheet[top + 128 : top + 147, left : left + 128] < 200).any()  # its score, below
 
     seen = drawn_pictures(monkeypatch)

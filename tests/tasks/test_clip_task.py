@@ -113,7 +113,7 @@ def test_samples_have_whole_captions_or_cut_ones_with_their_end(data: Path, toke
             assert sample["truncated"] == int(length == 4)
             if length == 40:
                 assert tokenizer.decode(text) == dataset.captions(row)[0]
-            picture = clip_center_view(dataset.picture(row, 16), 16)
+            picture = clip_center_view(dataset.image(row, 16), 16)
             assert np.array_equal(sample["image"], picture.transpose(2, 0, 1))
 
 
@@ -122,7 +122,7 @@ def test_training_takes_each_caption_of_several_and_validation_the_first(tokeniz
         def captions(self, row: int) -> list[str]:
             return ["red", "green", "blue"]
 
-        def picture(self, row: int, short_side: int) -> np.ndarray:
+        def image(self, row: int, short_side: int) -> np.ndarray:
             return pixels(16, 16)
 
     tokenizer = ClipTokenizer.load(tokenizer_file, start=SHAPE.start, end=SHAPE.end)
@@ -146,7 +146,7 @@ def test_training_pictures_are_the_views_that_the_objective_asks_for(run: ClipRu
     for row in range(6):
         rng = np.random.default_rng(row)
         rng.integers(len(dataset.captions(row)))  # chooses the caption
-        view = clip_random_view(dataset.picture(row, 32), 16, rng, 0.3, mirror=True)
+        view = clip_random_view(dataset.image(row, 32), 16, rng, 0.3, mirror=True)
         assert np.array_equal(samples.sample(row, np.random.default_rng(row))["image"], view.transpose(2, 0, 1))
 
 

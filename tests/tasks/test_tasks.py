@@ -64,7 +64,7 @@ def test_training_pictures_of_the_dvae_are_listing_1s_and_live_ones_of_the_trans
     rows = range(0, len(dataset), 7)
     lopsided = 0
     for row in rows:
-        pixels = dataset.picture(row, useful_short_side(16))
+        pixels = dataset.image(row, useful_short_side(16))
         view = dvae.sample(row, np.random.default_rng(row))["image"]
         expected = augment_for_dvae(pixels, 16, np.random.default_rng(row))
         assert np.array_equal(view, expected.transpose(2, 0, 1))
