@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -115,30 +117,17 @@ def _free(device: torch.device) -> tuple[int, int]:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), host
 
 
-def host_memory(system: Path = Path("/")) -> int:
+def host_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes of main memory that this machine, or the container that the process is in, has left.
 
     Args:
-        system: where the system's files are.
+        groups: where the system's limits of the container are.
     """
-    left = [_available(system / "proc/meminfo")]
+    left = [int(psutil.virtual_memory().available)]
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        try:
-            numbers = [int((system / "sys/fs/cgroup" / name).read_text()) for name in (limit, used)]
-        except (OSError, ValueError):
-            continue  # no such limit
-        left.append(numbers[0] - numbers[1])
+        with contextlib.suppress(OSError, ValueError):  # no such limit
+            left.append(int((groups / limit).read_text()) - int((groups / used).read_text()))
     return max(0, min(left))
-
-
-def _available(meminfo: Path) -> int:
-    try:
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 2**63 - 1  # a system that does not tell

@@ -9,8 +9,6 @@ from dalle_ds.config import Checkpointing, ParallelConfig, PowerSGDConfig, Preci
 from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Of a number."""
 STAGE_0_BUCKET = 500_000_000
 """Elements of gradients that DeepSpeed reduces at a time where ZeRO does not (a constant of its engine)."""
 REUSE_STEPS = 4
@@ -88,11 +86,6 @@ class Layout:
         """Of a weight as the model has it: fp16 casts fp32 weights block by block (docs/precision.md)."""
         return 2 if self.precision == "bf16" else 4
 
-    @property
-    def branch_bytes(self) -> int:
-        """Of a number inside a residual block."""
-        return BYTES[self.precision]
-
     @classmethod
     def of(cls, run: Run, engine: EngineConfig, processes: int) -> Layout:
         """The layout of a run on so many processes.
@@ -107,7 +100,6 @@ class Layout:
         zero = engine.deepspeed["zero_optimization"]
         bf16 = engine.deepspeed.get("bf16", {})
         own_dtype = engine.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-        accumulate = BYTES["bf16"] if own_dtype in ("bf16", "fp16") else BYTES["fp32"]
         return cls(
             replicas=degrees.replicas,
             pipe=degrees.pipe,
@@ -127,8 +119,8 @@ class Layout:
             offload_weights=engine.zero_stage == 3 and _is_offloaded(zero, "offload_param"),
             saves_beside=run.report.background_saves,
             overlap=bool(zero.get("overlap_comm", engine.zero_stage == 3)) and degrees.pipe == 1,
-            accumulate_bytes=accumulate,
-            master_bytes=BYTES["bf16"] if bf16.get("bf16_master_weights_and_grads") else BYTES["fp32"],
+            accumulate_bytes=2 if own_dtype in ("bf16", "fp16") else 4,
+            master_bytes=2 if bf16.get("bf16_master_weights_and_grads") else 4,
             buffers=_buffers(zero),
         )
 

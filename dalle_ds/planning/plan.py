@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dalle_ds.config import Run
 from dalle_ds.config.deepspeed import is_auto, resolve, with_precision
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.cluster import Cluster
@@ -34,11 +33,6 @@ class Plan:
     transfers: tuple[tuple[Transfer, ...], ...]
     """Of a process of each stage, in one update."""
     time: StepTime
-
-    @property
-    def run(self) -> Run:
-        """What is planned."""
-        return self.task.run
 
     @property
     def heaviest(self) -> int:
@@ -85,7 +79,7 @@ class Plan:
     @property
     def days(self) -> float:
         """Of the whole run."""
-        return self.run.steps * self.time.total / 86_400
+        return self.task.run.steps * self.time.total / 86_400
 
     def parameters(self) -> dict[str, int]:
         """Of the whole model, by its parts."""

@@ -30,7 +30,7 @@ def plan_tables(plan: Plan) -> RenderableType:
     cluster = plan.cluster
     machines = -(-cluster.gpus // cluster.gpus_per_node)
     heading = (
-        f"{_counted(cluster.gpus, 'process', 'es')} on {_counted(machines, 'machine')}, {cluster.memory_gb} GB each "
+        f"processes: {cluster.gpus}, machines: {machines}, {cluster.memory_gb} GB for each process "
         f"({cluster.reserved_gb} GB of it reserved)\n{describe_layout(plan.layout)}\n"
     )
     where = f" of stage {plan.stage.number}" if plan.layout.pipe > 1 else ""
@@ -68,10 +68,6 @@ def describe_layout(layout: Layout) -> str:
         *(text for text, is_so in optional.items() if is_so),
     ]
     return ", ".join(parts)
-
-
-def _counted(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}{plural if number > 1 else ''}"
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -118,7 +114,7 @@ def _time(plan: Plan) -> Table:
     rows = [(name, f"{value:.3g}") for name, value in seconds.items() if value]
     rows.append((f"{plan.items[0]} per second", f"{plan.items_per_second:,.0f}"))
     rows.append(("model FLOPs utilization", f"{plan.mfu:.1%}"))
-    rows.append((f"days for {plan.run.steps:,} updates", f"{plan.days:.1f}"))
+    rows.append((f"days for {plan.task.run.steps:,} updates", f"{plan.days:.1f}"))
     return _table("Projected time of an update", ["for"], ["seconds"], rows)
 
 

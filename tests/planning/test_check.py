@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,26 +112,16 @@ def test_what_cannot_be_traced_is_told_and_not_refused(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("files", "left"),
     [
-        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   5 kB\n"}, 5 * 1024),
-        (
-            {
-                "proc/meminfo": "MemAvailable: 500 kB\n",
-                "sys/fs/cgroup/memory.max": "4000\n",
-                "sys/fs/cgroup/memory.current": "1000\n",
-            },
-            3000,
-        ),
-        (
-            {
-                "proc/meminfo": "MemAvailable: 1 kB\n",
-                "sys/fs/cgroup/memory.max": "max\n",
-                "sys/fs/cgroup/memory.current": "1000\n",
-            },
-            1024,
-        ),
+        ({}, 5000),
+        ({"memory.max": "4000\n", "memory.current": "1000\n"}, 3000),
+        ({"memory.max": "max\n", "memory.current": "1000\n"}, 5000),
+        ({"memory/memory.limit_in_bytes": "9000\n", "memory/memory.usage_in_bytes": "1000\n"}, 5000),
     ],
 )
-def test_main_memory_is_that_of_the_container(tmp_path: Path, files: dict[str, str], left: int) -> None:
+def test_main_memory_is_that_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], left: int
+) -> None:
+    monkeypatch.setattr(check.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
