@@ -129,7 +129,7 @@ STAGES = {"dvae": DvaeRun, "transformer": TransformerRun, "clip": ClipRun}
 def test_every_setting_of_a_stage_is_read_by_code_that_runs_in_it(stage: str) -> None:
     """Not of the model's shape, which `build_model` hands on as a whole."""
     package = Path(dalle_ds.config.__file__).parents[1]
-    rooms = ("training", "optim", "parallel", "precision", "data")
+    rooms = ("training", "optim", "parallel", "precision", "resilience", "data")
     files = [file for room in rooms for file in (package / room).rglob("*.py")]
     files += [package / "planning" / "check.py"]
     files += [package / "tasks" / f"{name}.py" for name in ("base", "whole_batch", stage)]

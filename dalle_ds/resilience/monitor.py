@@ -26,7 +26,7 @@ from .failures import EXIT_REQUEUE, Failure, Position, log_line
 from .messages import Channel, Message, Settings, show
 from .processes import SIGNALS, Clock, Launchers, Progress, Stacks, TrainingProcess, main_thread, resident_bytes
 
-TICK = 0.2
+TICK = 0.5
 """Seconds between two looks at the clock and the training process; messages are read as they come."""
 DISK_GRACE = 2.0
 """Seconds that the disk gets to take the last files."""
