@@ -36,7 +36,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.pictures < 0:
-            raise ConfigError(f"pictures must not be negative, found {self.pictures}")
+            raise ConfigError(f"images must not be negative, found {self.pictures}")
 
 
 @dataclass

@@ -157,7 +157,7 @@ def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
 def _dvae_sheets(context: Context, vae: DiscreteVAE, codes: Tensor, signals: Tensor) -> dict[str, Image.Image]:
     """Codes and what they look like; the worst and best reconstructions by their PSNR, `signals` (rows,)."""
 
-    def picture(row: int) -> Pixels:
+    def image(row: int) -> Pixels:
         return center_crop_resize(context.dataset.image(row), vae.config.image_size)
 
     order = signals.argsort().tolist()

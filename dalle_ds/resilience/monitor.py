@@ -24,9 +24,9 @@ from typing import Any
 from .coordinator import EXIT_GRACE, Coordinator
 from .failures import EXIT_REQUEUE, Failure, Position, log_line
 from .messages import Channel, Message, Settings, show
-from .processes import Clock, Launchers, Progress, Stacks, TrainingProcess, main_thread, resident_bytes
+from .processes import SIGNALS, Clock, Launchers, Progress, Stacks, TrainingProcess, main_thread, resident_bytes
 
-TICK = 0.2
+TICK = 0.5
 """Seconds between two looks at the clock and the training process; messages are read as they come."""
 DISK_GRACE = 2.0
 """Seconds that the disk gets to take the last files."""
@@ -214,9 +214,9 @@ def main() -> None:
         roles.append(Coordinator(settings, listener, selector, monitor.process))
     # Launchers and SLURM signal all processes of a run. The training process decides what follows, and may have a checkpoint
     # to write; the monitor ends soon after it, whatever it is told.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: monitor.process.note_signal())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     while not all(role.done for role in roles):
         ready = selector.select(TICK)
         clock.advance()

@@ -17,6 +17,8 @@ SUSPENSION = 5.0
 """Seconds between two looks at the clock from which on the monitor was suspended, maybe with all others."""
 STACKS_SECONDS = 1.5
 """That a process gets to write its stacks."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""That launchers, SLURM and terminals send to all processes of a run."""
 SIGNAL_DELAY = 0.1
 """Seconds after a death in which a signal to the monitor is taken for its cause: launchers signal both, one by one."""
 SIGNAL_LASTS = 60.0

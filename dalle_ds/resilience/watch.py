@@ -43,7 +43,7 @@ from dalle_ds.errors import Interrupted, TrainingError
 from dalle_ds.parallel.mesh import Mesh
 from dalle_ds.resilience.failures import EXIT_REQUEUE, Failure, Position, log_line
 from dalle_ds.resilience.messages import Channel, Settings, show
-from dalle_ds.resilience.processes import Progress
+from dalle_ds.resilience.processes import SIGNALS, Progress
 
 TIMEOUT = 30.0
 """Seconds without a sign of life from a monitor after which its process is lost, and for which a process may be stopped."""
@@ -174,6 +174,8 @@ class Watch:
         # Neither the user's settings of Python nor site-packages: it starts at once and is small.
         command = [sys.executable, "-I", "-S", "-c", _MONITOR, str(Path(__file__).parents[1])]
         keep = [file for file in files if file is not None]
+        # Until the monitor can take them, signals wait.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGUSR2))
         try:
             with theirs:
                 self._monitor = subprocess.Popen(
@@ -184,6 +186,8 @@ class Watch:
                 pipe.write(json.dumps(asdict(settings)).encode())
         except OSError as error:
             raise TrainingError(f"rank {self._mesh.rank} cannot start its monitor process: {error}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self._channel = Channel(ours)
         # A worker process of a data loader that held this end would hide the death of this process.
         os.register_at_fork(after_in_child=ours.close)

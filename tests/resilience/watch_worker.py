@@ -239,7 +239,7 @@ def die_of_waiting(mesh: Mesh) -> None:
     if mesh.rank == 0:
         PULSE(7, "waiting for data")
         time.sleep(60)
-    time.sleep(3)
+    time.sleep(5)
     os.abort()
 
 

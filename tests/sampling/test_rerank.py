@@ -126,9 +126,7 @@ def test_the_best_of_all_are_kept(pipe: TextToImage, chunk: int | None) -> None:
         assert [one.number for one in ranking.kept] == best == ranking.best(3)
         assert [one.score for one in ranking.kept] == [ranking.scores[number] for number in best]
         assert same([one.image for one in ranking.kept], [pictures[number] for number in best])
-        assert same(
-            pipe.decode(torch.stack([one.codes for one in ranking.kept])), [one.image for one in ranking.kept]
-        )
+        assert same(pipe.decode(torch.stack([one.codes for one in ranking.kept])), [one.image for one in ranking.kept])
     kept = pipe.generate(PROMPTS, 10, 0.9, guidance=2.0, seed=1, rerank=brightness, keep=3, batch_size=chunk)
     assert all(same(row, [one.image for one in ranking.kept]) for row, ranking in zip(kept, rankings, strict=True))
 
