@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from dalle_ds.data.codes import cache_codes
 from dalle_ds.data.engine import prepare_with_ray
@@ -29,9 +31,9 @@ class Preparation(PrepareOptions):
     """Replace an earlier preparation, or earlier codes of the same dVAE."""
     engine: Literal["ray"] | None = None
     """Ray does the parts, on the cluster at RAY_ADDRESS or on this machine's cores; None does all in this process."""
-    part: int | None = None
+    part: Annotated[int | None, tyro.conf.arg(aliases=["--shard"])] = None
     """Prepare only this part of the corpus, from 0."""
-    parts: int | None = None
+    parts: Annotated[int | None, tyro.conf.arg(aliases=["--shards"])] = None
     """How many parts there are, each of which is begun anew where it was stopped; None takes parts of some thousand pairs, or
     with Ray four times as many as can be done at a time."""
     merge: bool = False
