@@ -48,7 +48,7 @@ def losses(case: dict[str, Any], config: DalleConfig, batch: dict[str, Tensor], 
         for block in model.blocks:
             cast(ResidualBlock, block).use(BranchPrecision(torch.float32, torch.tensor([float(case["scale"])])))
     result = {name: gathered(p.detach(), p, tensor) for name, p in model.named_parameters()}
-    output = model(batch["text"], batch["codes"], logits=case["logits"], dropout_seeds=batch["keys"])
+    output = model(batch["text"], batch["codes"], logits=case["logits"], dropout_seeds=batch["dropout_seeds"])
     output.loss.backward()
     result |= {
         f"{name}.grad": gathered(p.grad, p, tensor) for name, p in model.named_parameters() if p.grad is not None

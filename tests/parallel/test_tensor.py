@@ -62,7 +62,7 @@ def batch() -> dict[str, Tensor]:
     for row, length in enumerate((2, CONFIG.text_len, 5)):
         text[row, length:] = -1
     codes = torch.randint(0, CONFIG.image_vocab, (3, CONFIG.image_len), generator=generator)
-    return {"text": text, "codes": codes, "keys": torch.tensor([5, 2**62, 11])}
+    return {"text": text, "codes": codes, "dropout_seeds": torch.tensor([5, 2**62, 11])}
 
 
 @functools.cache
