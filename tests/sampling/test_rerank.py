@@ -518,7 +518,7 @@ def test_a_folder_of_pictures(
     assert len(list((tmp_path / "pictures").iterdir())) == 4
     for entry, ranking in zip(listed, best, strict=True):
         assert (entry["number"], entry["score"]) == (ranking.kept[0].number, ranking.kept[0].score)
-        assert np.array_equal(Image.open(tmp_path / "pictures" / entry["picture"]), ranking.kept[0].picture)
+        assert np.array_equal(Image.open(tmp_path / "pictures" / entry["picture"]), ranking.kept[0].image)
     assert len(json.loads((tmp_path / "pictures.json").read_text())["prompts"]) == 3  # the scores, beside it
 
     for file, words in (("pictures/s.json", "is replaced as a whole"), ("pictures/../s.json", "")):
