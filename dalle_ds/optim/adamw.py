@@ -60,7 +60,8 @@ class AdamW(torch.optim.Optimizer):
             moments of parameters that are not fp32.
     """
 
-    _groups: frozenset[int] | None = None
+    _updated: frozenset[int] | None = None
+    """Identities of the parameter groups that `step` updates; None updates all."""
     _gradient_bound: float | None = None
 
     def __init__(
@@ -108,8 +109,8 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            if self._groups is None or number in self._groups:
+        for group in self.param_groups:
+            if self._updated is None or id(group) in self._updated:
                 self._update(group)
         return loss
 
@@ -125,11 +126,13 @@ class AdamW(torch.optim.Optimizer):
                 promises nothing. A running variance is an average of squares: where none of them exceeds
                 `second_moment_clip`, it does not bind, but for rounding.
         """
-        self._groups, self._gradient_bound = None if groups is None else frozenset(groups), gradient_bound
+        # Not numbers: ZeRO-1 and 2 put one group after the other in the place of all.
+        self._updated = None if groups is None else frozenset(id(self.param_groups[number]) for number in groups)
+        self._gradient_bound = gradient_bound
         try:
             yield
         finally:
-            self._groups = self._gradient_bound = None
+            self._updated = self._gradient_bound = None
 
     def _update(self, group: dict[str, Any]) -> None:
         bound = self._gradient_bound

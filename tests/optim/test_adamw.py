@@ -222,6 +222,19 @@ def test_skipping_changes_no_bit(moments: Any, whole: bool) -> None:
     assert float(optimizer.state[parameters[0]]["step"]) == 4
 
 
+def test_a_group_that_is_not_updated_is_so_wherever_it_stands() -> None:
+    """DeepSpeed's ZeRO-1 and 2 call `step` with one group after the other in the place of all."""
+    parameters = tensors((10,), (20,))
+    optimizer = AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}])
+    give_gradients(parameters, 0)
+    before, groups = [parameter.detach().clone() for parameter in parameters], optimizer.param_groups
+    with optimizer.updating([1]):
+        for group in groups:
+            optimizer.param_groups = [group]
+            optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(before, parameters, strict=True)] == [True, False]
+
+
 def test_groups_may_be_empty_and_gradients_missing() -> None:
     parameters = tensors((10,), (20,))
     optimizer = AdamW([{"params": parameters[:1]}, {"params": parameters[1:], "moments": "16-bit"}])
