@@ -208,7 +208,7 @@ def test_urls_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_mistakes_name_what_was_found(tmp_path: Path, conceptual: str) -> None:
-    with pytest.raises(DataError, match=r"images .*nowhere is not a folder"):
+    with pytest.raises(DataError, match=r"--pictures .*nowhere is not a folder"):
         read_conceptual(conceptual, str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no images of img2dataset"):

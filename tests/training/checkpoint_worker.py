@@ -162,7 +162,7 @@ def write(folder: Path, mesh: Mesh) -> dict[str, Any]:
         training.check()
         state = {"step": 2, "identity": {}, "layout": {}, "learning_rate": None}
         optimizer = training.engine.client_optimizer
-        save_checkpoint(folder / name, 2, state, training.zero_state, optimizer, mesh, keep=1, average=training.average)
+        save_checkpoint(folder / name, 2, state, training.weights, optimizer, mesh, keep=1, average=training.average)
         found[name] = training.go_on()
         # Back again, in an engine that has gone on.
         load(folder / name / "step-2", training)
@@ -174,7 +174,7 @@ def load(checkpoint: Path, training: Training) -> None:
     from dalle_ds.training.checkpoints.content import load_checkpoint
 
     optimizer = training.engine.client_optimizer
-    load_checkpoint(checkpoint, training.zero_state, optimizer, training.mesh, average=training.average)
+    load_checkpoint(checkpoint, training.weights, optimizer, training.mesh, average=training.average)
 
 
 def read(folder: Path, mesh: Mesh, pairs: list[list[str]]) -> dict[str, Any]:
