@@ -102,6 +102,13 @@ def test_each_corpus_is_gone_through_in_epochs_of_its_own() -> None:
     assert (one == other).mean() < 0.1, "corpora of one length do not go hand in hand"
 
 
+def test_rows_are_of_each_corpus_in_proportion_to_its_weight() -> None:
+    mixture = Mixture([Rows(40), Rows(7)], (3, 1))
+    rows = mixture.rows_at(np.arange(4_000), seed=1)
+    assert (rows >= 40).sum() == pytest.approx(1_000, abs=20)
+    assert mixture.shares == [0.75, 0.25]
+
+
 def test_one_corpus_has_the_order_it_always_had() -> None:
     positions = np.random.default_rng(1).integers(0, 10**12, 1_000)
     assert np.array_equal(Mixture([Rows(30)]).rows_at(positions, 5), rows_of(positions, 5, 30))

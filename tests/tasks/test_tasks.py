@@ -15,6 +15,7 @@ from dalle_ds.config import PADDING, DalleConfig, DvaeObjective, DvaeRun, Transf
 from dalle_ds.data import PairDataset, evaluation_batches
 from dalle_ds.data.augment import augment_for_dvae, augment_for_transformer, useful_short_side
 from dalle_ds.data.codes import cache_codes
+from dalle_ds.data.images import center_crop_resize
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.dvae import map_pixels
@@ -52,6 +53,14 @@ def test_what_names_the_data_of_a_run_is_its_manifest(
     fingerprint = PairDataset.open(dvae_run.data, "train").fingerprint
     monkeypatch.setattr(PairDataset, "open", None)
     assert {task.identity()["data"] for task in tasks} == {fingerprint}
+
+
+def test_validation_images_of_the_dvae_are_the_central_square_whatever_is_drawn(dvae_run: DvaeRun) -> None:
+    dataset, samples = PairDataset.open(dvae_run.data, "validation"), DvaeTask(dvae_run).samples("validation")
+    for row in range(0, len(dataset), 3):
+        expected = center_crop_resize(dataset.picture(row), 16).transpose(2, 0, 1)
+        for seed in (0, 1):
+            assert np.array_equal(samples.sample(row, np.random.default_rng(seed))["image"], expected)
 
 
 def test_training_pictures_of_the_dvae_are_listing_1s_and_live_ones_of_the_transformer_listing_2s(

@@ -123,6 +123,19 @@ def test_a_full_disk_leaves_nothing_half_written_and_is_told(
     assert (tmp_path / "latest").read_text() == "step-1\n"
 
 
+def test_all_files_are_forced_to_the_disk_before_the_name_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[set[str]] = []
+    monkeypatch.setattr(
+        "dalle_ds.training.checkpoints.folder.sync_folder",
+        lambda folder: forced.append({path.name for path in folder.rglob("*") if path.is_file()}),
+    )
+    final = save(tmp_path, 1)
+    assert forced == [{path.name for path in final.rglob("*") if path.is_file()}]
+    assert "manifest.json" in forced[0]
+
+
 def test_an_unfinished_checkpoint_is_not_taken(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "partial-step-2" / "tensors").mkdir(parents=True)

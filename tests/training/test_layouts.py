@@ -97,6 +97,7 @@ class Runs:
         }
         reference = [self.job("reference", 0), self.job("dvae-reference", 0, stage="dvae")]
         reference += [self.job("unaveraged", 0, train={"average_every": STEPS + 1})]
+        reference += [self.job("forgetful", 0, train={"average_decay": 0.0})]
         layouts = [self.job(f"zero{stage}", stage) for stage in STAGES["fp32"]]
         layouts += [self.job(f"zero{stage}-bf16", stage, precision="bf16", steps=4) for stage in STAGES["bf16"]]
         layouts += [self.job(f"zero{stage}-fp16", stage, precision="fp16") for stage in STAGES["fp16"]]
@@ -265,10 +266,11 @@ def test_validation_uses_the_averaged_weights_and_reports_them(runs: Runs) -> No
         assert found == pytest.approx(reported, abs=1e-4), name
 
 
-def test_weights_that_no_average_took_in_yet_are_exported_as_they_are(runs: Runs, tmp_path: Path) -> None:
-    """`average_every` reaches the average: of more updates than the run has, it leaves the exported weights raw."""
+@pytest.mark.parametrize("name", ["unaveraged", "forgetful"])
+def test_an_average_of_nothing_or_of_the_last_weights_is_these(runs: Runs, name: str, tmp_path: Path) -> None:
+    """`average_every` and `average_decay` reach the average: more updates than the run has, and 0, leave weights raw."""
     export_checkpoint(runs["reference"], weights="raw", out=tmp_path / "raw")
-    found = load_file(runs["unaveraged"] / "export" / "model.safetensors")
+    found = load_file(runs[name] / "export" / "model.safetensors")
     expected = load_file(tmp_path / "raw" / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
