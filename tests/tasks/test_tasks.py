@@ -58,7 +58,7 @@ def test_what_names_the_data_of_a_run_is_its_manifest(
 def test_validation_images_of_the_dvae_are_the_central_square_whatever_is_drawn(dvae_run: DvaeRun) -> None:
     dataset, samples = PairDataset.open(dvae_run.data, "validation"), DvaeTask(dvae_run).samples("validation")
     for row in range(0, len(dataset), 3):
-        expected = center_crop_resize(dataset.picture(row), 16).transpose(2, 0, 1)
+        expected = center_crop_resize(dataset.image(row), 16).transpose(2, 0, 1)
         for seed in (0, 1):
             assert np.array_equal(samples.sample(row, np.random.default_rng(seed))["image"], expected)
 
