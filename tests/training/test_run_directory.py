@@ -279,7 +279,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True)
     try:
-        process.wait(30)
+        process.wait(120)
         directory = RunDirectory(tmp_path / "run", "dvae", RUN)
         directory.claim()
         directory.release()
