@@ -20,6 +20,7 @@ from dalle_ds.config import DalleConfig, ParallelConfig, from_dict
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.dalle import ResidualBlock
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
+from dalle_ds.nn.layers import RowParallelLinear
 from dalle_ds.parallel import Mesh, TensorGroup, split_of
 from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.precision import BranchPrecision
@@ -60,10 +61,19 @@ def losses(case: dict[str, Any], config: DalleConfig, batch: dict[str, Tensor], 
     return {name: value.clone() for name, value in result.items()}
 
 
+@torch.no_grad()
+def with_biases(model: Dalle) -> Dalle:
+    """With biases that no process may add twice; fresh ones are 0."""
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear):
+            module.bias.copy_(torch.linspace(-0.5, 0.5, len(module.bias)))
+    return model
+
+
 def pictures(job: dict[str, Any], config: DalleConfig, mesh: Mesh) -> dict[str, Tensor]:
     """Codes that processes draw together, with weights made ready for many steps and without."""
     torch.manual_seed(0)
-    model = Dalle(config, tensor=mesh.divide(ParallelConfig(tensor=mesh.world_size)).tensor).eval()
+    model = with_biases(Dalle(config, tensor=mesh.divide(ParallelConfig(tensor=mesh.world_size)).tensor).eval())
     pipeline = TextToImage(model, DiscreteVAE.from_pretrained(job["dvae"]), Tokenizer.load(job["tokenizer"]))
     drawn = pipeline.generate(job["prompts"], num=3, seed=5)
     flat = [picture.tobytes() for row in drawn for picture in row]

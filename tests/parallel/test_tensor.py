@@ -20,6 +20,7 @@ from dalle_ds.parallel import Split, TensorGroup, split_of
 from dalle_ds.sampling import TextToImage
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE
+from tests.parallel.tensor_worker import with_biases
 from tests.processes import run_ranks
 
 WORKER = Path(__file__).with_name("tensor_worker.py")
@@ -117,7 +118,7 @@ def test_dropout_changes_the_loss() -> None:
 def test_it_draws_the_same_pictures(divided: Path, dvae_export: Path, tokenizer_file: Path, processes: int) -> None:
     found = torch.load(divided / f"drawn-{processes}.pt", weights_only=True)
     torch.manual_seed(0)
-    model = Dalle(CONFIG).eval()
+    model = with_biases(Dalle(CONFIG).eval())
     pipeline = TextToImage(model, DiscreteVAE.from_pretrained(dvae_export), Tokenizer.load(tokenizer_file))
     drawn = [picture.tobytes() for row in pipeline.generate(PROMPTS, num=3, seed=5) for picture in row]
     assert [bytes(row.tolist()) for row in found["pictures"]] == drawn
