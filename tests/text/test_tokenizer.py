@@ -23,9 +23,9 @@ import pytest
 import sentencepiece
 import torch
 
-from dalle_ds import tokenizer as implementation
 from dalle_ds.data.faults import FaultLog
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
+from dalle_ds.text import tokenizer as implementation
 from dalle_ds.text.tokenizer import Tokenizer, TokenizerConfig
 
 CAPTIONS = sorted({entry["en"].strip(":").replace("_", " ") for entry in emoji.EMOJI_DATA.values()})
