@@ -13,7 +13,7 @@ RAY = ["ray[data]>=2.40"]
 setup(
     name="dalle-ds",
     version="0.1.0",
-    description="DALL·E and unCLIP training on DeepSpeed, from one laptop CPU to a cluster",
+    description="DALL·E and CLIP training on DeepSpeed, from one laptop CPU to a cluster",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -66,7 +66,6 @@ setup(
         "filters": FILTERS,
         "overlap": OVERLAP,
         "ray": RAY,
-        "serve": ["gradio>=5.0"],
         "large": ["accelerate>=1.0"],
     },
 )

@@ -1,3 +1,3 @@
-"""dalle_ds: DALL·E and unCLIP training on DeepSpeed, from one laptop CPU to a cluster."""
+"""dalle_ds: DALL·E and CLIP training on DeepSpeed, from one laptop CPU to a cluster."""
 
 __version__ = "0.1.0"

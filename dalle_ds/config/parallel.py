@@ -20,7 +20,7 @@ class ParallelConfig:
     tensor: int = 1
     """Processes that divide every layer's matrices and vocabulary (tensor parallelism): best those of one machine."""
     pipe: int = 1
-    """Stages that the residual blocks are dealt out to in turn (pipeline parallelism); more than 1 needs ZeRO-1."""
+    """Pipeline stages, each a run of consecutive layers of equal cost (pipeline parallelism); more than 1 needs ZeRO-1."""
     sequence: bool = False
     """Whether `tensor` processes also divide the positions of the residual stream, to save activations."""
 
@@ -82,7 +82,7 @@ class WatchConfig:
     straggler_every: int = 100
     """Updates between comparisons of how fast the processes are; 0 makes none."""
     straggler_ratio: float = 1.5
-    """How many times the step of a process at the median the slowest one's takes before it is named."""
+    """Ratio of the slowest process's step time to the median's from which it is named."""
 
     def __post_init__(self) -> None:
         positive("watch", self, "hang_minutes", "collective_minutes", "heartbeat_seconds")

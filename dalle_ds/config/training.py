@@ -42,8 +42,8 @@ class ClipObjective:
     """CLIP's loss and what its images are cut from (CLIP §2.3, §2.4)."""
 
     local_loss: bool = True
-    """Whether each process compares only its own rows with all others of the batch, and not all with all: the same loss and
-    gradients in as much less memory as there are processes, for gradients of embeddings that cross between them."""
+    """Whether each process computes the similarities of its own rows only (n × N twice) instead of all N × N: the same loss
+    and gradients in less memory, at the cost of a reduce-scatter of the embeddings' gradients."""
     min_crop: float = 0.9
     """Training images are random squares of at least this share of the greatest square's area, in (0, 1]. 1 moves the
     greatest square along the longer side, which is CLIP's; 0.9 is open_clip's."""

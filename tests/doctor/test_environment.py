@@ -43,7 +43,7 @@ def test_it_works_without_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(environment, "version_of", lambda name: None)
     found = doctor(monkeypatch, capsys)
     assert "deepspeed missing" in found and "cannot be imported" in found
-    assert "dalle-ds[serve]" in found and "gradio" in found
+    assert "dalle-ds[large]" in found and "accelerate" in found
 
 
 def test_extras_are_read_from_the_packages_own_requirements() -> None:
