@@ -6,7 +6,7 @@ across sections live in the run's.
 """
 
 from dalle_ds.config.clip import CLIP_SHAPES, ClipConfig
-from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig, PriorConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
 from dalle_ds.config.presets import load_preset, preset_names
@@ -45,6 +45,7 @@ __all__ = [
     "ParallelConfig",
     "PowerSGDConfig",
     "Precision",
+    "PriorConfig",
     "RecomputingTrainConfig",
     "ReportConfig",
     "Run",

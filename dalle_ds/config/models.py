@@ -128,3 +128,42 @@ class DalleConfig:
     def total_len(self) -> int:
         """Text and image positions together (1280 in the paper)."""
         return self.text_len + self.image_len
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Shape of the diffusion prior (unCLIP Table 3). The defaults are the paper's."""
+
+    width: int = 2048
+    """Width of the residual stream."""
+    depth: int = 24
+    """Attention layers, each followed by an MLP."""
+    heads: int = 32
+    """Attention heads."""
+    text_len: int = 256
+    """Text positions."""
+    embed_dim: int = 1024
+    """Dimensions of CLIP's embeddings."""
+    text: Literal["tokens", "clip_states"] = "tokens"
+    """What is read of a caption: tokens (the paper's 24 blocks are its text encoder), or the last states of CLIP's frozen text
+    tower, as Karlo's does."""
+    text_vocab: int = 16384
+    """Vocabulary of `tokens`."""
+    text_width: int = 1024
+    """Width of `clip_states`."""
+    mask_padding: bool = False
+    """Whether padding is left out of what every position attends to; the positions' learned padding embeddings are attended to
+    otherwise."""
+    dropout: float = 0.0
+    """Share of the outputs of residual branches that is dropped in training."""
+
+    def __post_init__(self) -> None:
+        names = ("width", "depth", "heads", "text_len", "embed_dim", "text_vocab", "text_width")
+        positive("model", self, *names)
+        fraction("model", self, "dropout")
+        if self.width % self.heads:
+            raise ConfigError(
+                f"model.width={self.width} cannot be split over model.heads={self.heads}: set model.heads to a divisor"
+            )
+        if self.text not in ("tokens", "clip_states"):
+            raise ConfigError(f"model.text must be tokens or clip_states, found {self.text!r}")

@@ -1,0 +1,250 @@
+"""The diffusion prior: from a caption and its CLIP text embedding z_t to the image embedding z_i (unCLIP §2.2, App. C).
+
+A decoder-only transformer with a causal mask over
+
+    text (T)    z_t    timestep    noised z_i    query
+
+whose output at the last position is projected to the clean z_i. Only the last three change from one denoising step to the
+next. What comes before them is a prefix: in sampling its keys and values are computed once for a caption, and a step costs
+three tokens; in training K noised embeddings share one prefix, under a mask that hides them from each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_ds.config import PADDING, Checkpointing, PriorConfig
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, run_block
+from dalle_ds.nn.attention.pattern import dense_attention
+from dalle_ds.nn.layers import Embedding, LayerNorm, Linear, Unembedding, VocabParallelEmbedding
+from dalle_ds.parallel import WHOLE, TensorGroup
+
+TAIL = 3
+"""Positions of one denoising: timestep, noised embedding, query."""
+
+
+class Caption(NamedTuple):
+    """What the prior knows of each caption."""
+
+    text: Tensor
+    """(B, T') tokens, int64, −1 where padded; or, of `text="clip_states"`, (B, T', text_width) floats. T' is at most
+    `text_len`: columns that are padding in every row may be left out where padding is masked."""
+    embedding: Tensor
+    """(B, embed_dim), CLIP's text embedding z_t, scaled as the image embeddings are."""
+    padded: Tensor | None = None
+    """(B, T') bool, which states are padding. Tokens say so themselves."""
+
+
+class DiffusionPrior(nn.Module):
+    """Predicts the clean image embedding from a noised one (unCLIP §2.2: x₀, not ε).
+
+    Padding positions have learned embeddings of their own, as in the DALL·E transformer, and are attended to unless
+    `mask_padding`. Dropping a caption (classifier-free guidance) puts learned nulls in place of all text positions and of z_t;
+    timestep and noised embedding stay.
+
+    Args:
+        config: shape of the model.
+        checkpointing, tensor: as `Dalle` takes them; the group must not divide positions.
+    """
+
+    def __init__(
+        self, config: PriorConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
+    ) -> None:
+        super().__init__()
+        if tensor.sequence:
+            raise ConfigError("the prior's few positions are not divided: leave parallel.sequence out")
+        self.config = config
+        self.checkpointing: Checkpointing = checkpointing
+        self.tensor = tensor
+        width = config.width
+        self.text_input: nn.Module
+        if config.text == "tokens":
+            self.text_input = VocabParallelEmbedding(config.text_vocab, width, tensor)
+        else:
+            self.text_input = Linear(config.text_width, width)
+        self.padding = Embedding(config.text_len, width)
+        self.null_text = Embedding(1, width)
+        self.null_embedding = Embedding(1, width)
+        self.embedding_input = Linear(config.embed_dim, width)
+        self.time_input = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.noised_input = Linear(config.embed_dim, width)
+        self.query = Embedding(1, width)
+        self.position = Embedding(config.text_len + 1 + TAIL, width)
+        scale = (2 * config.depth) ** -0.5
+        self.blocks = nn.ModuleList()
+        for number in range(2 * config.depth):
+            block: ResidualBlock
+            if number % 2:
+                block = MlpBlock(width, scale, tensor)
+            else:
+                block = AttentionBlock(dense_attention, width, config.heads, scale, tensor)
+            block.number, block.dropout = number, config.dropout
+            self.blocks.append(block)
+        self.norm = LayerNorm(width)
+        self.output = Unembedding(width, config.embed_dim)
+
+    def forward(
+        self,
+        caption: Caption,
+        noised: Tensor,
+        timesteps: Tensor,
+        *,
+        dropped: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+    ) -> Tensor:
+        """Predict K clean embeddings for each caption.
+
+        Args:
+            noised: (B, K, embed_dim) noised image embeddings.
+            timesteps: (B, K) int64 training timesteps.
+            dropped: (B,) bool, captions that nulls stand in for; None: none.
+            dropout_seeds: as `Dalle.forward` takes them.
+
+        Returns:
+            (B, K, embed_dim) fp32.
+
+        Raises:
+            DataError: a wrong shape or dtype.
+        """
+        self._check(caption, noised, timesteps)
+        prefix = self.prefix(caption, dropped)
+        x = torch.cat([prefix, self.tail(noised, timesteps)], dim=1)
+        mask = self.mask(caption, prefix.shape[1], noised.shape[1], dropped)
+        if dropout_seeds is not None:
+            dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None
+        for block in self.blocks:
+            x = run_block(block, x, dropout_seeds, mask, self.checkpointing)
+        return self._read(x[:, prefix.shape[1] :])
+
+    def prefix(self, caption: Caption, dropped: Tensor | None = None) -> Tensor:
+        """(B, T' + 1, width) fp32, inputs of the text positions and of z_t."""
+        text = self._text(caption)
+        embedding = self.embedding_input(caption.embedding.to(self.embedding_input.weight.dtype)).float()
+        if dropped is not None:
+            zero = torch.zeros((), dtype=torch.int64, device=text.device)
+            text = torch.where(dropped[:, None, None], self.null_text(zero).float(), text)
+            embedding = torch.where(dropped[:, None], self.null_embedding(zero).float(), embedding)
+        length = text.shape[1]
+        places = torch.arange(length + 1, device=text.device)
+        places[length] = self.config.text_len
+        return torch.cat([text, embedding[:, None]], dim=1) + self.position(places).float()
+
+    def tail(self, noised: Tensor, timesteps: Tensor) -> Tensor:
+        """(B, 3 K, width) fp32, inputs of the three positions of each of K denoisings."""
+        time = sinusoid(timesteps, self.config.width).to(self.time_input[0].weight.dtype)
+        query = self.query(torch.zeros_like(timesteps))
+        inputs = [self.time_input(time), self.noised_input(noised.to(self.noised_input.weight.dtype)), query]
+        places = torch.arange(TAIL, device=noised.device) + self.config.text_len + 1
+        return (torch.stack([part.float() for part in inputs], dim=2) + self.position(places).float()).flatten(1, 2)
+
+    def mask(self, caption: Caption, prefix: int, draws: int, dropped: Tensor | None = None) -> Tensor:
+        """(1 or B, 1, n, n) bool, [query, key]: causal, and the K denoisings do not see each other. Dropped captions have no
+        padding: their nulls are attended to like any text."""
+        device = caption.embedding.device
+        length = prefix + TAIL * draws
+        places = torch.arange(length, device=device)
+        owner = torch.where(places < prefix, -1, (places - prefix) // TAIL)
+        mask = (places[:, None] >= places) & ((owner[:, None] == owner) | (owner == -1))
+        padded = self._padded(caption) if self.config.mask_padding else None
+        if padded is None:
+            return mask[None, None]
+        if dropped is not None:
+            padded = padded & ~dropped[:, None]
+        keep = torch.ones(len(padded), length, dtype=torch.bool, device=device)
+        keep[:, : padded.shape[1]] = ~padded
+        return (mask & (keep[:, None] | torch.eye(length, dtype=torch.bool, device=device)))[:, None]
+
+    def _read(self, tail: Tensor) -> Tensor:
+        """The predictions in the last of each three positions: (B, 3 K, width) → (B, K, embed_dim) fp32."""
+        predicted: Tensor = self.output(self.norm(tail[:, TAIL - 1 :: TAIL]))
+        return predicted
+
+    def _padded(self, caption: Caption) -> Tensor | None:
+        return caption.text == PADDING if self.config.text == "tokens" else caption.padded
+
+    def _text(self, caption: Caption) -> Tensor:
+        if self.config.text == "tokens":
+            text = self.text_input(caption.text.clamp(min=0)).float()
+        else:
+            text = self.text_input(caption.text.to(self.text_input.weight.dtype)).float()
+        padded = self._padded(caption)
+        if padded is None:
+            return text
+        own = self.padding(torch.arange(text.shape[1], device=text.device)).float()
+        return torch.where(padded[..., None], own, text)
+
+    def _check(self, caption: Caption, noised: Tensor, timesteps: Tensor) -> None:
+        rows, config = len(caption.embedding), self.config
+        text = (rows, caption.text.shape[1], *((config.text_width,) if config.text == "clip_states" else ()))
+        fits = caption.text.shape == text and 0 < caption.text.shape[1] <= config.text_len
+        if not fits or (caption.padded is not None and caption.padded.shape != text[:2]):
+            raise DataError(
+                f"text must have shape {text} with at most {config.text_len} positions, found {tuple(caption.text.shape)}"
+            )
+        if caption.embedding.shape != (rows, config.embed_dim):
+            raise DataError(
+                f"text embeddings must have shape (B, {config.embed_dim}), found {tuple(caption.embedding.shape)}"
+            )
+        if noised.dim() != 3 or noised.shape[::2] != (rows, config.embed_dim) or timesteps.shape != noised.shape[:2]:
+            raise DataError(
+                f"noised embeddings must have shape ({rows}, K, {config.embed_dim}) and timesteps ({rows}, K), found "
+                f"{tuple(noised.shape)} and {tuple(timesteps.shape)}"
+            )
+
+
+def sinusoid(timesteps: Tensor, width: int) -> Tensor:
+    """(…) → (…, width) fp32, cosines and sines of frequencies from 1 down to 1e-4 (Vaswani et al. 2017, as in ADM)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
+    angles = timesteps[..., None].float() * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
+
+
+class CachedPrior:
+    """Denoises under fixed captions: the prefix's keys and values are computed once, a step computes three tokens a sample.
+
+    Args:
+        prior: in eval mode.
+        caption: of B captions.
+        draws: samples for each caption, K.
+        dropped: (B,) bool, captions that nulls stand in for.
+    """
+
+    @torch.no_grad()
+    def __init__(self, prior: DiffusionPrior, caption: Caption, draws: int, dropped: Tensor | None = None) -> None:
+        self.prior, self.draws = prior, draws
+        x = prior.prefix(caption, dropped)
+        self._prefix = x.shape[1]
+        mask = prior.mask(caption, self._prefix, draws, dropped)
+        self._mask = mask[..., self._prefix :, :]
+        self._keys: list[tuple[Tensor, Tensor]] = []
+        prefix_mask = mask[..., : self._prefix, : self._prefix]
+        for attention, mlp in zip(*[iter(prior.blocks)] * 2, strict=True):
+            assert isinstance(attention, AttentionBlock) and isinstance(mlp, MlpBlock)
+            qkv = attention.project(x)
+            rows, heads, size = len(x), qkv.shape[3], qkv.shape[4]
+            # Room for the tail's own keys and values behind the prefix's, written anew in each step.
+            pair = qkv.new_empty(2, rows, heads, self._prefix + TAIL * draws, size)
+            pair[:, :, :, : self._prefix] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+            self._keys.append((pair[0], pair[1]))
+            x = mlp(x + attention.attention.attend(qkv, prefix_mask))
+
+    @torch.no_grad()
+    def __call__(self, noised: Tensor, timesteps: Tensor) -> Tensor:
+        """(B, K, embed_dim) and (B, K) int64 → (B, K, embed_dim) fp32, as `DiffusionPrior.forward`."""
+        x = self.prior.tail(noised, timesteps)
+        blocks = iter(self.prior.blocks)
+        for (keys, values), attention, mlp in zip(self._keys, blocks, blocks, strict=True):
+            qkv = attention.project(x)  # type: ignore[operator]
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            keys[:, :, self._prefix :] = key
+            values[:, :, self._prefix :] = value
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask)
+            x = mlp(x + attention.attention.out(attended.transpose(1, 2).flatten(2)))  # type: ignore[operator,union-attr]
+        return self.prior._read(x)
