@@ -6,7 +6,14 @@ across sections live in the run's.
 """
 
 from dalle_ds.config.clip import CLIP_SHAPES, ClipConfig
-from dalle_ds.config.models import ATTENTION_KINDS, PADDING, DalleConfig, DiscreteVAEConfig, PriorConfig
+from dalle_ds.config.models import (
+    ATTENTION_KINDS,
+    PADDING,
+    DalleConfig,
+    DiscreteVAEConfig,
+    LatentPriorConfig,
+    PriorConfig,
+)
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, to_dict
 from dalle_ds.config.presets import load_preset, preset_names
@@ -40,6 +47,7 @@ __all__ = [
     "DvaeObjective",
     "DvaeRun",
     "GuardConfig",
+    "LatentPriorConfig",
     "LoaderConfig",
     "OptimConfig",
     "ParallelConfig",

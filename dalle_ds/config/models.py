@@ -167,3 +167,54 @@ class PriorConfig:
             )
         if self.text not in ("tokens", "clip_states"):
             raise ConfigError(f"model.text must be tokens or clip_states, found {self.text!r}")
+
+
+@dataclass(frozen=True)
+class LatentPriorConfig:
+    """Shape of the autoregressive prior (unCLIP Table 3). The defaults are the paper's."""
+
+    text_width: int = 2048
+    """Width of the text encoder."""
+    text_depth: int = 24
+    """Layers of the text encoder."""
+    text_heads: int = 32
+    """Attention heads of the text encoder."""
+    text_len: int = 256
+    """Text positions."""
+    text_vocab: int = 16384
+    """Vocabulary of the captions."""
+    width: int = 1664
+    """Width of the latent decoder."""
+    depth: int = 24
+    """Layers of the latent decoder, each attending to the text encoder's states as well."""
+    heads: int = 26
+    """Attention heads of the latent decoder."""
+    embed_dim: int = 1024
+    """Dimensions of CLIP's embeddings."""
+    components: int = 319
+    """Principal components of an image embedding, a token each."""
+    buckets: int = 1024
+    """Values of each of these tokens."""
+    similarity_buckets: int = 64
+    """Values of the token of the similarity of image and text embedding, equally many images in each; even."""
+    dropout: float = 0.0
+    """Share of the outputs of residual branches that is dropped in training."""
+
+    def __post_init__(self) -> None:
+        positive("model", self, *(name for name in self.__dataclass_fields__ if name != "dropout"))
+        fraction("model", self, "dropout")
+        for width, heads in (("text_width", "text_heads"), ("width", "heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ConfigError(
+                    f"model.{width}={getattr(self, width)} cannot be split over model.{heads}={getattr(self, heads)}: set "
+                    f"model.{heads} to a divisor"
+                )
+        if self.similarity_buckets % 2 or self.buckets < 2:
+            raise ConfigError(
+                f"model.similarity_buckets must be even and model.buckets at least 2, found {self.similarity_buckets} and "
+                f"{self.buckets}"
+            )
+        if self.components > self.embed_dim:
+            raise ConfigError(
+                f"model.components={self.components} is more than the embeddings' {self.embed_dim} dimensions: set it lower"
+            )

@@ -138,13 +138,35 @@ class Clip(nn.Module):
             DataError: one text in place of a list; tokens of another shape or type, outside the vocabulary, or without an end
                 token.
         """
+        embeddings = self._project_text(self._tokens(texts))
+        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+
+    @torch.no_grad()
+    def text_states(self, texts: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
+        """What the text tower makes of each position, of which `embed_texts` projects the end token's.
+
+        Args:
+            texts: as `embed_texts` takes them.
+
+        Returns:
+            (B, T, text_width) fp32 states after the tower's last normalization, and (B, T) bool, which of them lie behind
+            the end token and say nothing.
+
+        Raises:
+            ConfigError, DataError: as `embed_texts`.
+        """
+        text = self._tokens(texts)
+        ends = (text == self.config.end).int().argmax(dim=1, keepdim=True)
+        return self._text_hidden(text).float(), torch.arange(text.shape[1], device=text.device) > ends
+
+    def _tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """(B, T) int64 on the model's device."""
         if not isinstance(texts, Tensor):
             if self.tokenizer is None:
                 raise ConfigError("this CLIP has no tokenizer: give it tokens, or make it again with a tokenizer")
             texts = self.tokenizer.encode(texts, self.config.text_len)
         check_text(self.config, texts, values=True)
-        embeddings = self._project_text(texts.to(self.logit_scale.device))
-        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+        return texts.to(self.logit_scale.device)
 
     def _project_images(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, embed_dim) fp32, of any length."""
@@ -158,11 +180,15 @@ class Clip(nn.Module):
     def _project_text(self, text: Tensor) -> Tensor:
         """(B, T) tokens → (B, embed_dim) fp32, of any length."""
         is_end = text == self.config.end
-        # The tower is causal: what stands behind the end token, padding of any kind, does not change what is read there.
-        hidden = self.text_model(input_ids=text.masked_fill(text == PADDING, self.config.end)).last_hidden_state
         # Not the tower's own pooling, which takes the greatest token where the end token is 2.
-        pooled = hidden[torch.arange(len(text), device=text.device), is_end.int().argmax(dim=1)]
+        pooled = self._text_hidden(text)[torch.arange(len(text), device=text.device), is_end.int().argmax(dim=1)]
         return self.text_projection(pooled).float()
+
+    def _text_hidden(self, text: Tensor) -> Tensor:
+        """(B, T) tokens → (B, T, text_width)."""
+        # The tower is causal: what stands behind the end token, padding of any kind, does not change what is read there.
+        hidden: Tensor = self.text_model(input_ids=text.masked_fill(text == PADDING, self.config.end)).last_hidden_state
+        return hidden
 
     @cached_property
     def fingerprint(self) -> str:

@@ -190,6 +190,20 @@ def test_padding_of_any_kind_and_none_gives_the_same_embedding() -> None:
 
 
 @torch.no_grad()
+def test_text_states_are_those_that_embeddings_are_made_of() -> None:
+    """One function for both, so that what a prior reads in training is what it reads in sampling."""
+    model = clip().eval()
+    text = captions(SMALL)
+    states, padded = model.text_states(text)
+    reference = transformers_clip(model).text_model(input_ids=text.masked_fill(text == -1, SMALL.end)).last_hidden_state
+    torch.testing.assert_close(states, reference, rtol=1e-5, atol=1e-5)
+    assert torch.equal(padded, text == -1)
+    ends = (~padded).sum(dim=1) - 1
+    embeddings = model.text_projection(states[torch.arange(len(text)), ends])
+    torch.testing.assert_close(embeddings, model.embed_texts(text, normalize=False), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_end_token_may_be_any() -> None:
     """Also 2, which `transformers` takes for "the greatest one": that is how its files of before 2023 say 49,407."""
     config = replace(SMALL, start_token=5, end_token=2)

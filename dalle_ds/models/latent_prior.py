@@ -1,0 +1,264 @@
+"""The autoregressive prior: the codes of an image embedding, one after the other, given its caption (unCLIP §2.2, App. C).
+
+A text encoder reads the caption (no causal mask). A causal decoder, which also attends to the encoder's states, reads
+
+    z_t    similarity    c₀    …    c_{n−2}        and predicts
+           c₀            c₁    …    c_{n−1}
+
+with codes as `models/latents.py` makes them. The paper's decoder has 384 positions, too few for 256 of text beside 319
+codes, so the caption must come in from outside of them; it does not say how, and cross-attention is this model's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_ds.config import PADDING, Checkpointing, LatentPriorConfig
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, check_range
+from dalle_ds.nn.attention.pattern import dense_attention
+from dalle_ds.nn.layers import (
+    ColumnParallelLinear,
+    Embedding,
+    LayerNorm,
+    Linear,
+    RowParallelLinear,
+    Unembedding,
+    VocabParallelEmbedding,
+)
+from dalle_ds.nn.recompute import recomputed
+from dalle_ds.parallel import WHOLE, TensorGroup
+from dalle_ds.precision import enter_branch
+
+HEAD_START = 2
+"""Positions before the first code: z_t and the similarity."""
+
+
+class CrossAttentionBlock(ResidualBlock):
+    """Residual block x + attention(norm(x), states): every position attends to all states of another sequence."""
+
+    def __init__(
+        self, width: int, states_width: int, heads: int, residual_scale: float, tensor: TensorGroup = WHOLE
+    ) -> None:
+        super().__init__(width, tensor)
+        self.heads = heads // tensor.size
+        self.query = ColumnParallelLinear(width, width, tensor)
+        self.states = ColumnParallelLinear(states_width, 2 * width, tensor, fused=2)
+        self.out = RowParallelLinear(width, width, tensor, scale=residual_scale)
+
+    def forward(self, x: Tensor, states: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
+        """(B, n, width) and (B, T, states_width) fp32 → (B, n, width)."""
+        return self.attend(x, *self.keys(states), dropout_seeds)
+
+    def keys(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B, heads, T, D) each."""
+        dtype = self.states.weight.dtype
+        entered = states.to(dtype) if self.precision is None else enter_branch(states, self.precision)
+        both = self.states(self.tensor.copy_to_tensor_region(entered))
+        key, value = both.view(*both.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return key, value
+
+    def attend(self, x: Tensor, key: Tensor, value: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
+        """As `forward`, with what `keys` returned."""
+        query = self.query(self._enter(x, self.query.weight.dtype))
+        query = query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype))
+        return self._join(x, self.out(attended.transpose(1, 2).flatten(2)), dropout_seeds)
+
+
+class AutoregressivePrior(nn.Module):
+    """Predicts the codes of image embeddings.
+
+    Padding positions of a caption have learned embeddings of their own and are attended to. Dropping a caption puts learned
+    nulls in place of its text and of z_t; the similarity stays.
+
+    Args:
+        config: shape of the model.
+        checkpointing: "none" or "full".
+        tensor: as `Dalle` takes it; the group must not divide positions.
+    """
+
+    def __init__(
+        self, config: LatentPriorConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
+    ) -> None:
+        super().__init__()
+        if tensor.sequence:
+            raise ConfigError("the prior's few positions are not divided: leave parallel.sequence out")
+        if checkpointing == "selective":
+            raise ConfigError("the autoregressive prior has no selective checkpointing: set none or full")
+        self.config, self.tensor = config, tensor
+        self.checkpointing: Checkpointing = checkpointing
+        self.text_input = VocabParallelEmbedding(config.text_vocab, config.text_width, tensor)
+        self.padding = Embedding(config.text_len, config.text_width)
+        self.null_text = Embedding(1, config.text_width)
+        self.text_position = Embedding(config.text_len, config.text_width)
+        self.text_blocks = nn.ModuleList()
+        scale, width = (2 * config.text_depth) ** -0.5, config.text_width
+        for _ in range(config.text_depth):
+            self.text_blocks.append(AttentionBlock(dense_attention, width, config.text_heads, scale, tensor))
+            self.text_blocks.append(MlpBlock(width, scale, tensor))
+        self.text_norm = LayerNorm(width)
+
+        width, scale = config.width, (3 * config.depth) ** -0.5
+        self.embedding_input = Linear(config.embed_dim, width)
+        self.null_embedding = Embedding(1, width)
+        self.similarity_input = Embedding(config.similarity_buckets, width)
+        self.code_input = VocabParallelEmbedding(config.buckets, width, tensor)
+        self.position = Embedding(config.components, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.blocks.append(AttentionBlock(dense_attention, width, config.heads, scale, tensor))
+            self.blocks.append(CrossAttentionBlock(width, config.text_width, config.heads, scale, tensor))
+            self.blocks.append(MlpBlock(width, scale, tensor))
+        self.norm = LayerNorm(width)
+        self.head = Unembedding(width, config.buckets, tensor)
+        for number, block in enumerate([*self.text_blocks, *self.blocks]):
+            block.number, block.dropout = number, config.dropout  # type: ignore[assignment]
+
+    def forward(
+        self,
+        text: Tensor,
+        embedding: Tensor,
+        similarity: Tensor,
+        codes: Tensor,
+        *,
+        dropped: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
+        logits: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss and, if asked for, logits.
+
+        Args:
+            text: (B, T) int64 in [0, text_vocab), −1 where padded.
+            embedding: (B, embed_dim), CLIP's text embedding z_t.
+            similarity: (B,) int64 in [0, similarity_buckets), the bucket of z_i · z_t.
+            codes: (B, components) int64 in [0, buckets).
+            dropped: (B,) bool, captions that nulls stand in for; None: none.
+            dropout_seeds: as `Dalle.forward` takes them.
+
+        Returns:
+            () mean cross-entropy in nats per code, fp32; (B, components, buckets) fp32 or None.
+
+        Raises:
+            DataError: a wrong shape, dtype or, on the CPU, value.
+        """
+        self._check(text, embedding, similarity, codes)
+        if dropout_seeds is not None:
+            dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None
+        states = self.encode(text, dropped, dropout_seeds)
+        x = torch.cat([self._start(embedding, similarity, dropped), self._codes(codes[:, :-1], 0)], dim=1)
+        for block in self.blocks:
+            if isinstance(block, CrossAttentionBlock):
+                x = self._run(block, x, states, dropout_seeds)
+            else:
+                x = self._run(block, x, dropout_seeds)
+        hidden = self.norm(x[:, 1:])
+        if logits:
+            scores: Tensor = self.head(hidden)
+            return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
+        return self.head(hidden, codes) / codes.numel(), None
+
+    def encode(self, text: Tensor, dropped: Tensor | None = None, dropout_seeds: Tensor | None = None) -> Tensor:
+        """(B, T, text_width) fp32, the encoder's normalized states."""
+        places = torch.arange(text.shape[1], device=text.device)
+        padded = (text == PADDING)[..., None]
+        x = torch.where(padded, self.padding(places), self.text_input(text.clamp(min=0))).float()
+        if dropped is not None:
+            x = torch.where(dropped[:, None, None], self.null_text(torch.zeros_like(places[0])).float(), x)
+        x = x + self.text_position(places).float()
+        everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=text.device)  # None would be a causal mask
+        for block in self.text_blocks:
+            inputs = (dropout_seeds, everything) if isinstance(block, AttentionBlock) else (dropout_seeds,)
+            x = self._run(block, x, *inputs)
+        normalized: Tensor = self.text_norm(x)
+        return normalized
+
+    def _run(self, block: nn.Module, x: Tensor, *inputs: Tensor | None) -> Tensor:
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            return recomputed(block, x, *inputs)
+        result: Tensor = block(x, *inputs)
+        return result
+
+    def _start(self, embedding: Tensor, similarity: Tensor, dropped: Tensor | None) -> Tensor:
+        """(B, 2, width) fp32, inputs of the two positions before the codes. The first has no position embedding."""
+        first = self.embedding_input(embedding.to(self.embedding_input.weight.dtype)).float()
+        if dropped is not None:
+            null = self.null_embedding(torch.zeros((), dtype=torch.int64, device=first.device)).float()
+            first = torch.where(dropped[:, None], null, first)
+        second = self.similarity_input(similarity) + self.position(torch.zeros_like(similarity))
+        return torch.stack([first, second.float()], dim=1)
+
+    def _codes(self, codes: Tensor, first: int) -> Tensor:
+        """(B, m) codes number first, first + 1, … → (B, m, width) fp32, inputs that predict the ones after them."""
+        places = torch.arange(first + 1, first + 1 + codes.shape[1], device=codes.device)
+        return self.code_input(codes).float() + self.position(places).float()
+
+    def _check(self, text: Tensor, embedding: Tensor, similarity: Tensor, codes: Tensor) -> None:
+        config = self.config
+        check_range(text, "text", config.text_len, PADDING, config.text_vocab)
+        check_range(codes, "codes", config.components, 0, config.buckets)
+        check_range(similarity[:, None], "similarity", 1, 0, config.similarity_buckets)
+        if embedding.shape != (len(text), config.embed_dim) or not len(text) == len(codes) == len(similarity):
+            raise DataError(
+                f"text, embeddings (B, {config.embed_dim}), similarities and codes must have as many rows, found "
+                f"{len(text)}, {tuple(embedding.shape)}, {len(similarity)} and {len(codes)}"
+            )
+
+
+class LatentSampler:
+    """Samples codes one after the other; a step computes one position, on cached keys and values.
+
+    Args:
+        prior: in eval mode.
+        text, embedding, similarity, dropped: of B rows, as `AutoregressivePrior.forward` takes them.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        prior: AutoregressivePrior,
+        text: Tensor,
+        embedding: Tensor,
+        similarity: Tensor,
+        dropped: Tensor | None = None,
+    ) -> None:
+        self.prior, self.length = prior, 0
+        states = prior.encode(text, dropped)
+        self._states = [b.keys(states) for b in prior.blocks if isinstance(b, CrossAttentionBlock)]
+        self._cache: list[Tensor] = []
+        self.logits = self._advance(prior._start(embedding, similarity, dropped))
+        """(B, buckets) fp32, of the next code."""
+
+    @torch.no_grad()
+    def step(self, codes: Tensor) -> None:
+        """Take (B,) int64, the next code of every row; `logits` then are those of the code after it."""
+        number = self.length - HEAD_START
+        if number >= self.prior.config.components - 1:
+            raise ConfigError(f"all {self.prior.config.components} codes are sampled")
+        self.logits = self._advance(self.prior._codes(codes[:, None], number))
+
+    def _advance(self, x: Tensor) -> Tensor:
+        start, self.length = self.length, self.length + x.shape[1]
+        layers = iter(self.prior.blocks)
+        blocks: Sequence[nn.Module]
+        for number, blocks in enumerate(zip(layers, layers, layers, strict=True)):
+            attention, cross, mlp = blocks
+            assert isinstance(attention, AttentionBlock) and isinstance(cross, CrossAttentionBlock)
+            qkv = attention.project(x)
+            if number == len(self._cache):
+                rows, _, _, heads, size = qkv.shape
+                self._cache.append(qkv.new_empty(2, rows, heads, self.prior.config.components + 1, size))
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            cache = self._cache[number]
+            cache[0, :, :, start : self.length] = key
+            cache[1, :, :, start : self.length] = value
+            keys, values = cache[:, :, :, : self.length]
+            attended = F.scaled_dot_product_attention(query, keys, values, is_causal=start == 0)
+            x = x + attention.attention.out(attended.transpose(1, 2).flatten(2))
+            x = mlp(cross.attend(x, *self._states[number]))
+        scores: Tensor = self.prior.head(self.prior.norm(x[:, -1]))
+        return scores
