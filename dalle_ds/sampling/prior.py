@@ -1,0 +1,175 @@
+"""Image embeddings of captions, sampled from a prior (unCLIP §2.2).
+
+A sample is a function of (seed, its number, its caption): its noise is drawn ahead on the CPU, and nothing that is sampled
+beside it changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_ds.diffusion import AnalyticVariance, NoiseSchedule, clip_x0, ddim_step, ddpm_step, guide, step_grid
+from dalle_ds.errors import ConfigError
+from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
+from dalle_ds.models.latents import LatentCodec
+from dalle_ds.models.prior import CachedPrior, Caption, DiffusionPrior
+
+
+@dataclass(frozen=True)
+class PriorSampling:
+    """How image embeddings are sampled. The defaults are the paper's (Table 3)."""
+
+    method: Literal["analytic", "ddpm", "ddim"] = "analytic"
+    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta."""
+    steps: str = "64"
+    """Timesteps visited, as `dalle_ds.diffusion.step_grid` takes them."""
+    eta: float = 0.0
+    """Of DDIM: 0 is deterministic, 1 has DDPM's variance."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    bound: float | None = None
+    """Scaled embeddings are kept in [−bound, bound] at every step; None leaves them."""
+    best_of: int = 2
+    """Samples of which the one with the greatest dot product with the text embedding is taken."""
+
+    def __post_init__(self) -> None:
+        if self.method not in ("analytic", "ddpm", "ddim"):
+            raise ConfigError(f"sampling.method must be analytic, ddpm or ddim, found {self.method!r}")
+        if self.best_of < 1:
+            raise ConfigError(f"sampling.best_of must be at least 1, found {self.best_of}")
+        if not 0 <= self.eta <= 1 or (self.eta and self.method != "ddim"):
+            raise ConfigError(f"sampling.eta must lie in [0, 1] and belongs to method ddim, found {self.eta}")
+
+
+def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
+    """The normal numbers that decide sample number `sample` of the caption `key` under `seed`: fp32 on the CPU."""
+    digest = hashlib.sha256(repr((seed, sample, key)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(*shape, generator=generator)
+
+
+@torch.no_grad()
+def denoise(
+    prior: DiffusionPrior,
+    caption: Caption,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    sampling: PriorSampling,
+    variance: AnalyticVariance | None = None,
+) -> Tensor:
+    """Sample scaled image embeddings.
+
+    Args:
+        prior: in eval mode.
+        caption: of B captions, on the prior's device.
+        noise: (B, K, N + 1, embed_dim) normal numbers: x_T, then one for each step of the grid, noisiest first.
+        schedule: the one of training.
+        variance: of the grid of `sampling.steps`, for the method analytic.
+
+    Returns:
+        (B, K, embed_dim) fp32.
+
+    Raises:
+        ConfigError: the method is analytic and there is no variance; noise of another number of steps.
+    """
+    grid = schedule.on(step_grid(sampling.steps, len(schedule)))
+    if noise.shape[2] != len(grid) + 1:
+        raise ConfigError(
+            f"a grid of {len(grid)} steps needs {len(grid) + 1} noises for each sample, found {noise.shape[2]}"
+        )
+    if sampling.method == "analytic" and variance is None:
+        raise ConfigError(
+            "sampling.method=analytic needs the variances that are measured after training: take ddpm or ddim"
+        )
+    variances = variance.ddpm() if sampling.method == "analytic" and variance is not None else grid.posterior_variances
+    rows, draws = noise.shape[:2]
+    guided = sampling.guidance != 1
+    if guided:
+        caption = Caption(*(None if part is None else torch.cat([part, part]) for part in caption))  # type: ignore[arg-type]
+    device = caption.embedding.device
+    dropped = torch.arange(len(caption.embedding), device=device) >= rows if guided else None
+    cached = CachedPrior(prior, caption, draws, dropped)
+    noise = noise.to(device)
+    x = noise[:, :, 0]
+    for number, step in enumerate(reversed(range(len(grid))), start=1):
+        times = grid.timesteps[step].to(device).expand(len(caption.embedding), draws)
+        x0 = cached(torch.cat([x, x]) if guided else x, times)
+        if guided:
+            x0 = guide(*x0.chunk(2), sampling.guidance)
+        x0 = clip_x0(x0, sampling.bound)
+        if sampling.method == "ddim":
+            x = ddim_step(grid, step, x, x0, sampling.eta, noise[:, :, number])
+        else:
+            x = ddpm_step(grid, step, x, x0, noise[:, :, number], variances[step])
+    return x
+
+
+@torch.no_grad()
+def sample_codes(
+    prior: AutoregressivePrior,
+    codec: LatentCodec,
+    text: Tensor,
+    embedding: Tensor,
+    uniforms: Tensor,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Sample image embeddings code by code, under a similarity from the upper half of its distribution (unCLIP §2.2).
+
+    Args:
+        prior: in eval mode.
+        text, embedding: of B rows, as `AutoregressivePrior.forward` takes them.
+        uniforms: (B, components + 1) numbers in [0, 1): the first chooses the similarity, the others a code each.
+
+    Returns:
+        (B, embed_dim) fp32.
+    """
+    config, rows = prior.config, len(text)
+    half = config.similarity_buckets // 2
+    similarity = half + (uniforms[:, 0].to(text.device) * half).long()
+    guided = guidance != 1
+    inputs = (text, embedding, similarity)
+    if guided:
+        inputs = tuple(torch.cat([part, part]) for part in inputs)  # type: ignore[assignment]
+    dropped = torch.arange(2 * rows, device=text.device) >= rows if guided else None
+    sampler = LatentSampler(prior, *inputs, dropped)
+    codes: list[Tensor] = []
+    for number in range(config.components):
+        logits = sampler.logits
+        if guided:
+            logits = guide(*logits.chunk(2), guidance)
+        probabilities = logits.double().softmax(dim=-1).cumsum(dim=-1)
+        chosen = torch.searchsorted(probabilities, uniforms[:, number + 1, None].to(probabilities).contiguous())
+        codes.append(chosen.squeeze(1).clamp(max=config.buckets - 1))
+        if number + 1 < config.components:
+            sampler.step(torch.cat([codes[-1]] * 2) if guided else codes[-1])
+    return codec.decode(torch.stack(codes, dim=1))
+
+
+def best_of(samples: Tensor, text_embedding: Tensor, count: int) -> Tensor:
+    """Of each `count` samples the one that is most similar to the caption (unCLIP §2.2, where it is two).
+
+    Args:
+        samples: (B, K · count, embed_dim).
+        text_embedding: (B, embed_dim).
+
+    Returns:
+        (B, K, embed_dim).
+    """
+    groups = samples.unflatten(1, (-1, count))
+    similarity = (F.normalize(groups, dim=-1) * F.normalize(text_embedding, dim=-1)[:, None, None]).sum(-1)
+    chosen = similarity.argmax(dim=2)[..., None, None].expand(-1, -1, 1, groups.shape[-1])
+    return groups.gather(2, chosen).squeeze(2)
+
+
+def caption_noise(keys: Sequence[str], seed: int, samples: int, steps: int, dim: int) -> Tensor:
+    """(B, K, steps + 1, dim) noise for `denoise`, of samples 0 … K − 1 of each caption."""
+    return torch.stack(
+        [torch.stack([sample_noise(key, seed, number, steps + 1, dim) for number in range(samples)]) for key in keys]
+    )
