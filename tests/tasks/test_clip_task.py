@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
+from dalle_ds.config import ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
 from dalle_ds.data import BatchLoader, ClipSamples, PairDataset, evaluation_batches
 from dalle_ds.data.augment import clip_center_view, clip_random_view
 from dalle_ds.data.dataset import read_info
@@ -26,6 +26,7 @@ from dalle_ds.tasks.clip import ClipTask, recalls
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.text.tokenizer import Tokenizer
 from dalle_ds.training.export import export_checkpoint
+from tests.clip_shapes import CLIP_SHAPES
 from tests.conftest import TINY_DALLE
 from tests.processes import run_ranks
 

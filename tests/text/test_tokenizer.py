@@ -503,7 +503,7 @@ def test_the_launcher_trains_on_every_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str], size: int
 ) -> None:
     (tmp_path / "tiny.yaml").write_text("tokenizer:\n  vocab_size: 700\n")
-    monkeypatch.setattr("dalle_ds.config.presets.PRESET_DIR", tmp_path)
+    monkeypatch.setattr("dalle_ds.config.plain.PRESET_DIR", tmp_path)
     out = tmp_path / "folder" / "t.model"
     launch(monkeypatch, "--out", str(out), "--preset", "tiny", *options)
     Tokenizer.train(CAPTIONS[: len(CAPTIONS) // 2 * 2], tmp_path / "expected.model", size)
