@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.clip_layouts import (
     HF_MARK,
     OPENAI_MARK,
@@ -31,10 +28,10 @@ from dalle_ds.interop.clip_layouts import (
     to_openai,
     unwrapped,
 )
-from dalle_ds.interop.openai_dvae import SOURCE_NAME, sha256_of
+from dalle_ds.interop.openai_dvae import described, exported
 from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.models.clip import Clip
-from dalle_ds.models.pretrained import check_shapes, load_weights
+from dalle_ds.models.pretrained import check_shapes, load_weights, read_safetensors
 from dalle_ds.parsing import parse_json
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
@@ -122,19 +119,15 @@ def import_clip(
         CheckpointError: as `load_clip`, or the folder cannot be written.
         ConfigError: as `load_clip`, or `out` is there already, and is something else than an imported model.
     """
-    folder = Path(out)
-    if folder.exists() and not (folder / SOURCE_NAME).is_file():
-        raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
-    model, weights = _load(Path(source), format, tokenizer, activation)
-    try:
-        with built_beside(folder) as beside:
-            model.save_pretrained(beside)
-            parts = {part.name: sha256_of(part) for part in _parts(weights)} if weights.name.endswith(_INDEX) else {}
-            described = {"file": weights.name, "sha256": sha256_of(weights), **({"parts": parts} if parts else {})}
-            write_json(beside / SOURCE_NAME, described)
-    except OSError as error:
-        raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
-    return model
+
+    def make() -> tuple[Clip, dict[str, Any]]:
+        model, file = _load(Path(source), format, tokenizer, activation)
+        found: dict[str, Any] = dict(described(file))
+        if file.name.endswith(_INDEX):
+            found["parts"] = {part.name: described(part)["sha256"] for part in _parts(file)}
+        return model, found
+
+    return exported(make, out)
 
 
 def _format(path: Path) -> ClipFormat:
@@ -193,7 +186,7 @@ def _read_huggingface(file: Path, activation: Activation | None) -> Read:
     description = file.parent / HF_CONFIG
     config = from_huggingface_config(_json(description), _preprocessor(file.parent), str(description))
     weights = plain_huggingface(unwrapped(_tensors(file), HF_MARK, str(file)))
-    check_shapes(lambda: _InTheirLayout(config, to_huggingface), config, weights, file)
+    check_shapes(lambda: Clip(config), config, weights, file, to_huggingface)
     return config, from_huggingface(weights)
 
 
@@ -214,38 +207,15 @@ _READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
 
 
 def _from_openai(weights: Mapping[str, Tensor], config: ClipConfig, file: Path) -> dict[str, Tensor]:
-    check_shapes(lambda: _InTheirLayout(config, partial(to_openai, config=config)), config, weights, file)
+    check_shapes(lambda: Clip(config), config, weights, file, partial(to_openai, config=config))
     return from_openai(weights, config)
-
-
-class _InTheirLayout(nn.Module):
-    """A CLIP whose state dict has another layout, so that an error tells the names in the file."""
-
-    def __init__(self, config: ClipConfig, layout: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        super().__init__()
-        self.clip = Clip(config)
-        self.layout = layout
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors in that layout."""
-        return self.layout(self.clip.state_dict())
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """Tensors of a file, in fp32, or of the files that an index lists."""
     if file.name.endswith(_INDEX):
         return _tensors_of_parts(file)
-    if file.suffix == ".safetensors":
-        try:
-            found = load_file(file)
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-        ) as error:  # KeyError: a dtype that this version of safetensors lacks
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    else:
-        found = load_tensors(file, classes=None)
+    found = read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, classes=None)
     return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in found.items()}
 
 
