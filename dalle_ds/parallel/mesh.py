@@ -17,8 +17,8 @@ import datetime
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -26,10 +26,10 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from dalle_ds.config import DalleConfig, ParallelConfig
 from dalle_ds.errors import ConfigError, DalleError, Interrupted
-from dalle_ds.parallel import timeouts
 from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
 Value = TypeVar("Value")
@@ -253,13 +253,26 @@ class Mesh:
         """Set how long operations that begin from now on may wait for other processes, on all groups that there are.
 
         Long at first, for loading and compiling; short afterwards. To be called by all ranks, though none waits for another.
+        One that waits longer raises an error (gloo), or has its process ended by a thread of NCCL's. Either ends the run
+        (`Watch`).
         """
-        timeouts.set_timeout(60 * minutes)
+        for group in _groups_in_use():
+            distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
 
-    def patience(self, minutes: float) -> AbstractContextManager[None]:
+    @contextmanager
+    def patience(self, minutes: float) -> Iterator[None]:
         """A context in which operations may wait for so long, where they wait less otherwise: for what takes processes
         different times, such as saving. Ends for all at once. Collective."""
-        return timeouts.extended_timeout(60 * minutes)
+        before = {group: _timeout(group) for group in _groups_in_use()}
+        for group, timeout in before.items():
+            distributed_c10d._set_pg_timeout(max(datetime.timedelta(minutes=minutes), timeout), group)
+        try:
+            yield
+            if before:
+                dist.barrier()  # else whoever is done first would wait for the others with the shorter timeout
+        finally:
+            for group, timeout in before.items():
+                distributed_c10d._set_pg_timeout(timeout, group)
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -302,9 +315,12 @@ class Mesh:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
-def share_tensors(tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis) -> dict[str, Tensor] | None:
-    """What the first process along an axis gives, on all of them: named tensors on the mesh's device, or None. Collective."""
-    source, group = mesh.ranks(axis)[0], mesh.group(axis)
+def share_tensors(
+    tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis, place: int = 0
+) -> dict[str, Tensor] | None:
+    """What one process along an axis gives, by default the first, on all of them: named tensors on the mesh's device, or
+    None. Collective."""
+    source, group = mesh.ranks(axis)[place], mesh.group(axis)
     is_source = mesh.rank == source
     told: list[Any] = [None]
     if is_source and tensors is not None:
@@ -321,6 +337,17 @@ def share_tensors(tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis) -> 
             shared[name] = torch.empty(shape, dtype=dtype, device=mesh.device)
         dist.broadcast(shared[name], src=source, group=group)
     return shared
+
+
+def _groups_in_use() -> list[Any]:
+    """Groups of several processes that this one belongs to, DeepSpeed's own included."""
+    groups = list(distributed_c10d._world.pg_map) if dist.is_initialized() else []
+    return [group for group in groups if group.size() > 1]
+
+
+def _timeout(group: Any) -> datetime.timedelta:
+    backends = [group._get_backend(torch.device(kind.type)) for kind in group._device_types]
+    return max(backend.options._timeout for backend in backends)
 
 
 def _place(rank: int, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
