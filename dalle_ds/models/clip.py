@@ -101,7 +101,7 @@ class Clip(nn.Module):
         check_images(images, self.config.image_size)
         check_text(self.config, text, values=text.device.type == "cpu")
         image, caption = self._project_images(images), self._project_text(text)
-        scale = _limited_exp(self.logit_scale.float()).squeeze()
+        scale = _LimitedExp.apply(self.logit_scale.float()).squeeze()
         return ClipOutput(F.normalize(image, dim=-1), F.normalize(caption, dim=-1), scale)
 
     @torch.no_grad()
@@ -297,10 +297,6 @@ class _LimitedExp(torch.autograd.Function):
         (gradient,) = gradients
         raises = (value >= LARGEST_SCALE) & (gradient < 0)
         return torch.where(raises, 0.0, gradient * value)
-
-
-def _limited_exp(exponent: Tensor) -> Tensor:
-    return _LimitedExp.apply(exponent)
 
 
 def square_pixels(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:

@@ -11,10 +11,13 @@ same weights whatever the group's size.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle_ds.nn.cross_entropy import linear_cross_entropy
 from dalle_ds.parallel import WHOLE, Split, TensorGroup
@@ -128,6 +131,16 @@ class Unembedding(Linear):
                     input.flatten(0, -2), self.weight, self.bias, targets.flatten(), self.tensor
                 )
             return self.tensor.gather(F.linear(input.float(), self.weight.float(), self.bias.float()))
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass.
+
+    That repeats the function up to the last value that it needs: where a function ends with a matrix product, that product
+    is not repeated.
+    """
+    # What is dropped depends on no random state that would have to be restored.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,42 +66,31 @@ def _runs(slots: Tensor) -> tuple[slice, ...]:
     return tuple(slice(int(slots[a]), int(slots[b - 1]) + 1) for a, b in itertools.pairwise(edges))
 
 
-class Window(Protocol):
-    """What one position writes to a layer's keys and values, and what it reads of them.
+class Runs:
+    """The window of a position that is known on the CPU: nothing else is read, and only where there are gaps is it copied.
 
     Keys and values lie in one tensor (2, rows, heads, slots, D).
     """
 
-    bias: Tensor | None
-    """(keys,) added to the scores of what is read; None adds nothing."""
-
-    def write(self, codes: Tensor, new: Tensor) -> None:
-        """Put (2, rows, heads, D) into the position's slot."""
-
-    def read(self, codes: Tensor) -> Tensor:
-        """(2, rows, heads, keys, D), the keys and values that the position attends to."""
-        ...
-
-
-class Runs:
-    """The window of a position that is known on the CPU: nothing else is read, and only where there are gaps is it copied."""
-
     bias: Tensor | None = None
+    """(keys,) added to the scores of what is read; None adds nothing."""
 
     def __init__(self, slots: Slots, position: int) -> None:
         self.slot = slots.written[position]
         self.runs = slots.runs[position]
 
     def write(self, codes: Tensor, new: Tensor) -> None:
+        """Put (2, rows, heads, D) into the position's slot."""
         codes.select(3, self.slot).copy_(new)
 
     def read(self, codes: Tensor) -> Tensor:
+        """(2, rows, heads, keys, D), the keys and values that the position attends to."""
         parts = [codes.narrow(3, run.start, run.stop - run.start) for run in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
 class Table:
-    """The window of a position that is a tensor of shape (1,), by way of tables on its device.
+    """`Runs` of a position that is a tensor of shape (1,), by way of tables on its device.
 
     All positions read the same number of slots; those beyond what is allowed are masked, so they must hold finite numbers.
     """
@@ -113,10 +101,16 @@ class Table:
         self.bias: Tensor | None = tables.bias.index_select(0, position)[0]
 
     def write(self, codes: Tensor, new: Tensor) -> None:
+        """As `Runs`."""
         codes.index_copy_(3, self.slot, new[:, :, :, None])
 
     def read(self, codes: Tensor) -> Tensor:
+        """As `Runs`."""
         return codes if self.slots is None else codes.index_select(3, self.slots)
+
+
+Window = Runs | Table
+"""What one position writes to a layer's keys and values, and what it reads of them."""
 
 
 class SlotTables:
