@@ -7,7 +7,6 @@ quick.
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ def plan() -> None:
     """
     from rich.console import Console
 
-    from dalle_ds.files import write_bytes
+    from dalle_ds.files import write_json
     from dalle_ds.planning.command import parse_plan_command
     from dalle_ds.planning.plan import make_plan
     from dalle_ds.planning.report import found_tables, plan_tables
@@ -124,7 +123,7 @@ def plan() -> None:
         tables, figures = plan_tables(plan), plan.to_dict()
     Console(width=130).print(tables)
     if command.json is not None:
-        write_bytes(Path(command.json), (json.dumps(figures, indent=2) + "\n").encode())
+        write_json(Path(command.json), figures)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Ranks are numbered along four axes, the last of which changes fastest, so that t
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 import socket
@@ -89,10 +90,7 @@ class Mesh:
 
     def size(self, axis: Axis) -> int:
         """Processes along an axis."""
-        size = 1
-        for coordinate in _COORDINATES[axis]:
-            size *= self.sizes[coordinate]
-        return size
+        return math.prod(self.sizes[coordinate] for coordinate in _COORDINATES[axis])
 
     def index(self, axis: Axis) -> int:
         """This process's number along an axis."""
