@@ -101,10 +101,7 @@ class Mesh:
 
     def ranks(self, axis: Axis) -> list[int]:
         """Ranks of this process's group along an axis, in their order."""
-        fixed = [c for c in range(4) if c not in _COORDINATES[axis]]
-        return [
-            rank for rank in range(self.world_size) if all(_place(rank, self.sizes)[c] == self.place[c] for c in fixed)
-        ]
+        return next(ranks for ranks in _lines(self.world_size, self.sizes, axis) if self.rank in ranks)
 
     def group(self, axis: Axis) -> Any:
         """The process group along an axis; None stands for all processes."""
@@ -355,21 +352,27 @@ def _place(rank: int, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, 
     return replica, stage, shard, part
 
 
+def _lines(world_size: int, sizes: tuple[int, int, int, int], axis: Axis) -> list[list[int]]:
+    """The ranks of every group along an axis."""
+    fixed = [c for c in range(4) if c not in _COORDINATES[axis]]
+    lines: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(world_size):
+        place = _place(rank, sizes)
+        lines.setdefault(tuple(place[c] for c in fixed), []).append(rank)
+    return list(lines.values())
+
+
 @cache
 def _groups(world_size: int, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Groups along every axis that this process belongs to. Collective; kept, since groups are not given back."""
     own = dist.get_rank()
     found: dict[str, Any] = {}
-    for axis, coordinates in _COORDINATES.items():
-        fixed = [c for c in range(4) if c not in coordinates]
-        members: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(world_size):
-            place = _place(rank, sizes)
-            members.setdefault(tuple(place[c] for c in fixed), []).append(rank)
-        if len(members) == 1:
+    for axis in _COORDINATES:
+        lines = _lines(world_size, sizes, axis)
+        if len(lines) == 1:
             found[axis] = None  # all processes
             continue
-        for ranks in members.values():
+        for ranks in lines:
             group = dist.new_group(ranks)  # every process must take part in making every group
             if own in ranks:
                 found[axis] = group
