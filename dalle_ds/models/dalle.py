@@ -25,7 +25,6 @@ from dalle_ds.config import PADDING, Checkpointing, DalleConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.pretrained import check_shapes, load_model, load_weights, save_model
 from dalle_ds.nn.attention import AttentionPattern, SelfAttention, configured_kinds
-from dalle_ds.nn.dropout import dropout
 from dalle_ds.nn.layers import (
     ColumnParallelLinear,
     Embedding,
@@ -34,6 +33,7 @@ from dalle_ds.nn.layers import (
     RowParallelLinear,
     Unembedding,
     VocabParallelEmbedding,
+    dropout,
     recomputed,
 )
 from dalle_ds.parallel import WHOLE, TensorGroup, split_of

@@ -20,9 +20,20 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.cache import KVCache, LayerCache, bytes_per_prompt, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle, check_range, kept_text
-from dalle_ds.nn.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
+from dalle_ds.nn.attention.decoding import (
+    ROWS,
+    ROWS_ALIKE,
+    KVCache,
+    LayerCache,
+    Runs,
+    SlotTables,
+    Table,
+    Window,
+    attend_to_cache,
+    bytes_per_prompt,
+    bytes_per_row,
+)
 from dalle_ds.nn.layers import Linear, RowParallelLinear, Unembedding
 
 Layer = Callable[[Tensor], Tensor]
@@ -343,7 +354,7 @@ def bytes_per_step(
     """
     width, fp32 = config.width, torch.float32.itemsize
     matrices, biases, norms = 12 * width**2, 9 * width, 4 * width
-    of_codes = bytes_read_per_row(config, dtype, position)
+    of_codes = bytes_per_row(config, dtype, read_at=position)
     return {
         "blocks": config.depth * ((matrices + biases) * dtype.itemsize + norms * fp32),
         "image_head": config.image_vocab * (width + 1) * dtype.itemsize + 2 * width * fp32,
