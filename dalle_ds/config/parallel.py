@@ -20,7 +20,7 @@ class ParallelConfig:
     tensor: int = 1
     """Processes that divide every layer's matrices and vocabulary (tensor parallelism): best those of one machine."""
     pipe: int = 1
-    """Stages that the residual blocks are dealt out to in turn (pipeline parallelism); more than 1 needs ZeRO-1."""
+    """Stages that the residual blocks are assigned to in turn (pipeline parallelism); more than 1 needs ZeRO-1."""
     sequence: bool = False
     """Whether `tensor` processes also divide the positions of the residual stream, to save activations."""
 

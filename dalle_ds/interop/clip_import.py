@@ -80,29 +80,25 @@ def load_clip(
         CheckpointError: a file that cannot be read or is not trusted, or a tensor or field that no CLIP of ours has, named.
         ConfigError: a format or tokenizer that does not fit the source.
     """
-    model, _ = _load(Path(source), format, tokenizer, activation)
-    return model
-
-
-def _load(
-    path: Path, format: ClipFormat | Literal["auto"], tokenizer: str | Path | None, activation: Activation | None
-) -> tuple[Clip, Path]:
-    """The model, and its file of weights."""
-    chosen = _format(path) if format == "auto" else format
+    path = Path(source)
+    chosen, file = _found(path, format)
     if format == "auto" and chosen == "openai" and path.name in OPEN_CLIP_WEIGHTS and activation is None:
         raise ConfigError(
             f"{path} does not say the activation of its model, and there is no {OPEN_CLIP_CONFIG} beside it: put it there, or "
             "give --activation gelu, as most of open_clip's have, or quick_gelu"
         )
-    file = _weights_file(path, chosen)
     config, weights = _READERS[chosen](file, activation)
     if activation is not None and config.activation != activation:
         raise ConfigError(f"{path} is a model with activation {config.activation}, found {activation}: leave it out")
-    # What lies beside a single file of OpenAI's need not be its own.
-    folder = path if path.is_dir() else file.parent if chosen != "openai" else None
-    model = Clip(config, tokenizer=_tokenizer(folder, tokenizer, config))
+    special = {"start": config.start, "end": config.end}
+    found = None
+    if tokenizer is not None:
+        found = ClipTokenizer.load(tokenizer, **special)
+    elif path.is_dir() or chosen != "openai":  # what lies beside a single file of OpenAI's need not be its own
+        found = ClipTokenizer.find(file.parent, **special)
+    model = Clip(config, tokenizer=found)
     load_weights(model, weights, file)
-    return model.eval(), file
+    return model.eval()
 
 
 def import_clip(
@@ -121,7 +117,8 @@ def import_clip(
     """
 
     def make() -> tuple[Clip, dict[str, Any]]:
-        model, file = _load(Path(source), format, tokenizer, activation)
+        model = load_clip(source, format, tokenizer=tokenizer, activation=activation)
+        _, file = _found(Path(source), format)
         found: dict[str, Any] = dict(described(file))
         if file.name.endswith(_INDEX):
             found["parts"] = {part.name: described(part)["sha256"] for part in _parts(file)}
@@ -146,17 +143,18 @@ def _format(path: Path) -> ClipFormat:
     raise CheckpointError(f"{path} holds no CLIP: it has none of {', '.join(_MARKS.values())}")
 
 
-def _weights_file(path: Path, format: ClipFormat) -> Path:
-    """The file of weights: `path` itself, or the one in that folder."""
+def _found(path: Path, format: ClipFormat | Literal["auto"]) -> tuple[ClipFormat, Path]:
+    """The layout, and the file of weights: `path` itself, or the one in that folder."""
+    chosen = _format(path) if format == "auto" else format
     if path.is_file():
-        return path
-    names = _WEIGHTS[format]
-    found = next((path / name for name in names if (path / name).is_file()), None)
-    if found is None:
+        return chosen, path
+    names = _WEIGHTS[chosen]
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
         raise CheckpointError(
             f"{path} has no file of weights: it has none of {', '.join(names)} (parts are not read without their {_INDEX})"
         )
-    return found
+    return chosen, file
 
 
 Read = tuple[ClipConfig, dict[str, Tensor]]
@@ -252,9 +250,3 @@ def _json(file: Path) -> Any:
         return parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _tokenizer(folder: Path | None, tokenizer: str | Path | None, config: ClipConfig) -> ClipTokenizer | None:
-    if tokenizer is not None:
-        return ClipTokenizer.load(tokenizer, start=config.start, end=config.end)
-    return None if folder is None else ClipTokenizer.find(folder, start=config.start, end=config.end)

@@ -241,11 +241,11 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
     for tower, part in (("vision", vision), ("text", text)):
         _check_huggingface_tower(tower, part, fields[f"{tower}_width"], fields["activation"], where)
     config = _config({**fields, **_standardization(preprocessor, "image_mean", "image_std", where)}, where)
-    _check_huggingface_pictures(preprocessor or {}, config.image_size, where)
+    _check_preprocessor(preprocessor or {}, config.image_size, where)
     return config
 
 
-def _check_huggingface_pictures(preprocessor: dict[str, Any], size: int, where: str) -> None:
+def _check_preprocessor(preprocessor: dict[str, Any], size: int, where: str) -> None:
     """Refuse images that are not resized to `size` along the shorter side, cut and standardized."""
     # Older files have numbers for sizes. A height and a width would squeeze the image, where it is not cut.
     allowed: dict[str, tuple[Any, ...]] = {

@@ -58,7 +58,7 @@ class Clip(nn.Module):
 
     Example:
         >>> clip = Clip.from_pretrained("runs/clip")
-        >>> cosines = clip.embed_texts(["a red circle"]) @ clip.embed_images(pictures).T
+        >>> cosines = clip.embed_texts(["a red circle"]) @ clip.embed_images(images).T
     """
 
     def __init__(
