@@ -289,8 +289,9 @@ _OPEN_CLIP_FIELDS = {
         "layers": "text_depth",
     },
 }
-_OPEN_CLIP_READ = ("head_width", "pool_type", "eos_id")
+_OPEN_CLIP_READ = {"vision_cfg": ("head_width",), "text_cfg": ("eos_id",)}
 """Besides these."""
+_OPEN_CLIP_POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos")}
 _OPEN_CLIP_PLAIN: dict[str, Any] = {
     "mlp_ratio": 4.0,
     "ls_init_value": None,
@@ -327,15 +328,17 @@ def from_open_clip_config(values: Any, where: str) -> ClipConfig:
     parts = {name: _mapping(model.get(name), f"{where} {name}") for name in _OPEN_CLIP_FIELDS}
     vision, text = parts["vision_cfg"], {"pool_type": "argmax", **parts["text_cfg"]}
     _check(model, {"multimodal_cfg": None, "init_logit_bias": None}, where)
-    for tower, part in (("vision_cfg", {"pool_type": "tok", **vision}), ("text_cfg", text)):
+    for tower, part in parts.items():
         for name, value in part.items():
-            allowed = {"pool_type": ("tok",) if tower == "vision_cfg" else ("argmax", "eos")}.get(name)
-            if name in _OPEN_CLIP_PLAIN:
+            allowed: tuple[Any, ...] = ()
+            if name == "pool_type":
+                allowed = _OPEN_CLIP_POOLS[tower]
+            elif name in _OPEN_CLIP_PLAIN:
                 allowed = (_OPEN_CLIP_PLAIN[name],)
-            read = name in _OPEN_CLIP_FIELDS[tower] or name in _OPEN_CLIP_READ
-            idle = read or (name not in _OPEN_CLIP_PLAIN and name.startswith(_OPEN_CLIP_IDLE))
-            if value not in allowed if allowed is not None else not idle:
-                raise _unknown(where, f"{tower}.{name}", value, allowed and allowed[0])
+            elif name in (*_OPEN_CLIP_FIELDS[tower], *_OPEN_CLIP_READ[tower]) or name.startswith(_OPEN_CLIP_IDLE):
+                continue
+            if value not in allowed:
+                raise _unknown(where, f"{tower}.{name}", value, allowed[0] if allowed else None)
     fields = {
         "embed_dim": model.get("embed_dim"),
         **_fields({"patch_size": 16, **vision}, _OPEN_CLIP_FIELDS["vision_cfg"]),
