@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dalle_ds.config.checks import sound
+from dalle_ds.config.plain import sound
 from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from dalle_ds.cli import explain
 from dalle_ds.config import ParallelConfig
-from dalle_ds.config.checks import positive
+from dalle_ds.config.plain import positive
 from dalle_ds.errors import ConfigError
 
 MINUTES = 3

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dalle_ds.config.checks import sound
+from dalle_ds.config.plain import sound
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling import Sampling
 

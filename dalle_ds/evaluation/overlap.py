@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from dalle_ds.config.checks import positive
+from dalle_ds.config.plain import positive
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import RowError
 from dalle_ds.data.images import Pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dalle_ds.config import Precision
-from dalle_ds.config.checks import positive
+from dalle_ds.config.plain import positive
 from dalle_ds.errors import ConfigError
 
 GB = 10**9

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_per_row
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, decoding_device, new_cache, prefill
-from dalle_ds.nn.attention.decoding import ROWS
+from dalle_ds.nn.attention.decoding import ROWS, KVCache, bytes_per_prompt, bytes_per_row
 from dalle_ds.sampling.draw import Sampling, candidate_uniforms, draw, guide
 
 CPU_BUDGET = 2**30

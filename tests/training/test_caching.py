@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun, OptimConfig, SharpnessConfig, TrainConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.nn.contrastive import contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
@@ -57,7 +57,7 @@ class TowersTask(WholeBatchTask[Any]):
         return dict(zip(("image", "text", "scale"), model(batch["image"], batch["text"]), strict=True))
 
     def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
-        loss = contrastive_loss(outputs["image"], outputs["text"], outputs["scale"], peers)
+        loss = contrastive_logits(outputs["image"], outputs["text"], outputs["scale"], peers).loss()
         return loss, {"rows": _count(outputs), "sum": outputs["text"].detach().sum(0)}
 
     build_model = samples = identity = evaluate = summarize = preview = export = flops_per_sample = None  # type: ignore
@@ -158,7 +158,8 @@ def test_a_cached_gradient_is_that_of_the_whole_batch_at_once(count: int) -> Non
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(cached)[name], gradient, rtol=1e-5, atol=1e-7)
     # A loss of each micro-batch for itself would be another.
-    assert abs(float(contrastive_loss(*plain(*_inputs(batches(count)[0]))).detach()) - float(whole["loss"])) > 0.01
+    alone = contrastive_logits(*plain(*_inputs(batches(count)[0]))).loss()
+    assert abs(float(alone.detach()) - float(whole["loss"])) > 0.01
 
 
 def test_both_passes_over_a_micro_batch_draw_the_same_noise() -> None:
@@ -345,7 +346,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
     (batch,) = batches(1)
     for step in range(20):
         figures = train_step.run(batches(2), step, lr).metrics
-        loss = contrastive_loss(*theirs(*_inputs(batch)))
+        loss = contrastive_logits(*theirs(*_inputs(batch))).loss()
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))
         kept = [parameter.detach().clone() for parameter in theirs.parameters()]
@@ -353,7 +354,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
             for parameter in theirs.parameters():
                 parameter.add_(rho * parameter.grad / norm)
         reference.zero_grad()
-        there = contrastive_loss(*theirs(*_inputs(batch)))
+        there = contrastive_logits(*theirs(*_inputs(batch))).loss()
         there.backward()
         with torch.no_grad():
             for parameter, value in zip(theirs.parameters(), kept, strict=True):
