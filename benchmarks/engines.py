@@ -24,9 +24,9 @@ def build_step(
     """
     from dalle_ds.config.deepspeed import resolve
     from dalle_ds.training.engine import build_engine, build_part, scale_gradients
-    from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.step import TrainStep
+    from dalle_ds.training.strategies import strategy_for
     from dalle_ds.training.zero_state import MasterGradients
 
     task = kind.planned(run)
@@ -41,7 +41,7 @@ def build_step(
     train_step = TrainStep(
         task,
         engine,
-        passes_of(task, engine, mesh),
+        strategy_for(task, engine, mesh),
         mesh,
         run.optim,
         scales=scales,

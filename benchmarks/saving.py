@@ -29,7 +29,7 @@ from dalle_ds.config import OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Bench:
         folder = CheckpointFolder(self.folder / f"background-{background}")
         optimizer = self.engine.client_optimizer
         return AsyncCheckpointer(
-            folder, self.weights, optimizer, self.mesh, RetentionPolicy(1), average=self.average, background=background
+            folder, self.weights, optimizer, self.mesh, keep=1, average=self.average, background=background
         )
 
     def update(self, saver: AsyncCheckpointer | None) -> None:

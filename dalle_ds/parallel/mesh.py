@@ -256,7 +256,7 @@ class Mesh:
         """
         timeouts.set_timeout(60 * minutes)
 
-    def patience(self, minutes: float) -> AbstractContextManager[None]:
+    def extended_timeout(self, minutes: float) -> AbstractContextManager[None]:
         """A context in which operations may wait for so long, where they wait less otherwise: for what takes processes
         different times, such as saving. Ends for all at once. Collective."""
         return timeouts.extended_timeout(60 * minutes)

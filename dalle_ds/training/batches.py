@@ -7,12 +7,14 @@ from typing import Any
 
 from dalle_ds.config import Run
 from dalle_ds.data import BatchLoader, Mixture, evaluation_batches
-from dalle_ds.data.faults import FaultLog
+from dalle_ds.data.faults import FaultLog, WorkerError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.tasks import Batch, Task
 
 PREVIEW_ROWS = 16
+LOADER_TRIES = 3
+"""Starts of loader processes for one update, before it is given up."""
 
 
 class Batches:
@@ -34,6 +36,34 @@ class Batches:
         self._run = run
         self._micro_batch = micro_batch
         self._mesh = mesh
+        self._next_step: int | None = None
+        self._stream: Iterator[Batch] = iter(())
+
+    def next_update(self, data_step: int, count: int, pulse: Callable[[], None]) -> list[Batch]:
+        """This rank's micro-batches of an update; collective as `train`.
+
+        Args:
+            data_step: the update's place in the order of the data.
+            count: of micro-batches.
+            pulse: called before each is waited for.
+        """
+        if data_step != self._next_step:
+            self._stream = self.train(data_step)
+        self._next_step = data_step + 1
+        for tries_left in reversed(range(LOADER_TRIES)):
+            try:
+                found = []
+                for _ in range(count):
+                    pulse()
+                    found.append(next(self._stream))
+                return found
+            except WorkerError as error:
+                # Processes that share a model's batches may have had some of these already.
+                if tries_left == 0 or self._mesh.size("model") > 1:
+                    raise
+                print(f"rank {self._mesh.rank}: {error}; others take their place", flush=True)
+                self._stream = self.train(data_step)
+        raise AssertionError
 
     def train(self, start_step: int) -> Iterator[Batch]:
         """This rank's micro-batches from update `start_step` on, endless; collective among the processes of a model."""

@@ -81,7 +81,7 @@ def export_checkpoint(
     if weights == "average" and not has_average:
         raise ConfigError(f"{checkpoint} has no average of the weights yet: leave --weights out, or give raw")
     kind = AVERAGE if has_average and weights != "raw" else WEIGHT
-    index = Index.open(checkpoint / TENSORS_NAME)
+    index = Index(checkpoint / TENSORS_NAME)
     folder = Path(out) if out is not None else directory.export
     if folder.exists() and not (folder / WEIGHTS_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ConfigError(f"--out {folder} is there already, and no exported model: name a new folder")

@@ -92,7 +92,7 @@ def train(
         interrupted: Interrupted | None = None
         with Watch(mesh, explain, run.watch, Path(run.run_dir) / "logs", signals.request) as watch:
             # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
-            from dalle_ds.training.loop import LONG_MINUTES
+            from dalle_ds.training.loop import LONG_TIMEOUT
             from dalle_ds.training.trainer import Trainer
 
             try:
@@ -102,8 +102,10 @@ def train(
                 trainer.fit()
             except Interrupted as stopped:
                 interrupted = stopped
-            watch.pulse(run.steps, "leaving", LONG_MINUTES)
-            with mesh.patience(LONG_MINUTES):  # its end is a barrier: all are done before anyone leaves the watch
+            watch.pulse(run.steps, "leaving", LONG_TIMEOUT)
+            with mesh.extended_timeout(
+                LONG_TIMEOUT
+            ):  # its end is a barrier: all are done before anyone leaves the watch
                 pass
         # Launchers end all processes when one has ended: none does before all have left.
         mesh.barrier()

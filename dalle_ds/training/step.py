@@ -16,8 +16,8 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.numerics import NumericsReport
-from dalle_ds.training.passes import Passes
 from dalle_ds.training.replicas import ReplicaReduction
+from dalle_ds.training.strategies import StepStrategy
 from dalle_ds.training.zero_state import GroupLayout, MasterGradients
 
 COUNTED = ("skipped", "truncated")
@@ -117,7 +117,7 @@ class TrainStep:
     Args:
         task: turns batches into losses.
         engine: from `build_engine`.
-        passes: the engine's.
+        strategy: computes the engine's gradients.
         mesh: the processes of the run.
         optim: clipping.
         scales: of the residual blocks, and what to skip; None where gradients are not scaled.
@@ -130,7 +130,7 @@ class TrainStep:
         self,
         task: Task[Any],
         engine: Any,
-        passes: Passes,
+        strategy: StepStrategy,
         mesh: Mesh,
         optim: OptimConfig,
         *,
@@ -139,7 +139,7 @@ class TrainStep:
         numerics: NumericsReport | None,
         replicas: ReplicaReduction | None,
     ) -> None:
-        self._task, self._passes, self._mesh, self._optim = task, passes, mesh, optim
+        self._task, self._strategy, self._mesh, self._optim = task, strategy, mesh, optim
         self._scales, self._average, self._numerics = scales, average, numerics
         self._engine = engine
         self._optimizer: AdamW = engine.client_optimizer
@@ -153,10 +153,10 @@ class TrainStep:
         Args:
             flags: numbers to add up over all processes on the way, as many on each; they change nothing here.
         """
-        self._set_shares(micro_batches)
+        self._set_loss_scales(micro_batches)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        reported = self._passes.backward(micro_batches, step)
+        reported = self._strategy.backward(micro_batches, step)
         for batch, metrics in zip(micro_batches, reported, strict=True):
             metrics |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
         squares_here = self._gradients.squared_norms() if self._replicas is None else self._replicas.reduce()
@@ -191,7 +191,7 @@ class TrainStep:
         if self._average is not None:
             self._average.before_step()
         with self._optimizer.updating(used, gradient_bound=decision.grad_norm * decision.clip_factor):
-            self._passes.step()
+            self._strategy.step()
         overflow = getattr(self._engine.optimizer, "overflow", False)
         assert not (decision.applied and overflow), "DeepSpeed left out a good update"
         if self._scales is not None:
@@ -206,13 +206,13 @@ class TrainStep:
             metrics["powersgd_overflows"] = float(decision.compression_overflows)
         return metrics | ({} if self._scales is None else self._scales.figures())
 
-    def _set_shares(self, micro_batches: Sequence[Batch]) -> None:
-        """Give each micro-batch its share in the mean over the whole batch; see `Task.loss`."""
+    def _set_loss_scales(self, micro_batches: Sequence[Batch]) -> None:
+        """Give each micro-batch what its loss counts in the mean over the whole batch; see `Task.loss`."""
         own = torch.stack([self._task.num_items(batch).float() for batch in micro_batches])
         total = self._mesh.sum(own.sum()).clamp_min(1)
         count = len(micro_batches) * self._mesh.size("data")
-        for batch, weight in zip(micro_batches, own, strict=True):
-            batch["loss_scale"] = weight * count / total
+        for batch, num_items in zip(micro_batches, own, strict=True):
+            batch["loss_scale"] = num_items * count / total
 
     def _agree(
         self, reported: list[Metrics], squares_here: Tensor, flags: Sequence[float]

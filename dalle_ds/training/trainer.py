@@ -20,10 +20,10 @@ from dalle_ds.resilience.guard import Guard, Rollbacks
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoints.content import load_state
+from dalle_ds.training.checkpoints.content import TrainState, load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.engine import build_engine, build_part, scale_gradients
-from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, RunContext, TrainState
+from dalle_ds.training.loop import LONG_TIMEOUT, Loop, RunContext
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.tracking import Tracker
@@ -44,7 +44,7 @@ class Trainer:
         json_config: the DeepSpeed JSON's content.
         mesh: the processes that take part.
         signals: says when to stop; None never does.
-        pulse: is told what this process is about to do (`Watch.pulse`).
+        pulse: `Watch.pulse`: is told what this process is about to do.
         check_plan: refuses a task that does not fit this engine and mesh, before a model is built.
 
     Raises:
@@ -59,12 +59,12 @@ class Trainer:
         mesh: Mesh,
         *,
         signals: StopSignals | None = None,
-        pulse: Pulse | None = None,
+        pulse: Callable[..., None] = lambda *_: None,
         check_plan: CheckPlan | None = None,
     ) -> None:
         self.run = run
         self.signals = signals or StopSignals()
-        self.pulse = pulse or (lambda step, phase, minutes=0.0: None)
+        self.pulse = pulse
         self.mesh = mesh = mesh.divide(run.parallel)
         self.choice: Choice | None = None
         if is_auto(json_config, run):
@@ -151,9 +151,9 @@ class Trainer:
                 print(f"{self.directory.path} is done: all {self.step} updates, exported to {self.directory.export}")
                 self.directory.release()
             return
-        self.pulse(self.step, "starting", LONG_MINUTES)
+        self.pulse(self.step, "starting", LONG_TIMEOUT)
         # More than the watch has, which tells more of what hangs.
-        self.mesh.set_timeout(LONG_MINUTES + self.run.watch.collective_minutes)
+        self.mesh.set_timeout(LONG_TIMEOUT + self.run.watch.collective_minutes)
         torch.manual_seed(self.run.seed)
         trained = self._build()
         if self.checkpoint is not None:
@@ -167,10 +167,10 @@ class Trainer:
                 self.directory.note_start(self.step, self.mesh.describe())
             for line in trained.replicas.describe() if trained.replicas is not None else ():
                 tracker.say(line)
-            setup = RunContext(
+            context = RunContext(
                 self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals, self.pulse
             )
-            Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
+            Loop(context, trained, tracker, self.state, rollbacks).run_to_end()
         if self.mesh.is_main:
             self.directory.release()
 

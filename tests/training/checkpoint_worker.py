@@ -117,7 +117,7 @@ class Training:
         return found | {"average": _digest(self.weights.consolidate())}
 
     def check(self) -> None:
-        """Fragments tile the model, and have the values that DeepSpeed tells."""
+        """Shards tile the model, and have the values that DeepSpeed tells."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         from dalle_ds.training.checkpoints.storage import matrix_size
@@ -127,10 +127,10 @@ class Training:
         dist.all_gather_object(everyone, self.weights.param_shards)
         stage = self.engine.zero_optimization_stage()
         seen = {name: torch.zeros(matrix_size(value.shape), dtype=torch.int64) for name, value in plain.items()}
-        for fragment in everyone[0] if stage == 0 else [fragment for own in everyone for fragment in own]:
-            assert fragment.whole == tuple(plain[fragment.name].shape)
-            for place in fragment.slices():
-                place.in_matrix(seen[fragment.name]).add_(1)
+        for shard in everyone[0] if stage == 0 else [shard for own in everyone for shard in own]:
+            assert shard.whole == tuple(plain[shard.name].shape)
+            for at, _ in shard.slices(torch.empty(shard.length)):
+                at.of(seen[shard.name]).add_(1)
         assert all(bool((count == 1).all()) for count in seen.values())
         whole = self.weights.consolidate()
         assert (whole is not None) == self.mesh.is_main

@@ -22,7 +22,7 @@ from dalle_ds.training.checkpoints.folder import (
     faults_of,
     require_whole,
 )
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 from dalle_ds.training.checkpoints.storage import ParamShard
 from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.zero_state import MasterWeights
@@ -183,11 +183,11 @@ def test_a_checkpoint_of_another_model_or_other_moments_is_refused(tmp_path: Pat
     weights = Weights(0)
     with pytest.raises(CheckpointError, match=r"moments are fp32.*optim\.moments"):
         load_checkpoint(final, weights, AdamW(weights.shards, moments="16-bit"), ALONE)
-    for fragment, words in (
+    for shard, words in (
         (ParamShard("w", (1, 3), 0, 3, 0, 0), r"the model's w has shape \(1, 3\), and its has shape \(3,\)"),
         (ParamShard("v", (3,), 0, 3, 0, 0), r"the model's v has shape \(3,\), and it has none"),
     ):
-        weights.param_shards = [fragment]
+        weights.param_shards = [shard]
         with pytest.raises(CheckpointError, match=words):
             load_checkpoint(final, weights, AdamW(weights.shards), ALONE)
     weights.param_shards = Weights(0).param_shards
@@ -438,7 +438,7 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was_there_before(
     disk = Slow(monkeypatch, where)
     disk.fails = fails
     weights = Weights(5)
-    saver = AsyncCheckpointer(CheckpointFolder(tmp_path), weights, AdamW(weights.shards), ALONE, RetentionPolicy(2))
+    saver = AsyncCheckpointer(CheckpointFolder(tmp_path), weights, AdamW(weights.shards), ALONE, keep=2)
     saver.begin(5, state(5))
     weights.shards[0].fill_(9)  # training goes on
     if where == "rest":
@@ -480,9 +480,7 @@ def test_what_must_be_there_before_a_checkpoint_is_waited_for(tmp_path: Path) ->
 
     weights = Weights(0)
     folder = CheckpointFolder(tmp_path)
-    saver = AsyncCheckpointer(
-        folder, weights, AdamW(weights.shards), ALONE, RetentionPolicy(2), before_completing=cannot
-    )
+    saver = AsyncCheckpointer(folder, weights, AdamW(weights.shards), ALONE, keep=2, before_completing=cannot)
     saver.begin(1, state(1))
     saved = saver.finish()
     assert saved is not None and saved.failure is not None and not folder.all()

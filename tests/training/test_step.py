@@ -13,8 +13,8 @@ from dalle_ds.config import OptimConfig, ScalingConfig
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
-from dalle_ds.training.passes import EnginePasses
 from dalle_ds.training.step import Statistics, TrainStep, decide
+from dalle_ds.training.strategies import PlainStrategy
 
 
 class Engine:
@@ -69,7 +69,7 @@ def train_step(
     return TrainStep(
         task,
         engine,
-        EnginePasses(task, engine),
+        PlainStrategy(task, engine),
         Mesh(0, 1, torch.device("cpu")),
         optim,
         scales=GradientScales(scaling, 2, 1) if scaled else None,
@@ -149,11 +149,11 @@ def test_every_micro_batch_is_a_sign_of_life() -> None:
     """An update of many of them may take longer than what is held to be a hang."""
     module, seen, task = model(), [], Square()
     optimizer = AdamW([{"name": "all", "params": list(module.parameters()), "block": None}])
-    passes: Any = EnginePasses(task, Engine(module, optimizer))  # type: ignore[arg-type]
+    strategy: Any = PlainStrategy(task, Engine(module, optimizer))  # type: ignore[arg-type]
     loss = task.loss
     task.loss = lambda *arguments: (seen.append("loss"), loss(*arguments))[1]  # type: ignore[method-assign]
-    passes.pulse = lambda: seen.append("pulse")
-    passes.backward([*batch(0), *batch(1), *batch(2)], 0)
+    strategy.pulse = lambda: seen.append("pulse")
+    strategy.backward([*batch(0), *batch(1), *batch(2)], 0)
     assert seen == ["pulse", "loss"] * 3
 
 

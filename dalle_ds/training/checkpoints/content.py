@@ -1,26 +1,29 @@
 """What a checkpoint consists of, and how an engine goes on from one.
 
 A checkpoint belongs to the model, not to the processes that wrote it: `tensors/` has every parameter's fp32 weights, Adam's
-moments, average and error sum under the parameter's name in the plain model, and any number of processes, cut in any way,
-can go on from it. `state.json` has everything else, and `manifest.json` says what all files are.
+moments, average and error-feedback buffer under the parameter's name in the plain model, and any number of processes, cut in
+any way, can go on from it. `state.json` has everything else, and `manifest.json` says what all files are.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.optim import AdamW, WeightAverage
+from dalle_ds.optim import AdamW, LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json
+from dalle_ds.precision import GradientScales
+from dalle_ds.resilience.guard import Guard
 from dalle_ds.training.checkpoints.storage import Index, LocalShards, matrix_size
+from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.zero_state import MasterWeights
 
 FORMAT = 3
@@ -29,18 +32,6 @@ STATE_NAME = "state.json"
 TENSORS_NAME = "tensors"
 WEIGHT, AVERAGE, ERROR = "weight", "average", "error"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class ErrorFeedback(Protocol):
-    """What compresses gradients between replicas and keeps what is lost (DALL·E App. E.2)."""
-
-    def errors(self) -> dict[str, Tensor]:
-        """What is kept of each compressed parameter, summed over replicas, as this process's fragment. Collective."""
-        ...
-
-    def load_error_feedback(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from what `errors` returned."""
-        ...
 
 
 def state_text(state: Mapping[str, Any]) -> str:
@@ -76,6 +67,38 @@ def other_version(checkpoint: Path, found: Any) -> CheckpointError:
     )
 
 
+@dataclass(frozen=True)
+class TrainState:
+    """What training changes, besides the weights and moments that the engine holds."""
+
+    engine: Any
+    weights: MasterWeights
+    average: WeightAverage | None
+    learning_rate: LearningRate
+    scales: GradientScales | None
+    guard: Guard
+    replicas: ReplicaReduction | None
+
+    def load(self, checkpoint: Path, state: Mapping[str, Any], mesh: Mesh) -> None:
+        """Put everything back to where a checkpoint was written; `state` is what `load_state` returns of it. Collective."""
+        optimizer = self.engine.client_optimizer
+        load_checkpoint(checkpoint, self.weights, optimizer, mesh, average=self.average, replicas=self.replicas)
+        # DeepSpeed's count of updates, by which its profiler and its monitors go.
+        self.engine.global_steps = state["step"]
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        if self.scales is not None and state["scales"] is not None:
+            self.scales.load_state_dict(state["scales"])
+        self.guard.load_state_dict(state["guard"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights, moments and average."""
+        return {
+            "learning_rate": self.learning_rate.state_dict(),
+            "scales": None if self.scales is None else self.scales.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+
+
 def load_checkpoint(
     checkpoint: Path,
     weights: MasterWeights,
@@ -83,9 +106,9 @@ def load_checkpoint(
     mesh: Mesh,
     *,
     average: WeightAverage | None = None,
-    errors: ErrorFeedback | None = None,
+    replicas: ReplicaReduction | None = None,
 ) -> None:
-    """Put a checkpoint's weights, moments, average and error sums into an engine, fresh or not, of any layout. Collective.
+    """Put a checkpoint's tensors into an engine, fresh or not, of any layout. Collective.
 
     What the optimizer's parameter groups say (rates, decay, formats of moments) stays as it is.
 
@@ -93,19 +116,21 @@ def load_checkpoint(
         CheckpointError: a file is missing or broken, or it is of another model, on some process.
     """
     # A run that has just begun to compress has none of them in the checkpoint, and starts with zeros.
-    sums = {name: torch.zeros_like(value) for name, value in (errors.errors() if errors is not None else {}).items()}
+    errors = {} if replicas is None else replicas.errors()
+    for buffer in errors.values():
+        buffer.zero_()
 
     def read() -> None:
         try:
-            index = Index.open(checkpoint / TENSORS_NAME)
+            index = Index(checkpoint / TENSORS_NAME)
             _begin_states(index, weights, optimizer)
-            known = {name: value for name, value in sums.items() if f"{ERROR}/{name}" in index.tensors}
-            pieces = local_shards_of(weights, optimizer, average, known)
+            known = {name: buffer for name, buffer in errors.items() if f"{ERROR}/{name}" in index.tensors}
+            shards = local_shards_of(weights, optimizer, average, known)
             for name, stored in index.parameters.items():
                 if stored["step"] == 0:  # never updated, though others are that share its shard here
                     for kind in MOMENTS:
-                        pieces.pop(f"{kind}/{name}", None)
-            index.read(pieces)
+                        shards.pop(f"{kind}/{name}", None)
+            index.read(shards)
         except CheckpointError as error:
             raise CheckpointError(
                 f"the checkpoint {checkpoint} cannot be loaded: {error}; delete it to resume from an older one"
@@ -113,14 +138,14 @@ def load_checkpoint(
 
     _on_all(mesh, read)
     weights.publish()
-    if errors is not None:
-        errors.load_error_feedback(sums)
+    if replicas is not None:
+        replicas.load_error_feedback(errors)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def local_shards_of(
-    weights: MasterWeights, optimizer: AdamW, average: WeightAverage | None, sums: Mapping[str, Tensor]
+    weights: MasterWeights, optimizer: AdamW, average: WeightAverage | None, errors: Mapping[str, Tensor]
 ) -> dict[str, LocalShards]:
     """What this process has of every tensor of a checkpoint."""
     kinds: dict[str, list[Tensor | None]] = {WEIGHT: list(weights.shards)}
@@ -129,17 +154,12 @@ def local_shards_of(
     if average is not None:
         kinds[AVERAGE] = list(average.averages)
     found: dict[str, LocalShards] = {}
-    for fragment in weights.param_shards:
-        runs: dict[str, Tensor] = {}
-        for kind, tensors in kinds.items():
-            tensor = tensors[fragment.shard]
-            if tensor is not None:
-                runs[kind] = fragment.of(tensor)
-        if fragment.name in sums:
-            runs[ERROR] = sums[fragment.name]
+    for shard in weights.param_shards:
+        runs = {kind: shard.of(tensor) for kind, each in kinds.items() if (tensor := each[shard.shard]) is not None}
+        if shard.name in errors:
+            runs[ERROR] = errors[shard.name]
         for kind, run in runs.items():
-            parts = [(place, place.of(run)) for place in fragment.slices()]
-            found[f"{kind}/{fragment.name}"] = LocalShards(matrix_size(fragment.whole), parts)
+            found[f"{kind}/{shard.name}"] = LocalShards(matrix_size(shard.whole), shard.slices(run))
     return found
 
 
@@ -147,28 +167,28 @@ def parameters_of(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[st
     """What a checkpoint keeps of every parameter besides tensors: its shape, and of Adam's state all but the moments."""
     known: dict[int, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
-    for fragment in weights.param_shards:
-        if fragment.shard not in known:
-            state = optimizer.state.get(weights.shards[fragment.shard], {})
-            known[fragment.shard] = {
-                "moments": optimizer.param_groups[weights.group_of[fragment.shard]]["moments"],
+    for shard in weights.param_shards:
+        if shard.shard not in known:
+            state = optimizer.state.get(weights.shards[shard.shard], {})
+            known[shard.shard] = {
+                "moments": optimizer.param_groups[weights.group_of[shard.shard]]["moments"],
                 "step": int(state.get("step", 0)),
                 "ceiling": state.get("ceiling", 0.0),
                 "index": state.get("index"),
             }
-        table[fragment.name] = {"shape": list(fragment.whole), **known[fragment.shard]}
+        table[shard.name] = {"shape": list(shard.whole), **known[shard.shard]}
     return table
 
 
 def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> None:
     """Make Adam's states, which a fresh engine has none of, and check that the checkpoint is of this model."""
     held: list[list[dict[str, Any]]] = [[] for _ in weights.shards]
-    for fragment in weights.param_shards:
-        stored = index.parameters.get(fragment.name)
-        if stored is None or tuple(stored["shape"]) != fragment.whole:
+    for param_shard in weights.param_shards:
+        stored = index.parameters.get(param_shard.name)
+        if stored is None or tuple(stored["shape"]) != param_shard.whole:
             found = "it has none" if stored is None else f"its has shape {tuple(stored['shape'])}"
-            raise CheckpointError(f"the model's {fragment.name} has shape {fragment.whole}, and {found}")
-        held[fragment.shard].append(stored)
+            raise CheckpointError(f"the model's {param_shard.name} has shape {param_shard.whole}, and {found}")
+        held[param_shard.shard].append(stored)
     # Random rounding tells shards apart by their indices. These are kept where every shard of this process finds one of its
     # own, as all do in the layout that they come from.
     indices = [{stored["index"] for stored in parameters if stored["step"] > 0} for parameters in held]
@@ -186,17 +206,8 @@ def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> Non
             optimizer.state.pop(shard, None)  # not updated yet
             continue
         ceiling = max(stored["ceiling"] for stored in parameters)
-        place = next(iter(indices[number])) if kept else number
-        optimizer.begin(shard, group["moments"], step=step, index=place, ceiling=ceiling)
-
-
-def merged(table: dict[str, dict[str, Any]], group: Any) -> dict[str, dict[str, Any]]:
-    """On the group's first process, the parameters of all its processes. Collective within the group."""
-    if not dist.is_initialized():
-        return table
-    tables: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
-    dist.gather_object(table, tables, dst=0, group=group)
-    return {name: row for each in tables or [] for name, row in each.items()}
+        own_index = next(iter(indices[number])) if kept else number
+        optimizer.begin(shard, group["moments"], step=step, index=own_index, ceiling=ceiling)
 
 
 def _on_all(mesh: Mesh, do: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """The checkpoints of a run on the disk: which there are, which of them is resumed, which are kept.
 
-A checkpoint is complete or absent (design decision 10): it is written as `partial-step-N`, forced to the disk, and renamed
+A checkpoint is complete or absent: it is written as `partial-step-N`, forced to the disk, and renamed
 to `step-N`. What is removed is renamed first, so that no half of it is ever taken for a whole. A complete checkpoint that
 has been damaged since is called `damaged-step-N`, and left for whoever wants to look at it until the next one is written.
 `latest` has the name of the newest; it is for people and scripts, and no decision here trusts it.
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -29,11 +29,13 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, load_state, other_version
 
 MANIFEST_NAME = "manifest.json"
+LATEST_NAME = "latest"
 _CHUNK_BYTES = 2**24
+_STEP = re.compile(r"step-(0|[1-9]\d*)")
+_PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "damaged-"
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """A file as it was written."""
 
     size: int
@@ -105,11 +107,7 @@ class Manifest:
         return found
 
     def _text(self) -> str:
-        content: dict[str, Any] = {
-            "format": self.format,
-            "step": self.step,
-            "files": {name: [record.size, record.digest] for name, record in self.files.items()},
-        }
+        content: dict[str, Any] = {"format": self.format, "step": self.step, "files": dict(self.files)}
         content["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
         return json.dumps(content, indent=1) + "\n"
 
@@ -135,11 +133,6 @@ def _leaves(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or not path.parts
 
 
-LATEST_NAME = "latest"
-_STEP = re.compile(r"step-(0|[1-9]\d*)")
-_PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "damaged-"
-
-
 class CheckpointFolder:
     """`RUN_DIR/checkpoints`. Only the main process changes it.
 
@@ -149,8 +142,6 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    # --- which there are
 
     def all(self) -> list[Path]:
         """Checkpoints, oldest first, whether they are as they were written or not."""
@@ -179,8 +170,6 @@ class CheckpointFolder:
         """Those that were set aside."""
         return sorted(self.path.glob(f"{_DAMAGED}*"))
 
-    # --- how they come
-
     def begin(self, step: int) -> Path:
         """An empty folder in which a checkpoint can be written; OSError where it cannot be made."""
         partial = self.path / f"{_PARTIAL}step-{step}"
@@ -202,8 +191,6 @@ class CheckpointFolder:
         shutil.rmtree(replaced, ignore_errors=True)
         self._name_latest()
         return final
-
-    # --- how they go
 
     def prune(self, keep: int, keep_every: int | None = None) -> None:
         """Remove all but the newest `keep` good ones, those newer than these, and the first at or after each multiple of
