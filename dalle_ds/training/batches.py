@@ -32,10 +32,7 @@ class Batches:
         self.validation_samples = task.samples("validation")
         self.faults = FaultLog()
         """What could not be read of training batches, on this process."""
-        self._task = task
-        self._run = run
-        self._micro_batch = micro_batch
-        self._mesh = mesh
+        self._task, self._run, self._micro_batch, self._mesh = task, run, micro_batch, mesh
         self._next_step: int | None = None
         self._stream: Iterator[Batch] = iter(())
 
@@ -67,11 +64,31 @@ class Batches:
 
     def train(self, start_step: int) -> Iterator[Batch]:
         """This rank's micro-batches from update `start_step` on, endless; collective among the processes of a model."""
-        return self._shared(lambda: self._loaded(start_step))
+
+        def load() -> Iterable[Batch]:
+            loader = BatchLoader(
+                self.train_samples,
+                seed=self._run.seed,
+                batch_size=self._run.train.batch_size,
+                micro_batch=self._micro_batch,
+                rank=self._mesh.index("data"),
+                world_size=self._mesh.size("data"),
+                start_step=start_step,
+                workers=self._run.loader.workers,
+            )
+            loader.faults = self.faults
+            return loader
+
+        return self._shared(load)
 
     def validation(self) -> Iterator[Batch]:
         """This rank's part of the validation rows; collective as `train`."""
-        return self._shared(self._evaluated)
+        rank, world_size = self._mesh.index("data"), self._mesh.size("data")
+        rows = self._run.report.validation_rows
+        samples, micro_batch = self.validation_samples, self._micro_batch
+        return self._shared(
+            lambda: evaluation_batches(samples, micro_batch, rank=rank, world_size=world_size, rows=rows)
+        )
 
     def check_unchanged(self) -> None:
         """Raise a `DataChangedError` where the data is not what the run began with."""
@@ -91,29 +108,6 @@ class Batches:
                 self._run.corpora, train.shares, train.corpora, validation.corpora, strict=True
             )
         ]
-
-    def _loaded(self, start_step: int) -> Iterable[Batch]:
-        loader = BatchLoader(
-            self.train_samples,
-            seed=self._run.seed,
-            batch_size=self._run.train.batch_size,
-            micro_batch=self._micro_batch,
-            rank=self._mesh.index("data"),
-            world_size=self._mesh.size("data"),
-            start_step=start_step,
-            workers=self._run.loader.workers,
-        )
-        loader.faults = self.faults
-        return loader
-
-    def _evaluated(self) -> Iterable[Batch]:
-        return evaluation_batches(
-            self.validation_samples,
-            self._micro_batch,
-            rank=self._mesh.index("data"),
-            world_size=self._mesh.size("data"),
-            rows=self._run.report.validation_rows,
-        )
 
     def _shared(self, read: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
         """Batches made ready by the first of the processes that hold parts of one model, on all of them.

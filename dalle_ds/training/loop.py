@@ -74,7 +74,7 @@ class Loop:
         self.run, self.mesh, self.task, self.config = context.run, context.mesh, context.task, context.config
         self.directory, self.batches, self.signals = context.directory, context.batches, context.signals
         self.trained, self.tracker, self.rollbacks = trained, tracker, rollbacks
-        self.engine, self.weights, self.average = trained.engine, trained.weights, trained.average
+        self.engine, self.weights, self.average = trained.engine, trained.tensors.weights, trained.tensors.average
         self._pulse = context.pulse
         self._begin_at(state)
         self._alarmed = -STEPS_BETWEEN_ALARMS
@@ -85,7 +85,7 @@ class Loop:
         """What waiting for data and one update may take, where that is more than usual."""
         self._strategy = strategy_for(self.task, self.engine, self.mesh)
         self._strategy.pulse = lambda: self._pulse(self.step, "step", self._minutes)
-        report, replicas = self.run.report, trained.replicas
+        report, replicas = self.run.report, trained.tensors.replicas
         numerics = None
         if report.numerics_every:
             lines = tracker.open(self.directory.numerics_file)
@@ -103,13 +103,10 @@ class Loop:
         )
         saver = AsyncCheckpointer(
             self.directory.checkpoints,
-            self.weights,
-            self.engine.client_optimizer,
+            trained.tensors,
             self.mesh,
             keep=report.keep_checkpoints,
             keep_every=report.keep_every,
-            average=self.average,
-            replicas=replicas,
             background=report.background_saves,
             before_completing=tracker.sync,  # what was recorded up to a checkpoint is there when it is
         )

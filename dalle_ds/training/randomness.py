@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_update(seed: int, step: int, index: int) -> None:
@@ -29,21 +29,14 @@ def seed_update(seed: int, step: int, index: int) -> None:
         torch.cuda.manual_seed(number)
 
 
-@dataclass(frozen=True)
-class Generators:
-    """Where PyTorch's global generators, on the CPU and this process's GPU, were at some moment."""
+def generator_states() -> tuple[Tensor, Tensor | None]:
+    """Where PyTorch's global generators are, on the CPU and this process's GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
-    cpu: torch.Tensor
-    gpu: torch.Tensor | None
 
-    @classmethod
-    def now(cls) -> Generators:
-        """Where they are."""
-        gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        return cls(torch.default_generator.get_state(), gpu)
-
-    def restore(self) -> None:
-        """Draw again what was drawn from then on."""
-        torch.default_generator.set_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu)
+def draw_again_from(states: tuple[Tensor, Tensor | None]) -> None:
+    """Draw again what was drawn from then on."""
+    cpu, gpu = states
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)

@@ -61,12 +61,15 @@ class ReplicaReduction:
             for piece, parameter in enumerate(chain.from_iterable(self._parameters))
             if blocks[self._group_of[piece]] is not None and len(parameter.ds_shape) == 2 and parameter.requires_grad
         }
-        self._rank = self._rank_of(list(matrices.values()), config)
-        shards = []
-        for piece, parameter in matrices.items():
-            shard = self._shard(names[id(parameter)], piece, parameter, blocks[self._group_of[piece]])
-            if shard is not None:
-                shards.append(shard)
+        # The rank is that of a whole matrix, for all processes that divide a replica to share out. Rows of these matrices are
+        # as long as the residual stream is wide, or a part of it.
+        width = max((matrix.ds_shape[1] for matrix in matrices.values()), default=1)
+        self._rank = config.rank or paper_rank(width, mesh.size("shard") * mesh.size("tensor"))
+        found = [
+            self._shard(names[id(parameter)], piece, parameter, blocks[self._group_of[piece]])
+            for piece, parameter in matrices.items()
+        ]
+        shards = [shard for shard in found if shard is not None]
         if not shards:
             raise ConfigError(
                 "powersgd.enabled compresses weight matrices of residual blocks, and this model has none that the processes "
@@ -141,14 +144,6 @@ class ReplicaReduction:
             lines.append(f"not compressed: {'; '.join(self._left_whole)}")
         return lines
 
-    def _rank_of(self, matrices: Sequence[Any], config: PowerSGDConfig) -> int:
-        """Rank of a whole matrix, which all processes that divide a replica can share out."""
-        divisor = self._mesh.size("shard") * self._mesh.size("tensor")
-        if config.rank is not None:
-            return config.rank
-        # Rows of these matrices are as long as the residual stream is wide, or a part of it.
-        return paper_rank(max((matrix.ds_shape[1] for matrix in matrices), default=1), divisor)
-
     def _shard(self, name: str, piece: int, parameter: Any, block: int) -> MatrixShard | None:
         """This process's shard of a parameter; None, and a note for the user, where it is not made of whole rows."""
         mesh = self._mesh
@@ -213,8 +208,6 @@ def broadcast_start(weights: MasterWeights, mesh: Mesh) -> None:
 
     DeepSpeed sees to this within a replica only.
     """
-    if mesh.size("replica") == 1:
-        return
     source = mesh.ranks("replica")[0]
     for shard in weights.shards:
         crossing = shard.detach().to(mesh.device)

@@ -63,6 +63,11 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         CheckpointError: there is no run.
     """
+    saved = _read_config_file(path)
+    return saved["stage"], saved["run"]
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
     file = path / _CONFIG_NAME
     try:
         saved = parse_yaml(file.read_text())
@@ -70,7 +75,7 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{file} cannot be read: name another --run_dir") from error
     if not (isinstance(saved, dict) and isinstance(saved.get("stage"), str) and isinstance(saved.get("run"), dict)):
         raise CheckpointError(f"{file} is not a run's configuration: name another --run_dir")
-    return saved["stage"], saved["run"]
+    return saved
 
 
 def run_of(kind: type[RunKind], saved: dict[str, Any], where: str) -> RunKind:
@@ -105,12 +110,11 @@ def kept_precision(path: Path) -> Choice | None:
     Raises:
         CheckpointError: its configuration cannot be read.
     """
-    file = path / _CONFIG_NAME
-    if not file.exists():
+    if not (path / _CONFIG_NAME).exists():
         return None
-    read_config(path)  # says what is wrong with it
+    saved = _read_config_file(path)
     try:
-        kept = parse_yaml(file.read_text())["precision"]
+        kept = saved["precision"]
         return Choice(_PRECISION[kept["chosen"]], str(kept["why"]))
     except (KeyError, TypeError):  # it was stated
         pass
@@ -135,51 +139,24 @@ class RunDirectory:
     def __init__(self, path: str | Path, stage: str, run: Run) -> None:
         if not str(path):
             raise ConfigError("--run_dir is missing: name the folder of this run")
-        self.path = Path(path)
-        self.stage = stage
-        self.run = run
+        self.path = path = Path(path)
+        self.stage, self.run = stage, run
+        self.config_file = path / _CONFIG_NAME
+        """The configuration that the run was started with."""
+        self.metrics_file = path / "metrics.jsonl"
+        self.numerics_file = path / "numerics.jsonl"
+        """Histograms of gradients."""
+        self.starts_file = path / "starts.jsonl"
+        """When and where the run was started."""
+        self.rollbacks_file = path / "rollbacks.json"
+        """When the run went back to a checkpoint, and the data that it left out since."""
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self.samples = path / "samples"
+        """Preview images."""
+        self.export = path / "export"
+        """The exported model."""
         self._lock: IO[str] | None = None
         self._check()
-
-    @property
-    def config_file(self) -> Path:
-        """The configuration that the run was started with."""
-        return self.path / _CONFIG_NAME
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def numerics_file(self) -> Path:
-        """Histograms of gradients, one JSON object per line."""
-        return self.path / "numerics.jsonl"
-
-    @property
-    def starts_file(self) -> Path:
-        """When and where the run was started, one JSON object per line."""
-        return self.path / "starts.jsonl"
-
-    @property
-    def rollbacks_file(self) -> Path:
-        """When the run went back to a checkpoint, and the data that it left out since."""
-        return self.path / "rollbacks.json"
-
-    @property
-    def checkpoints(self) -> CheckpointFolder:
-        """Holds `step-N/` folders."""
-        return CheckpointFolder(self.path / "checkpoints")
-
-    @property
-    def samples(self) -> Path:
-        """Preview images."""
-        return self.path / "samples"
-
-    @property
-    def export(self) -> Path:
-        """The exported model."""
-        return self.path / "export"
 
     def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -204,14 +181,12 @@ class RunDirectory:
         }
         if changed:
             lines = "\n".join(f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in changed.items())
-            options = [
-                word
-                for name, (was, _) in changed.items()
-                for word in (f"--{name}", *(was if isinstance(was, list) else [was]))
-            ]
+            words: list[Any] = []
+            for name, (was, _) in changed.items():
+                words += [f"--{name}", *(was if isinstance(was, list) else [was])]
             raise CheckpointError(
                 f"--run_dir {self.path} was started with another configuration:\n{lines}\nname a new folder, or resume it by "
-                f"adding {' '.join(shlex.quote(str(word)) for word in options)}"
+                f"adding {shlex.join(map(str, words))}"
             )
 
     def claim(self) -> None:
@@ -268,13 +243,11 @@ class RunDirectory:
         Raises:
             CheckpointError: it cannot be read.
         """
-        found: dict[str, str] | None = self._read_json(_IDENTITY_NAME, dict)
-        return found
+        return self._read_json(_IDENTITY_NAME, dict)
 
     def wandb_id(self) -> str | None:
         """The run's name at Weights & Biases, from its first start on."""
-        found: str | None = self._read_json(_WANDB_NAME, str)
-        return found
+        return self._read_json(_WANDB_NAME, str)
 
     def keep_wandb_id(self, run_id: str | None) -> None:
         """Keep it for the next start, which may come before the first checkpoint.

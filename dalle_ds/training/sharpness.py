@@ -26,7 +26,7 @@ from dalle_ds.data.order import hash_integers
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.base import ContrastiveTask, Outputs
-from dalle_ds.training.randomness import Generators
+from dalle_ds.training.randomness import draw_again_from, generator_states
 from dalle_ds.training.strategies import CachedStrategy, in_parts, product
 
 
@@ -34,11 +34,6 @@ class SharpStrategy(CachedStrategy):
     """Leaves the gradient at perturbed weights.
 
     What is not finite in one group makes the whole gradient so.
-
-    Args:
-        task: turns rows into embeddings, and all of them into a loss; has ρ and the size of groups.
-        engine: from `build_engine`.
-        mesh: whose data-parallel processes share out the batch.
 
     Raises:
         ConfigError: groups do not fit the micro-batches of these processes.
@@ -67,14 +62,14 @@ class SharpStrategy(CachedStrategy):
         pieces = [piece for batch in micro_batches for piece in _cut(batch, self._rows)]
         groups = [range(first, first + self._pieces) for first in range(0, len(pieces), self._pieces)]
         alone = len(pieces) == 1
-        generators: list[Generators] = []
+        drawn_from: list[tuple[Tensor, Tensor | None]] = []
 
         def embed(number: int) -> Outputs:
             """A piece, at the weights as they are moved; with the same noise every time."""
             self.pulse()
-            if len(generators) == number:
-                generators.append(Generators.now())
-            generators[number].restore()
+            if len(drawn_from) == number:
+                drawn_from.append(generator_states())
+            draw_again_from(drawn_from[number])
             return self._task.embed(self._moved, pieces[number])
 
         def through(group: range, known: Sequence[Outputs], cotangents: dict[str, Tensor]) -> list[Tensor]:

@@ -112,17 +112,11 @@ class StepResult:
 
 
 class TrainStep:
-    """Makes updates on an engine.
+    """Makes updates on an engine from `build_engine`.
 
     Args:
-        task: turns batches into losses.
-        engine: from `build_engine`.
-        strategy: computes the engine's gradients.
-        mesh: the processes of the run.
-        optim: clipping.
         scales: of the residual blocks, and what to skip; None where gradients are not scaled.
         average: told before weights change.
-        numerics: asked for histograms of gradients.
         replicas: averages gradients over replicas; None where there is one.
     """
 
@@ -140,11 +134,10 @@ class TrainStep:
         replicas: ReplicaReduction | None,
     ) -> None:
         self._task, self._strategy, self._mesh, self._optim = task, strategy, mesh, optim
-        self._scales, self._average, self._numerics = scales, average, numerics
+        self._scales, self._average, self._numerics, self._replicas = scales, average, numerics, replicas
         self._engine = engine
         self._optimizer: AdamW = engine.client_optimizer
         self._gradients = MasterGradients(engine)
-        self._replicas = replicas
         self._layout = GroupLayout(self._optimizer.param_groups, self._gradients.sharded, mesh)
 
     def run(self, micro_batches: Sequence[Batch], step: int, rate: float, flags: Sequence[float] = ()) -> StepResult:
@@ -172,17 +165,21 @@ class TrainStep:
             compresses=self._replicas is not None and self._replicas.compresses,
         )
         self._apply(decision)
-        return StepResult(found | {"lr": rate} | self._told(decision), decision, agreed)
+        metrics = found | {"lr": rate, "grad_norm": decision.grad_norm}
+        if decision.applied:
+            metrics["grad_norm_clipped"] = decision.grad_norm * decision.clip_factor
+        if decision.compression_overflows:
+            metrics["powersgd_overflows"] = float(decision.compression_overflows)
+        if self._scales is not None:
+            metrics |= self._scales.figures()
+        return StepResult(metrics, decision, agreed)
 
     def _apply(self, decision: Decision) -> None:
         """Change weights, moments, gradient scales and compression's error sums as decided. Collective."""
         # Of the groups that this process has, those whose gradients are used and not.
-        used = {
-            own
-            for own, number in enumerate(self._layout.numbers)
-            if decision.applied and number not in decision.skipped_groups
-        }
-        unused = set(range(len(self._layout.numbers))) - used
+        groups = set(range(len(self._layout.numbers)))
+        unused = {own for own in groups if self._layout.numbers[own] in decision.skipped_groups}
+        unused = unused if decision.applied else groups
         if self._replicas is not None:
             self._replicas.restore_error_feedback(unused)
         self._gradients.clear(unused)
@@ -190,21 +187,12 @@ class TrainStep:
             self._gradients.scale(decision.clip_factor)
         if self._average is not None:
             self._average.before_step()
-        with self._optimizer.updating(used, gradient_bound=decision.grad_norm * decision.clip_factor):
+        with self._optimizer.updating(groups - unused, gradient_bound=decision.grad_norm * decision.clip_factor):
             self._strategy.step()
         overflow = getattr(self._engine.optimizer, "overflow", False)
         assert not (decision.applied and overflow), "DeepSpeed left out a good update"
         if self._scales is not None:
             self._scales.update(decision.overflowed_blocks, decision.applied)
-
-    def _told(self, decision: Decision) -> dict[str, float]:
-        """Metrics of a decision that was applied."""
-        metrics = {"grad_norm": decision.grad_norm}
-        if decision.applied:
-            metrics["grad_norm_clipped"] = decision.grad_norm * decision.clip_factor
-        if decision.compression_overflows:
-            metrics["powersgd_overflows"] = float(decision.compression_overflows)
-        return metrics | ({} if self._scales is None else self._scales.figures())
 
     def _set_loss_scales(self, micro_batches: Sequence[Batch]) -> None:
         """Give each micro-batch what its loss counts in the mean over the whole batch; see `Task.loss`."""
@@ -225,8 +213,8 @@ class TrainStep:
         own = [torch.stack([m[name].float() for m in reported]).sum(0).flatten() for name in reported[0]]
         own = [part / self._mesh.size("model") for part in own]  # all processes of a model have the same
         squares = self._layout.spread(squares_here)
-        # To the host in one piece: a GPU is waited for once.
-        # Filled in on the device: a copy to it would wait for the backward pass.
+        # To the host in one piece: a GPU is waited for once. Flags are filled in on the device: a copy to it would wait for
+        # the backward pass.
         flagged = torch.stack([squares.new_full((), flag) for flag in flags]) if flags else squares.new_empty(0)
         sizes = [part.numel() for part in [*own, squares, flagged]]
         *parts, flagged = self._mesh.sum(torch.cat([*own, squares, flagged]), "world").cpu().split(sizes)

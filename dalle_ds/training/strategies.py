@@ -14,22 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import Peers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.tasks.base import ContrastiveTask, ModelParallelTask, Outputs
-from dalle_ds.training.randomness import Generators
+from dalle_ds.training.randomness import draw_again_from, generator_states
 
 
 class StepStrategy(ABC):
-    """How an engine computes gradients.
-
-    Args:
-        task: turns batches into losses.
-        engine: from `build_engine`.
-    """
+    """How an engine from `build_engine` computes gradients of its task."""
 
     def __init__(self, task: Task[Any], engine: Any) -> None:
         self._task, self._engine = task, engine
@@ -85,11 +80,6 @@ class CachedStrategy(StepStrategy):
     Embeddings of all micro-batches are computed without a graph, then the loss over all of them and its gradient with respect
     to them; then each micro-batch once more, with a graph, through which its embeddings' gradients flow back. That is the
     exact gradient for one more forward pass. An update of one micro-batch is computed without a cache.
-
-    Args:
-        task: turns rows into embeddings, and all of them into a loss.
-        engine: from `build_engine`.
-        mesh: whose data-parallel processes share out the batch.
     """
 
     _task: ContrastiveTask[Any]
@@ -105,11 +95,11 @@ class CachedStrategy(StepStrategy):
             self._engine.backward(loss)
             return [{"loss": loss.detach(), **metrics}]
         outputs: list[Outputs] = []
-        generators: list[Generators] = []
+        drawn_from = []
         with torch.no_grad():
             for batch in micro_batches:
                 self.pulse()
-                generators.append(Generators.now())
+                drawn_from.append(generator_states())
                 outputs.append(self._task.embed(self._engine, batch))
         whole = {}
         for name, value in outputs[0].items():  # rows of all micro-batches, or what is the same for all
@@ -119,7 +109,7 @@ class CachedStrategy(StepStrategy):
         gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
         for number, batch in enumerate(micro_batches):
             self.pulse()
-            generators[number].restore()
+            draw_again_from(drawn_from[number])
             # Its gradient with respect to the weights is the loss's through these rows.
             through = product(self._task.embed(self._engine, batch), gradients, number, count)
             self._engine.backward(through, scale_wrt_gas=False)
@@ -186,8 +176,8 @@ class PipelineStrategy(StepStrategy):
         self._engine._exec_optimizer_step()
 
     def _loss(self, output: Any, batch: Batch) -> Tensor:
-        """The last stage's loss, once the last layer has returned `output`."""
-        loss, metrics = self._task.loss(_Known(output), batch, self._number)
+        """The last stage's loss, once the last layer has returned `output`, as the model would."""
+        loss, metrics = self._task.loss(lambda *_, **__: output, batch, self._number)  # type: ignore[arg-type]
         self._reported.append({"loss": loss.detach(), **metrics})
         return loss
 
@@ -207,14 +197,3 @@ class PipelineStrategy(StepStrategy):
         dist.broadcast(flat, src=last, group=group)
         values: Iterator[Tensor] = iter(flat.split(sizes * count))
         return [{name: next(values).view(shape) for name, shape in self._names} for _ in range(count)]
-
-
-class _Known(nn.Module):
-    """Stands for a model whose output is known already."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self._output = output
-
-    def forward(self, *_inputs: Any, **_options: Any) -> Any:
-        return self._output

@@ -20,7 +20,7 @@ from dalle_ds.resilience.guard import Guard, Rollbacks
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoints.content import TrainState, load_state
+from dalle_ds.training.checkpoints.content import TrainedTensors, TrainState, load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.engine import build_engine, build_part, scale_gradients
 from dalle_ds.training.loop import LONG_TIMEOUT, Loop, RunContext
@@ -122,8 +122,6 @@ class Trainer:
                         f"the run in {self.directory.path} began with another {name} ({str(known.get(name))[:12]}, now "
                         f"{found[:12]}): resume it with the one it began with, or name a new --run_dir"
                     )
-        if self.checkpoint is None:
-            return fresh
         wrote = state["layout"]
         if wrote["precision"] != layout["precision"]:
             raise CheckpointError(
@@ -165,7 +163,8 @@ class Trainer:
             self.mesh.decide(lambda: self.directory.keep_wandb_id(tracker.run_id))
             if self.mesh.is_main:
                 self.directory.note_start(self.step, self.mesh.describe())
-            for line in trained.replicas.describe() if trained.replicas is not None else ():
+            replicas = trained.tensors.replicas
+            for line in replicas.describe() if replicas is not None else ():
                 tracker.say(line)
             context = RunContext(
                 self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals, self.pulse
@@ -190,13 +189,10 @@ class Trainer:
             broadcast_start(weights, mesh)
         average = None
         if run.train.average_decay is not None:
-            average = WeightAverage(
-                weights.shards,
-                run.train.average_decay,
-                every=run.train.average_every,
-                device=run.train.average_device,
-            )
-        return TrainState(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard), replicas)
+            every, device = run.train.average_every, run.train.average_device
+            average = WeightAverage(weights.shards, run.train.average_decay, every=every, device=device)
+        tensors = TrainedTensors(weights, engine.client_optimizer, average, replicas)
+        return TrainState(engine, tensors, LearningRate(run.optim), scales, Guard(run.guard))
 
     def _tracker(self) -> Tracker:
         tracker = Tracker(

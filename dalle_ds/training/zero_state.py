@@ -22,11 +22,7 @@ from dalle_ds.training.checkpoints.storage import ParamShard, matrix_size
 
 
 class MasterWeights:
-    """The fp32 weights behind a DeepSpeed engine.
-
-    Args:
-        engine: from `build_engine`.
-    """
+    """The fp32 weights behind a DeepSpeed engine."""
 
     def __init__(self, engine: Any) -> None:
         self._module: nn.Module = engine.module
@@ -182,9 +178,6 @@ class MasterGradients:
     """The gradients behind a DeepSpeed engine, averaged over processes and micro-batches, by optimizer parameter group.
 
     Of use only after the last backward pass of an update and before its step. Changes in place are what the step sees.
-
-    Args:
-        engine: from `deepspeed.initialize`.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -274,8 +267,6 @@ class GroupLayout:
         numbers = {name: number for number, name in enumerate(known)}
         self.numbers = [numbers[name] for name, _ in own]
         """Of this process's groups, their numbers among all."""
-        self.own_blocks: list[int | None] = [block for _, block in own]
-        """Of this process's groups, the number of the residual block or None."""
         holders = [
             mesh.size("replica")
             * (1 if sharded else mesh.size("shard"))

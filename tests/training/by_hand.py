@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
+from dalle_ds.training.checkpoints.content import TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, record_of
 from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 from dalle_ds.training.checkpoints.storage import LocalShards
 from dalle_ds.training.checkpoints.writing import Planner
-from dalle_ds.training.zero_state import MasterWeights
 
 
 def write_tensors(folder: Path, shards: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]) -> None:
@@ -38,15 +37,7 @@ def write_checkpoint(
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    weights: MasterWeights,
-    optimizer: AdamW,
-    mesh: Mesh,
-    *,
-    keep: int,
-    average: WeightAverage | None = None,
+    folder: Path, step: int, state: dict[str, Any], trained: TrainedTensors, mesh: Mesh, *, keep: int
 ) -> Path:
     """Write `folder/step-N` and wait for it; delete all but the `keep` newest. Collective.
 
@@ -58,7 +49,7 @@ def save_checkpoint(
         CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
     """
     checkpoints = CheckpointFolder(folder)
-    saver = AsyncCheckpointer(checkpoints, weights, optimizer, mesh, keep=keep, average=average, background=False)
+    saver = AsyncCheckpointer(checkpoints, trained, mesh, keep=keep, background=False)
     saver.begin(step, state)
     saved = saver.finish()
     assert saved is not None

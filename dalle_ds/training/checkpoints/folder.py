@@ -36,12 +36,10 @@ _PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "
 
 
 class FileRecord(NamedTuple):
-    """A file as it was written."""
+    """A file as it was written: bytes, and XXH3 of 128 bits, hexadecimal (against accidents, not against forgery)."""
 
     size: int
-    """Bytes."""
     digest: str
-    """XXH3 of 128 bits, hexadecimal: against accidents, at the speed of memory; not against forgery."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class Manifest:
     files: Mapping[str, FileRecord]
     """By path within the checkpoint, with "/" between folders."""
     format: int = FORMAT
-    """`FORMAT` of the version that wrote it."""
 
     def write(self, folder: Path) -> None:
         """Put it into `folder`, not yet forced to the disk."""
@@ -134,11 +131,7 @@ def _leaves(name: str) -> bool:
 
 
 class CheckpointFolder:
-    """`RUN_DIR/checkpoints`. Only the main process changes it.
-
-    Args:
-        path: the folder, which may not exist yet.
-    """
+    """`RUN_DIR/checkpoints`, which may not exist yet. Only the main process changes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -181,7 +174,7 @@ class CheckpointFolder:
         """Make what `begin` returned, with all its files, a checkpoint; OSError where it cannot be done."""
         manifest.write(partial)
         sync_folder(partial)
-        final = self.path / partial.name.removeprefix(_PARTIAL)
+        final = partial.with_name(partial.name.removeprefix(_PARTIAL))
         replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -268,9 +261,7 @@ class CheckpointFolder:
 
 def step_of(checkpoint: Path) -> int:
     """The updates that a checkpoint has seen, by its name."""
-    match = _STEP.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:

@@ -26,25 +26,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dalle_ds.config import Run
 from dalle_ds.errors import CheckpointError
-from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import (
-    STATE_NAME,
-    TENSORS_NAME,
-    local_shards_of,
-    parameters_of,
-    state_text,
-)
+from dalle_ds.training.checkpoints.content import STATE_NAME, TENSORS_NAME, TrainedTensors, state_text
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, FileRecord, Manifest, record_of
 from dalle_ds.training.checkpoints.storage import INDEX_NAME
 from dalle_ds.training.checkpoints.writing import Plan, Planner, file_name, gather_to_first
-from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.tracking import Tracker
-from dalle_ds.training.zero_state import MasterWeights
 
 SECONDS_BETWEEN_TRIES = 60.0
 """Until a checkpoint that could not be written is tried again."""
@@ -81,7 +71,6 @@ class AsyncCheckpointer:
     Args:
         folder: where they go.
         keep, keep_every: which of them stay (`CheckpointFolder.prune`).
-        average, replicas: what is written besides weights and moments.
         background: whether `begin` returns once all is copied, or once all is written, for which nothing is copied.
         before_completing: called on the main process, perhaps in another thread, before a checkpoint is made complete;
             an OSError says that it must not be.
@@ -90,24 +79,19 @@ class AsyncCheckpointer:
     def __init__(
         self,
         folder: CheckpointFolder,
-        weights: MasterWeights,
-        optimizer: AdamW,
+        trained: TrainedTensors,
         mesh: Mesh,
         *,
         keep: int,
         keep_every: int | None = None,
-        average: WeightAverage | None = None,
-        replicas: ReplicaReduction | None = None,
         background: bool = True,
         before_completing: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._weights, self._optimizer, self._mesh = folder, weights, optimizer, mesh
+        self._folder, self._trained, self._mesh = folder, trained, mesh
         self._keep, self._keep_every = keep, keep_every
-        self._average, self._replicas, self._background = average, replicas, background
-        self._before_completing = before_completing
+        self._background, self._before_completing = background, before_completing
         self._group = _writers(mesh)
         self._planner = Planner(self._group)
-        self._buffer: Tensor | None = None
         self._save: _Save | None = None
 
     @property
@@ -125,26 +109,23 @@ class AsyncCheckpointer:
             CheckpointError: there is no room for it.
         """
         assert self._save is None
-        errors = {}
-        if self._replicas is not None:
-            errors = self._replicas.errors()
+        replicas = self._trained.replicas
+        errors = {} if replicas is None else replicas.errors()
+        if replicas is not None:
             # What is resumed from the sums shares them out anew, and so does this run, to go on exactly alike.
-            self._replicas.load_error_feedback(errors)
+            replicas.load_error_feedback(errors)
         plan, parameters = None, {}
         if self._mesh.index("replica") == 0:
-            shards = local_shards_of(self._weights, self._optimizer, self._average, errors)
+            shards = self._trained.local_shards(errors)
             plan = self._planner.plan(shards)
-            tables = gather_to_first(parameters_of(self._weights, self._optimizer), self._group)
+            tables = gather_to_first(self._trained.parameters(), self._group)
             parameters = {name: row for table in tables for name, row in table.items()}
         partial = self._mesh.decide(lambda: self._make_room(step, plan))
-        folder = partial / TENSORS_NAME
         if plan is None:
             job = _start(lambda: None, background=False)
-        elif self._background:
-            self._buffer = copied = plan.snapshot(shards, self._buffer)
-            job = _start(lambda: plan.write(folder, copied), background=True)
         else:
-            job = _start(lambda: plan.write(folder, shards), background=False)
+            source = plan.snapshot(shards) if self._background else shards
+            job = _start(lambda: plan.write(partial / TENSORS_NAME, source), self._background)
         self._save = _Save(step, partial, state_text({**state, "step": step}), plan, parameters, job)
 
     def progress(self) -> tuple[int, int]:

@@ -157,7 +157,7 @@ class LocalShards(NamedTuple):
 
     size: tuple[int, int]
     """Rows and columns of the whole tensor."""
-    parts: Sequence[tuple[TensorSlice, Tensor]]
+    parts: list[tuple[TensorSlice, Tensor]]
     """Slices, and their elements, (rows, columns) of any strides; at least one."""
 
 

@@ -55,41 +55,34 @@ class Plan:
         self._file_name = file_name(rank)
         self._header, self._places, self._body_size = _layout(own)
         self._everyone = everyone or ()
+        self._buffer: Tensor | None = None
 
     @cached_property
     def total_size(self) -> int:
         """On the group's first process, bytes of all tensors."""
         return sum(entry.num_bytes for entries in self._everyone for entry in entries)
 
-    def snapshot(self, shards: Mapping[str, LocalShards], buffer: Tensor | None) -> Tensor:
-        """A copy, in the host's memory, of what this process writes, which may then change.
-
-        Args:
-            buffer: an earlier copy, whose memory is used again where it fits.
-
-        Returns:
-            (bytes,) uint8, what `write` takes.
-        """
+    def snapshot(self, shards: Mapping[str, LocalShards]) -> Mapping[str, LocalShards]:
+        """What this process writes of them, copied to the host's memory, which holds it until the next call."""
         found = [(entry, offset, entry.find(shards)) for entry, offset in self._places]
         on_gpu = any(part.is_cuda for _, _, part in found)
-        if buffer is None or buffer.numel() != self._body_size:
-            buffer = torch.empty(self._body_size, dtype=torch.uint8)
+        if self._buffer is None:
+            self._buffer = torch.empty(self._body_size, dtype=torch.uint8)
             if on_gpu:
                 # Locked in place, so that GPUs copy to it at full speed; not by PyTorch's allocator, which takes the next
                 # power of two. Where it is refused, copies are slower.
-                torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+                torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0)
+        copied: dict[str, LocalShards] = {}
         for entry, offset, part in found:
-            place = buffer[offset : offset + entry.num_bytes].view(entry.dtype).view(part.shape)
-            place.copy_(part, non_blocking=True)
+            copy = self._buffer[offset : offset + entry.num_bytes].view(entry.dtype).view(part.shape)
+            copied.setdefault(entry.name, LocalShards(entry.size, [])).parts.append((entry.at, copy))
+            copy.copy_(part, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
-        return buffer
+        return copied
 
-    def write(self, folder: Path, source: Tensor | Mapping[str, LocalShards]) -> FileRecord | None:
+    def write(self, folder: Path, shards: Mapping[str, LocalShards]) -> FileRecord | None:
         """Write this process's file into `folder` and force it to the disk. Communicates with nobody.
-
-        Args:
-            source: from `snapshot`, or the shards themselves, of which one tensor at a time is copied to the host.
 
         Returns:
             What a manifest says of the file; None where this process has none to write.
@@ -99,11 +92,7 @@ class Plan:
         """
         if not self._places:
             return None
-        contents: Iterable[Tensor]
-        if isinstance(source, Tensor):
-            contents = source.split(BUFFER_BYTES)
-        else:
-            contents = (entry.find(source).detach().cpu() for entry, _ in self._places)
+        contents = (entry.find(shards).detach().cpu() for entry, _ in self._places)
         return _write_file(folder / self._file_name, self._header, contents)
 
     def write_index(self, folder: Path, parameters: Mapping[str, dict[str, Any]]) -> None:
@@ -247,9 +236,10 @@ def _write_file(path: Path, header: bytes, contents: Iterable[Tensor]) -> FileRe
         file.write(header)
         for tensor in contents:
             content = as_bytes(tensor.contiguous())
-            file.write(content)
-            digest.update(content)
             size += len(content)
+            for begin in range(0, len(content), BUFFER_BYTES):  # other threads have their turn in between
+                file.write(content[begin : begin + BUFFER_BYTES])
+                digest.update(content[begin : begin + BUFFER_BYTES])
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
