@@ -18,10 +18,7 @@ LOADER_TRIES = 3
 
 
 class Batches:
-    """Training, validation and preview batches of a task.
-
-    Args:
-        micro_batch: rows of one batch of one rank.
+    """Training, validation and preview batches of a task, of `micro_batch` rows for each rank.
 
     Raises:
         DataError: a split is missing. That of validation may be empty: data of one image, or of --validation 0.
@@ -37,12 +34,9 @@ class Batches:
         self._stream: Iterator[Batch] = iter(())
 
     def next_update(self, data_step: int, count: int, pulse: Callable[[], None]) -> list[Batch]:
-        """This rank's micro-batches of an update; collective as `train`.
+        """This rank's micro-batches, `count` of them, of the update whose data lie at `data_step`; collective as `train`.
 
-        Args:
-            data_step: the update's place in the order of the data.
-            count: of micro-batches.
-            pulse: called before each is waited for.
+        `pulse` is called before each is waited for.
         """
         if data_step != self._next_step:
             self._stream = self.train(data_step)

@@ -35,13 +35,8 @@ def build_engine(
 ) -> Any:
     """A DeepSpeed engine around a new model and its AdamW, on the mesh's device. Collective.
 
-    The engine does not clip (`MasterGradients`); its `client_optimizer` is the AdamW.
-
-    Args:
-        seed: of random rounding.
-
-    Raises:
-        ConfigError: DeepSpeed refuses its configuration.
+    The engine does not clip (`MasterGradients`); its `client_optimizer` is the AdamW, which rounds at random by `seed`.
+    ConfigError where DeepSpeed refuses its configuration.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch is about to change; nothing that a user could mend.

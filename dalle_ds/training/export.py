@@ -29,11 +29,7 @@ Weights = Literal["average", "raw"]
 
 
 def read_run(path: Path) -> tuple[str, Run]:
-    """The stage and the configuration of the run in folder `path`.
-
-    Raises:
-        CheckpointError: there is no run, or one of an unknown stage.
-    """
+    """The stage and the configuration of the run in folder `path`; CheckpointError where there is none of a known stage."""
     stage, values = read_config(path)
     if stage not in STAGES:
         raise CheckpointError(f"{path} holds a run of stage {stage!r}: this version knows {', '.join(STAGES)}")

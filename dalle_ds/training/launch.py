@@ -45,8 +45,7 @@ class Command(Generic[RunConfig]):
 def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | None = None) -> Command[RunConfig]:
     """Parse `--deepspeed_config FILE --preset NAME [--device D] [--section.field value …]`.
 
-    Raises:
-        ConfigError: no or an unknown preset, no DeepSpeed JSON, or a value that cannot work.
+    ConfigError where there is no or an unknown preset, no DeepSpeed JSON, or a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -80,11 +79,7 @@ def train(
     stage: str,
     check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] | None = None,
 ) -> None:
-    """Run a training launcher: parse the command line, join the other processes, train to the end.
-
-    Args:
-        check_plan: as `Trainer` takes it.
-    """
+    """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)
     run = command.run
     with StopSignals(quiet=os.environ.get("RANK", "0") != "0") as signals:

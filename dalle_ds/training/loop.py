@@ -62,11 +62,7 @@ class RunContext:
 
 
 class Loop:
-    """One `fit`: what lives from the first update to the last.
-
-    Args:
-        state: what a checkpoint keeps besides weights and optimizer; the loop begins at its "step".
-    """
+    """One `fit`: what lives from the first update to the last, beginning at the "step" of a checkpoint's `state`."""
 
     def __init__(
         self, context: RunContext, trained: TrainState, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
@@ -286,8 +282,7 @@ class Loop:
     def _roll_back(self, metrics: dict[str, float]) -> None:
         """Go back to the newest checkpoint and leave out the data that followed it. Collective.
 
-        Raises:
-            TrainingError: there is no checkpoint, or going back has not helped.
+        TrainingError where there is no checkpoint, or going back has not helped.
         """
         went_wrong = self.step
         what = (

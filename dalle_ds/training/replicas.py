@@ -34,13 +34,6 @@ class ReplicaReduction:
     A shard of fused queries, keys and values counts as three matrices, each of as many rows as a shard of one of the three
     would have: so none has rows of two of them.
 
-    Args:
-        engine: from `build_engine`.
-        gradients: the engine's.
-        mesh: divided as the engine is.
-        config: compression.
-        seed: of PowerSGD's random matrices.
-
     Raises:
         ConfigError: compression of a model without matrices that can be compressed. (`resolve` refuses what else cannot be.)
     """

@@ -58,11 +58,7 @@ _STEP_NAME = "step.json"
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The stage and the configuration, as plain values, of the run in folder `path`.
-
-    Raises:
-        CheckpointError: there is no run.
-    """
+    """The stage and the configuration, as plain values, of the run in folder `path`; CheckpointError where there is no run."""
     saved = _read_config_file(path)
     return saved["stage"], saved["run"]
 
@@ -79,11 +75,7 @@ def _read_config_file(path: Path) -> dict[str, Any]:
 
 
 def run_of(kind: type[RunKind], saved: dict[str, Any], where: str) -> RunKind:
-    """A run's configuration from the plain values that `read_config` returns.
-
-    Raises:
-        ConfigError: as `from_dict`.
-    """
+    """A run's configuration from the plain values that `read_config` returns; ConfigError as from `from_dict`."""
     used = dict(flatten(to_dict(kind())))
     kept = dict(saved)
     for name in _TAKEN_ONCE:
@@ -107,8 +99,7 @@ def _with_pairs(saved: dict[str, Any]) -> dict[str, Any]:
 def kept_precision(path: Path) -> Choice | None:
     """The precision that the run in folder `path` began in, whatever it was chosen by; None where there is no run yet.
 
-    Raises:
-        CheckpointError: its configuration cannot be read.
+    CheckpointError where its configuration cannot be read.
     """
     if not (path / _CONFIG_NAME).exists():
         return None
@@ -128,9 +119,7 @@ class RunDirectory:
     """A run's folder on this process's side; only the main process writes.
 
     Args:
-        path: the folder; made where it does not exist.
         stage: the task's name, kept in `config.yaml`.
-        run: the run's configuration.
 
     Raises:
         CheckpointError: `path` holds a run of another stage or configuration (with the differences), or something else.
@@ -192,8 +181,7 @@ class RunDirectory:
     def claim(self) -> None:
         """Make the folder and take its lock. Main process only.
 
-        Raises:
-            CheckpointError: another process trains in it, or it cannot be written.
+        CheckpointError where another process trains in it, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -238,11 +226,7 @@ class RunDirectory:
                 unfinished.unlink(missing_ok=True)
 
     def identity(self) -> dict[str, str] | None:
-        """What `write_config` was given at the run's start; None in a new run.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
+        """What `write_config` was given at the run's start; None in a new run. CheckpointError where it cannot be read."""
         return self._read_json(_IDENTITY_NAME, dict)
 
     def wandb_id(self) -> str | None:
@@ -250,11 +234,7 @@ class RunDirectory:
         return self._read_json(_WANDB_NAME, str)
 
     def keep_wandb_id(self, run_id: str | None) -> None:
-        """Keep it for the next start, which may come before the first checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Keep it for the next start, which may come before the first checkpoint; CheckpointError where that fails."""
         if run_id is not None and run_id != self.wandb_id():
             try:
                 write_json(self.path / _WANDB_NAME, run_id)
@@ -274,11 +254,9 @@ class RunDirectory:
         return content
 
     def note_start(self, step: int, processes: str) -> None:
-        """Add a line to the list of the run's starts; not being able to is no reason not to start.
+        """Add a line to the list of the run's starts: updates done, and in words how the work is divided.
 
-        Args:
-            step: updates done before.
-            processes: how the work is divided, in words.
+        Not being able to is no reason not to start.
         """
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         with suppress(OSError):
@@ -312,14 +290,8 @@ class RunDirectory:
             self._lock = None
 
     def drop_metrics_after(self, step: int, *, unvalidated: bool = False) -> None:
-        """Forget the metrics of updates beyond `step`, which the run will do again.
-
-        Args:
-            unvalidated: forget what is there of the validation at `step`, too.
-
-        Raises:
-            CheckpointError: a file cannot be written.
-        """
+        """Forget the metrics of updates beyond `step`, which the run will do again, and if it is `unvalidated`, of the
+        validation at `step`; CheckpointError where a file cannot be written."""
 
         def stays(record: dict[str, Any]) -> bool:
             again = unvalidated and record["step"] == step and any(name.startswith("validation/") for name in record)

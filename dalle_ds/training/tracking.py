@@ -116,8 +116,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float], seconds: float | None = None) -> None:
         """Record the metrics of update number `step` (the first is 1).
 
-        Args:
-            seconds: the update's duration; given, throughput is recorded and the progress line renewed.
+        With the update's `seconds`, throughput is recorded and the progress line renewed.
         """
         if not self._enabled:
             return
@@ -134,11 +133,7 @@ class Tracker:
             self._wandb.log(record, step=step)
 
     def sync(self) -> None:
-        """Force all that was recorded to the disk; may be called from any thread.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Force all that was recorded to the disk; OSError where that fails. May be called from any thread."""
         for file in self._files:
             file.sync()
 

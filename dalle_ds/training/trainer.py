@@ -39,10 +39,7 @@ class Trainer:
     or the ZeRO stage, up to rounding; a resumed run continues bit for bit.
 
     Args:
-        make_task: builds the task from its run configuration.
-        run: what to train.
         json_config: the DeepSpeed JSON's content.
-        mesh: the processes that take part.
         signals: says when to stop; None never does.
         pulse: `Watch.pulse`: is told what this process is about to do.
         check_plan: refuses a task that does not fit this engine and mesh, before a model is built.

@@ -246,13 +246,10 @@ class MasterGradients:
 
 
 class GroupLayout:
-    """Which parameter groups there are on all processes, and what this one holds of them.
+    """Which parameter groups (`optim/groups.py`) there are on all processes, and what this one holds of them.
 
-    Stages of a pipeline have groups of their own; parts of a tensor group all hold those that are not divided.
-
-    Args:
-        groups: the optimizer's parameter groups, as `optim/groups.py` makes them.
-        sharded: whether shards hold parts of every gradient, instead of all.
+    Stages of a pipeline have groups of their own; parts of a tensor group all hold those that are not divided. `sharded` says
+    whether shards hold parts of every gradient, instead of all.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], sharded: bool, mesh: Mesh) -> None:

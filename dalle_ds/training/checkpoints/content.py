@@ -42,8 +42,7 @@ def state_text(state: Mapping[str, Any]) -> str:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """What the run said of itself when it wrote a checkpoint, but for tensors.
 
-    Raises:
-        CheckpointError: it cannot be read, or is of another format.
+    CheckpointError where it cannot be read, or is of another format.
     """
     try:
         state: dict[str, Any] = parse_json((checkpoint / STATE_NAME).read_bytes())

@@ -60,9 +60,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """That of a checkpoint, byte for byte as it was written.
 
-        Raises:
-            CheckpointError: it is missing or is not.
-            OSError: it may be, but cannot be read here and now.
+        CheckpointError where it is missing or is not; OSError where it may be, but cannot be read here and now.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -80,14 +78,9 @@ class Manifest:
         return manifest
 
     def faults(self, folder: Path, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
-        """A sentence for every file that is not as it was written.
+        """A sentence for each of these files, or of all, that is not as it was written.
 
-        Args:
-            names: files to look at; None takes all.
-            contents: whether to read them; their lengths are always looked at.
-
-        Raises:
-            OSError: one may be, but cannot be read here and now.
+        Without `contents`, only lengths are looked at. OSError where a file cannot be read here and now.
         """
         found = []
         for name in self.files if names is None else names:
@@ -149,11 +142,7 @@ class CheckpointFolder:
 
     def newest_good(self, mesh: Mesh) -> Path | None:
         """The latest one that is as it was written, and not from the midst of updates that went wrong, as the last of a run
-        may be. Collective.
-
-        Raises:
-            CheckpointError: one cannot be read by all processes.
-        """
+        may be; CheckpointError where some process cannot read one. Collective."""
         for checkpoint in mesh.decide(lambda: [path for path in reversed(self.all()) if _is_good(path)]):
             if not faults_found_by_all(checkpoint, mesh):
                 return checkpoint
@@ -204,11 +193,8 @@ class CheckpointFolder:
             self._remove(checkpoint)
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from.
-
-        Raises:
-            CheckpointError: one cannot be removed.
-        """
+        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from;
+        CheckpointError where one cannot be removed."""
         for checkpoint in self.all():
             if step_of(checkpoint) > step:
                 self._remove(checkpoint)
@@ -217,11 +203,7 @@ class CheckpointFolder:
         self._name_latest()
 
     def set_aside(self, checkpoint: Path) -> Path:
-        """Give a damaged checkpoint a name that it is not resumed under.
-
-        Raises:
-            CheckpointError: it cannot be renamed.
-        """
+        """Give a damaged checkpoint a name that it is not resumed under; CheckpointError where that fails."""
         aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
         try:
             if aside.exists():
@@ -267,8 +249,7 @@ def step_of(checkpoint: Path) -> int:
 def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
     """A sentence for everything about a checkpoint that is not as it was written, or cannot be read.
 
-    Args:
-        contents: whether to read all files, or to be content with their lengths.
+    Of files, without `contents`, only the lengths are looked at.
     """
     try:
         return _manifest_of(checkpoint).faults(checkpoint, contents=contents)
@@ -279,11 +260,7 @@ def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Read all of a checkpoint.
-
-    Raises:
-        CheckpointError: it is not as it was written, or is of another version.
-    """
+    """Read all of a checkpoint; CheckpointError where it is not as it was written, or is of another version."""
     _check_version(checkpoint)
     faults = faults_of(checkpoint)
     if faults:
@@ -321,11 +298,8 @@ def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
 
 
 def faults_found_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
-    """`faults_of`, each process reading some of the files. Collective.
-
-    Raises:
-        CheckpointError: of another version, or not to be read by some process.
-    """
+    """`faults_of`, each process reading some of the files; CheckpointError where it is of another version, or some process
+    cannot read it. Collective."""
 
     def look() -> tuple[Manifest | None, list[str]]:
         _check_version(checkpoint)

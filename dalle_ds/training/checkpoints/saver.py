@@ -102,11 +102,7 @@ class AsyncCheckpointer:
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the checkpoint of update `step`; there must be no other. Collective.
 
-        Args:
-            state: JSON-able; comes back from `load_state`.
-
-        Raises:
-            CheckpointError: there is no room for it.
+        `state` is JSON-able, and comes back from `load_state`. CheckpointError where there is no room.
         """
         assert self._save is None
         replicas = self._trained.replicas
@@ -137,13 +133,9 @@ class AsyncCheckpointer:
         return int(not has_failed), int(has_failed)
 
     def advance(self, done: int, failed: int) -> Saved | None:
-        """Go on to the next phase if all have ended this one. Collective if they have.
+        """Go on to the next phase if all have ended this one, by the sums of `progress` over all processes. Collective if so.
 
-        Args:
-            done, failed: sums of `progress` over all processes.
-
-        Returns:
-            How the checkpoint ended, if it did.
+        Returns how the checkpoint ended, if it did.
         """
         save = self._save
         if save is None or done + failed < (1 if save.completing else self._mesh.world_size):
@@ -255,15 +247,11 @@ def _cpu_group(count: int, world: Any) -> Any:
 
 
 class CheckpointScheduler:
-    """Decides, on all processes alike, when a run's checkpoints are written.
+    """Decides, on all processes alike, when a run's checkpoints are written; the clock is the main process's.
 
     Args:
-        saver: writes them.
-        run: how often.
-        mesh: the processes; the clock is the main one's.
         exactly: write each in the update in which it falls due, and wait for the one before if need be, since one more or one
             less changes the rounding of what follows (PowerSGD).
-        tracker: tells the user of failures.
         long: a context around waits that may be long.
     """
 

@@ -107,8 +107,7 @@ class ParamShard:
     def slices(self, run: Tensor) -> list[tuple[TensorSlice, Tensor]]:
         """Which slices of the plain model's parameter, as a matrix, a run is made up of; of each a view (rows, columns).
 
-        Args:
-            run: (length,), from `of`.
+        `run` is (length,), from `of`.
         """
         height, width = matrix_size(self.shape)
         found = []
@@ -122,11 +121,8 @@ class ParamShard:
         return found
 
     def _placed(self, axis: int, first: int, count: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """An interval of a piece's matrix, as intervals of the whole one: (first, how many come before, how many).
-
-        Args:
-            size: of the piece's matrix along the axis.
-        """
+        """An interval of a piece's matrix, `size` long along the axis, as intervals of the whole one: (first, how many come
+        before, how many)."""
         if self.split is None or self.split.axis != axis:
             yield first, 0, count
             return
@@ -182,11 +178,7 @@ class Stored(NamedTuple):
 
 
 class Index:
-    """What a folder of tensors holds, by `INDEX_NAME`.
-
-    Raises:
-        CheckpointError: the index is missing or broken.
-    """
+    """What a folder of tensors holds, by `INDEX_NAME`; CheckpointError where that is missing or broken."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -249,11 +241,7 @@ class Index:
                 file.close()
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, on the CPU, as a matrix.
-
-        Raises:
-            CheckpointError: as `read`.
-        """
+        """A whole tensor, on the CPU, as a matrix; CheckpointError as from `read`."""
         stored = self.tensors[name]
         try:
             whole = torch.empty(stored.size, dtype=stored.dtype)

@@ -82,13 +82,9 @@ class Plan:
         return copied
 
     def write(self, folder: Path, shards: Mapping[str, LocalShards]) -> FileRecord | None:
-        """Write this process's file into `folder` and force it to the disk. Communicates with nobody.
+        """Write this process's file into `folder` and force it to the disk; OSError where that fails. Talks to nobody.
 
-        Returns:
-            What a manifest says of the file; None where this process has none to write.
-
-        Raises:
-            OSError: it cannot be written.
+        Returns what a manifest says of the file; None where this process has none to write.
         """
         if not self._places:
             return None
@@ -96,11 +92,7 @@ class Plan:
         return _write_file(folder / self._file_name, self._header, contents)
 
     def write_index(self, folder: Path, parameters: Mapping[str, dict[str, Any]]) -> None:
-        """Write `INDEX_NAME`, on the group's first process.
-
-        Args:
-            parameters: what is known of the model's parameters besides tensors.
-        """
+        """Write `INDEX_NAME`, with what is known of the model's parameters besides tensors, on the group's first process."""
         text = json.dumps({"parameters": parameters})
         (folder / INDEX_NAME).write_text(f"{text[:-1]}, {self._chunks_text[1:]}\n")
 
@@ -121,11 +113,7 @@ class Plan:
 
 
 class Planner:
-    """Makes plans, and keeps the last for as long as it holds.
-
-    Args:
-        group: the processes that write; None stands for all.
-    """
+    """Makes plans for the processes of a group, None standing for all, and keeps the last for as long as it holds."""
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
