@@ -38,15 +38,5 @@ def build_step(
     scales, replicas = scale_gradients(task, engine.module, config.precision, mesh), None
     if mesh.size("replica") > 1:
         replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
-    train_step = TrainStep(
-        task,
-        engine,
-        strategy_for(task, engine, mesh),
-        mesh,
-        run.optim,
-        scales=scales,
-        average=None,
-        numerics=None,
-        replicas=replicas,
-    )
-    return engine, train_step
+    strategy = strategy_for(task, engine, mesh)
+    return engine, TrainStep(strategy, mesh, run.optim, scales=scales, replicas=replicas)

@@ -87,8 +87,6 @@ class Loop:
             lines = tracker.open(self.directory.numerics_file)
             numerics = NumericsReport(lines, report.numerics_every, self.mesh, trained.scales)
         self._train_step = TrainStep(
-            self.task,
-            self.engine,
             self._strategy,
             self.mesh,
             self.run.optim,

@@ -70,7 +70,7 @@ class SharpStrategy(CachedStrategy):
             if len(drawn_from) == number:
                 drawn_from.append(generator_states())
             draw_again_from(drawn_from[number])
-            return self._task.embed(self._moved, pieces[number])
+            return self.task.embed(self._moved, pieces[number])
 
         def through(group: range, known: Sequence[Outputs], cotangents: dict[str, Tensor]) -> list[Tensor]:
             """The gradient of a group's weights through its embeddings, whose gradients are given."""
@@ -113,7 +113,7 @@ class SharpStrategy(CachedStrategy):
             values = [output[name].detach() for output in outputs]
             # What all rows have in common, perturbed groups do not: a value for each row.
             whole[name] = torch.cat([v.expand(self._rows) if name in common else v for v in values]).requires_grad_()
-        loss, metrics = self._task.loss_of(whole, self._peers)
+        loss, metrics = self.task.loss_of(whole, self._peers)
         gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
         return loss.detach(), metrics, {name: g.sum() if name in common else g for name, g in gradients.items()}
 
@@ -143,16 +143,16 @@ class SharpStrategy(CachedStrategy):
     def _set_gradient(self, gradient: list[Tensor]) -> None:
         """Let the engine take this process's gradient as that of a backward pass. Collective."""
         with self._whole_weights() as weights:
-            loss = _KnownGradient.apply(self._engine._backward_prologue, gradient, *weights)
-            self._engine.backward(loss, scale_wrt_gas=False)
+            loss = _KnownGradient.apply(self.engine._backward_prologue, gradient, *weights)
+            self.engine.backward(loss, scale_wrt_gas=False)
 
     @contextmanager
     def _whole_weights(self) -> Iterator[list[torch.nn.Parameter]]:
         """The engine's parameters, with ZeRO-3 gathered from all processes."""
         from deepspeed import zero
 
-        parameters = list(self._engine.module.parameters())
-        with zero.GatheredParameters(parameters, enabled=self._engine.zero_optimization_stage() == 3):
+        parameters = list(self.engine.module.parameters())
+        with zero.GatheredParameters(parameters, enabled=self.engine.zero_optimization_stage() == 3):
             yield parameters
 
 

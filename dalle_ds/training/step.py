@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from dalle_ds.config import OptimConfig
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
-from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.strategies import StepStrategy
@@ -112,7 +111,7 @@ class StepResult:
 
 
 class TrainStep:
-    """Makes updates on an engine from `build_engine`.
+    """Makes updates on an engine.
 
     Args:
         scales: of the residual blocks, and what to skip; None where gradients are not scaled.
@@ -122,22 +121,20 @@ class TrainStep:
 
     def __init__(
         self,
-        task: Task[Any],
-        engine: Any,
         strategy: StepStrategy,
         mesh: Mesh,
         optim: OptimConfig,
         *,
-        scales: GradientScales | None,
-        average: WeightAverage | None,
-        numerics: NumericsReport | None,
-        replicas: ReplicaReduction | None,
+        scales: GradientScales | None = None,
+        average: WeightAverage | None = None,
+        numerics: NumericsReport | None = None,
+        replicas: ReplicaReduction | None = None,
     ) -> None:
-        self._task, self._strategy, self._mesh, self._optim = task, strategy, mesh, optim
+        self._task, self._engine, self._strategy = strategy.task, strategy.engine, strategy
+        self._mesh, self._optim = mesh, optim
         self._scales, self._average, self._numerics, self._replicas = scales, average, numerics, replicas
-        self._engine = engine
-        self._optimizer: AdamW = engine.client_optimizer
-        self._gradients = MasterGradients(engine)
+        self._optimizer: AdamW = self._engine.client_optimizer
+        self._gradients = MasterGradients(self._engine)
         self._layout = GroupLayout(self._optimizer.param_groups, self._gradients.sharded, mesh)
 
     def run(self, micro_batches: Sequence[Batch], step: int, rate: float, flags: Sequence[float] = ()) -> StepResult:

@@ -27,14 +27,14 @@ class StepStrategy(ABC):
     """How an engine from `build_engine` computes gradients of its task."""
 
     def __init__(self, task: Task[Any], engine: Any) -> None:
-        self._task, self._engine = task, engine
+        self.task, self.engine = task, engine
         self.pulse: Callable[[], None] = lambda: None
         """Called before each micro-batch's part of the work: a long update is no hang."""
 
     @property
     def model(self) -> Callable[..., Any]:
         """Called as the plain model is, without gradients, by all processes of a model at a time."""
-        return self._engine
+        return self.engine
 
     @abstractmethod
     def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
@@ -42,7 +42,7 @@ class StepStrategy(ABC):
 
     def step(self) -> None:
         """Let the engine take its step."""
-        self._engine.step()
+        self.engine.step()
 
 
 def strategy_for(task: Task[Any], engine: Any, mesh: Mesh) -> StepStrategy:
@@ -66,11 +66,11 @@ class PlainStrategy(StepStrategy):
         reported: list[Metrics] = []
         for batch in micro_batches:
             self.pulse()
-            loss, metrics = self._task.loss(self._engine, batch, step)
-            self._engine.backward(loss)
+            loss, metrics = self.task.loss(self.engine, batch, step)
+            self.engine.backward(loss)
             reported.append({"loss": loss.detach(), **metrics})
             if len(reported) < len(micro_batches):
-                self._engine.step()  # not yet: DeepSpeed counts micro-batches
+                self.engine.step()  # not yet: DeepSpeed counts micro-batches
         return reported
 
 
@@ -82,7 +82,7 @@ class CachedStrategy(StepStrategy):
     exact gradient for one more forward pass. An update of one micro-batch is computed without a cache.
     """
 
-    _task: ContrastiveTask[Any]
+    task: ContrastiveTask[Any]
 
     def __init__(self, task: ContrastiveTask[Any], engine: Any, mesh: Mesh) -> None:
         super().__init__(task, engine)
@@ -91,8 +91,8 @@ class CachedStrategy(StepStrategy):
     def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
         count = len(micro_batches)
         if count == 1:
-            loss, metrics = self._task.loss_of(self._task.embed(self._engine, micro_batches[0]), self._peers)
-            self._engine.backward(loss)
+            loss, metrics = self.task.loss_of(self.task.embed(self.engine, micro_batches[0]), self._peers)
+            self.engine.backward(loss)
             return [{"loss": loss.detach(), **metrics}]
         outputs: list[Outputs] = []
         drawn_from = []
@@ -100,21 +100,21 @@ class CachedStrategy(StepStrategy):
             for batch in micro_batches:
                 self.pulse()
                 drawn_from.append(generator_states())
-                outputs.append(self._task.embed(self._engine, batch))
+                outputs.append(self.task.embed(self.engine, batch))
         whole = {}
         for name, value in outputs[0].items():  # rows of all micro-batches, or what is the same for all
             joined = torch.cat([output[name] for output in outputs]) if value.ndim else value
             whole[name] = joined.requires_grad_()
-        loss, metrics = self._task.loss_of(whole, self._peers)
+        loss, metrics = self.task.loss_of(whole, self._peers)
         gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
         for number, batch in enumerate(micro_batches):
             self.pulse()
             draw_again_from(drawn_from[number])
             # Its gradient with respect to the weights is the loss's through these rows.
-            through = product(self._task.embed(self._engine, batch), gradients, number, count)
-            self._engine.backward(through, scale_wrt_gas=False)
+            through = product(self.task.embed(self.engine, batch), gradients, number, count)
+            self.engine.backward(through, scale_wrt_gas=False)
             if number + 1 < count:
-                self._engine.step()  # not yet: DeepSpeed counts micro-batches
+                self.engine.step()  # not yet: DeepSpeed counts micro-batches
         return in_parts(loss.detach(), metrics, count)
 
 
@@ -161,10 +161,10 @@ class PipelineStrategy(StepStrategy):
 
     @property
     def model(self) -> Callable[..., Any]:
-        return lambda *inputs: self._engine.module.infer(inputs)
+        return lambda *inputs: self.engine.module.infer(inputs)
 
     def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
-        engine = self._engine
+        engine = self.engine
         self._reported, self._number = [], step
         engine.set_dataiterator(iter([(self._inputs(batch), batch) for batch in micro_batches]))
         engine.module.train()
@@ -173,11 +173,11 @@ class PipelineStrategy(StepStrategy):
         return self._shared(len(micro_batches))
 
     def step(self) -> None:
-        self._engine._exec_optimizer_step()
+        self.engine._exec_optimizer_step()
 
     def _loss(self, output: Any, batch: Batch) -> Tensor:
         """The last stage's loss, once the last layer has returned `output`, as the model would."""
-        loss, metrics = self._task.loss(lambda *_, **__: output, batch, self._number)  # type: ignore[arg-type]
+        loss, metrics = self.task.loss(lambda *_, **__: output, batch, self._number)  # type: ignore[arg-type]
         self._reported.append({"loss": loss.detach(), **metrics})
         return loss
 

@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dalle_ds.config import Run, to_dict
+from dalle_ds.config import to_dict
 from dalle_ds.errors import ConfigError, Interrupted
 from dalle_ds.jsonl import LineFile
+from dalle_ds.parallel import Mesh
+from dalle_ds.tasks import Task
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a run whose output is no terminal prints a progress line."""
@@ -36,26 +38,15 @@ class Tracker:
     Args:
         metrics_file: gets one JSON object per line: {"step": updates done, name: value …}.
         run_id: Weights & Biases run to continue, from an earlier `run_id`.
-        items: what to count besides samples, and how many a sample has.
-        flops_per_sample: model FLOPs of forward and backward pass.
     """
 
     def __init__(
-        self,
-        metrics_file: Path,
-        run: Run,
-        stage: str,
-        *,
-        enabled: bool,
-        start_step: int,
-        world_size: int,
-        items: tuple[str, int],
-        flops_per_sample: float,
-        run_id: str | None = None,
+        self, metrics_file: Path, task: Task[Any], mesh: Mesh, *, start_step: int, run_id: str | None = None
     ) -> None:
         self.run_id = run_id
-        self._enabled, self._run, self._report = enabled, run, run.report
-        self._world_size, self._items, self._flops = world_size, items, flops_per_sample
+        self._run, self._report = task.run, task.run.report
+        self._enabled, self._world_size = mesh.is_main, mesh.world_size
+        self._items = task.items_per_sample()
         self._console = Console(soft_wrap=True)
         self._started = self._printed = time.monotonic()
         self._start_step = start_step
@@ -64,17 +55,18 @@ class Tracker:
         self._wandb: Any = None
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
-        if not enabled:
+        if not self._enabled:
             return
+        self._flops = 0.0 if self._report.peak_tflops is None else task.flops_per_sample()
         self._files.append(LineFile(metrics_file))
         if self._report.wandb != "disabled":
-            self._start_wandb(metrics_file.parent, stage)
+            self._start_wandb(metrics_file.parent, task.name)
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
                 console=self._console,
             )  # fmt: skip
-            self._bar = self._progress.add_task(stage, total=run.steps, completed=start_step, status="")
+            self._bar = self._progress.add_task(task.name, total=self._run.steps, completed=start_step, status="")
             self._progress.start()
 
     def _start_wandb(self, folder: Path, stage: str) -> None:

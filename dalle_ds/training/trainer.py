@@ -192,17 +192,8 @@ class Trainer:
         return TrainState(engine, tensors, LearningRate(run.optim), scales, Guard(run.guard))
 
     def _tracker(self) -> Tracker:
-        tracker = Tracker(
-            self.directory.metrics_file,
-            self.run,
-            self.task.name,
-            enabled=self.mesh.is_main,
-            start_step=self.step,
-            world_size=self.mesh.world_size,
-            items=self.task.items_per_sample(),
-            flops_per_sample=self.task.flops_per_sample() if self.run.report.peak_tflops else 0.0,
-            run_id=self.directory.wandb_id() if self.mesh.is_main else None,
-        )
+        run_id = self.directory.wandb_id() if self.mesh.is_main else None
+        tracker = Tracker(self.directory.metrics_file, self.task, self.mesh, start_step=self.step, run_id=run_id)
         begun = f"resumed from {self.checkpoint}" if self.checkpoint is not None else "new run"
         tracker.say(
             f"{self.task.name}: {begun} in {self.directory.path}; {len(self.batches.train_samples):,} training and "

@@ -198,7 +198,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
         "numerics": None,
         "replicas": reduction,
     }
-    train_step = TrainStep(task, engine, strategy, mesh, run.optim, **options)
+    train_step = TrainStep(strategy, mesh, run.optim, **options)
     inner = train_step._apply
     train_step._apply = spied  # type: ignore[method-assign, assignment]
     result = train_step.run(batches, 0, 1e-3)

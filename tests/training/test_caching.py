@@ -339,7 +339,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
     engine = SteppingEngine(ours)
     strategy = sharp_strategy(engine, rho, None, 2)
     options: dict[str, Any] = {"scales": None, "average": None, "numerics": None, "replicas": None}
-    train_step = TrainStep(strategy._task, engine, strategy, MESH, OptimConfig(clip=None), **options)
+    train_step = TrainStep(strategy, MESH, OptimConfig(clip=None), **options)
     reference = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.1)
     (batch,) = batches(1)
     for step in range(20):

@@ -65,16 +65,11 @@ def train_step(
     optimizer = AdamW(groups, betas=betas, weight_decay=0.1, second_moment_clip=optim.second_moment_clip)
     scaling = ScalingConfig(skip=skip)  # type: ignore[arg-type]
     task: Any = Square()
-    engine = Engine(module, optimizer)
     return TrainStep(
-        task,
-        engine,
-        PlainStrategy(task, engine),
+        PlainStrategy(task, Engine(module, optimizer)),
         Mesh(0, 1, torch.device("cpu")),
         optim,
         scales=GradientScales(scaling, 2, 1) if scaled else None,
-        average=None,
-        numerics=None,
         replicas=replicas,
     )
 
