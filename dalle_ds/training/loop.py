@@ -141,8 +141,9 @@ class Loop:
             began = time.perf_counter()
             # The first update starts loaders, compiles, and connects processes.
             self._minutes = LONG_TIMEOUT if self.step == first else 0.0
+            pulse = partial(self._pulse, self.step, "waiting for data", self._minutes)
             with self._stragglers.waiting(self.step):
-                batches = self._next_batches()
+                batches = self.batches.next_update(self.rollbacks.place(self.step), self.config.accumulation, pulse)
             waited = time.perf_counter() - began
             self._pulse(self.step, "step", self._minutes)
             metrics, lost = self._update(batches)
@@ -211,10 +212,6 @@ class Loop:
         self.mesh.barrier()
 
     # --- an update
-
-    def _next_batches(self) -> list[Batch]:
-        pulse = partial(self._pulse, self.step, "waiting for data", self._minutes)
-        return self.batches.next_update(self.rollbacks.place(self.step), self.config.accumulation, pulse)
 
     def _update(self, micro_batches: list[Batch]) -> tuple[dict[str, float], bool]:
         """Make an update; returns its metrics and whether the run should go back from here."""

@@ -24,14 +24,6 @@ SECONDS_BETWEEN_LINES = 10.0
 """How often a run whose output is no terminal prints a progress line."""
 
 
-def peak_memory_bytes() -> int:
-    """Most memory held so far: by tensors on the GPU, or by the whole process on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 class Tracker:
     """Writes metrics and shows progress; on every rank but the main one it does nothing.
 
@@ -136,7 +128,11 @@ class Tracker:
 
     def _throughput(self, seconds: float) -> dict[str, float]:
         samples = self._run.train.batch_size / seconds
-        metrics = {"seconds": seconds, "samples_per_second": samples, "peak_memory_bytes": float(peak_memory_bytes())}
+        # Most memory held so far: by tensors on the GPU, or by the whole process on the CPU.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        metrics = {"seconds": seconds, "samples_per_second": samples, "peak_memory_bytes": float(peak)}
         if self._items[1]:
             metrics[f"{self._items[0]}_per_second"] = samples * self._items[1]
         if self._report.peak_tflops is not None:

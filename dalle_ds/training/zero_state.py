@@ -31,12 +31,10 @@ class MasterWeights:
         self._stage: int = engine.zero_optimization_stage()
         self._copies: dict[int, Tensor] = {}
         optimizer = self._optimizer
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            self.shards: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
-        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-            self.shards = list(optimizer.single_partition_of_fp32_groups)
-        elif hasattr(optimizer, "fp32_groups_flat_partition"):
-            self.shards = list(optimizer.fp32_groups_flat_partition)
+        flat = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        kept = next((name for name in flat if hasattr(optimizer, name)), None)
+        if kept is not None:
+            self.shards: list[Tensor] = list(getattr(optimizer, kept))
         elif hasattr(optimizer, "fp32_groups"):
             self.shards = [copy for group in optimizer.fp32_groups for copy in group]
             originals = [parameter for group in optimizer.fp16_groups for parameter in group]

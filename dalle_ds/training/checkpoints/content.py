@@ -7,7 +7,6 @@ any way, can go on from it. `state.json` has everything else, and `manifest.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,6 @@ STATE_NAME = "state.json"
 TENSORS_NAME = "tensors"
 WEIGHT, AVERAGE, ERROR = "weight", "average", "error"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def state_text(state: Mapping[str, Any]) -> str:
-    """`state`, which is JSON-able, as `load_state` reads it."""
-    return json.dumps({"format": FORMAT, **state}, indent=2) + "\n"
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -154,21 +155,21 @@ class CheckpointFolder:
 
     def begin(self, step: int) -> Path:
         """An empty folder in which a checkpoint can be written; OSError where it cannot be made."""
-        partial = self.path / f"{_PARTIAL}step-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        return partial
+        unfinished = self.path / f"{_PARTIAL}step-{step}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        return unfinished
 
-    def complete(self, partial: Path, manifest: Manifest) -> Path:
+    def complete(self, unfinished: Path, manifest: Manifest) -> Path:
         """Make what `begin` returned, with all its files, a checkpoint; OSError where it cannot be done."""
-        manifest.write(partial)
-        sync_folder(partial)
-        final = partial.with_name(partial.name.removeprefix(_PARTIAL))
+        manifest.write(unfinished)
+        sync_folder(unfinished)
+        final = unfinished.with_name(unfinished.name.removeprefix(_PARTIAL))
         replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        partial.rename(final)
+        unfinished.rename(final)
         sync_directory(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
         self._name_latest()
@@ -202,8 +203,8 @@ class CheckpointFolder:
                     raise CheckpointError(f"{checkpoint} cannot be removed: remove it, and start the run again")
         self._name_latest()
 
-    def set_aside(self, checkpoint: Path) -> Path:
-        """Give a damaged checkpoint a name that it is not resumed under; CheckpointError where that fails."""
+    def set_aside(self, checkpoint: Path, faults: list[str]) -> None:
+        """Give a damaged checkpoint a name that it is not resumed under, and say so; CheckpointError where that fails."""
         aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
         try:
             if aside.exists():
@@ -212,7 +213,8 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{checkpoint} is damaged and cannot be renamed: {error}") from error
         self._name_latest()
-        return aside
+        others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        print(f"{checkpoint.name} is damaged and was renamed to {aside.name}: {faults[0]}{others}", flush=True)
 
     def clear(self) -> None:
         """Remove what killed runs left unfinished, or had not removed to the end."""
@@ -281,13 +283,7 @@ def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
         faults = faults_found_by_all(checkpoint, mesh)
         if not faults:
             return checkpoint
-
-        def set_aside(checkpoint: Path = checkpoint, faults: list[str] = faults) -> None:
-            aside = folder.set_aside(checkpoint)
-            others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            print(f"{checkpoint.name} is damaged and was renamed to {aside.name}: {faults[0]}{others}", flush=True)
-
-        mesh.decide(set_aside)
+        mesh.decide(partial(folder.set_aside, checkpoint, faults))
     damaged = mesh.decide(folder.damaged)
     if damaged:
         raise CheckpointError(

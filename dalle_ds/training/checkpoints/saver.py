@@ -11,6 +11,7 @@ processes add up who is done (`progress`), in a reduction that they make anyway,
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from dalle_ds.config import Run
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import STATE_NAME, TENSORS_NAME, TrainedTensors, state_text
+from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, TENSORS_NAME, TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, FileRecord, Manifest, record_of
 from dalle_ds.training.checkpoints.storage import INDEX_NAME
 from dalle_ds.training.checkpoints.writing import Plan, Planner, file_name, gather_to_first
@@ -90,7 +91,9 @@ class AsyncCheckpointer:
         self._folder, self._trained, self._mesh = folder, trained, mesh
         self._keep, self._keep_every = keep, keep_every
         self._background, self._before_completing = background, before_completing
-        self._group = _writers(mesh)
+        self._group = (
+            _writers(mesh.world_size // mesh.size("replica"), dist.group.WORLD) if dist.is_initialized() else None
+        )
         self._planner = Planner(self._group)
         self._save: _Save | None = None
 
@@ -122,7 +125,8 @@ class AsyncCheckpointer:
         else:
             source = plan.snapshot(shards) if self._background else shards
             job = _start(lambda: plan.write(partial / TENSORS_NAME, source), self._background)
-        self._save = _Save(step, partial, state_text({**state, "step": step}), plan, parameters, job)
+        text = json.dumps({"format": FORMAT, **state, "step": step}, indent=2) + "\n"
+        self._save = _Save(step, partial, text, plan, parameters, job)
 
     def progress(self) -> tuple[int, int]:
         """This process's part of what `advance` takes: 1 where its work of this phase is done, 1 where it failed."""
@@ -233,16 +237,9 @@ def _why(step: int, folder: Path, error: OSError | None) -> str:
     return f"the checkpoint of step {step} could not be written to {folder}, {room}: {error}"
 
 
-def _writers(mesh: Mesh) -> Any:
-    """The first replica's processes, for plans of who writes what; None stands for all. Collective."""
-    count = mesh.world_size // mesh.size("replica")
-    if count == mesh.world_size and mesh.device.type == "cpu":
-        return None
-    return _cpu_group(count, dist.group.WORLD)
-
-
 @cache
-def _cpu_group(count: int, world: Any) -> Any:
+def _writers(count: int, world: Any) -> Any:
+    """The first processes of the world, for plans of who writes what, which are on the CPU. Collective."""
     return dist.new_group(list(range(count)), backend="gloo")
 
 
@@ -307,7 +304,13 @@ class CheckpointScheduler:
         self._is_due = False
         ended: Saved | None = None
         if self._saved_step != step:
-            ended = self._begin(step, state())
+            kept = state()
+            self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, step
+            try:
+                with self._long():
+                    self._saver.begin(step, kept)
+            except CheckpointError as error:
+                ended = Saved(step, str(error))
         if not ends:
             self._tell(ended)
             return None
@@ -320,15 +323,6 @@ class CheckpointScheduler:
     def wait(self) -> None:
         """Until nothing is being written. Collective."""
         self._tell(self._finish())
-
-    def _begin(self, step: int, state: dict[str, Any]) -> Saved | None:
-        self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, step
-        try:
-            with self._long():
-                self._saver.begin(step, state)
-        except CheckpointError as error:
-            return Saved(step, str(error))
-        return None
 
     def _finish(self) -> Saved | None:
         if not self._saver.busy:
