@@ -98,10 +98,8 @@ def train(
             except Interrupted as stopped:
                 interrupted = stopped
             watch.pulse(run.steps, "leaving", LONG_TIMEOUT)
-            with mesh.extended_timeout(
-                LONG_TIMEOUT
-            ):  # its end is a barrier: all are done before anyone leaves the watch
-                pass
+            with mesh.extended_timeout(LONG_TIMEOUT):
+                pass  # its end is a barrier: all are done before anyone leaves the watch
         # Launchers end all processes when one has ended: none does before all have left.
         mesh.barrier()
         mesh.stop()

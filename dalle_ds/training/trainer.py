@@ -87,15 +87,11 @@ class Trainer:
 
     def _load_state(self) -> dict[str, Any]:
         identity = self.task.identity()
-        replicas, stages, shards, parts = self.mesh.sizes
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         layout = {
             "precision": self.config.precision,
             "processes": self.mesh.world_size,
-            "replicas": replicas,
-            "pipe": stages,
-            "shards": shards,
-            "tensor": parts,
+            **dict(zip(("replicas", "pipe", "shards", "tensor"), self.mesh.sizes, strict=True)),
             "zero_stage": self.config.zero_stage,
             "offload": offload.get("device", "none"),
             "micro_batch": self.config.micro_batch,
@@ -167,8 +163,7 @@ class Trainer:
                 self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals, self.pulse
             )
             Loop(context, trained, tracker, self.state, rollbacks).run_to_end()
-        if self.mesh.is_main:
-            self.directory.release()
+        self.directory.release()
 
     def _build(self) -> TrainState:
         """The engine with fresh weights, and all that trains beside it."""

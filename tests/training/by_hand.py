@@ -13,12 +13,12 @@ from dalle_ds.training.checkpoints.content import TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, record_of
 from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 from dalle_ds.training.checkpoints.storage import LocalShards
-from dalle_ds.training.checkpoints.writing import Planner
+from dalle_ds.training.checkpoints.writing import plan_for
 
 
 def write_tensors(folder: Path, shards: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]) -> None:
     """Tensors and their index."""
-    plan = Planner().plan(shards)
+    plan = plan_for(shards, None)
     plan.write(folder, shards)
     plan.write_index(folder, parameters)
 

@@ -34,7 +34,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, TENSORS_NAME, TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, FileRecord, Manifest, record_of
 from dalle_ds.training.checkpoints.storage import INDEX_NAME
-from dalle_ds.training.checkpoints.writing import Plan, Planner, file_name, gather_to_first
+from dalle_ds.training.checkpoints.writing import Plan, file_name, gather_to_first, plan_for
 from dalle_ds.training.tracking import Tracker
 
 SECONDS_BETWEEN_TRIES = 60.0
@@ -94,7 +94,7 @@ class AsyncCheckpointer:
         self._group = (
             _writers(mesh.world_size // mesh.size("replica"), dist.group.WORLD) if dist.is_initialized() else None
         )
-        self._planner = Planner(self._group)
+        self._plan: Plan | None = None
         self._save: _Save | None = None
 
     @property
@@ -116,7 +116,7 @@ class AsyncCheckpointer:
         plan, parameters = None, {}
         if self._mesh.index("replica") == 0:
             shards = self._trained.local_shards(errors)
-            plan = self._planner.plan(shards)
+            plan = self._plan = plan_for(shards, self._group, self._plan)
             tables = gather_to_first(self._trained.parameters(), self._group)
             parameters = {name: row for table in tables for name, row in table.items()}
         partial = self._mesh.decide(lambda: self._make_room(step, plan))

@@ -46,15 +46,16 @@ class Entry(NamedTuple):
 
 
 class Plan:
-    """Which slices this process writes, and where in which file; on the group's first process, also those of the others.
+    """Which slices this process writes of those that it has, and where in which file; on the group's first process, also what
+    everyone writes. Made by `plan_for`; holds for as long as the processes have the same slices."""
 
-    Made by `Planner`; holds for as long as the processes have the same slices.
-    """
-
-    def __init__(self, rank: int, own: Sequence[Entry], everyone: Sequence[Sequence[Entry]] | None) -> None:
+    def __init__(
+        self, rank: int, offered: Sequence[Entry], own: Sequence[Entry], everyone: Sequence[Sequence[Entry]]
+    ) -> None:
+        self.offered = offered
         self._file_name = file_name(rank)
         self._header, self._places, self._body_size = _layout(own)
-        self._everyone = everyone or ()
+        self._everyone = everyone
         self._buffer: Tensor | None = None
 
     @cached_property
@@ -112,31 +113,21 @@ class Plan:
         return json.dumps({"files": names, "tensors": tensors})
 
 
-class Planner:
-    """Makes plans for the processes of a group, None standing for all, and keeps the last for as long as it holds."""
-
-    def __init__(self, group: Any = None) -> None:
-        self._group = group
-        self._offered: list[Entry] = []
-        self._plan: Plan | None = None
-
-    def plan(self, shards: Mapping[str, LocalShards]) -> Plan:
-        """The plan for what this process, and the others, have. Collective within the group."""
-        offered = [Entry(name, each.size, at, part.dtype) for name, each in shards.items() for at, part in each.parts]
-        changed = torch.tensor(int(self._plan is None or offered != self._offered))
-        if dist.is_initialized():
-            dist.all_reduce(changed, group=self._group)
-        if changed or self._plan is None:
-            self._plan, self._offered = self._make(offered), offered
-        return self._plan
-
-    def _make(self, offered: list[Entry]) -> Plan:
-        shared_out = _shared_out(gather_to_first(offered, self._group))
-        if not dist.is_initialized():
-            return Plan(0, shared_out[0], shared_out)
-        received: list[Any] = [None]
-        dist.scatter_object_list(received, shared_out or None, group=self._group, group_src=0)
-        return Plan(dist.get_rank(self._group), received[0], shared_out)
+def plan_for(shards: Mapping[str, LocalShards], group: Any, before: Plan | None = None) -> Plan:
+    """The plan for what this process, and the others of a group (None stands for all), have: that of `before` where none has
+    anything else than then. Collective within the group."""
+    offered = [Entry(name, each.size, at, part.dtype) for name, each in shards.items() for at, part in each.parts]
+    changed = torch.tensor(int(before is None or offered != before.offered))
+    if dist.is_initialized():
+        dist.all_reduce(changed, group=group)
+    if before is not None and not changed:
+        return before
+    shared_out = _shared_out(gather_to_first(offered, group))
+    if not dist.is_initialized():
+        return Plan(0, offered, shared_out[0], shared_out)
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, shared_out or None, group=group, group_src=0)
+    return Plan(dist.get_rank(group), offered, received[0], shared_out)
 
 
 def _shared_out(offers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
