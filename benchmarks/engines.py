@@ -27,7 +27,6 @@ def build_step(
     from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.step import TrainStep
     from dalle_ds.training.strategies import strategy_for
-    from dalle_ds.training.zero_state import MasterGradients
 
     task = kind.planned(run)
     mesh = mesh.divide(run.parallel)
@@ -37,6 +36,6 @@ def build_step(
     engine = build_engine(lambda: build_part(task, mesh), task.parameter_groups, run.optim, config, mesh, run.seed)
     scales, replicas = scale_gradients(task, engine.module, config.precision, mesh), None
     if mesh.size("replica") > 1:
-        replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
+        replicas = ReplicaReduction(engine, mesh, run.powersgd, run.seed)
     strategy = strategy_for(task, engine, mesh)
     return engine, TrainStep(strategy, mesh, run.optim, scales=scales, replicas=replicas)

@@ -23,7 +23,7 @@ from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import TrainState, load_state
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, CheckpointScheduler
+from dalle_ds.training.checkpoints.saver import CheckpointScheduler
 from dalle_ds.training.numerics import NumericsReport
 from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.run_directory import RunDirectory
@@ -81,11 +81,10 @@ class Loop:
         """What waiting for data and one update may take, where that is more than usual."""
         self._strategy = strategy_for(self.task, self.engine, self.mesh)
         self._strategy.pulse = lambda: self._pulse(self.step, "step", self._minutes)
-        report, replicas = self.run.report, trained.tensors.replicas
         numerics = None
-        if report.numerics_every:
+        if every := self.run.report.numerics_every:
             lines = tracker.open(self.directory.numerics_file)
-            numerics = NumericsReport(lines, report.numerics_every, self.mesh, trained.scales)
+            numerics = NumericsReport(lines, every, self.mesh, trained.scales)
         self._train_step = TrainStep(
             self._strategy,
             self.mesh,
@@ -93,21 +92,10 @@ class Loop:
             scales=trained.scales,
             average=self.average,
             numerics=numerics,
-            replicas=replicas,
+            replicas=trained.tensors.replicas,
         )
-        saver = AsyncCheckpointer(
-            self.directory.checkpoints,
-            trained.tensors,
-            self.mesh,
-            keep=report.keep_checkpoints,
-            keep_every=report.keep_every,
-            background=report.background_saves,
-            before_completing=tracker.sync,  # what was recorded up to a checkpoint is there when it is
-        )
-        exactly = replicas is not None and replicas.compresses
-        self._saving = CheckpointScheduler(
-            saver, self.run, self.mesh, exactly=exactly, tracker=tracker, long=lambda: self._long("saving")
-        )
+        folder, long = self.directory.checkpoints, partial(self._long, "saving")
+        self._saving = CheckpointScheduler(folder, trained.tensors, self.run, self.mesh, tracker, long)
         self._saving.begin_at(self.step)
         self._saving.failures = self.counts.get("failed_saves", 0)
         self._unreadable = BadSampleBudget(self.run.loader.max_unreadable, self.batches.faults, self.run.data)
@@ -133,9 +121,8 @@ class Loop:
         if self.state["validation_is_due"]:
             self._validate()
         first = self.step
-        times: list[
-            tuple[float, float]
-        ] = []  # of the updates since the last report: seconds, of these waiting for data
+        # Of the updates since the last report: seconds, and of these waiting for data.
+        times: list[tuple[float, float]] = []
         slowest: dict[str, float] = {}
         while self.step < run.steps:
             began = time.perf_counter()

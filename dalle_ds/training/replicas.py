@@ -38,8 +38,8 @@ class ReplicaReduction:
         ConfigError: compression of a model without matrices that can be compressed. (`resolve` refuses what else cannot be.)
     """
 
-    def __init__(self, engine: Any, gradients: MasterGradients, mesh: Mesh, config: PowerSGDConfig, seed: int) -> None:
-        self._gradients, self._mesh = gradients, mesh
+    def __init__(self, engine: Any, mesh: Mesh, config: PowerSGDConfig, seed: int) -> None:
+        self._gradients, self._mesh = MasterGradients(engine), mesh
         self._left_whole: list[str] = []
         self._compressor = self._compress(engine, config, seed) if config.enabled else None
 
@@ -96,9 +96,8 @@ class ReplicaReduction:
         owners = [self._group_of[number] for number in self._plain]
         owners += [self._group_of[shard.piece] for shard in self._compressor.shards]
         squares = torch.zeros(len(self._parameters), device=compressed.device)
-        return squares.index_add_(
-            0, torch.tensor(owners, device=compressed.device), torch.cat([norms.square(), compressed])
-        )
+        numbers = torch.tensor(owners, device=compressed.device)
+        return squares.index_add_(0, numbers, torch.cat([norms.square(), compressed]))
 
     @property
     def compresses(self) -> bool:
@@ -179,8 +178,7 @@ class ReplicaReduction:
         in_turns(self._average_bucket(bucket) for bucket in buckets)
 
     def _average_bucket(self, pieces: list[Tensor]) -> Generator[None, None, None]:
-        device = self._mesh.device
-        first = pieces[0]
+        device, first = self._mesh.device, pieces[0]
         is_ready = len(pieces) == 1 and first.is_contiguous()
         is_ready = is_ready and first.dtype == torch.float32 and first.device == device
         flat = (

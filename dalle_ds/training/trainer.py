@@ -27,7 +27,7 @@ from dalle_ds.training.loop import LONG_TIMEOUT, Loop, RunContext
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.tracking import Tracker
-from dalle_ds.training.zero_state import MasterGradients, MasterWeights
+from dalle_ds.training.zero_state import MasterWeights
 
 CheckPlan = Callable[[Task[Any], EngineConfig, Mesh], None]
 
@@ -177,7 +177,7 @@ class Trainer:
             weights.load(initial)
         replicas = None
         if mesh.size("replica") > 1:
-            replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
+            replicas = ReplicaReduction(engine, mesh, run.powersgd, run.seed)
             broadcast_start(weights, mesh)
         average = None
         if run.train.average_decay is not None:

@@ -173,7 +173,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     weights, gradients = MasterWeights(engine), MasterGradients(engine)
     reduction = None
     if case.replicas > 1:
-        reduction = ReplicaReduction(engine, gradients, mesh, run.powersgd, 0)
+        reduction = ReplicaReduction(engine, mesh, run.powersgd, 0)
     before = [shard.detach().clone() for shard in weights.shards]
     size, index = mesh.size("data"), mesh.index("data")
     batches = [rows((number * size + index) * micro, micro) for number in range(case.micro_batches)]

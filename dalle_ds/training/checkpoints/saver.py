@@ -247,23 +247,31 @@ class CheckpointScheduler:
     """Decides, on all processes alike, when a run's checkpoints are written; the clock is the main process's.
 
     Args:
-        exactly: write each in the update in which it falls due, and wait for the one before if need be, since one more or one
-            less changes the rounding of what follows (PowerSGD).
+        tracker: what it has recorded up to a checkpoint is there when that is; it tells the user of failures.
         long: a context around waits that may be long.
     """
 
     def __init__(
         self,
-        saver: AsyncCheckpointer,
+        folder: CheckpointFolder,
+        trained: TrainedTensors,
         run: Run,
         mesh: Mesh,
-        *,
-        exactly: bool,
         tracker: Tracker,
         long: Callable[[], AbstractContextManager],
     ) -> None:
-        self._saver, self._run, self._mesh = saver, run, mesh
-        self._exactly, self._tracker, self._long = exactly, tracker, long
+        self._run, self._mesh, self._tracker, self._long = run, mesh, tracker, long
+        self._saver = AsyncCheckpointer(
+            folder,
+            trained,
+            mesh,
+            keep=run.report.keep_checkpoints,
+            keep_every=run.report.keep_every,
+            background=run.report.background_saves,
+            before_completing=tracker.sync,
+        )
+        # With PowerSGD, a checkpoint changes the rounding of what follows: each is written in the update in which it is due.
+        self._exactly = trained.replicas is not None and trained.replicas.compresses
         self._is_due = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
