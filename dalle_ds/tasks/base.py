@@ -167,7 +167,7 @@ class Task(ABC, Generic[RunConfig]):
 
     @abstractmethod
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
-        """An image that shows what the plain, averaged model can do, drawn from a few rows of validation data."""
+        """An image that shows what the plain, averaged model can do, made from a few rows of validation data."""
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> None:

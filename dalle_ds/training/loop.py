@@ -373,7 +373,7 @@ class Loop:
         return model.eval()
 
     def _preview(self, model: nn.Module | None) -> None:
-        """Draw with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
+        """Preview with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
         with self._long("previewing"):
             if model is not None and len(self.batches.validation_samples) > 0:
                 path = self.directory.samples / f"step-{self.step}.png"

@@ -172,7 +172,7 @@ class TrainStep:
         return StepResult(metrics, decision, agreed)
 
     def _apply(self, decision: Decision) -> None:
-        """Change weights, moments, gradient scales and compression's error sums as decided. Collective."""
+        """Change weights, moments, gradient scales and compression's error-feedback buffers as decided. Collective."""
         # Of the groups that this process has, those whose gradients are used and not.
         groups = set(range(len(self._layout.numbers)))
         unused = {own for own in groups if self._layout.numbers[own] in decision.skipped_groups}

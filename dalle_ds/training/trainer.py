@@ -130,7 +130,7 @@ class Trainer:
         return {**fresh, **state, "layout": layout, "version": dalle_ds.__version__}
 
     def fit(self) -> None:
-        """Train to `run.steps` updates, then validate, draw a preview and export; all of it is skipped where it is done.
+        """Train to `run.steps` updates, then validate, make a preview and export; all of it is skipped where it is done.
 
         Raises:
             Interrupted: a signal told the run to stop, which it did behind a checkpoint.
@@ -203,6 +203,6 @@ class Trainer:
             tracker.say(line)
         if len(self.batches.validation_samples) == 0:
             tracker.say(
-                f"{' and '.join(self.run.corpora)} has no validation rows: nothing is validated, and no previews are drawn"
+                f"{' and '.join(self.run.corpora)} has no validation rows: nothing is validated, and no previews are made"
             )
         return tracker

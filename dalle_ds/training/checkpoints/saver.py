@@ -91,9 +91,7 @@ class AsyncCheckpointer:
         self._folder, self._trained, self._mesh = folder, trained, mesh
         self._keep, self._keep_every = keep, keep_every
         self._background, self._before_completing = background, before_completing
-        self._group = (
-            _writers(mesh.world_size // mesh.size("replica"), dist.group.WORLD) if dist.is_initialized() else None
-        )
+        self._group = _writers(mesh.world_size // mesh.size("replica"), dist.group.WORLD)
         self._plan: Plan | None = None
         self._save: _Save | None = None
 
@@ -240,7 +238,7 @@ def _why(step: int, folder: Path, error: OSError | None) -> str:
 @cache
 def _writers(count: int, world: Any) -> Any:
     """The first processes of the world, for plans of who writes what, which are on the CPU. Collective."""
-    return dist.new_group(list(range(count)), backend="gloo")
+    return None if world is None else dist.new_group(list(range(count)), backend="gloo")
 
 
 class CheckpointScheduler:
