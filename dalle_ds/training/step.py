@@ -24,17 +24,6 @@ COUNTED = ("skipped", "truncated")
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What all processes know of an update's loss and gradients."""
-
-    loss: float
-    """Mean over the whole batch."""
-    squares: Sequence[float]
-    """Squared gradient norm of every parameter group of the model: not finite where the gradient is not; infinite where a
-    compressed gradient was finite and its factors are not."""
-
-
-@dataclass(frozen=True)
 class Decision:
     """What to do with an update's gradients, the same on every process."""
 
@@ -55,7 +44,8 @@ class Decision:
 
 
 def decide(
-    statistics: Statistics,
+    loss: float,
+    squares: Sequence[float],
     blocks: Sequence[int | None],
     *,
     clip: float | None = None,
@@ -69,17 +59,20 @@ def decide(
     concerned are told apart, so that their scales can be lowered and, with `skips_blocks`, all other blocks updated.
 
     Args:
+        loss: mean over the whole batch.
+        squares: squared gradient norm of every parameter group of the model: not finite where the gradient is not; infinite
+            where a compressed gradient was finite and its factors are not.
         blocks: the residual block of every parameter group of the model, or None.
         clip: the largest global norm; None does not clip.
         at_floor: whether the gradient scale of a block cannot be lowered; None where gradients are not scaled.
         skips_blocks: whether a block that overflowed is left out instead of the update.
         compresses: whether gradients crossed as factors, whose own overflow no gradient scale is to blame for.
     """
-    broken = {group for group, square in enumerate(statistics.squares) if not math.isfinite(square)}
-    factors_broken = {group for group in broken if compresses and math.isinf(statistics.squares[group])}
+    broken = {group for group, square in enumerate(squares) if not math.isfinite(square)}
+    factors_broken = {group for group in broken if compresses and math.isinf(squares[group])}
     concerned = {blocks[group] for group in broken - factors_broken}
     overflowed = frozenset(block for block in concerned if block is not None)
-    finite = math.isfinite(statistics.loss) and not factors_broken
+    finite = math.isfinite(loss) and not factors_broken
     if at_floor is None:
         finite = finite and not broken
     else:
@@ -87,7 +80,7 @@ def decide(
     skipped: frozenset[int] = frozenset()
     if broken and finite and skips_blocks:
         skipped = frozenset(group for group, block in enumerate(blocks) if block in overflowed)
-    norm = math.sqrt(sum(square for group, square in enumerate(statistics.squares) if group not in skipped))
+    norm = math.sqrt(sum(square for group, square in enumerate(squares) if group not in skipped))
     return Decision(
         applied=finite and broken <= skipped and len(skipped) < len(blocks),
         finite=finite,
@@ -154,7 +147,8 @@ class TrainStep:
         if self._numerics is not None:
             self._numerics.note(step, self._gradients, self._layout)
         decision = decide(
-            Statistics(found["loss"], squares),
+            found["loss"],
+            squares,
             self._layout.blocks,
             clip=self._optim.clip,
             at_floor=None if self._scales is None else self._scales.at_floor,

@@ -13,7 +13,7 @@ from dalle_ds.config import OptimConfig, ScalingConfig
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
-from dalle_ds.training.step import Statistics, TrainStep, decide
+from dalle_ds.training.step import TrainStep, decide
 from dalle_ds.training.strategies import PlainStrategy
 
 
@@ -105,7 +105,7 @@ def test_decisions(
     skipped: list[int],
     overflowed: list[int],
 ) -> None:
-    decision = decide(Statistics(loss, squares), BLOCKS, clip=1.0, **options)
+    decision = decide(loss, squares, BLOCKS, clip=1.0, **options)
     assert (decision.applied, decision.finite) == (applied, finite)
     assert (sorted(decision.skipped_groups), sorted(decision.overflowed_blocks)) == (skipped, overflowed)
     assert decision.compression_overflows == int(bool(options.get("compresses")))
@@ -116,7 +116,7 @@ def test_decisions(
 
 
 def test_nothing_is_applied_where_every_group_is_left_out() -> None:
-    decision = decide(Statistics(1.0, [math.nan, 1.0]), [0, 0], at_floor=lambda _block: False, skips_blocks=True)
+    decision = decide(1.0, [math.nan, 1.0], [0, 0], at_floor=lambda _block: False, skips_blocks=True)
     assert decision.finite and not decision.applied
 
 

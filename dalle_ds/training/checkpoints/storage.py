@@ -6,11 +6,10 @@
 
 All tensors are matrices (`matrix_size`), called KIND/PARAMETER.
 
-DeepSpeed cuts parameters in its own ways, whatever their shapes: ZeRO-1 and 2 lay a parameter group's parameters end to end
-and cut the whole into equal lengths, ZeRO-3 cuts every parameter by itself. What a process is left with of a parameter is a
-run of its elements in row-major order, a `ParamShard`. Of a matrix, a run is made up of at most three slices: the end of a
-row, whole rows, the beginning of a row. Slices can be put into a parameter, or taken out of it, by processes that cut it in
-another way.
+DeepSpeed cuts parameters whatever their shapes: ZeRO-1 and 2 lay a parameter group's parameters end to end and cut the whole
+into equal lengths, ZeRO-3 cuts every parameter by itself. What a process is left with of a parameter is a run of its elements
+in row-major order, a `ParamShard`. Of a matrix, that is at most three slices: the end of a row, whole rows, the beginning of a
+row. Slices can be put into a parameter, or taken out of it, by processes that cut it in another way.
 """
 
 from __future__ import annotations
