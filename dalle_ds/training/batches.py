@@ -20,8 +20,7 @@ LOADER_TRIES = 3
 class Batches:
     """Training, validation and preview batches of a task, of `micro_batch` rows for each rank.
 
-    Raises:
-        DataError: a split is missing. That of validation may be empty: data of one image, or of --validation 0.
+    DataError where a split is missing. That of validation may be empty: data of one image, or of --validation 0.
     """
 
     def __init__(self, task: Task[Any], run: Run, micro_batch: int, mesh: Mesh) -> None:

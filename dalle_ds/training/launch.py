@@ -77,7 +77,7 @@ def train(
     kind: type[RunConfig],
     make_task: Callable[[RunConfig], Task[RunConfig]],
     stage: str,
-    check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] | None = None,
+    check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] = lambda *_: None,
 ) -> None:
     """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)

@@ -109,9 +109,8 @@ class Loop:
     def run_to_end(self) -> None:
         """All remaining updates, with their checkpoints and reports, and the export.
 
-        Raises:
-            Interrupted: the run was told to stop, and has written a checkpoint.
-            DataError: too much of the data cannot be read, or it has changed.
+        Interrupted where the run was told to stop, and has written a checkpoint; DataError where too much of the data cannot
+        be read, or it has changed.
         """
         run, report = self.run, self.run.report
         for samples in (self.batches.train_samples, self.batches.validation_samples):

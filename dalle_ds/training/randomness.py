@@ -13,12 +13,8 @@ from torch import Tensor
 def seed_update(seed: int, step: int, index: int) -> None:
     """Seed all global generators (Python, NumPy, PyTorch on the CPU and this process's GPU) for an update of one process.
 
-    What is drawn in an update then depends on nothing that came before it, and there are no generators to be saved.
-
-    Args:
-        seed: of the run.
-        step: update, counted from 0.
-        index: the process's place among those that see different data; parts of one model draw alike.
+    What is drawn in an update then depends on nothing that came before it, and there are no generators to be saved. `index` is
+    the process's place among those that see different data; parts of one model draw alike.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1

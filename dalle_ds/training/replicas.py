@@ -34,8 +34,7 @@ class ReplicaReduction:
     A shard of fused queries, keys and values counts as three matrices, each of as many rows as a shard of one of the three
     would have: so none has rows of two of them.
 
-    Raises:
-        ConfigError: compression of a model without matrices that can be compressed. (`resolve` refuses what else cannot be.)
+    ConfigError where nothing of a model can be compressed. (`resolve` refuses what else cannot be.)
     """
 
     def __init__(self, engine: Any, mesh: Mesh, config: PowerSGDConfig, seed: int) -> None:

@@ -118,9 +118,6 @@ def kept_precision(path: Path) -> Choice | None:
 class RunDirectory:
     """A run's folder on this process's side; only the main process writes.
 
-    Args:
-        stage: the task's name, kept in `config.yaml`.
-
     Raises:
         CheckpointError: `path` holds a run of another stage or configuration (with the differences), or something else.
     """
@@ -202,12 +199,8 @@ class RunDirectory:
         """Write the configuration and what the run learns from, make the folders and remove what killed runs left unfinished.
         Main process only.
 
-        Args:
-            identity: fingerprints, which later starts must find again.
-            precision: what "auto" stands for, to be kept by later starts; None where precision is stated.
-
-        Raises:
-            CheckpointError: it cannot be written.
+        `identity` are fingerprints, which later starts must find again; `precision` is what "auto" stands for, which they
+        keep, and None where it is stated. CheckpointError where something cannot be written.
         """
         try:
             # First: a folder with anything else in it and no configuration is not taken for a run's.

@@ -31,12 +31,9 @@ from dalle_ds.training.strategies import CachedStrategy, in_parts, product
 
 
 class SharpStrategy(CachedStrategy):
-    """Leaves the gradient at perturbed weights.
+    """Leaves the gradient at perturbed weights; what is not finite in one group makes the whole gradient so.
 
-    What is not finite in one group makes the whole gradient so.
-
-    Raises:
-        ConfigError: groups do not fit the micro-batches of these processes.
+    ConfigError where groups do not fit the micro-batches of these processes.
     """
 
     def __init__(self, task: ContrastiveTask[Any], engine: Any, mesh: Mesh) -> None:

@@ -106,10 +106,8 @@ class StepResult:
 class TrainStep:
     """Makes updates on an engine.
 
-    Args:
-        scales: of the residual blocks, and what to skip; None where gradients are not scaled.
-        average: told before weights change.
-        replicas: averages gradients over replicas; None where there is one.
+    `scales` are those of the residual blocks, and None where gradients are not scaled; `average` is told before weights
+    change; `replicas` is None where there is one.
     """
 
     def __init__(

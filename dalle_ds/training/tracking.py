@@ -27,9 +27,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class Tracker:
     """Writes metrics and shows progress; on every rank but the main one it does nothing.
 
-    Args:
-        metrics_file: gets one JSON object per line: {"step": updates done, name: value …}.
-        run_id: Weights & Biases run to continue, from an earlier `run_id`.
+    `metrics_file` gets one JSON object per line: {"step": updates done, name: value …}. `run_id` is that of the run at
+    Weights & Biases to continue.
     """
 
     def __init__(

@@ -29,8 +29,6 @@ from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.zero_state import MasterWeights
 
-CheckPlan = Callable[[Task[Any], EngineConfig, Mesh], None]
-
 
 class Trainer:
     """Trains a task on a DeepSpeed engine, from the newest complete checkpoint of the run directory on.
@@ -57,7 +55,7 @@ class Trainer:
         *,
         signals: StopSignals | None = None,
         pulse: Callable[..., None] = lambda *_: None,
-        check_plan: CheckPlan | None = None,
+        check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] = lambda *_: None,
     ) -> None:
         self.run = run
         self.signals = signals or StopSignals()
@@ -73,8 +71,7 @@ class Trainer:
         # One process looks, since disks may show several ones different things at one time.
         self.directory: RunDirectory = mesh.decide(lambda: RunDirectory(run.run_dir, self.task.name, run))
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
-        if check_plan is not None:
-            check_plan(self.task, self.config, mesh)
+        check_plan(self.task, self.config, mesh)
         mesh.decide(self.directory.claim)
         self.checkpoint: Path | None = choose_checkpoint(self.directory.checkpoints, mesh)
         self.state = self._load_state()

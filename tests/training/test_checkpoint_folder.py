@@ -346,7 +346,7 @@ def test_a_process_that_does_not_see_what_the_main_one_sees_says_so(
             return told
 
         def gather_objects(self, value: object) -> list[object]:
-            return [([], None), value]
+            return [[], value]
 
     elsewhere = Elsewhere(rank=1, world_size=2, device=torch.device("cpu"))
     assert faults_found_by_all(tmp_path / "step-2", elsewhere) == []

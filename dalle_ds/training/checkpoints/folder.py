@@ -309,20 +309,20 @@ def faults_found_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
 
     manifest, faults = mesh.decide(look)
     if faults or manifest is None:
-        return list(faults)
+        return faults
     by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
-    own: tuple[list[str], CheckpointError | None]
+    own: list[str] | CheckpointError
     try:
         for name in manifest.files if not mesh.is_main else ():
             (checkpoint / name).stat()  # the main process has seen it
-        own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size]), None
+        own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size])
     except OSError as error:
-        own = [], _unreadable(checkpoint, error)
-    everyone = mesh.gather_objects(own)
-    failure = next((error for _, error in everyone if error is not None), None)
-    if failure is not None:
-        raise failure
-    return [fault for found, _ in everyone for fault in found]
+        own = _unreadable(checkpoint, error)
+    for found in mesh.gather_objects(own):
+        if isinstance(found, CheckpointError):
+            raise found
+        faults += found
+    return faults
 
 
 def _unreadable(checkpoint: Path, error: OSError) -> CheckpointError:

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,14 +41,11 @@ SECONDS_BETWEEN_TRIES = 60.0
 """Until a checkpoint that could not be written is tried again."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """How the writing of a checkpoint ended."""
+class Saved(NamedTuple):
+    """How the writing of the checkpoint of a step ended: why it could not be written; None if it was."""
 
     step: int
-    """Updates that it has seen."""
     failure: str | None
-    """Why it could not be written; None if it was."""
 
 
 @dataclass

@@ -166,11 +166,8 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file with one tensor in memory at a time, and force it to the disk.
 
-    Byte for byte what `safetensors.torch.save_file` writes of tensors of one type.
-
-    Args:
-        tensors: names, types, shapes, and what returns the tensors when their turn comes.
-        metadata: goes into the file's header.
+    Byte for byte what `safetensors.torch.save_file` writes of tensors of one type. Given are names, types, shapes, and what
+    returns the tensors when their turn comes.
     """
     given = {name: (dtype, shape, tensor) for name, dtype, shape, tensor in tensors}
     header, offsets, _ = _header([(name, dtype, shape) for name, (dtype, shape, _) in given.items()], metadata)
