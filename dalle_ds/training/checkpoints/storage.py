@@ -28,12 +28,7 @@ from dalle_ds.parallel import Split
 from dalle_ds.parsing import parse_json
 
 INDEX_NAME = "index.json"
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16"}
 """Those that are stored, by their names in safetensors."""
 BUFFER_BYTES = 2**24
 """Read at a time where bytes cannot go straight to their place."""
