@@ -129,7 +129,7 @@ class Loop:
             self._minutes = LONG_TIMEOUT if self.step == first else 0.0
             pulse = partial(self._pulse, self.step, "waiting for data", self._minutes)
             with self._stragglers.waiting(self.step):
-                batches = self.batches.next_update(self.rollbacks.place(self.step), self.config.accumulation, pulse)
+                batches = self.batches.next_update(self.rollbacks.data_step(self.step), self.config.accumulation, pulse)
             waited = time.perf_counter() - began
             self._pulse(self.step, "step", self._minutes)
             metrics, lost = self._update(batches)

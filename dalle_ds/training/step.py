@@ -160,7 +160,7 @@ class TrainStep:
         if decision.compression_overflows:
             metrics["powersgd_overflows"] = float(decision.compression_overflows)
         if self._scales is not None:
-            metrics |= self._scales.figures()
+            metrics |= self._scales.metrics()
         return StepResult(metrics, decision, agreed)
 
     def _apply(self, decision: Decision) -> None:
