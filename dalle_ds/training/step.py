@@ -138,8 +138,8 @@ class TrainStep:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         reported = self._strategy.backward(micro_batches, step)
-        for batch, metrics in zip(micro_batches, reported, strict=True):
-            metrics |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
+        for batch, own in zip(micro_batches, reported, strict=True):
+            own |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
         squares_here = self._gradients.squared_norms() if self._replicas is None else self._replicas.reduce()
         found, squares, agreed = self._agree(reported, squares_here, flags)
         if self._numerics is not None:
