@@ -134,7 +134,7 @@ def test_every_setting_of_a_stage_is_read_by_code_that_runs_in_it(stage: str) ->
     rooms = ("training", "resilience", "optim", "parallel", "precision", "data")
     files = [file for room in rooms for file in (package / room).rglob("*.py")]
     files += [package / "planning" / "check.py"]
-    files += [package / "tasks" / f"{name}.py" for name in ("base", "whole_batch", "layered", stage)]
+    files += [package / "tasks" / f"{name}.py" for name in ("base", stage)]
     read: set[str] = set()
     for file in files:
         if file.name not in ("samples.py", "codes.py", "command.py"):  # whose arguments have names of settings

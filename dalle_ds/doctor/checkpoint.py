@@ -121,7 +121,7 @@ def inspect(path: str | Path) -> Inspection:
     run_dir = folder.absolute().parent.parent
     run = read_run(run_dir)[1] if (run_dir / "config.yaml").is_file() else None
     state = load_state(folder)
-    index = Index.open(folder / TENSORS_NAME)
+    index = Index(folder / TENSORS_NAME)
     return Inspection(folder, state, index, run, [*faults_of(folder), *_holes(index)])
 
 
@@ -147,7 +147,7 @@ def _holes(index: Index) -> Iterable[str]:
         yield from (f"{kind}/{name} is missing" for kind in kinds if f"{kind}/{name}" not in index.tensors)
     for name, stored in index.tensors.items():
         shape = index.parameters.get(name.partition("/")[2], {}).get("shape")
-        covered = sum(chunk.rows * chunk.columns for chunk in stored.chunks)
+        covered = sum(chunk.at.rows * chunk.at.columns for chunk in stored.chunks)
         if shape is None or matrix_size(shape) != stored.size or covered != stored.size[0] * stored.size[1]:
             yield f"{name} is not stored whole"
 

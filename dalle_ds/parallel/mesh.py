@@ -255,7 +255,7 @@ class Mesh:
             distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
 
     @contextmanager
-    def patience(self, minutes: float) -> Iterator[None]:
+    def extended_timeout(self, minutes: float) -> Iterator[None]:
         """A context in which operations may wait for so long, where they wait less otherwise: for what takes processes
         different times, such as saving. Ends for all at once. Collective."""
         before = {group: _timeout(group) for group in _groups_in_use()}

@@ -22,8 +22,7 @@ from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.trace import Exchange, Pass, Work, on_meta, traced
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.layered import LayeredTask
-from dalle_ds.tasks.whole_batch import WholeBatchTask
+from dalle_ds.tasks.base import ContrastiveTask, ModelParallelTask
 
 # --- parameters
 
@@ -268,13 +267,13 @@ class _Model:
 def _built(model: _Model) -> tuple[list[PipelineLayer], nn.ModuleList, ParameterSet]:
     """The layers of a model, or one without a kind that is all of it; as one process of its tensor group has them."""
     task, group = model.task, TensorGroup(0, model.tensor, sequence=model.sequence)
-    if isinstance(task, LayeredTask):
+    if isinstance(task, ModelParallelTask):
         layers = task.pipeline_layers(group)
     else:
         layers = [PipelineLayer("", 1.0, task.build_model, lambda module, inputs: module)]
     with on_meta(model.device), torch.device("meta"):
         modules = nn.ModuleList(layer.build() for layer in layers)
-        if model.precision == "fp16" and isinstance(task, LayeredTask):
+        if model.precision == "fp16" and isinstance(task, ModelParallelTask):
             for block in task.resblocks(modules):
                 block.use(BranchPrecision(torch.float16, torch.empty(1)))  # type: ignore[operator]
     if model.precision == "bf16":
@@ -305,7 +304,7 @@ def _passes(model: _Model, rows: int) -> dict[str, Pass]:
     """A micro-batch of so many rows through one layer of each kind."""
     layers, modules, _ = _built(model)
     task = model.task
-    assert isinstance(task, LayeredTask)
+    assert isinstance(task, ModelParallelTask)
     batch = task.batch_spec(rows)
     passed: tuple[Tensor, ...] = task.inputs(batch)
     found: dict[str, Pass] = {}
@@ -332,7 +331,7 @@ def _update(model: _Model, layout: Layout, count: int) -> Update:
     """An update of a model that is not made of layers; `count` is that of its parameters."""
     task, times, rows = model.task, layout.accumulation, layout.micro_batch
     update = Update(always=times * _size(task.batch_spec(rows).values()), forwards=times, backwards=times)
-    if isinstance(task, WholeBatchTask):
+    if isinstance(task, ContrastiveTask):
         return _whole_batch(model, task, update, layout, count)
     one = _loss(model, rows, 1)
     return replace(update, kept=one.kept, forward=one.forward, backward=one.backward).with_work((times, one))
@@ -346,7 +345,7 @@ def _loss(model: _Model, rows: int, readers: int) -> Pass:
 
     def loss(*values: Tensor) -> Tensor:
         named = dict(zip(batch, values, strict=True))
-        if isinstance(task, WholeBatchTask):
+        if isinstance(task, ContrastiveTask):
             return task.loss_of(task.embed(module, named), Peers(0, readers))[0]
         return task.loss(module, named, 0)[0]
 
@@ -356,9 +355,9 @@ def _loss(model: _Model, rows: int, readers: int) -> Pass:
 
 @functools.lru_cache(maxsize=256)
 def _embedded(model: _Model, rows: int) -> tuple[tuple[str, ...], Pass, Pass]:
-    """Names of what a `WholeBatchTask` makes of so many rows; the passes without and with gradients."""
+    """Names of what a `ContrastiveTask` makes of so many rows; the passes without and with gradients."""
     task, module = model.task, _built(model)[1][0]
-    assert isinstance(task, WholeBatchTask)
+    assert isinstance(task, ContrastiveTask)
     batch, names = task.batch_spec(rows), list[str]()
 
     def embed(*values: Tensor) -> tuple[Tensor, ...]:
@@ -372,7 +371,7 @@ def _embedded(model: _Model, rows: int) -> tuple[tuple[str, ...], Pass, Pass]:
     return tuple(names), first, again
 
 
-def _whole_batch(model: _Model, task: WholeBatchTask[Any], update: Update, layout: Layout, count: int) -> Update:
+def _whole_batch(model: _Model, task: ContrastiveTask[Any], update: Update, layout: Layout, count: int) -> Update:
     """An update by cached gradients (`training/passes/caching.py`), or by sharpness-aware ones (`sharpness.py`) beside."""
     sharpness, total = task.sharpness, layout.micro_batch * layout.accumulation
     pairs = layout.batch_size if sharpness is None else sharpness.pairs or layout.batch_size

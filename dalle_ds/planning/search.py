@@ -11,7 +11,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.planning.cluster import Cluster
 from dalle_ds.planning.plan import Plan, make_plan
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.layered import LayeredTask
+from dalle_ds.tasks.base import ModelParallelTask
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def search(task: Task[Any], json_config: dict[str, Any], cluster: Cluster, devic
     run's.
     """
     if task.run.train.precision is None and not {"bf16", "fp16"} & set(json_config):
-        precision = "bf16" if cluster.bf16_tflops is not None else "fp16" if isinstance(task, LayeredTask) else "fp32"
+        precision = (
+            "bf16" if cluster.bf16_tflops is not None else "fp16" if isinstance(task, ModelParallelTask) else "fp32"
+        )
         json_config = {**json_config, **{name: {"enabled": name == precision} for name in ("bf16", "fp16")}}
     plans: list[Plan] = []
     too_large: list[Refusal] = []
@@ -122,7 +124,7 @@ def _arrangements(
     stated = task.run.train.zero_stage
     if stated is None:
         stated = json_config.get("zero_optimization", {}).get("stage")
-    processes, is_divided = cluster.gpus, isinstance(task, LayeredTask)
+    processes, is_divided = cluster.gpus, isinstance(task, ModelParallelTask)
     for tensor in _divisors(min(processes, cluster.gpus_per_node)) if is_divided else [1]:
         for pipe in _divisors(processes // tensor) if is_divided and processes % tensor == 0 else [1]:
             for replicas in _divisors(processes // (tensor * pipe)) if pipe == 1 else [1]:

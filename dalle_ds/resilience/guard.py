@@ -118,7 +118,7 @@ class Rollbacks:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be written: {error}") from error
 
-    def place(self, update: int) -> int:
+    def data_step(self, update: int) -> int:
         """Where the data of an update lie in the order of the data, both counted from 0."""
         place, done = update, 0
         for start, end in sorted((event.skip_from, event.skip_to) for event in self.events):
@@ -130,7 +130,7 @@ class Rollbacks:
 
     def after(self, from_update: int, to_update: int) -> Rollbacks:
         """These and one more, from `from_update` updates to `to_update`: the data between are left out from now on."""
-        event = Rollback(from_update, to_update, self.place(to_update), self.place(from_update - 1) + 1)
+        event = Rollback(from_update, to_update, self.data_step(to_update), self.data_step(from_update - 1) + 1)
         return Rollbacks([*self.events, event])
 
     def in_a_row(self, to_update: int) -> int:

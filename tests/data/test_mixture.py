@@ -136,7 +136,7 @@ def test_what_a_run_leaves_out_when_it_goes_back_is_left_out_of_all_corpora() ->
     whole = steps(samples, 40)
     rollbacks = Rollbacks([Rollback(from_update=25, to_update=20, skip_from=20, skip_to=25)])
     for update in (19, 20, 30):
-        place = rollbacks.place(update)
+        place = rollbacks.data_step(update)
         assert place == (update if update < 20 else update + 5)
         assert steps(samples, 1, start_step=place) == whole[place : place + 1]
 

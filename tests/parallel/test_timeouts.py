@@ -34,16 +34,16 @@ def together(rank: int, store: str, results: Any) -> None:
     found: dict[str, Any] = {"before": limits()}
     mesh.set_timeout(SHORT)
     found["set"] = limits()
-    with mesh.patience(LONG):
+    with mesh.extended_timeout(LONG):
         found["patient"] = limits()
         if rank == 1:
             time.sleep(3)  # rank 0 has left the block's body long before
-        with mesh.patience(SHORT):
+        with mesh.extended_timeout(SHORT):
             found["nested"] = limits()
     mesh.barrier()
     found["after"] = limits()
     try:
-        with mesh.patience(LONG):
+        with mesh.extended_timeout(LONG):
             raise KeyError("row 7")
     except KeyError:
         found["after an error"] = limits()

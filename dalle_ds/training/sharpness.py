@@ -25,32 +25,21 @@ from torch.autograd.function import once_differentiable
 from dalle_ds.data.order import hash_integers
 from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch, Metrics
-from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
-from dalle_ds.training.passes.caching import CachingPasses, part_of
-from dalle_ds.training.randomness import Generators
+from dalle_ds.tasks.base import ContrastiveTask, Outputs
+from dalle_ds.training.randomness import draw_again_from, generator_states
+from dalle_ds.training.strategies import CachedStrategy, in_parts, product
 
 
-class SharpPasses(CachingPasses):
-    """Passes of a `WholeBatchTask` that leave the gradient at perturbed weights.
+class SharpStrategy(CachedStrategy):
+    """Leaves the gradient at perturbed weights; what is not finite in one group makes the whole gradient so.
 
-    What is not finite in one group makes the whole gradient so.
-
-    Args:
-        task: turns rows into embeddings, and all of them into a loss; has ρ and the size of groups.
-        engine: from `build_engine`.
-        mesh: whose data-parallel processes share out the batch.
-
-    Raises:
-        ConfigError: groups do not fit the micro-batches of these processes.
+    ConfigError where groups do not fit the micro-batches of these processes.
     """
 
-    def __init__(self, task: WholeBatchTask[Any], engine: Any, mesh: Mesh) -> None:
+    def __init__(self, task: ContrastiveTask[Any], engine: Any, mesh: Mesh) -> None:
         super().__init__(task, engine, mesh)
-        sharpness, batch, micro_batch = (
-            task.sharpness,
-            task.run.train.batch_size,
-            engine.train_micro_batch_size_per_gpu(),
-        )
+        sharpness, batch = task.sharpness, task.run.train.batch_size
+        micro_batch = engine.train_micro_batch_size_per_gpu()
         assert sharpness is not None and sharpness.rho is not None
         self._rho = sharpness.rho
         self._span = sharpness.span(batch, micro_batch, mesh.size("data"))
@@ -65,30 +54,27 @@ class SharpPasses(CachingPasses):
         engine.set_gradient_accumulation_boundary(True)
 
     def backward(self, micro_batches: Sequence[Batch], step: int) -> list[Metrics]:
-        """As `Passes.backward`; losses and metrics are those of the weights as they are, and "sharpness" is what the
+        """As `StepStrategy.backward`; losses and metrics are those of the weights as they are, and "sharpness" is what the
         perturbation adds to the loss."""
         pieces = [piece for batch in micro_batches for piece in _cut(batch, self._rows)]
         groups = [range(first, first + self._pieces) for first in range(0, len(pieces), self._pieces)]
         alone = len(pieces) == 1
-        generators: list[Generators] = []
+        drawn_from: list[tuple[Tensor, Tensor | None]] = []
 
         def embed(number: int) -> Outputs:
             """A piece, at the weights as they are moved; with the same noise every time."""
             self.pulse()
-            if len(generators) == number:
-                generators.append(Generators.now())
-            generators[number].restore()
-            return self._task.embed(self._moved, pieces[number])
+            if len(drawn_from) == number:
+                drawn_from.append(generator_states())
+            draw_again_from(drawn_from[number])
+            return self.task.embed(self._moved, pieces[number])
 
         def through(group: range, known: Sequence[Outputs], cotangents: dict[str, Tensor]) -> list[Tensor]:
             """The gradient of a group's weights through its embeddings, whose gradients are given."""
             total = [torch.zeros_like(weight, dtype=torch.float32) for weight in self._weights]
             for number in group:
-                outputs = known[number] if alone else embed(number)
-                inner = sum(
-                    (value * part_of(cotangents[name], number, len(pieces))).sum() for name, value in outputs.items()
-                )
-                gradients = torch.autograd.grad(inner, self._weights, materialize_grads=True)  # type: ignore[arg-type]
+                inner = product(known[number] if alone else embed(number), cotangents, number, len(pieces))
+                gradients = torch.autograd.grad(inner, self._weights, materialize_grads=True)
                 torch._foreach_add_(total, [gradient.float() for gradient in gradients])
             return total
 
@@ -114,19 +100,17 @@ class SharpPasses(CachingPasses):
             gradient = through(group, there, cotangents)
             total = list(torch._foreach_add(total, gradient)) if total else gradient
         self._set_gradient(total)
-        count = len(micro_batches)
-        metrics = {name: value / count if value.ndim else value for name, value in metrics.items()}
-        return [{"loss": loss, **metrics, "sharpness": perturbed - loss} for _ in micro_batches]
+        return in_parts(loss, {**metrics, "sharpness": perturbed - loss}, len(micro_batches))
 
     def _loss(self, outputs: Sequence[Outputs]) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
-        """Loss of the whole batch, figures, and its gradient with respect to this process's rows. Collective."""
+        """Loss of the whole batch, metrics, and its gradient with respect to this process's rows. Collective."""
         common = {name for name, value in outputs[0].items() if value.ndim == 0}
         whole: dict[str, Tensor] = {}
         for name in outputs[0]:
             values = [output[name].detach() for output in outputs]
             # What all rows have in common, perturbed groups do not: a value for each row.
             whole[name] = torch.cat([v.expand(self._rows) if name in common else v for v in values]).requires_grad_()
-        loss, metrics = self._task.loss_of(whole, self._peers)
+        loss, metrics = self.task.loss_of(whole, self._peers)
         gradients = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
         return loss.detach(), metrics, {name: g.sum() if name in common else g for name, g in gradients.items()}
 
@@ -156,16 +140,16 @@ class SharpPasses(CachingPasses):
     def _set_gradient(self, gradient: list[Tensor]) -> None:
         """Let the engine take this process's gradient as that of a backward pass. Collective."""
         with self._whole_weights() as weights:
-            loss = _KnownGradient.apply(self._engine._backward_prologue, gradient, *weights)
-            self._engine.backward(loss, scale_wrt_gas=False)
+            loss = _KnownGradient.apply(self.engine._backward_prologue, gradient, *weights)
+            self.engine.backward(loss, scale_wrt_gas=False)
 
     @contextmanager
     def _whole_weights(self) -> Iterator[list[torch.nn.Parameter]]:
         """The engine's parameters, with ZeRO-3 gathered from all processes."""
         from deepspeed import zero
 
-        parameters = list(self._engine.module.parameters())
-        with zero.GatheredParameters(parameters, enabled=self._engine.zero_optimization_stage() == 3):
+        parameters = list(self.engine.module.parameters())
+        with zero.GatheredParameters(parameters, enabled=self.engine.zero_optimization_stage() == 3):
             yield parameters
 
 
