@@ -25,8 +25,7 @@ from rich.table import Table
 
 from dalle_ds.cli import parse_options
 from dalle_ds.data.dedup import find_copies
-from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.filters.language import foreign_margin
+from dalle_ds.data.filters import FilterOptions, foreign_margin
 from dalle_ds.data.processing import ProcessedPair, process_caption
 
 LANGUAGES = Path(__file__).with_name("languages.tsv")

@@ -30,7 +30,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
-    from dalle_ds.data.filters.options import FilterOptions
+    from dalle_ds.data.filters import FilterOptions
     from dalle_ds.data.processing import ProcessedPair
     from dalle_ds.models import Clip
 

@@ -23,11 +23,12 @@ import xxhash
 
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.processing import Caption, ProcessedPair
-from dalle_ds.data.store import DataFile, digest_of, size_problem
+from dalle_ds.data.store import DataFile, size_problem
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.errors import DataError
 from dalle_ds.files import (
     built_beside,
+    digest_of,
     disk_full_is_a_data_error,
     only_process,
     remove_leftovers,

@@ -28,9 +28,15 @@ from dalle_ds.data.parts import Division, Part, PartReport, Parts, merged
 from dalle_ds.data.processing import ProcessedPair, process_units
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import SplitSorter, StoredPair
-from dalle_ds.data.store import digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
+from dalle_ds.files import (
+    built_beside,
+    digest_of,
+    disk_full_is_a_data_error,
+    only_process,
+    remove_leftovers,
+    write_json,
+)
 
 Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)

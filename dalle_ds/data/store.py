@@ -28,6 +28,7 @@ import xxhash
 
 from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, READ_ERROR, TRUNCATED_FILE, Fault, RowError
 from dalle_ds.errors import DataChangedError, DataError
+from dalle_ds.files import digest_of
 
 PAIR_SCHEMA = pa.schema(
     {
@@ -92,19 +93,6 @@ def vector_check(vector: bytes, row: int) -> int:
     """XXH3-64 of a vector, seeded with its row, so that one in the place of another is noticed; never 0, which says that
     there is none."""
     return xxhash.xxh3_64_intdigest(vector, row) or 1
-
-
-def digest_of(path: Path) -> str:
-    """XXH3-128 of a file, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def size_problem(path: Path, size: int) -> tuple[str, str] | None:

@@ -20,8 +20,8 @@ from dalle_ds.data import BatchLoader, DvaeSamples, PairDataset, store_writer
 from dalle_ds.data import store as store_module
 from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, TRUNCATED_FILE, BadSampleBudget, Fault, FaultLog, RowError
 from dalle_ds.data.prepare import PrepareOptions, prepare
-from dalle_ds.data.store import digest_of
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
+from dalle_ds.files import digest_of
 from tests.data.conftest import picture_bytes
 from tests.data.flip_worker import rows_of
 
