@@ -8,11 +8,13 @@ from typing import Any
 
 from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
-from dalle_ds.data.store import DataFile, Store, check_same
+from dalle_ds.data.snapshot import DataFile, check_same
+from dalle_ds.data.store import Store
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 2
+_AGAIN = "prepare it again with --overwrite True"
 FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
 """What helps where all images of a small corpus fell into the validation split."""
 
@@ -48,14 +50,10 @@ class PairDataset:
             dataset = cls(folder, split, info)
             wanted = info["splits"][split]
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{folder}/info.json is damaged ({error}): prepare it again with --overwrite True"
-            ) from error
+            raise DataError(f"{folder}/info.json is damaged ({error}): {_AGAIN}") from error
         if len(dataset) != wanted:
-            raise DataError(
-                f"{folder}/info.json is damaged: the files of {split} have {len(dataset)} rows, not {wanted}: prepare it "
-                "again with --overwrite True"
-            )
+            found = f"the files of {split} have {len(dataset)} rows, not {wanted}"
+            raise DataError(f"{folder}/info.json is damaged: {found}: {_AGAIN}")
         if len(dataset) and sum(fault.rows for fault in dataset.faults) == len(dataset):
             first = dataset.faults[0]
             raise DataError(f"no file of {folder / split} can be read: {first.where} is a {first.reason}")
@@ -141,25 +139,19 @@ def read_info(folder: Path) -> dict[str, Any]:
         DataError: the folder is missing, was not made by `prepare`, or has another format.
     """
     try:
-        if not folder.is_dir():
-            raise DataError(
-                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
-            )
-        info = parse_json((folder / "info.json").read_bytes())
-    except DataError:
-        raise
+        exists = folder.is_dir()
+        info = parse_json((folder / "info.json").read_bytes()) if exists else None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
+    if not exists:
+        raise DataError(f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}")
     if not isinstance(info, dict):
         raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
     if info.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
-            "prepare it again with --overwrite True"
+            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: {_AGAIN}"
         )
     missing = {"fingerprint", "options", "splits", "shards"} - set(info)
     if missing:
-        raise DataError(
-            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
-        )
+        raise DataError(f"{folder}/info.json has no {', '.join(sorted(missing))}: {_AGAIN}")
     return info

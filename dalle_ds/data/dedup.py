@@ -34,14 +34,15 @@ if TYPE_CHECKING:
     from dalle_ds.data.processing import ProcessedPair
     from dalle_ds.models import Clip
 
-REASONS = (None, reasons.DUPLICATE, reasons.SAME_CAPTION, reasons.LIKE_PICTURE, reasons.CLOSE_PICTURE)
+REASONS = (reasons.DUPLICATE, reasons.SAME_CAPTION, reasons.LIKE_PICTURE, reasons.CLOSE_PICTURE)
+_DUPLICATE, _SAME_CAPTION, _LIKE_PICTURE, _CLOSE_PICTURE = range(1, 5)
+_NOT_ASKED = 255  # 0 stands where there is no reason
 
 _DIVISIONS = 64
 _BUFFERED = 2**16
 _CHUNK = 2**20
 _BLOCK = 4096
 _BATCH = 32
-_NOT_ASKED = 255
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 _ITEM = np.dtype([("captions", "<u4"), ("hash", "<u8"), ("embedded", "u1")])
 
@@ -51,7 +52,7 @@ Rows = npt.NDArray[np.intp]
 
 
 class Records:
-    """Numbers, ascending, under 16-byte keys; kept in `folder`."""
+    """Numbers, ascending, under keys, of which the XXH3-128 is kept; in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -60,7 +61,7 @@ class Records:
 
     def add(self, key: bytes, number: int) -> None:
         """Put down one number."""
-        self._buffer.append((*struct.unpack("<QQ", key), number))
+        self._buffer.append((*struct.unpack("<QQ", xxhash.xxh3_128_digest(key)), number))
         if len(self._buffer) >= _BUFFERED:
             self._write()
 
@@ -95,13 +96,15 @@ class Copies:
 
     def of_caption(self, number: int) -> str | None:
         """Why a caption is dropped, or None."""
-        code = int(self.captions[number])
-        return None if code == _NOT_ASKED else REASONS[code]
+        return _reason(self.captions[number])
 
     def of_item(self, number: int) -> str | None:
         """Why a pair is dropped, or None."""
-        code = int(self.items[number])
-        return None if code == _NOT_ASKED else REASONS[code]
+        return _reason(self.items[number])
+
+
+def _reason(code: np.uint8) -> str | None:
+    return None if code in (0, _NOT_ASKED) else REASONS[code - 1]
 
 
 def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> Copies:
@@ -119,34 +122,30 @@ def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch:
         for item in items:
             for caption in item.captions:
                 asked = item.problem is None and caption.problem is None
-                codes.write(b"\0" if asked else bytes([_NOT_ASKED]))
+                codes.write(bytes([0 if asked else _NOT_ASKED]))
                 if asked:
-                    text = caption.text.encode()
-                    pairs.add(xxhash.xxh3_128_digest(bytes.fromhex(item.picture) + text), number)
+                    pairs.add(bytes.fromhex(item.picture) + caption.text.encode(), number)
                     if texts is not None:
-                        texts.add(xxhash.xxh3_128_digest(caption.text.casefold().encode()), number)
+                        texts.add(caption.text.casefold().encode(), number)
                 number += 1
             about.write(struct.pack("<IQB", len(item.captions), int(item.hash or "0", 16), bool(item.embedding)))
             embeddings.write(item.embedding)
     captions = _mapped(codes_file, np.uint8)
     for surplus in pairs.surplus(1, captions):
-        captions[surplus] = REASONS.index(reasons.DUPLICATE)
+        captions[surplus] = _DUPLICATE
     if texts is not None and filters.max_caption_copies is not None:
         for surplus in texts.surplus(filters.max_caption_copies, captions):
-            captions[surplus] = REASONS.index(reasons.SAME_CAPTION)
+            captions[surplus] = _SAME_CAPTION
     found = _mapped(items_file, _ITEM)
     verdicts = _verdicts(captions, found, scratch / "verdicts")
     if filters.max_hash_distance is not None:
         rows = np.flatnonzero(verdicts == 0)
-        verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = REASONS.index(
-            reasons.LIKE_PICTURE
-        )
+        verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = _LIKE_PICTURE
     if filters.duplicate_model is not None and embeddings_file.stat().st_size:
         with_embedding = np.flatnonzero(found["embedded"])
         vectors = _mapped(embeddings_file, np.float16).reshape(len(with_embedding), -1)
-        left = verdicts[with_embedding] == 0
-        close = close_embeddings(vectors, np.flatnonzero(left), filters.duplicate_cosine)
-        verdicts[with_embedding[close]] = REASONS.index(reasons.CLOSE_PICTURE)
+        left = np.flatnonzero(verdicts[with_embedding] == 0)
+        verdicts[with_embedding[close_embeddings(vectors, left, filters.duplicate_cosine)]] = _CLOSE_PICTURE
     shutil.rmtree(scratch / "pairs")
     return Copies(captions, verdicts)
 

@@ -63,17 +63,14 @@ class Mixture:
         return range(int(self._bounds[number]), int(self._bounds[number + 1]))
 
     def sample(self, row: int, rng: np.random.Generator) -> Arrays:
-        """See `loader.Samples`."""
         number = self._number_of(row)
         return self.corpora[number].sample(row - int(self._bounds[number]), rng)
 
     @property
     def faults(self) -> tuple[Fault, ...]:
-        """See `loader.Samples`."""
         return tuple(fault for corpus in self.corpora for fault in corpus.faults)
 
     def check_unchanged(self) -> None:
-        """See `loader.Samples`."""
         for corpus in self.corpora:
             corpus.check_unchanged()
 

@@ -6,6 +6,8 @@ permutation: a Feistel network over the smallest power of two that holds the row
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,25 +15,21 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _HALF_ROUNDS = 16  # with eight, the orders of five rows are visibly not equally likely; with sixteen they are
 
+Words = TypeVar("Words", int, npt.NDArray[np.uint64])
 
-def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+
+def mix64(words: Words) -> Words:
     """Finalizer of splitmix64 (Steele, Lea and Flood 2014): a bijection on 64-bit words that mixes all bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _mix64_int(value: int) -> int:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    words = ((words ^ (words >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    words = ((words ^ (words >> 27)) * 0x94D049BB133111EB) & _MASK
+    return words ^ (words >> 31)
 
 
 def hash_integers(*values: int) -> int:
     """A 64-bit hash of a sequence of integers in [0, 2^64), the same on every machine and Python version."""
     state = 0
     for value in values:
-        state = _mix64_int(((state + _GOLDEN) & _MASK) ^ _mix64_int((value + _GOLDEN) & _MASK))
+        state = mix64(((state + _GOLDEN) & _MASK) ^ mix64((value + _GOLDEN) & _MASK))
     return state
 
 

@@ -23,7 +23,7 @@ import xxhash
 
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.processing import Caption, ProcessedPair
-from dalle_ds.data.store import DataFile, size_problem
+from dalle_ds.data.snapshot import DataFile, size_problem
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.errors import DataError
 from dalle_ds.files import (
@@ -175,7 +175,7 @@ class Parts:
         return PartReport(str(folder), manifest["pairs"], already_there=True)
 
     def only_job(self, part: int, parts: int) -> AbstractContextManager[None]:
-        """Keep other processes from doing a part meanwhile; see `only_process`."""
+        """Keep other processes from doing a part meanwhile."""
         return only_process(self._out, f".{self._out.name}.{part}-of-{parts}.lock")
 
     def write(
@@ -271,12 +271,6 @@ class Parts:
     def clear_merged(self) -> None:
         """Remove what a merge left that was ended while it removed the parts."""
         shutil.rmtree(self._merged, ignore_errors=True)
-
-
-def merged(parts: Iterable[Part], *, images: bool = True) -> Iterator[ProcessedPair]:
-    """The entries of all parts in the order of the corpus; see `Part.entries`."""
-    for part in parts:
-        yield from part.entries(images=images)
 
 
 def _row_of(item: ProcessedPair) -> dict[str, Any]:

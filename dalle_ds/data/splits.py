@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from dalle_ds.data.store import PAIR_SCHEMA, DataFile, checksum
+from dalle_ds.data.snapshot import DataFile
+from dalle_ds.data.store import PAIR_SCHEMA, checksum
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.files import write_json
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from dalle_ds.data.store import DataFile
+from dalle_ds.data.snapshot import DataFile
 
 _FILE_BYTES = 512 * 2**20
 _BATCH_BYTES = 16 * 2**20

