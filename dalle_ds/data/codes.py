@@ -161,7 +161,7 @@ def cache_codes(
                 "format_version": FORMAT_VERSION,
                 **identity,
                 "shape": [size // dvae.config.factor] * 2,
-                "dtype": code_dtype(dvae.config.vocab_size),
+                "dtype": _code_dtype(dvae.config.vocab_size),
                 "rows": info["splits"],
                 "unreadable": unreadable,
                 "files": files,
@@ -174,7 +174,7 @@ def cache_codes(
 def _write_split(dvae: DiscreteVAE, batches: DataLoader, folder: Path) -> tuple[int, list[DataFile]]:
     """Write one split in order: number of unreadable rows, and files."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vocab, dtype = dvae.config.vocab_size, np.dtype(code_dtype(dvae.config.vocab_size))
+    vocab, dtype = dvae.config.vocab_size, np.dtype(_code_dtype(dvae.config.vocab_size))
     width = (dvae.config.image_size // dvae.config.factor) ** 2 * dtype.itemsize
     writer = StoreWriter(folder, vector_schema(width if len(batches) else 1))
     unreadable = place = 0
@@ -194,7 +194,7 @@ def _write_split(dvae: DiscreteVAE, batches: DataLoader, folder: Path) -> tuple[
     return unreadable, writer.close()
 
 
-def code_dtype(vocab_size: int) -> str:
+def _code_dtype(vocab_size: int) -> str:
     """As narrow a type as holds codes below `vocab_size`."""
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
@@ -211,7 +211,7 @@ class CodesCache:
         self.views: int = manifest["views"] if split == "train" else 1
         """Views of each image."""
         is_former = manifest["format_version"] == _NPY_VERSION
-        self._dtype = code_dtype(manifest["vocab_size"]) if is_former else manifest["dtype"]
+        self._dtype = _code_dtype(manifest["vocab_size"]) if is_former else manifest["dtype"]
         self.grid: tuple[int, ...] = tuple(manifest["grid" if is_former else "shape"])
         """(h, w) of the codes."""
         unreadable = manifest["unreadable"][split]

@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): whatever the number of processes, workers or the size of micro-batches.
 
-Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `mixture.turns_of`) is
+Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `order.turns_of`) is
 sample p of training. Step s takes positions [s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run
 resumes by starting at its next step.
 """
@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dalle_ds.data.dataset import FOR_TRAINING
 from dalle_ds.data.faults import Fault, FaultLog
-from dalle_ds.data.mixture import Mixture
-from dalle_ds.data.order import hash_integers
+from dalle_ds.data.order import Mixture, hash_integers
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch, start_worker, worker_context
 from dalle_ds.errors import ConfigError, DataError
 

@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora import pairs, tables, webdataset
+from dalle_ds.data.corpora import joined, read_folder, read_webdataset
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
@@ -219,12 +219,12 @@ def wit_lines() -> bytes:
         buffer = io.StringIO()
         for number, caption in enumerate(captions):
             values = {"language": "en", "image_url": url(number), "caption_reference_description": caption}
-            csv.DictWriter(buffer, tables.WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
+            csv.DictWriter(buffer, joined.WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
                 values
             )
         return buffer.getvalue()
 
-    heading = "\t".join(tables.WIT_COLUMNS) + "\n"
+    heading = "\t".join(joined.WIT_COLUMNS) + "\n"
     lines = (heading + line("caption 0", "open", "caption\n2")).split("\n")
     lines[2] = lines[2].replace("open", '"open')
     return "\n".join(lines).encode()
@@ -714,15 +714,9 @@ def test_every_suffix_that_the_decoder_reads_is_read(folder: Path, suffix: str) 
     put({name: PNG[0], "a.txt": "caption", "b.png": PNG[1], "../0.tar": tar([(name, PNG[0]), ("a.txt", b"caption")])})(
         folder
     )
-    for corpus in (pairs.Corpus(files_units(folder)), webdataset.read_webdataset(str(folder.with_name("0.tar")))):
+    for corpus in (read_folder(str(folder)), read_webdataset(str(folder.with_name("0.tar")))):
         assert next(iter(corpus)).captions == ["caption"]  # type: ignore[union-attr]
     assert [path.name for path in ImageFolder(folder).paths] == [name, "b.png"]
-
-
-def files_units(folder: Path) -> Any:
-    from dalle_ds.data.corpora import read_folder
-
-    return read_folder(str(folder)).units
 
 
 def test_an_evaluation_tells_what_it_leaves_out(folder: Path) -> None:

@@ -83,15 +83,7 @@ def _conceptual_captions(row: Row) -> list[str]:
 def read_wit(source: str, pictures: str, caption_column: str | None = None) -> Corpus:
     """WIT (Srinivasan et al. 2021), as the Wikipedia pairs of DALL·E App. C: rows in English, and of their three captions the
     reference description, which stands below the image in the article. The attribution is in whatever language, and the
-    alternative text is rare.
-
-    Args:
-        source: a table, or a folder of .tsv tables, unpacked.
-        pictures: folder that img2dataset downloaded to.
-        caption_column: which column has the captions; None takes the reference description.
-
-    Raises:
-        DataError: one of them is not there, or no such column.
+    alternative text is rare. `caption_column` names another. Else as `read_conceptual`; tables are unpacked ones.
     """
     column = caption_column or "caption_reference_description"
     if column not in WIT_COLUMNS:
@@ -117,14 +109,8 @@ def _wit_captions(row: Row, column: int) -> list[str]:
 
 def read_yfcc(source: str, pictures: str) -> Corpus:
     """YFCC100M (Thomee et al. 2016; DALL·E §2.3 and App. C): photographs, with title and description as two captions, each of
-    which the filters judge by itself. Markup in descriptions is removed. Videos have no captions.
-
-    Args:
-        source: the table, or a folder of .tsv tables, unpacked.
-        pictures: folder that img2dataset downloaded to.
-
-    Raises:
-        DataError: one of them is not there.
+    which the filters judge by itself. Markup in descriptions is removed. Videos have no captions. Else as `read_conceptual`;
+    tables are unpacked ones.
     """
     return _joined(CaptionTable(source, plain_rows, _yfcc_url, _yfcc_captions), pictures)
 
@@ -310,27 +296,25 @@ def _download_shards(pictures: str) -> list[tuple[str, Read]]:
         raise DataError(f"--pictures {folder} is not a folder: give the one that img2dataset downloaded to")
     found = files.walk(folder)
     plain = [entry for entry in found if not is_system(entry.name)]
+    read: Callable[[Path], Iterator[Download | Broken]]
     # Tars and folders have a .parquet beside them, too, with what is in their .json files.
-    if shards := {entry.path: entry for entry in plain if is_tar(entry.name)}:
-        read: Callable[[Path], Iterator[Download | Broken]] = _from_tar
-        rest = [entry for entry in found if entry.path not in shards]
+    if shards := {entry.path: entry.name for entry in plain if is_tar(entry.name)}:
+        read, rest = _from_tar, [entry for entry in found if entry.path not in shards]
     elif folders := _folders_of(plain):
-        shards = {path: Found(path, str(path.relative_to(folder))) for path in sorted(folders)}
-        entries: dict[Path, list[Found]] = {path: [] for path in [*folders, *(entry.path.parent for entry in found)]}
+        shards = {path: str(path.relative_to(folder)) for path in sorted(folders)}
+        entries: dict[Path, list[Found]] = {}
         for entry in found:
-            entries[entry.path.parent].append(entry)
-        read = partial(_from_folder, entries)
-        rest = [entry for entry in found if entry.path.parent not in folders]
-    elif shards := {entry.path: entry for entry in plain if suffix_of(entry.name) == ".parquet"}:
-        read = _from_table
-        rest = [entry for entry in found if entry.path not in shards]
+            entries.setdefault(entry.path.parent, []).append(entry)
+        read, rest = partial(_from_folder, entries), [entry for entry in found if entry.path.parent not in folders]
+    elif shards := {entry.path: entry.name for entry in plain if suffix_of(entry.name) == ".parquet"}:
+        read, rest = _from_table, [entry for entry in found if entry.path not in shards]
     else:
         raise DataError(
             f"{folder} has no images of img2dataset: looked for .tar, folders with .json, and .parquet (its formats "
             "webdataset, files and parquet)"
         )
     others: tuple[str, Read] = ("other files", lambda: (entry.unpaired() for entry in rest))
-    return [*((entry.name, partial(read, path)) for path, entry in shards.items()), others]
+    return [*((name, partial(read, path)) for path, name in shards.items()), others]
 
 
 def _folders_of(found: list[Found]) -> set[Path]:
