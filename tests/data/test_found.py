@@ -22,7 +22,8 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora import joined, read_folder, read_webdataset
+from dalle_ds.data.corpora import read_folder, read_webdataset
+from dalle_ds.data.corpora.joined import WIT_COLUMNS
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
@@ -219,12 +220,12 @@ def wit_lines() -> bytes:
         buffer = io.StringIO()
         for number, caption in enumerate(captions):
             values = {"language": "en", "image_url": url(number), "caption_reference_description": caption}
-            csv.DictWriter(buffer, joined.WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
+            csv.DictWriter(buffer, WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
                 values
             )
         return buffer.getvalue()
 
-    heading = "\t".join(joined.WIT_COLUMNS) + "\n"
+    heading = "\t".join(WIT_COLUMNS) + "\n"
     lines = (heading + line("caption 0", "open", "caption\n2")).split("\n")
     lines[2] = lines[2].replace("open", '"open')
     return "\n".join(lines).encode()
