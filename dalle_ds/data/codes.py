@@ -183,9 +183,8 @@ def _write_split(dvae: DiscreteVAE, batches: DataLoader, folder: Path) -> tuple[
         views, readable = next_batch(loaded)
         codes = dvae.encode(views.flatten(0, 1).to(device).float() / 255)
         assert codes.min() >= 0 and codes.max() < vocab, "codes outside the dVAE's vocabulary"
-        for vector, is_readable in zip(
-            codes.cpu().numpy().astype(dtype), np.repeat(readable, views.shape[1]), strict=True
-        ):
+        vectors = codes.cpu().numpy().astype(dtype)
+        for vector, is_readable in zip(vectors, np.repeat(readable, views.shape[1]), strict=True):
             content = vector.tobytes()
             check = vector_check(content, place) if is_readable else 0
             writer.add({"vector": content, "check": check}, len(content))

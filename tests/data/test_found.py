@@ -220,9 +220,7 @@ def wit_lines() -> bytes:
         buffer = io.StringIO()
         for number, caption in enumerate(captions):
             values = {"language": "en", "image_url": url(number), "caption_reference_description": caption}
-            csv.DictWriter(buffer, WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
-                values
-            )
+            csv.DictWriter(buffer, WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(values)
         return buffer.getvalue()
 
     heading = "\t".join(WIT_COLUMNS) + "\n"

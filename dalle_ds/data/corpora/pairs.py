@@ -97,17 +97,14 @@ class Unit:
         return cls(name, lambda: [or_broken(name, read, *arguments)])
 
 
+@dataclass(frozen=True)
 class Corpus:
-    """Pairs in a fixed order, as an iterable, or unit by unit.
+    """Pairs in a fixed order, as an iterable, or unit by unit."""
 
-    Args:
-        units: begins to go through the units, of which none is read until it is asked to.
-        units_per_part: how many are a fair part of the work: a thousand pairs, or one file with many.
-    """
-
-    def __init__(self, units: Callable[[], Iterator[Unit]], units_per_part: int = 1000) -> None:
-        self.units = units
-        self.units_per_part = units_per_part
+    units: Callable[[], Iterator[Unit]]
+    """Begins to go through the units, of which none is read until it is asked to."""
+    units_per_part: int = 1000
+    """How many are a fair part of the work: a thousand pairs, or one file with many."""
 
     def __iter__(self) -> Iterator[RawPair | Broken]:
         for unit in self.units():

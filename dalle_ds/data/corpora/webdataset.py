@@ -130,10 +130,8 @@ class TarSample:
 
     def complete(self) -> Iterator[TarSample | Broken]:
         """The sample, and images that are not in it, now that nothing more comes."""
-        if self.has_image:
-            yield from (Unpaired(other.name, other.reason) for other in self.others)
-        else:
-            yield from self.others  # what captions there are belong to them
+        # Without an image of its own, what captions there are belong to them.
+        yield from (Unpaired(other.name, other.reason) if self.has_image else other for other in self.others)
         if self.has_image or (self.texts and not self.others):
             yield self
 
@@ -149,7 +147,8 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
     empty = True
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise Unusable(reasons.NOT_A_FILE)
+            yield Broken(path.name, reasons.NOT_A_FILE)
+            return
         with path.open("rb") as file:
             head = file.read(6)
         opened = next((opened for magic, opened in _PACKED.items() if head.startswith(magic)), open)
@@ -164,22 +163,22 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
                 if member.isdir():
                     continue
                 empty = False
-                name = f"{path.name}/{PurePosixPath(member.name)}"
-                key, suffix = _key_and_suffix(member.name)
+                place = PurePosixPath(member.name)
+                name = f"{path.name}/{place}"
                 if not member.isfile():
                     yield Unpaired(name, reasons.NOT_A_FILE)
                     continue
                 if is_system(member.name) or not (is_image(member.name) or suffix_of(member.name) in TEXT_SUFFIXES):
                     yield Unpaired(name, files.unpaired_reason(member.name))
                     continue
+                stem, _, suffix = place.name.partition(".")
+                key, suffix = str(place.parent / stem), f".{suffix.lower()}"
                 if sample.begins_anew(key, suffix):
                     sample.repeated = key == sample.key
                     yield from sample.complete()
                     sample = TarSample(path.name, key, before=sample.suffixes if sample.repeated else None)
                 yield from _put(sample, suffix, name, tar, member)
             yield from sample.complete()
-    except Unusable as error:
-        yield Broken(path.name, error.reason)
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError) as error:
         # Whether what came before is whole: a sample that has all it needs is, too, at the end of a file without a marker.
         whole = bool(header.zeros) or (isinstance(error, _NoEndMarker) and sample.has_image and bool(sample.texts))
@@ -218,17 +217,9 @@ def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | None:
-    if member.size > limit:
-        return None
     file = tar.extractfile(member)
     assert file is not None, "a regular member has contents"
-    return file.read()
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    path = PurePosixPath(name)
-    stem, _, suffix = path.name.partition(".")
-    return str(path.parent / stem), f".{suffix.lower()}"
+    return file.read() if member.size <= limit else None
 
 
 def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
