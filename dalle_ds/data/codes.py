@@ -46,13 +46,9 @@ _AGAIN = "cache the codes again with --overwrite True"
 
 
 class Views(Dataset[tuple[Tensor, bool]]):
-    """All views of an image: ((views, 3, R, R) uint8, whether the image could be read).
+    """All views of an image: ((views, 3, R, R) uint8, whether the image could be read), R being `image_size`.
 
-    Args:
-        dataset: rows.
-        image_size: R.
-        random_views: how many augmented views (DALL·E Listing 2) of each; None takes the central one.
-        seed: of the augmented ones.
+    Views are the central one, or so many `random_views` as in DALL·E Listing 2, augmented by `seed`.
     """
 
     def __init__(self, dataset: PairDataset, image_size: int, random_views: int | None, seed: int) -> None:

@@ -33,7 +33,11 @@ class PairDataset:
         self.fingerprint: str = info["fingerprint"]
         """SHA-256 of the whole prepared folder, all splits."""
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
-        self._store = Store(data_dir / split, [DataFile(**entry) for entry in info["shards"][split]])
+        self.files = tuple(DataFile(**entry) for entry in info["shards"][split])
+        """The files that have the rows, in their order."""
+        self._store = Store(data_dir / split, self.files)
+        self.faults: tuple[Fault, ...] = self._store.faults
+        """Files that were missing or of the wrong size when the split was opened."""
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
@@ -61,16 +65,6 @@ class PairDataset:
 
     def __len__(self) -> int:
         return len(self._store)
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """Files that were missing or of the wrong size when the split was opened."""
-        return self._store.faults
-
-    @property
-    def files(self) -> tuple[DataFile, ...]:
-        """The files that have the rows, in their order."""
-        return self._store.files
 
     def check_unchanged(self) -> None:
         """See that the files are those that were opened. Quick: contents are read only where a file has another time.
@@ -101,7 +95,7 @@ class PairDataset:
         Raises:
             RowError: it cannot be read or decoded.
         """
-        image = self._value(row, "image")
+        image = self.encoded(row)
         try:
             return decode_image(image, max_pixels=self._max_pixels, short_side=short_side)
         except DataError as error:

@@ -108,12 +108,8 @@ def _reason(code: np.uint8) -> str | None:
 
 
 def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> Copies:
-    """Go through a corpus and find what was there before.
-
-    Args:
-        items: in the order of the corpus.
-        scratch: folder made here, which the caller removes when the result is no longer used.
-    """
+    """Go through a corpus in its order and find what was there before. The folder `scratch` is made here; the caller removes
+    it when the result is no longer used."""
     pairs = Records(scratch / "pairs")
     texts = Records(scratch / "texts") if filters.max_caption_copies is not None else None
     number = 0
@@ -172,10 +168,7 @@ def _mapped(path: Path, dtype: Any) -> Any:
 
 
 def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> str:
-    """The 64 signs of the lowest frequencies of an image (pHash), in hexadecimal.
-
-    Args:
-        pixels: (H, W, 3).
+    """The 64 signs of the lowest frequencies of (H, W, 3) pixels (pHash), in hexadecimal.
 
     Raises:
         ConfigError: imagehash is not installed.

@@ -29,13 +29,8 @@ _TOLD = 20
 
 
 class RowError(DataError):
-    """A row that cannot be read; another one may stand in for it.
-
-    Args:
-        message: what was found.
-        reason: the same few words for all faults of a kind.
-        where: the file, or the row where the fault is its own.
-    """
+    """A row that cannot be read; another one may stand in for it. `reason` has the same few words for all faults of a kind,
+    `where` names the file, or the row where the fault is its own."""
 
     def __init__(self, message: str, reason: str = OTHER, where: str = "") -> None:
         super().__init__(message)

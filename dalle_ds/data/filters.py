@@ -190,10 +190,8 @@ def image_problem(width: int, height: int, options: FilterOptions) -> str | None
 
 
 def foreign_margin(caption: str) -> float:
-    """By how many nats the likeliest other language explains a caption better than English does.
-
-    Returns:
-        Negative where English is likeliest; infinite where most letters are of another script.
+    """By how many nats the likeliest other language explains a caption better than English does: negative where English is
+    likeliest, infinite where most letters are of another script.
 
     Raises:
         ConfigError: py3langid is not installed.

@@ -66,11 +66,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int |
 
 
 def image_size_of(data: bytes) -> tuple[int, int]:
-    """(width, height) as stored, read from the header only, however many pixels it announces.
-
-    Raises:
-        DataError: the bytes are no image.
-    """
+    """(width, height) as stored, from the header only, however many pixels it announces; `DataError` if it is no image."""
     return _open(data).size
 
 
@@ -92,14 +88,8 @@ def resize_short_side(pixels: Pixels, size: int) -> Pixels:
 
 
 def center_crop_resize(pixels: Pixels, size: int) -> Pixels:
-    """The view of an image that evaluation uses: its shorter side resized to `size`, then the central square.
-
-    Args:
-        pixels: (H, W, 3) of any size; smaller images are enlarged.
-
-    Returns:
-        (size, size, 3).
-    """
+    """The (size, size, 3) view of (H, W, 3) pixels that evaluation uses: the shorter side resized to `size`, then the central
+    square."""
     resized = resize_short_side(pixels, size)
     top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     return resized[top : top + size, left : left + size]

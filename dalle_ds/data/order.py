@@ -45,12 +45,7 @@ def hash_integers(*values: int) -> int:
 
 
 class KeyedPermutation:
-    """A bijection of [0, length) onto itself that looks random, chosen by `key`, in O(1) memory.
-
-    Args:
-        length: at least 1.
-        key: in [0, 2^64).
-    """
+    """A bijection of [0, length) onto itself that looks random, chosen by `key` in [0, 2^64), in O(1) memory."""
 
     def __init__(self, length: int, key: int) -> None:
         assert length >= 1

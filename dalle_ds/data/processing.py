@@ -72,13 +72,7 @@ class ProcessedPair:
 def process_units(
     units: Iterable[tuple[int, Unit]], filters: FilterOptions, shrink: int | None, workers: int
 ) -> Iterator[ProcessedPair]:
-    """Everything that the units hold, in order.
-
-    Args:
-        units: with their numbers.
-        shrink: see `PrepareOptions`.
-        workers: processes that judge captions and decode images.
-    """
+    """Everything that the units, given with their numbers, hold, in order; judged and decoded in `workers` processes."""
     pairs = ((number, pair) for number, unit in units for pair in _contents(unit))
     process = partial(process_pair, filters=filters, shrink=shrink)
     for (_, pair), (item, as_it_is) in _map_in_order(process, pairs, workers):

@@ -91,7 +91,6 @@ class Store:
             raise ValueError("the files have other rows")
         self._ends = list(accumulate(file.rows for file in files))
         self._opened: OrderedDict[int, Any] = OrderedDict()
-        self._damaged: dict[int, str] = {}
         # Kept of files that are closed, so that opening one again is no search through it.
         self._positions: dict[int, _Positions] = {}
         self.snapshot = FileSnapshot(folder, files)
@@ -128,27 +127,19 @@ class Store:
         return self._open(number), row - (self._ends[number] - self.files[number].rows)
 
     def _open(self, number: int) -> Any:
-        """A file, of which a limited number is kept open. What could not be read is tried again, damage is not."""
+        """A file, of which a limited number is kept open."""
         if number in self._opened:
             self._opened.move_to_end(number)
             return self._opened[number]
-        path = self.folder / self.files[number].file
-        if number in self._damaged:
-            raise RowError(self._damaged[number], DAMAGED_FILE, str(path))
-        try:
-            opened = self._newly_opened(path, number)
-        except RowError as error:
-            if error.reason == DAMAGED_FILE:
-                self._damaged[number] = str(error)
-            raise
-        self._opened[number] = opened
+        opened = self._opened[number] = self._newly_opened(number)
         self._positions[number] = opened.positions
-        while len(self._opened) > _MOST_OPEN:
+        if len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)
         return opened
 
-    def _newly_opened(self, path: Path, number: int) -> _OpenFile:
-        about = path, self.files[number], self._positions.get(number)
+    def _newly_opened(self, number: int) -> _OpenFile:
+        file = self.files[number]
+        about = self.folder / file.file, file, self._positions.get(number)
         try:
             return self._kind(*about)
         except RowError as error:
@@ -289,7 +280,6 @@ class _PairFile(_OpenFile):
     def __init__(self, path: Path, file: DataFile, positions: _Positions | None) -> None:
         super().__init__(path, file, positions, PAIR_SCHEMA)
         self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()  # sound ones, the last used at the end
-        self._unsound: dict[int, str] = {}
 
     def value(self, row: int, column: str) -> Any:
         """See `Store.value`; `row` counts from the first of this file."""
@@ -314,8 +304,6 @@ class _PairFile(_OpenFile):
         if number in self._batches:
             self._batches.move_to_end(number)
             return self._batches[number]
-        if number in self._unsound:
-            raise self._damage(self._unsound[number])
         ends, (offset,) = self.positions.ends, self.positions.places[number]
         rows = ends[number] - (ends[number - 1] if number else 0)
         try:
@@ -325,10 +313,9 @@ class _PairFile(_OpenFile):
         except RowError:
             raise
         except Exception as error:  # see `_search`
-            self._unsound[number] = f"has a damaged part of {rows:,} rows ({_short(error)})"
-            raise self._damage(self._unsound[number]) from error
+            raise self._damage(f"has a damaged part of {rows:,} rows ({_short(error)})") from error
         self._batches[number] = batch
-        while len(self._batches) > _MOST_BATCHES:
+        if len(self._batches) > _MOST_BATCHES:
             self._batches.popitem(last=False)
         return batch
 

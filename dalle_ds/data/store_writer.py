@@ -17,12 +17,7 @@ _BATCH_ROWS = 1000
 
 
 class StoreWriter:
-    """Writes rows to `folder` in files of about 512 MiB, holding at most 16 MiB or 1,000 rows.
-
-    Args:
-        folder: made here.
-        schema: of the rows.
-    """
+    """Writes rows to a new `folder` in files of about 512 MiB, holding at most 16 MiB or 1,000 rows."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         folder.mkdir(parents=True)

@@ -91,11 +91,7 @@ def _read_table(folder: Path, columns: tuple[Column, Column], name: str, table: 
 
 def table_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
     """(name, values of some columns) for each row of a .parquet or .arrow file. Where a group of rows cannot be read, the next
-    one is.
-
-    Args:
-        columns_of: chooses among the names of columns; `DataError` where they are not there.
-    """
+    one is. `columns_of` chooses among the names of columns; `DataError` where they are not there."""
     number = 0
     try:
         with path.open("rb") as file:

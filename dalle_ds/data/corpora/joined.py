@@ -58,11 +58,7 @@ Read = Callable[[], Iterator[Download | Broken]]
 
 def read_conceptual(source: str, pictures: str) -> Corpus:
     """Conceptual Captions (Sharma et al. 2018; DALL·E §2.3), rows of a caption and a URL, or Conceptual 12M, of a URL and a
-    caption; neither has a heading.
-
-    Args:
-        source: the table, or a folder of .tsv tables.
-        pictures: folder that img2dataset downloaded to.
+    caption; neither has a heading. `source` is a table or a folder of .tsv tables, `pictures` what img2dataset downloaded to.
 
     Raises:
         DataError: one of them is not there.

@@ -28,12 +28,7 @@ PairRows = Iterator[tuple[int, tuple[Any, Any] | str]]
 
 
 def pair_rows(table: Path, columns: Columns) -> PairRows:
-    """The rows of a .csv, .tsv or .jsonl.
-
-    Raises:
-        DataError: the table has no such column, or has it twice.
-        OSError: it cannot be read.
-    """
+    """The rows of a .csv, .tsv or .jsonl. Raises OSError, and `DataError` where the table lacks a column or has it twice."""
     return _json_rows(table, columns) if table.suffix.lower() == ".jsonl" else _separated_rows(table, columns)
 
 
