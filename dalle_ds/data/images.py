@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,17 +140,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for what Pillow widens to 32 bits
-        return _from_sixteen_bits(np.asarray(image))
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            found = f"values from {values.min()} to {values.max()}"
+            raise DataError(f"image has {found}: more than 16 bits are not supported")
+        eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return Image.fromarray(eight_bits).convert("RGB")
     if image.mode == "F":
         raise DataError("image has floating-point pixels, whose white is not defined: store it with 8 or 16 bits")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_sixteen_bits(values: npt.NDArray[Any]) -> Image.Image:
-    if values.min() < 0 or values.max() > 65535:
-        raise DataError(f"image has values from {values.min()} to {values.max()}: more than 16 bits are not supported")
-    eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return Image.fromarray(eight_bits).convert("RGB")

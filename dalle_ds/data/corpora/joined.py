@@ -63,17 +63,17 @@ def read_conceptual(source: str, pictures: str) -> Corpus:
     Raises:
         DataError: one of them is not there.
     """
-    return _joined(CaptionTable(source, plain_rows, _conceptual_url, _conceptual_captions), pictures)
+
+    def captions(row: Row) -> list[str]:
+        return [field for field in row[:2] if not field.startswith(_SCHEMES)]
+
+    return _joined(CaptionTable(source, plain_rows, _conceptual_url, captions), pictures)
 
 
 def _conceptual_url(row: Row) -> str | None:
     if len(row) > 2 and row[0].startswith(_SCHEMES):  # a tab in a caption; behind a URL there may be labels
         raise Unusable(reasons.FIELDS)
     return next((field for field in row[:2] if field.startswith(_SCHEMES)), "")
-
-
-def _conceptual_captions(row: Row) -> list[str]:
-    return [field for field in row[:2] if not field.startswith(_SCHEMES)]
 
 
 def read_wit(source: str, pictures: str, caption_column: str | None = None) -> Corpus:
@@ -84,7 +84,11 @@ def read_wit(source: str, pictures: str, caption_column: str | None = None) -> C
     column = caption_column or "caption_reference_description"
     if column not in WIT_COLUMNS:
         raise DataError(f"WIT has no column {column!r}: --caption_column takes one of {', '.join(WIT_COLUMNS)}")
-    captions = partial(_wit_captions, column=WIT_COLUMNS.index(column))
+    place = WIT_COLUMNS.index(column)
+
+    def captions(row: Row) -> list[str]:
+        return [row[place]] if row[0] == "en" and row[place].strip() else []
+
     return _joined(CaptionTable(source, _wit_rows, _wit_url, captions), pictures)
 
 
@@ -97,10 +101,6 @@ def _wit_url(row: Row) -> str | None:
     if len(row) != len(WIT_COLUMNS):
         raise Unusable(reasons.FIELDS)
     return None if row[0] == "language" else row[WIT_COLUMNS.index("image_url")]
-
-
-def _wit_captions(row: Row, column: int) -> list[str]:
-    return [row[column]] if row[0] == "en" and row[column].strip() else []
 
 
 def read_yfcc(source: str, pictures: str) -> Corpus:

