@@ -194,10 +194,7 @@ class Parts:
                 with built_beside(folder) as partial:
                     writer = StoreWriter(partial / "files", _SCHEMA)
                     while item is not None and item.unit < division.end_of(part):
-                        fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
-                        fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
-                        # The entry is in ASCII.
-                        row = {"image": item.image, "embedding": item.embedding, "entry": json.dumps(fields)}
+                        row = _row_of(item)
                         writer.add(row, sum(map(len, row.values())))
                         pairs += 0 if item.unpaired else item.count
                         item = next(items, None)
@@ -274,6 +271,12 @@ class Parts:
     def clear_merged(self) -> None:
         """Remove what a merge left that was ended while it removed the parts."""
         shutil.rmtree(self._merged, ignore_errors=True)
+
+
+def _row_of(item: ProcessedPair) -> dict[str, Any]:
+    fields = {key: value for key, value in vars(item).items() if key not in ("image", "embedding")}
+    fields["captions"] = [dataclasses.astuple(caption) for caption in item.captions]
+    return {"image": item.image, "embedding": item.embedding, "entry": json.dumps(fields)}  # the last in ASCII
 
 
 def _read_part(folder: Path) -> Part:

@@ -46,7 +46,7 @@ def read_twemoji() -> Corpus:
 
 
 def _pair(sequence: str, name: str, path: Path) -> RawPair:
-    """Of the group of the emoji without skin tones, which are the variant; the five swatches, nothing but a tone, are a group."""
+    """Grouped by the emoji without its skin tones, which are the variant; the swatches, nothing but a tone, are one group."""
     base = "-".join(f"{ord(point):x}" for point in sequence if point not in _SKIN_TONES)
     tones = "-".join(f"{ord(point):x}" for point in sequence if point in _SKIN_TONES)
     group, variant = (base, tones) if base else ("swatch", "")
