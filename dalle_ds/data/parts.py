@@ -12,9 +12,11 @@ import dataclasses
 import json
 import re
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +120,10 @@ class Division:
         return (part + 1) * self.units // self.parts
 
     def units_of(self, corpus: Corpus, parts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """The units of these parts, ascending, with their numbers."""
-        left = [(self.end_of(part - 1), self.end_of(part)) for part in reversed(parts)]
-        for number, unit in enumerate(corpus.units()):
-            while left and number >= left[-1][1]:
-                left.pop()
-            if not left:
-                return
-            if number >= left[-1][0]:
+        """The units of these parts with their numbers."""
+        wanted, ends = set(parts), [self.end_of(part) for part in range(self.parts)]
+        for number, unit in islice(enumerate(corpus.units()), self.end_of(max(parts, default=-1))):
+            if bisect_right(ends, number) in wanted:
                 yield number, unit
 
 

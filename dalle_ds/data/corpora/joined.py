@@ -25,7 +25,7 @@ from dalle_ds.data.corpora.files import Found, is_image, is_system, suffix_of
 from dalle_ds.data.corpora.hf import table_rows
 from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, or_broken
 from dalle_ds.data.corpora.rows import Line, Row, quoted_rows
-from dalle_ds.data.corpora.webdataset import is_tar, tar_samples
+from dalle_ds.data.corpora.webdataset import TarSample, is_tar, tar_samples
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.files import unreadable_is_a_data_error
@@ -327,12 +327,15 @@ def _from_tar(path: Path) -> Iterator[Download | Broken]:
     for sample in tar_samples(path):
         if isinstance(sample, Broken):
             yield sample
-            continue
-        if sample.has_image and sample.image is None:
-            yield Broken(sample.name, reasons.TOO_BIG)
         else:
-            yield _download(sample.name, sample.image, sample.texts.get(".json") or b"{}")
-        yield from sample.unused(".json")
+            yield or_broken(sample.name, _of_sample, sample)
+            yield from sample.unused(".json")
+
+
+def _of_sample(sample: TarSample) -> Download:
+    if sample.has_image and sample.image is None:
+        raise Unusable(reasons.TOO_BIG)
+    return _download(sample.name, sample.image, sample.texts.get(".json") or b"{}")
 
 
 def _from_folder(entries_of: dict[Path, list[Found]], path: Path) -> Iterator[Download | Broken]:
@@ -342,14 +345,8 @@ def _from_folder(entries_of: dict[Path, list[Found]], path: Path) -> Iterator[Do
     texts = [entry.path for entry in plain if _is_about(entry)]
     stems = {about.stem for about in texts}
     for about in texts:
-        name, entry = f"{path.name}/{about.stem}", images.get(about.stem)
-        try:
-            if entry is not None and entry.problem is not None:
-                raise Unusable(entry.problem)
-            image = None if entry is None else files.read_file(entry.path, files.MAX_PICTURE_BYTES)
-            yield _download(name, image, files.read_file(about, files.MAX_TEXT_BYTES))
-        except Unusable as error:
-            yield Broken(name, error.reason)
+        name = f"{path.name}/{about.stem}"
+        yield or_broken(name, _of_files, name, images.get(about.stem), about)
     used = {*texts, *(entry.path for stem, entry in images.items() if stem in stems)}
     for entry in entries:
         if entry.path in used:
@@ -360,13 +357,21 @@ def _from_folder(entries_of: dict[Path, list[Found]], path: Path) -> Iterator[Do
             yield entry.unpaired()
 
 
+def _of_files(name: str, entry: Found | None, about: Path) -> Download:
+    if entry is not None and entry.problem is not None:
+        raise Unusable(entry.problem)
+    image = None if entry is None else files.read_file(entry.path, files.MAX_PICTURE_BYTES)
+    return _download(name, image, files.read_file(about, files.MAX_TEXT_BYTES))
+
+
 def _from_table(path: Path) -> Iterator[Download | Broken]:
     for row in table_rows(path, path.name, _columns):
         if isinstance(row, Broken):
             yield row
-        else:
-            number, key, url, image = row
-            yield _of_row(f"{path.name}/{key}" if isinstance(key, str) else number, url, image)
+            continue
+        number, key, url, image = row
+        name = f"{path.name}/{key}" if isinstance(key, str) else number
+        yield or_broken(name, _of_row, name, url, image)
 
 
 def _columns(names: list[str]) -> tuple[str, ...]:
@@ -376,17 +381,16 @@ def _columns(names: list[str]) -> tuple[str, ...]:
     return "key", "url", image
 
 
-def _download(name: str, image: bytes | None, about: bytes) -> Download | Broken:
-    try:
-        fields = files.json_of(about)
-    except Unusable as error:
-        return Broken(name, error.reason)
+def _download(name: str, image: bytes | None, about: bytes) -> Download:
+    fields = files.json_of(about)
     return _of_row(name, fields.get("url") if isinstance(fields, dict) else None, image)
 
 
-def _of_row(name: str, url: Any, image: Any) -> Download | Broken:
+def _of_row(name: str, url: Any, image: Any) -> Download:
     if not isinstance(image, bytes):  # one that could not be downloaded
-        return Broken(name, reasons.NO_PICTURE)
+        raise Unusable(reasons.NO_PICTURE)
     if not isinstance(url, str):
-        return Broken(name, reasons.NO_URL)
-    return (name, url, image) if len(image) <= files.MAX_PICTURE_BYTES else Broken(name, reasons.TOO_BIG)
+        raise Unusable(reasons.NO_URL)
+    if len(image) > files.MAX_PICTURE_BYTES:
+        raise Unusable(reasons.TOO_BIG)
+    return name, url, image

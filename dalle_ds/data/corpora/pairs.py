@@ -13,11 +13,13 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dalle_ds.data import reasons
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import is_text
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Corpus:
             yield from unit.read()
 
 
-def or_broken(name: str, read: Callable[..., RawPair], *arguments: Any) -> RawPair | Broken:
-    """The pair that `read` gives, or why it is `Unusable`."""
+def or_broken(name: str, read: Callable[..., Result], *arguments: Any) -> Result | Broken:
+    """What `read` gives, or why it is `Unusable`."""
     try:
         return read(*arguments)
     except Unusable as error:
