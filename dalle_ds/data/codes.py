@@ -246,11 +246,7 @@ class CodesCache:
     def open(
         cls, data_dir: str | Path, fingerprint: str, split: str, codes_dir: str | Path | None = None
     ) -> CodesCache:
-        """Like `find`, but there has to be one.
-
-        Raises:
-            DataError: see `find`; or there is none.
-        """
+        """Like `find`, but a `DataError` where there is none."""
         cache = cls.find(data_dir, fingerprint, split, codes_dir)
         if cache is None:
             raise DataError(
@@ -287,11 +283,8 @@ class CodesCache:
         return self._rows
 
     def codes(self, row: int, view: int) -> npt.NDArray[np.int64]:
-        """(h·w,) codes of one view of a row's image.
-
-        Raises:
-            RowError: the image could not be read when the cache was made, or the codes are not what was written.
-        """
+        """(h·w,) codes of one view of a row's image; `RowError` where it could not be read when the cache was made, or where
+        they are not what was written."""
         if not 0 <= view < self.views:
             raise IndexError(f"view {view} of {self.views}")
         stored = self.store.vector(row * self.views + view)
@@ -301,11 +294,7 @@ class CodesCache:
         return np.frombuffer(stored, self._dtype).astype(np.int64)
 
     def check_unchanged(self) -> None:
-        """See that the files are those that were opened; quick, as `PairDataset.check_unchanged`.
-
-        Raises:
-            DataChangedError: the codes were cached again, or a file has other contents.
-        """
+        """See that the files are those that were opened, as `PairDataset.check_unchanged` does."""
         check_same(
             self._folder,
             lambda: _read_manifest(self._folder),

@@ -41,11 +41,8 @@ class PairDataset:
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
-        """Open a split ("train", "validation", "compositional") of a folder that `prepare` made.
-
-        Raises:
-            DataError: no such folder or split, not a prepared folder, or nothing of the split can be read.
-        """
+        """Open a split ("train", "validation", "compositional") of a folder that `prepare` made; `DataError` where there is
+        none, or nothing of it can be read."""
         folder = Path(data_dir)
         info = read_info(folder)
         if split not in info["splits"]:
@@ -127,11 +124,7 @@ class PairDataset:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-        DataError: the folder is missing, was not made by `prepare`, or has another format.
-    """
+    """The manifest of a prepared folder; `DataError` where it is missing, was not made by `prepare`, or has another format."""
     try:
         exists = folder.is_dir()
         info = parse_json((folder / "info.json").read_bytes()) if exists else None

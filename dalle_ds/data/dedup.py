@@ -168,11 +168,7 @@ def _mapped(path: Path, dtype: Any) -> Any:
 
 
 def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> str:
-    """The 64 signs of the lowest frequencies of (H, W, 3) pixels (pHash), in hexadecimal.
-
-    Raises:
-        ConfigError: imagehash is not installed.
-    """
+    """The 64 signs of the lowest frequencies of (H, W, 3) pixels (pHash), in hexadecimal; `ConfigError` without imagehash."""
     try:
         import imagehash
     except ImportError as error:

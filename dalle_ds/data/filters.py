@@ -191,11 +191,7 @@ def image_problem(width: int, height: int, options: FilterOptions) -> str | None
 
 def foreign_margin(caption: str) -> float:
     """By how many nats the likeliest other language explains a caption better than English does: negative where English is
-    likeliest, infinite where most letters are of another script.
-
-    Raises:
-        ConfigError: py3langid is not installed.
-    """
+    likeliest, infinite where most letters are of another script. `ConfigError` without py3langid."""
     letters = [char for char in caption if char.isalpha()]
     if 2 * sum(char < "\u0250" for char in letters) < len(letters):  # up to here, Latin
         return float("inf")

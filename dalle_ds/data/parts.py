@@ -67,10 +67,7 @@ class Part:
     manifest: dict[str, Any]
 
     def entries(self, *, images: bool = True) -> Iterator[ProcessedPair]:
-        """What was found, in the order of the corpus.
-
-        Args:
-            images: read them; without, the files are verified.
+        """What was found, in the order of the corpus: with images, or without, from files whose digests are verified.
 
         Raises:
             DataError: a file is missing, damaged or cannot be read.
@@ -152,11 +149,8 @@ class Parts:
     def existing(
         self, part: int, parts: int, identity: dict[str, Any], division: Division | None = None
     ) -> PartReport | None:
-        """The report of a complete part of the same preparation, or None where there is no part.
-
-        Raises:
-            DataError: there is one of another preparation, or of a corpus that is not divided so.
-        """
+        """The report of a complete part, or None where there is none; `DataError` where there is one of another preparation,
+        or of a corpus that is not divided so."""
         folder = self.place(part, parts)
         if not folder.exists():
             return None
@@ -179,11 +173,7 @@ class Parts:
     def write(
         self, items: Iterator[ProcessedPair], parts: Sequence[int], division: Division, identity: dict[str, Any]
     ) -> Iterator[PartReport]:
-        """Write what is found of the units of these parts, one part after the other.
-
-        Raises:
-            DataError: the disk is full.
-        """
+        """Write what is found of the units of these parts, one part after the other; `DataError` where the disk is full."""
         item = next(items, None)
         with disk_full_is_a_data_error(self.folder):
             for part in parts:
@@ -210,14 +200,8 @@ class Parts:
                 yield PartReport(str(folder), pairs)
 
     def complete(self, count: int | None = None) -> list[Part]:
-        """All parts of a preparation, in order.
-
-        Args:
-            count: how many there must be; None takes what the parts say.
-
-        Raises:
-            DataError: one is missing, or they do not belong together.
-        """
+        """All parts of a preparation, in order, `count` of them or as many as the parts say; `DataError` where one is missing,
+        or they do not belong together."""
         found = self.there()
         counts = {count for _, count in found} if count is None else {count}
         if not found:

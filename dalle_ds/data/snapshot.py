@@ -100,11 +100,8 @@ class FileSnapshot:
 
 
 def check_same(folder: Path, read: Callable[[], Any], then: Any, otherwise: str) -> None:
-    """See that `read` gives of a manifest what it gave then. An error of the disk or network says nothing of what is there.
-
-    Raises:
-        DataChangedError: `otherwise`, or that there is no manifest.
-    """
+    """See that `read` gives of a manifest what it gave then; `DataChangedError` that says `otherwise` where it does not, or
+    that there is none. An error of the disk or network says nothing of what is there."""
     try:
         now = read()
     except DataError as error:

@@ -89,11 +89,7 @@ def keep_sigchld_handler(start: Callable[[], Any]) -> Any:
 
 
 def next_batch(batches: Iterator[Item]) -> Item:
-    """The next batch of a DataLoader's iterator.
-
-    Raises:
-        WorkerError: one of its workers is gone.
-    """
+    """The next batch of a DataLoader's iterator; `WorkerError` where one of its workers is gone."""
     try:
         return next(batches)
     except (RuntimeError, OSError, EOFError):

@@ -100,10 +100,7 @@ def _coco_units(file: Path, folder: Path) -> Iterator[Unit]:
 
 def read_cub(source: str) -> Corpus:
     """Images of the test part, which DALL·E is measured on (Fig. 9), with their captions, in the order of `images.txt`.
-    `source` is the folder CUB_200_2011.
-
-    Raises:
-        DataError: a file or folder of the layout is missing or damaged, or the part is empty.
+    `source` is the folder CUB_200_2011; `DataError` where something of the layout is missing or damaged, or the part is empty.
     """
     folder = files.existing(source)
     captions = next(

