@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,14 @@ if TYPE_CHECKING:
     from dalle_ds.data.processing import ProcessedPair
     from dalle_ds.models import Clip
 
-REASONS = (reasons.DUPLICATE, reasons.SAME_CAPTION, reasons.LIKE_PICTURE, reasons.CLOSE_PICTURE)
-_DUPLICATE, _SAME_CAPTION, _LIKE_PICTURE, _CLOSE_PICTURE = range(1, 5)
-_NOT_ASKED = 255  # 0 stands where there is no reason
+_DUPLICATE, _SAME_CAPTION, _LIKE_PICTURE, _CLOSE_PICTURE, _NOT_ASKED = 1, 2, 3, 4, 255
+REASONS = {
+    _DUPLICATE: reasons.DUPLICATE,
+    _SAME_CAPTION: reasons.SAME_CAPTION,
+    _LIKE_PICTURE: reasons.LIKE_PICTURE,
+    _CLOSE_PICTURE: reasons.CLOSE_PICTURE,
+}
+"""Code → why a caption or a pair is dropped; others are no reason."""
 
 _DIVISIONS = 64
 _BUFFERED = 2**16
@@ -87,29 +92,9 @@ class Records:
                 file.write(records[divisions == division].tobytes())
 
 
-@dataclass(frozen=True)
-class Copies:
-    """What was found, by the numbers of captions and of items in the order of the corpus."""
-
-    captions: Codes
-    items: Codes
-
-    def of_caption(self, number: int) -> str | None:
-        """Why a caption is dropped, or None."""
-        return _reason(self.captions[number])
-
-    def of_item(self, number: int) -> str | None:
-        """Why a pair is dropped, or None."""
-        return _reason(self.items[number])
-
-
-def _reason(code: np.uint8) -> str | None:
-    return None if code in (0, _NOT_ASKED) else REASONS[code - 1]
-
-
-def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> Copies:
-    """Go through a corpus in its order and find what was there before. The folder `scratch` is made here; the caller removes
-    it when the result is no longer used."""
+def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> tuple[Codes, Codes]:
+    """Go through a corpus in its order and find what was there before: codes (`REASONS`) of all captions, and of all items.
+    The folder `scratch` is made here; the caller removes it when the result is no longer used."""
     pairs = Records(scratch / "pairs")
     texts = Records(scratch / "texts") if filters.max_caption_copies is not None else None
     number = 0
@@ -143,7 +128,7 @@ def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch:
         left = np.flatnonzero(verdicts[with_embedding] == 0)
         verdicts[with_embedding[close_embeddings(vectors, left, filters.duplicate_cosine)]] = _CLOSE_PICTURE
     shutil.rmtree(scratch / "pairs")
-    return Copies(captions, verdicts)
+    return captions, verdicts
 
 
 def _verdicts(captions: Codes, found: Any, path: Path) -> Codes:

@@ -10,7 +10,6 @@ size (`dedup`).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
 from dalle_ds.data.dataset import FOR_TRAINING, FORMAT_VERSION, read_info
-from dalle_ds.data.dedup import Copies, embedded, find_copies, picture_model
+from dalle_ds.data.dedup import REASONS, Codes, embedded, find_copies, picture_model
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import Division, Part, PartReport, Parts
 from dalle_ds.data.processing import ProcessedPair, process_units
@@ -324,22 +323,21 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
 
 
 def _kept(
-    items: Iterator[ProcessedPair], copies: Copies, report: PreparationReport
+    items: Iterator[ProcessedPair], copies: tuple[Codes, Codes], report: PreparationReport
 ) -> Iterator[tuple[StoredPair, str]]:
     """The pairs that are kept, with their variants; the others are counted."""
-    numbers = itertools.count()  # of captions
-    for place, item in enumerate(items):
+    of_captions = iter(copies[0])
+    for item, of_item in zip(items, copies[1], strict=True):
         kept, dropped = [], []
-        for caption in item.captions:
-            number = next(numbers)
-            if reason := caption.problem or copies.of_caption(number):
+        for caption, code in zip(item.captions, of_captions, strict=False):
+            if reason := caption.problem or REASONS.get(int(code)):
                 dropped.append(reason)
                 report.drop_caption(reason, caption.text or item.name)
             else:
                 kept.append(caption)
         if item.problem or not kept:
             report.drop(item.problem or dropped[0], item.name, item.count, unpaired=item.unpaired)
-        elif like := copies.of_item(place):
+        elif like := REASONS.get(int(of_item)):
             report.drop(like, item.name)
         else:
             report.keep(sum(caption.cut for caption in kept), dropped)

@@ -54,7 +54,7 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
         ]
         problem = "broken" if rng.random() < 0.1 else None
         items.append(ProcessedPair(number, str(number), problem, captions, f"{rng.integers(30):064x}"))
-    found = find_copies(items, FilterOptions(max_caption_copies=3), tmp_path / "scratch")
+    found, _ = find_copies(items, FilterOptions(max_caption_copies=3), tmp_path / "scratch")
 
     pairs: set[tuple[str, str]] = set()
     texts: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
                     texts[caption.text.lower()] += 1
                 pairs.add((item.picture, caption.text))
             expected.append(reason)
-    assert [found.of_caption(number) for number in range(len(expected))] == expected
+    assert [dedup.REASONS.get(int(code)) for code in found] == expected
     assert {reasons.DUPLICATE, reasons.SAME_CAPTION, None} == set(expected)
 
 
