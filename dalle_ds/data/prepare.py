@@ -340,5 +340,7 @@ def _kept(
         elif like := REASONS.get(int(of_item)):
             report.drop(like, item.name)
         else:
-            report.keep(sum(caption.cut for caption in kept), dropped)
+            report.captions_cut += sum(caption.cut for caption in kept)
+            for reason in dropped:
+                report.captions_dropped[reason] = report.captions_dropped.get(reason, 0) + 1
             yield StoredPair(item.image, [caption.text for caption in kept], item.name, item.group), item.variant

@@ -61,12 +61,6 @@ class PreparationReport:
         if text and len(examples) < _EXAMPLES:
             examples.append(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
 
-    def keep(self, cut: int, dropped: list[str]) -> None:
-        """Count the captions of a pair that is kept: how many were cut, and the reason for each that was dropped."""
-        self.captions_cut += cut
-        for reason in dropped:
-            self.captions_dropped[reason] = self.captions_dropped.get(reason, 0) + 1
-
     @property
     def read(self) -> int:
         """Pairs found in the corpus, kept or not."""
