@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ _HALF_ROUNDS = 16  # with eight, the orders of five rows are visibly not equally
 _TURNS = 1 << 63  # in a key: the place of a sample, which other keys have there, is less
 _LEAST_BLOCK = 256
 
-Words = TypeVar("Words", int, npt.NDArray[np.uint64])
+Words = TypeVar("Words", int, npt.NDArray[Any])  # of 64 bits
 
 
 def mix64(words: Words) -> Words:

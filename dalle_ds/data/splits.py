@@ -61,7 +61,7 @@ class SplitWriter:
         self.files = self._writer.close()
         features = datasets.Features.from_arrow_schema(PAIR_SCHEMA)
         datasets.DatasetInfo(features=features).write_to_directory(str(self._folder))
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": file.file} for file in self.files],
             "_fingerprint": self._digest.hexdigest()[:16],
             "_format_columns": None,
