@@ -81,17 +81,8 @@ class PairDataset:
         self._store.snapshot.check()
 
     def image(self, row: int, short_side: int | None = None) -> Pixels:
-        """The image of a row.
-
-        Args:
-            short_side: see `decode_image`; big JPEGs decode faster when no more than this is needed.
-
-        Returns:
-            (H, W, 3), 0 to 255.
-
-        Raises:
-            RowError: it cannot be read or decoded.
-        """
+        """The image of a row, (H, W, 3), 0 to 255; `RowError` where it cannot be read or decoded. `short_side` is a hint for
+        `decode_image`."""
         image = self.encoded(row)
         try:
             return decode_image(image, max_pixels=self._max_pixels, short_side=short_side)

@@ -269,11 +269,8 @@ def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[Process
 def close_embeddings(vectors: npt.NDArray[np.float16], rows: Rows, cosine: float) -> Rows:
     """Those of the ascending `rows` whose vectors have at least this cosine with that of an earlier one that is kept.
 
-    All are compared with all, 4,096 with 4,096 at a time: exact, on a GPU where there is one, and a matter of hours beyond
-    some million images on one.
-
-    Args:
-        vectors: (N, D), of length 1.
+    The (N, D) `vectors` have length 1. All are compared with all, 4,096 with 4,096 at a time: exact, on a GPU where there is
+    one, and a matter of hours beyond some million images on one.
     """
     device = _device()
 

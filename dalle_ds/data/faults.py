@@ -120,15 +120,8 @@ class BadSampleBudget:
         """Those of them that could not be read."""
 
     def check_known(self, faults: Iterable[Fault], rows: int) -> None:
-        """Count what is known to be unreadable, and was told, before anything was read.
-
-        Args:
-            faults: of the training split, as `Samples.faults` has them.
-            rows: all rows of the split.
-
-        Raises:
-            DataError: it is more than the limit allows.
-        """
+        """Count what is known, and was told, to be unreadable of the `rows` of the training split before anything was read;
+        `DataError` where it is more than the limit allows."""
         reasons: Counter[str] = Counter()
         examples: dict[str, str] = {}
         for fault in faults:

@@ -210,12 +210,8 @@ def _mixture(samples: Samples) -> Mixture:
 
 
 def _readable_sample(samples: Mixture, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:
-    """The sample of a row, or of the first row of a pseudorandom sequence from the same corpus that can be read.
-
-    Args:
-        seed: of all randomness, further integers being appended.
-        faults: gets the errors of rows that could not be read.
-    """
+    """The sample of a row, or of the first row of a pseudorandom sequence from the same corpus that can be read; `faults` gets
+    the errors of others."""
     others = samples.rows_like(row)
     for attempt in range(MAX_TRIES):
         candidate = row if attempt == 0 else others[hash_integers(*seed, 0, attempt) % len(others)]

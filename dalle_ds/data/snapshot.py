@@ -79,10 +79,8 @@ class FileSnapshot:
         """See that each file that is still there is the same, or is again what was written.
 
         Contents are read only where the time differs. A file that is cut off is lost, like one that is gone: what reads of it
-        finds that out. One that could not be looked at in the first place is not looked at now.
-
-        Raises:
-            DataChangedError: one has grown, or has another time and other contents.
+        finds that out. One that could not be looked at in the first place is not looked at now. `DataChangedError` where one
+        has grown, or has another time and other contents.
         """
         for path, then in self._stamps.items():
             now, file = _stamp_of(path), self._files[path]

@@ -105,12 +105,7 @@ class Store:
         return {**self.__dict__, "_opened": OrderedDict()}
 
     def value(self, row: int, column: str) -> Any:
-        """A value of a pair, as Python has it.
-
-        Raises:
-            IndexError: no such row.
-            RowError: the file, or the part of it that has the row, cannot be read.
-        """
+        """A value of a pair, as Python has it; `RowError` where the file, or the part of it with the row, cannot be read."""
         file, place = self._file_of(row)
         return file.value(place, column)
 

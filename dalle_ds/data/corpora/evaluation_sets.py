@@ -37,12 +37,8 @@ _CAPTIONS_NAME = "text_c10"
 def read_coco(source: str) -> Corpus:
     """Images with all their captions (five, mostly), in the order of the annotation file.
 
-    Args:
-        source: a file `annotations/captions_PART.json`, whose images lie in the folder PART beside `annotations`; or the
-            folder of both, where it has one such file.
-
-    Raises:
-        DataError: no or several annotation files, one that is damaged, or no folder of images.
+    `source` is a file `annotations/captions_PART.json`, whose images lie in the folder PART beside `annotations`, or the
+    folder of both, where it has one such file; `DataError` where there are none, or several.
     """
     file = _annotation_file(files.existing(source))
     folder = file.parent.parent / file.stem.removeprefix(_PREFIX)

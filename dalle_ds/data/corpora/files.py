@@ -76,11 +76,7 @@ def walk(folder: Path) -> list[Found]:
 
 
 def others(found: Callable[[], Iterable[Found]], of_images: str = reasons.NOT_LISTED) -> Unit:
-    """Files beside those that are read, as one unit, since they are no work.
-
-    Args:
-        of_images: the reason for images.
-    """
+    """Files beside those that are read, as one unit, since they are no work; images for the reason `of_images`."""
     return Unit(
         "other files",
         lambda: (entry.unpaired(of_images if is_image(entry.name) else reasons.OTHER) for entry in found()),

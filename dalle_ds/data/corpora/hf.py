@@ -31,9 +31,7 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
 
     The image column holds encoded images (an `Image` feature or bytes) or paths of image files, the caption column strings or
     lists of strings. A row that cannot be read costs no other; of a file without these columns all rows are `Broken`.
-
-    Raises:
-        DataError: no such folder, or nothing in it that is a dataset.
+    `DataError` where there is no dataset.
     """
     columns = columns_of(image_column, caption_column)
     return Corpus(partial(_hf_units, files.existing(source), columns), units_per_part=1)

@@ -59,8 +59,7 @@ Read = Callable[[], Iterator[Download | Broken]]
 def read_conceptual(source: str, pictures: str) -> Corpus:
     """Conceptual Captions (Sharma et al. 2018; DALL·E §2.3), rows of a caption and a URL, or Conceptual 12M, of a URL and a
     caption; neither has a heading. `source` is a table or a folder of .tsv tables, `pictures` what img2dataset downloaded to;
-    `DataError` where one of them is not there.
-    """
+    `DataError` where one of them is not there."""
 
     def captions(row: Row) -> list[str]:
         return [field for field in row[:2] if not field.startswith(_SCHEMES)]
@@ -77,8 +76,7 @@ def _conceptual_url(row: Row) -> str | None:
 def read_wit(source: str, pictures: str, caption_column: str | None = None) -> Corpus:
     """WIT (Srinivasan et al. 2021), as the Wikipedia pairs of DALL·E App. C: rows in English, and of their three captions the
     reference description, which stands below the image in the article. The attribution is in whatever language, and the
-    alternative text is rare. `caption_column` names another. Else as `read_conceptual`; tables are unpacked ones.
-    """
+    alternative text is rare. `caption_column` names another. Else as `read_conceptual`; tables are unpacked ones."""
     column = caption_column or "caption_reference_description"
     if column not in WIT_COLUMNS:
         raise DataError(f"WIT has no column {column!r}: --caption_column takes one of {', '.join(WIT_COLUMNS)}")
@@ -104,8 +102,7 @@ def _wit_url(row: Row) -> str | None:
 def read_yfcc(source: str, pictures: str) -> Corpus:
     """YFCC100M (Thomee et al. 2016; DALL·E §2.3 and App. C): photographs, with title and description as two captions, each of
     which the filters judge by itself. Markup in descriptions is removed. Videos have no captions. Else as `read_conceptual`;
-    tables are unpacked ones.
-    """
+    tables are unpacked ones."""
     return _joined(CaptionTable(source, plain_rows, _yfcc_url, _yfcc_captions), pictures)
 
 
@@ -187,9 +184,6 @@ class CaptionTable:
         rows: of a table.
         url: of a row's image; "" where there is none, None in a heading; `Unusable` in rows of another kind of table.
         captions: of a row; none where it has no use.
-
-    Raises:
-        DataError: there is none, it is packed, or not in UTF-8.
     """
 
     def __init__(
