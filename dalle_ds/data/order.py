@@ -44,35 +44,29 @@ def hash_integers(*values: int) -> int:
     return state
 
 
-class KeyedPermutation:
-    """A bijection of [0, length) onto itself that looks random, chosen by `key` in [0, 2^64), in O(1) memory."""
+def permuted(index: npt.NDArray[np.int64], length: int, key: int) -> npt.NDArray[np.int64]:
+    """Where a bijection of [0, length) onto itself that looks random, chosen by `key` in [0, 2^64), takes each of an array of
+    indices, in O(1) memory."""
+    bits = max(1, (length - 1).bit_length())
+    right_bits = np.uint64(bits // 2)
+    left_mask, right_mask = np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << (bits // 2)) - 1)
+    round_keys = [np.uint64(hash_integers(key, number)) for number in range(_HALF_ROUNDS)]
 
-    def __init__(self, length: int, key: int) -> None:
-        assert length >= 1
-        self.length = length
-        bits = max(1, (length - 1).bit_length())
-        self._right_bits = np.uint64(bits // 2)
-        self._left_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        self._right_mask = np.uint64((1 << (bits // 2)) - 1)
-        self._round_keys = [np.uint64(hash_integers(key, number)) for number in range(_HALF_ROUNDS)]
+    def network(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = values >> right_bits, values & right_mask
+        for of_left, of_right in zip(round_keys[::2], round_keys[1::2], strict=True):
+            left = left ^ (mix64(right + of_left) & left_mask)
+            right = right ^ (mix64(left + of_right) & right_mask)
+        return (left << right_bits) | right
 
-    def __call__(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Images of an array of indices in [0, length); any shape."""
-        values = self._network(index.astype(np.uint64))
-        # The network permutes a power of two less than twice `length`. Walking on from a value outside [0, length)
-        # along its cycle must come back inside, since the cycle started there, and keeps the whole a bijection.
-        outside = values >= self.length
-        while outside.any():
-            values[outside] = self._network(values[outside])
-            outside = values >= self.length
-        return values.astype(np.int64)
-
-    def _network(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = values >> self._right_bits, values & self._right_mask
-        for number in range(0, _HALF_ROUNDS, 2):
-            left = left ^ (mix64(right + self._round_keys[number]) & self._left_mask)
-            right = right ^ (mix64(left + self._round_keys[number + 1]) & self._right_mask)
-        return (left << self._right_bits) | right
+    values = network(index.astype(np.uint64))
+    # The network permutes a power of two less than twice `length`. Walking on from a value outside [0, length)
+    # along its cycle must come back inside, since the cycle started there, and keeps the whole a bijection.
+    outside = values >= length
+    while outside.any():
+        values[outside] = network(values[outside])
+        outside = values >= length
+    return values.astype(np.int64)
 
 
 def rows_of(positions: npt.NDArray[np.int64], seed: int, length: int) -> npt.NDArray[np.int64]:
@@ -90,7 +84,7 @@ def rows_of(positions: npt.NDArray[np.int64], seed: int, length: int) -> npt.NDA
     rows = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        rows[here] = KeyedPermutation(length, hash_integers(seed, int(epoch)))(offsets[here])
+        rows[here] = permuted(offsets[here], length, hash_integers(seed, int(epoch)))
     return rows
 
 
@@ -189,7 +183,7 @@ def turns_of(
 @lru_cache(maxsize=4)
 def _block(key: int, counts: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """For each place in a block: whose turn it is, and how many turns of the same corpus come before it."""
-    places = KeyedPermutation(sum(counts), key)(np.arange(sum(counts)))
+    places = permuted(np.arange(sum(counts)), sum(counts), key)
     turns = np.searchsorted(np.cumsum(counts), places, side="right")
     before = np.empty_like(turns)
     for number, count in enumerate(counts):
