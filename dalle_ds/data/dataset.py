@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
+from dalle_ds.data.faults import BAD_IMAGE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
 from dalle_ds.data.snapshot import DataFile, check_same
 from dalle_ds.data.store import Store
@@ -88,7 +88,7 @@ class PairDataset:
             return decode_image(image, max_pixels=self._max_pixels, short_side=short_side)
         except DataError as error:
             where = f"{self.data_dir / self.split} row {row} ({self.name(row)})"
-            raise RowError(f"{where}: {error}", BAD_PICTURE, where) from error
+            raise RowError(f"{where}: {error}", BAD_IMAGE, where) from error
 
     def captions(self, row: int) -> list[str]:
         """The captions of a row, at least one. Raises `RowError` where they cannot be read."""

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from dalle_ds.data.processing import ProcessedPair
     from dalle_ds.models import Clip
 
-_DUPLICATE, _SAME_CAPTION, _LIKE_PICTURE, _CLOSE_PICTURE, _NOT_ASKED = 1, 2, 3, 4, 255
+_DUPLICATE, _SAME_CAPTION, _LIKE_IMAGE, _CLOSE_IMAGE, _NOT_ASKED = 1, 2, 3, 4, 255
 REASONS = {
     _DUPLICATE: reasons.DUPLICATE,
     _SAME_CAPTION: reasons.SAME_CAPTION,
-    _LIKE_PICTURE: reasons.LIKE_PICTURE,
-    _CLOSE_PICTURE: reasons.CLOSE_PICTURE,
+    _LIKE_IMAGE: reasons.LIKE_IMAGE,
+    _CLOSE_IMAGE: reasons.CLOSE_IMAGE,
 }
 """Code → why a caption or a pair is dropped; others are no reason."""
 
@@ -121,12 +121,12 @@ def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch:
     verdicts = _verdicts(captions, found, scratch / "verdicts")
     if filters.max_hash_distance is not None:
         rows = np.flatnonzero(verdicts == 0)
-        verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = _LIKE_PICTURE
+        verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = _LIKE_IMAGE
     if filters.duplicate_model is not None and embeddings_file.stat().st_size:
         with_embedding = np.flatnonzero(found["embedded"])
         vectors = _mapped(embeddings_file, np.float16).reshape(len(with_embedding), -1)
         left = np.flatnonzero(verdicts[with_embedding] == 0)
-        verdicts[with_embedding[close_embeddings(vectors, left, filters.duplicate_cosine)]] = _CLOSE_PICTURE
+        verdicts[with_embedding[close_embeddings(vectors, left, filters.duplicate_cosine)]] = _CLOSE_IMAGE
     shutil.rmtree(scratch / "pairs")
     return captions, verdicts
 
@@ -215,7 +215,7 @@ def _bits(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
     return (numbers * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-def picture_model(path: str) -> Clip:
+def image_model(path: str) -> Clip:
     """The CLIP at `path`, a run directory or export.
 
     Raises:
@@ -253,15 +253,15 @@ def embedded(items: Iterable[ProcessedPair], model: Clip) -> Iterator[ProcessedP
 @torch.no_grad()
 def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[ProcessedPair]:
     size = model.config.image_size  # in which the model would look at them, too: a batch of whole images may be large
-    pictures = [
+    images = [
         Image.fromarray(center_crop_resize(decode_image(item.image, short_side=size), size))
         for item in batch
         if item.image
     ]
-    if pictures:
-        padded = (pictures * _BATCH)[:_BATCH] if len(pictures) < _BATCH else pictures
+    if images:
+        padded = (images * _BATCH)[:_BATCH] if len(images) < _BATCH else images
         vectors = model.embed_images(padded).float().cpu().numpy().astype("<f2")
-    given = iter(range(len(pictures)))
+    given = iter(range(len(images)))
     for item in batch:
         yield replace(item, embedding=vectors[next(given)].tobytes()) if item.image else item
 

@@ -17,7 +17,7 @@ MISSING_FILE = "missing file"
 TRUNCATED_FILE = "file of the wrong size"
 DAMAGED_FILE = "damaged file"
 READ_ERROR = "disk error"
-BAD_PICTURE = "undecodable image"
+BAD_IMAGE = "undecodable image"
 NO_FEATURES = "image without features"
 OTHER = "unreadable row"
 

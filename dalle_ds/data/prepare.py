@@ -21,7 +21,7 @@ from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
 from dalle_ds.data.dataset import FOR_TRAINING, FORMAT_VERSION, read_info
-from dalle_ds.data.dedup import REASONS, Codes, embedded, find_copies, picture_model
+from dalle_ds.data.dedup import REASONS, Codes, embedded, find_copies, image_model
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import Division, Part, PartReport, Parts
 from dalle_ds.data.processing import ProcessedPair, process_units
@@ -190,7 +190,7 @@ def _do_parts(
         return []
     items = process_units(division.units_of(corpus, missing), options.filters, options.shrink, workers)
     if options.filters.duplicate_model is not None:
-        items = embedded(items, picture_model(options.filters.duplicate_model))
+        items = embedded(items, image_model(options.filters.duplicate_model))
     return list(own.write(items, missing, division, identity))
 
 

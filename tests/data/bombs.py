@@ -129,7 +129,7 @@ def outcome(read: Callable[[], object]) -> str:
 
 
 def main(folder: Path) -> None:
-    files.MAX_PICTURE_BYTES = 2**24
+    files.MAX_IMAGE_BYTES = 2**24
     found: dict[str, str] = {}
     decode_image(picture_bytes(0))
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -87,7 +87,7 @@ def test_conceptual_captions_in_every_format_of_downloads(tmp_path: Path, concep
     items = {item.name.split("/")[-1]: item for item in read_conceptual(conceptual, pictures)}
     captions = found(read_conceptual(conceptual, pictures))
     if form == "parquet":
-        assert captions.pop("000000003") == reasons.NO_PICTURE
+        assert captions.pop("000000003") == reasons.NO_IMAGE
     assert captions == {
         "000000000": ["猫が座る"],
         "000000001": ["a cat"],
@@ -235,6 +235,6 @@ def test_damaged_downloads_are_counted(tmp_path: Path, conceptual: str, form: st
 def test_downloads_that_are_too_big_are_counted(
     tmp_path: Path, conceptual: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "MAX_PICTURE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
+    monkeypatch.setattr(files, "MAX_IMAGE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
     too_big = found(read_conceptual(conceptual, download(tmp_path / form, form, [1])))
     assert too_big == {"000000000": reasons.TOO_BIG}

@@ -119,8 +119,8 @@ def test_files_beside_archives_are_no_share_of_the_work(sources: dict[str, Path]
 
 
 def test_twemoji_with_its_groups_and_variants_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    people = twemoji.emoji_pictures()[1300:1800]
-    monkeypatch.setattr(twemoji, "emoji_pictures", lambda: people)
+    people = twemoji.emoji_images()[1300:1800]
+    monkeypatch.setattr(twemoji, "emoji_images", lambda: people)
     options = PrepareOptions(corpus="twemoji", filters=FilterOptions(max_caption_chars=30))
     whole = prepare(options, str(tmp_path / "whole"))
     for number in range(2):

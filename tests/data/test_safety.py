@@ -175,7 +175,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_files_that_are_too_big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_PICTURE_BYTES", len(PNG))
+    monkeypatch.setattr(files, "MAX_IMAGE_BYTES", len(PNG))
     monkeypatch.setattr(files, "MAX_TEXT_BYTES", 20)
     for name, picture, text in (
         ("a", PNG, "twenty letters long!"), ("b", PNG + b"1", "x"), ("c", PNG, "twenty letters long!!"),

@@ -77,7 +77,7 @@ def _coco_units(file: Path, folder: Path) -> Iterator[Unit]:
     for place, image in enumerate(images):
         try:
             number, name = image["id"], image["file_name"]
-            reason = reasons.SAME_ID if number in names else None if is_text(name) and name else reasons.NO_PICTURE
+            reason = reasons.SAME_ID if number in names else None if is_text(name) and name else reasons.NO_IMAGE
             if is_text(name):
                 listed.add(Path(name).name)
         except (KeyError, TypeError):
@@ -89,7 +89,7 @@ def _coco_units(file: Path, folder: Path) -> Iterator[Unit]:
     for number, name in names.items():
         # The name alone: an annotation file does not choose what else is read.
         yield Unit.of_pair(name, files.pair_of_file, folder / Path(name).name, captions.pop(number, []), name)
-    bad += [Broken(f"{file.name} captions of image {shown(number)}", reasons.NO_PICTURE) for number in captions]
+    bad += [Broken(f"{file.name} captions of image {shown(number)}", reasons.NO_IMAGE) for number in captions]
     yield from map(Unit.of, bad)
     yield files.others(lambda: (entry for entry in files.walk(folder) if entry.name not in listed))
 

@@ -17,7 +17,7 @@ from dalle_ds.data.images import image_suffixes, other_image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
-MAX_PICTURE_BYTES = 512 * 2**20
+MAX_IMAGE_BYTES = 512 * 2**20
 """Of an encoded image."""
 MAX_TEXT_BYTES = 2**20
 """Of a caption file, a line of a table, or a name in an archive."""
@@ -123,7 +123,7 @@ def existing(source: str) -> Path:
     return path
 
 
-def read_file(path: Path, limit: int, missing: str = reasons.NO_PICTURE) -> bytes:
+def read_file(path: Path, limit: int, missing: str = reasons.NO_IMAGE) -> bytes:
     """A file's contents, `Unusable` where it cannot be read, or is not there, which has the reason `missing`. A pipe or device
     would never end, and so is refused, as is a file of more than `limit` bytes."""
     try:
@@ -174,11 +174,11 @@ def json_of(text: bytes) -> Any:
 
 def pair_of_file(path: Path, captions: Any, name: str) -> RawPair:
     """`RawPair.of` an image file."""
-    return RawPair.of(read_file(path, MAX_PICTURE_BYTES), captions, name)
+    return RawPair.of(read_file(path, MAX_IMAGE_BYTES), captions, name)
 
 
 def pair_of_row(folder: Path, file_name: Any, captions: Any, name: str) -> RawPair | Broken:
     """The pair of a row called `name`, which has the name of an image file, relative to `folder`, and one or more captions."""
     if not isinstance(file_name, str) or not file_name:
-        return Broken(name, reasons.NO_PICTURE)
+        return Broken(name, reasons.NO_IMAGE)
     return or_broken(f"{file_name} ({name})", pair_of_file, folder / file_name, captions, file_name)

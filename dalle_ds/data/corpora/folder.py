@@ -69,14 +69,14 @@ def _units(found: list[Found]) -> Iterator[Unit]:
     plain = [entry for entry in found if not is_system(entry.name)]
     # Of a.TXT and a.txt the latter counts.
     texts = {_stem(entry): entry.path for entry in sorted(plain, key=attrgetter("name")) if _is_text(entry)}
-    pictures = {_stem(entry) for entry in plain if is_image(entry.name)}
+    images = {_stem(entry) for entry in plain if is_image(entry.name)}
     for entry in found:
         if is_system(entry.name):
             yield Unit.of(entry.unpaired())
         elif is_image(entry.name):
             yield Unit.of_pair(entry.name, _read_with_text, entry, texts.get(_stem(entry)))
-        elif _is_text(entry) and _stem(entry) not in pictures:
-            yield Unit.of(Broken(entry.name, reasons.NO_PICTURE))
+        elif _is_text(entry) and _stem(entry) not in images:
+            yield Unit.of(Broken(entry.name, reasons.NO_IMAGE))
         elif not _is_text(entry):
             is_below = suffix_of(entry.name) in (*_TABLES, ".tsv") and "/" in entry.name
             yield Unit.of(entry.unpaired(reasons.TABLE_BELOW) if is_below else entry.unpaired())

