@@ -14,8 +14,9 @@ from rich.table import Table
 
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset, read_info
-from dalle_ds.data.store import DataFile, digest_of, size_problem
+from dalle_ds.data.snapshot import DataFile, size_problem
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.files import digest_of
 
 _SHOWN = 20
 

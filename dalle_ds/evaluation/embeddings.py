@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from dalle_ds.data.codes import Views, collate
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.dedup import perceptual_hash
-from dalle_ds.data.features import Views, collate
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import disk_full_is_a_data_error, write_json

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle_ds.config import Run, ScalingConfig, SharpnessConfig
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
-from dalle_ds.data.mixture import Mixture
+from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup

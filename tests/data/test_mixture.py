@@ -15,8 +15,7 @@ import pytest
 from dalle_ds.config import ClipConfig, ClipRun, DvaeRun, TransformerLoaderConfig, TransformerRun, to_dict
 from dalle_ds.data import BatchLoader, CodesCache, Mixture, PairDataset, evaluation_batches
 from dalle_ds.data.codes import cache_codes
-from dalle_ds.data.mixture import turns_of
-from dalle_ds.data.order import rows_of
+from dalle_ds.data.order import rows_of, turns_of
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import DiscreteVAE

@@ -74,5 +74,5 @@ def test_time_outs_of_all_groups_are_set_stretched_and_said(tmp_path: Path) -> N
 def test_a_process_alone_waits_for_no_one() -> None:
     alone = Mesh(0, 1, torch.device("cpu"))
     alone.set_timeout(1)
-    with alone.patience(1):
+    with alone.extended_timeout(1):
         pass

@@ -25,13 +25,12 @@ from typing import Any, NamedTuple
 import xxhash
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.files import sync_directory, sync_folder, write_text
+from dalle_ds.files import digest_of, sync_directory, sync_folder, write_text
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, load_state, other_version
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
-_CHUNK_BYTES = 2**24
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 _PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "damaged-"
 
@@ -101,16 +100,6 @@ class Manifest:
         content: dict[str, Any] = {"format": self.format, "step": self.step, "files": dict(self.files)}
         content["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
         return json.dumps(content, indent=1) + "\n"
-
-
-def digest_of(path: Path) -> str:
-    """The digest of a file's contents."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def record_of(path: Path) -> FileRecord:

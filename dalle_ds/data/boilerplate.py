@@ -71,7 +71,7 @@ _TOKEN = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_PICTURE_FILE = re.compile(
+_IMAGE_FILE = re.compile(
     r"""\b(?:
       [\w-]+\.(?:jpe?g|png|gif|tiff?|bmp|heic|mp4|mov)\b                # anything.jpg
     | _?(?:fb_)?(?:img|mg|dsc[nf]?|pict|image|photo|vid|mvi|gopr|scan|dji)[-_\s]?\d{3,}[\w-]*
@@ -118,7 +118,7 @@ def is_boilerplate(caption: str) -> bool:
     rest = _PHRASES.sub(" ", caption)
     if not _MAY_HAVE.search(rest.lower()):  # most have none, and are spared what takes longer
         return len(rest) < len(caption) and 2 * _size(rest) < _size(caption)
-    rest = _PICTURE_FILE.sub(" ", rest)
+    rest = _IMAGE_FILE.sub(" ", rest)
     sizes: Counter[str] = Counter()
     kinds = ""
     waiting = 0

@@ -1,19 +1,40 @@
-"""What is kept of a corpus.
+"""What is left out of a corpus by itself, and why; copies are left to `dedup`.
 
-The paper names its filters but gives no thresholds; the ones here are options. Those it names that change what is kept of
-a corpus in other languages, or of one with short captions, are off until `paper` turns them on.
+The paper names its filters (DALL·E §2.3 and App. C) but gives no thresholds; the ones here are options. Those it names that
+change what is kept of a corpus in other languages, or of one with short captions, are off until `paper` turns them on.
+
+It filters by language with cld3, which no current Python can install. `py3langid` gives the likelihood of a text under a naive
+Bayes model of byte n-grams for each language. Its probabilities say little of captions of a few words, and all too surely; the
+difference of log-likelihoods, which grows with the evidence, does better. `docs/data.md` compares it with
+lingua-language-detector.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dalle_ds.data import reasons
+from dalle_ds.data.boilerplate import is_boilerplate
 from dalle_ds.data.dedup import perceptual_hash
-from dalle_ds.data.filters.language import foreign_margin
 from dalle_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
+
+# fmt: off
+LANGUAGES = (
+    "en", "de", "fr", "es", "pt", "it", "nl", "sv", "da", "no", "fi", "pl", "cs", "sk", "ro", "hu", "tr", "id", "ms", "vi",
+    "tl", "ru", "uk", "el", "bg", "ja", "zh", "ko", "ar", "he", "hi", "th", "fa", "ca", "hr", "sr", "sl", "et", "lv", "lt",
+    "bn", "ta", "te", "mr", "ur", "ka", "hy",
+)
+# fmt: on
+"""ISO 639-1 codes that English is compared with. The model's other hundred are rare on the web, and draw captions that are
+mere names."""
 
 MAX_HASH_DISTANCE = 10
 """Beyond it, of 64 bits, other images are found, and all pairs would have to be compared."""
@@ -118,3 +139,75 @@ class FilterOptions:
             foreign_margin("a caption")
         if self.max_hash_distance is not None:
             perceptual_hash(np.zeros((8, 8, 3), dtype=np.uint8))
+
+
+def clean_caption(text: str) -> str:
+    """Unicode NFC, control characters and runs of white space as one space, none at the ends; all scripts are kept.
+
+    Lone surrogates, which no file could store, become "?".
+    """
+    if text.isascii() and text.isprintable():  # what most captions are, and as it should be but for spaces
+        return " ".join(text.split())
+    storable = text.encode("utf-8", "replace").decode("utf-8")
+    without_controls = "".join(" " if unicodedata.category(char) == "Cc" else char for char in storable)
+    return " ".join(unicodedata.normalize("NFC", without_controls).split())
+
+
+def cut_caption(caption: str, max_chars: int) -> str:
+    """The caption itself if it has at most `max_chars` characters, else as many whole words of it as fit (or as much of
+    its first word)."""
+    if len(caption) <= max_chars:
+        return caption
+    words, _, _ = caption[: max_chars + 1].rpartition(" ")
+    return words or caption[:max_chars]
+
+
+def caption_problem(caption: str, options: FilterOptions) -> str | None:
+    """Why a clean caption is dropped, or None; of several reasons, the one that costs least to find."""
+    if not caption:
+        return reasons.EMPTY
+    if len(caption) < options.min_caption_chars:
+        return reasons.TOO_SHORT
+    if options.min_caption_words is not None and len(caption.split()) < options.min_caption_words:
+        return reasons.TOO_FEW_WORDS
+    if options.drop_boilerplate and is_boilerplate(caption):
+        return reasons.BOILERPLATE
+    if options.foreign_margin is not None and foreign_margin(caption) > options.foreign_margin:
+        return reasons.NOT_ENGLISH
+    return None
+
+
+def image_problem(width: int, height: int, options: FilterOptions) -> str | None:
+    """Why an image of this size in pixels is dropped, or None."""
+    short, long = sorted((width, height))
+    if width * height > options.max_pixels:
+        return reasons.TOO_MANY_PIXELS
+    if short < options.min_side:
+        return reasons.TOO_SMALL
+    if options.max_aspect_ratio is not None and long > options.max_aspect_ratio * short:
+        return reasons.ASPECT_RATIO
+    return None
+
+
+def foreign_margin(caption: str) -> float:
+    """By how many nats the likeliest other language explains a caption better than English does: negative where English is
+    likeliest, infinite where most letters are of another script. `ConfigError` without py3langid."""
+    letters = [char for char in caption if char.isalpha()]
+    if 2 * sum(char < "\u0250" for char in letters) < len(letters):  # up to here, Latin
+        return float("inf")
+    scores = dict(_identifier().rank(caption.lower()))
+    english = scores.pop("en")
+    return float(max(scores.values()) - english)
+
+
+@cache
+def _identifier() -> LanguageIdentifier:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ConfigError(
+            "filters.foreign_margin needs py3langid, which is not installed: pip install dalle-ds[filters]"
+        ) from error
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+    identifier.set_languages(list(LANGUAGES))
+    return identifier
