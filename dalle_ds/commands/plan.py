@@ -5,32 +5,105 @@ python launchers/plan.py --preset dalle-12b --cluster h100-80gb --gpus 64 --sear
 python launchers/plan.py --preset dalle-12b --stage clip --cluster h100-80gb --gpus 256
 """
 
-import json
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
 from rich.console import Console
 
+from dalle_ds.cli import parse_options
+from dalle_ds.config import load_preset, preset_names
+from dalle_ds.config.deepspeed import load_deepspeed_json
 from dalle_ds.errors import ConfigError
-from dalle_ds.files import write_bytes
-from dalle_ds.planning.command import parse_plan_command
-from dalle_ds.planning.plan import make_plan
+from dalle_ds.files import write_json
+from dalle_ds.planning.layout import CLUSTERS, Cluster, named_cluster
+from dalle_ds.planning.plan import make_plan, search
 from dalle_ds.planning.report import found_tables, plan_tables
-from dalle_ds.planning.search import search
+from dalle_ds.tasks import Task
+from dalle_ds.tasks.stages import STAGES
+
+_USAGE = f"""Plan a run before anything is started: memory, traffic, and time of an update. The model is traced without memory.
+
+Besides the options below, which are those of the training launcher and of the cluster:
+
+--preset NAME: one of {", ".join(preset_names())}
+
+--cluster NAME: one of {", ".join(CLUSTERS)}
+
+--gpus N: how many, instead of one machine's
+
+--stage {"|".join(STAGES)}: which model of the preset; the transformer unless given
+
+--deepspeed_config FILE: DeepSpeed JSON, such as ds_configs/zero3_bf16.json
+
+--search True: plan all layouts, and rank those that fit
+
+--json FILE: write all figures"""
+
+
+class PlanCommand(NamedTuple):
+    """What to plan."""
+
+    task: Task[Any]  # of the preset with the command line's changes
+    cluster: Cluster  # the named cluster with the command line's changes
+    deepspeed: dict[str, Any]  # the DeepSpeed JSON's content; empty without one
+    device: str  # "cuda" or "cpu"
+    search: bool  # whether to look for layouts
+    json: Path | None  # file for the figures
+
+
+def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
+    """Parse `--preset NAME --cluster NAME [--gpus N] [--deepspeed_config FILE] [--search True] [--section.field value …]`.
+
+    Raises:
+        ConfigError: an unknown preset, or a value that cannot work.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_help = bool({"-h", "--help"} & set(arguments))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", required=not is_help)
+    first.add_argument("--cluster", required=not is_help, choices=list(CLUSTERS))
+    first.add_argument("--gpus", type=int)
+    first.add_argument("--stage", default="transformer", choices=list(STAGES))
+    first.add_argument("--deepspeed_config")
+    first.add_argument("--search", default="False", choices=["True", "False"])
+    first.add_argument("--json", type=Path)
+    known, rest = first.parse_known_args(arguments)
+    if known.json is not None and (known.json.is_dir() or not known.json.parent.is_dir()):
+        raise ConfigError(f"--json must be a file in a folder that exists, found {known.json}")
+    kind, task = STAGES[known.stage]
+    run = kind() if known.preset is None else load_preset(known.preset, known.stage, kind)
+    cluster = Cluster() if known.cluster is None else named_cluster(known.cluster, known.gpus)
+    options: Any = make_dataclass(
+        "Options",
+        [
+            ("run", Annotated[kind, tyro.conf.arg(name="", help="Options of the run.")]),
+            ("cluster", Annotated[Cluster, tyro.conf.arg(help="What is changed of the named cluster.")]),
+        ],
+    )
+    parsed = parse_options(options, rest, options(run, cluster), _USAGE)
+    json_config = {} if known.deepspeed_config is None else load_deepspeed_json(known.deepspeed_config)
+    device = "cpu" if known.cluster == "cpu" else "cuda"
+    is_search = known.search == "True"
+    return PlanCommand(task.planned(parsed.run), parsed.cluster, json_config, device, is_search, known.json)
 
 
 def main() -> None:
     """Parse, plan, print."""
     command = parse_plan_command()
-    if command.json is not None and (Path(command.json).is_dir() or not Path(command.json).parent.is_dir()):
-        raise ConfigError(f"--json must be a file in a folder that exists, found {command.json}")
-    figures: dict[str, Any]
+    given = (command.task, command.deepspeed, command.cluster, command.device)
     if command.search:
-        found = search(command.task, command.deepspeed, command.cluster, command.device)
+        found = search(*given)
         tables, figures = found_tables(found), found.to_dict()
     else:
-        plan = make_plan(command.task, command.deepspeed, command.cluster, command.device)
+        plan = make_plan(*given)
         tables, figures = plan_tables(plan), plan.to_dict()
     Console(width=130).print(tables)
     if command.json is not None:
-        write_bytes(Path(command.json), (json.dumps(figures, indent=2) + "\n").encode())
+        write_json(command.json, figures)

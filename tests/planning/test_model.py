@@ -31,7 +31,7 @@ from dalle_ds.models.pipeline import pipeline_layers
 from dalle_ds.parallel import TensorGroup
 from dalle_ds.parallel.stages import balanced
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.model import Parameter, ParameterSet, Stage, stages_of, touched, updated_by_group
+from dalle_ds.planning.model import Parameter, ParameterSet, Stage, stages_of
 from dalle_ds.planning.trace import on_meta, traced
 from dalle_ds.precision.rates import DTYPES
 from dalle_ds.tasks.clip import ClipTask
@@ -124,9 +124,9 @@ def made_up(sizes: list[list[int]]) -> ParameterSet:
 
 def test_updated_elements_are_what_zero_cuts() -> None:
     parameters = made_up([[10, 7], [3]])
-    assert updated_by_group(parameters, 0, 4) == (17, 3)
-    assert updated_by_group(parameters, 3, 4) == (3 + 2, 1)  # each parameter by itself
-    assert updated_by_group(parameters, 1, 4) == (6, 2)  # groups of 24 and 8, aligned to two elements a process
+    assert parameters.updated_by_group(0, 4) == [17, 3]
+    assert parameters.updated_by_group(3, 4) == [3 + 2, 1]  # each parameter by itself
+    assert parameters.updated_by_group(1, 4) == [6, 2]  # groups of 24 and 8, aligned to two elements a process
 
 
 def test_touched_counts_every_parameter_that_a_partition_meets() -> None:
@@ -143,7 +143,7 @@ def test_touched_counts_every_parameter_that_a_partition_meets() -> None:
                 met = set(elements[shard * owned : (shard + 1) * owned])
                 found += sum(group[number] for number in met)
             most = max(most, found)
-        assert touched(made_up(sizes), shards) == most
+        assert made_up(sizes).touched(shards) == most
 
 
 @pytest.mark.parametrize("stage", RUNS)
