@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -42,10 +43,9 @@ def main() -> None:
         report, faults = data_inspection.report(), data_inspection.faults
     else:
         # Imported once the options are read, so that --help and mistakes in them are quick.
-        from dalle_ds.doctor.checkpoint import inspect
+        from dalle_ds.doctor.checkpoint import check_checkpoint
 
-        inspection = inspect(options.path)
-        report, faults = inspection.report(), inspection.faults
+        report, faults = check_checkpoint(Path(options.path))
     if report is not None:
         console.print(report)
     if faults:
