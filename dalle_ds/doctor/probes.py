@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import dalle_ds
 from dalle_ds.config import DalleConfig, RecomputingTrainConfig, TransformerRun
+from dalle_ds.config.deepspeed import resolve
 from dalle_ds.doctor.environment import nccl_version, processor_name, said
 from dalle_ds.errors import CheckpointError
-from dalle_ds.models import Dalle
-from dalle_ds.models.dalle import ResidualBlock
-from dalle_ds.optim import resblock_groups
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.mesh import Axis
+from dalle_ds.tasks.transformer import TransformerTask
 
 
 def _median_seconds(step: Callable[[], None], mesh: Mesh, *, warmup: int, times: int, at_once: bool = False) -> float:
@@ -264,48 +263,36 @@ def run_trial(mesh: Mesh) -> Trial:
     Args:
         mesh: before it is divided: ZeRO-3 divides weights among all processes.
     """
-    config = LARGE if mesh.device.type == "cuda" else SMALL
-    rows = _rows(config, mesh.device)
+    from dalle_ds.training.engine import build_engine  # imports DeepSpeed, which picks a device
+
+    on_gpu = mesh.device.type == "cuda"
+    train = RecomputingTrainConfig(batch_size=BATCH * mesh.world_size)
+    run = TransformerRun(model=LARGE if on_gpu else SMALL, train=train)
+    task, rows = TransformerTask.planned(run), _rows(run.model, mesh.device)
     torch.manual_seed(0)
     mesh.barrier()
-    compute = _median_seconds(_alone(config, rows, mesh.device), mesh, warmup=2, times=10)
-    losses: list[float] = []
-    step = _median_seconds(_together(config, rows, mesh, losses), mesh, warmup=2, times=10)
-    return Trial(compute, step, losses[-1])
+    model = task.build_model().to(mesh.device)
 
-
-def _alone(config: DalleConfig, rows: tuple[Tensor, Tensor], device: torch.device) -> Callable[[], None]:
-    """A forward and a backward pass of this process's own."""
-    model = Dalle(config).to(device)
-
-    def step() -> None:
+    def alone() -> None:
         model.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(mesh.device.type, torch.bfloat16, enabled=on_gpu):
             loss = model(*rows, logits=False).loss
         loss.backward()
 
-    return step
+    compute = _median_seconds(alone, mesh, warmup=2, times=10)
+    json: dict[str, Any] = {"bf16": {"enabled": on_gpu}, "zero_optimization": {"stage": 3}}
+    config = resolve(json, run, mesh.world_size)
+    engine = build_engine(task.build_model, task.parameter_groups, run.optim, config, mesh)
+    losses: list[float] = []
 
-
-def _together(config: DalleConfig, rows: tuple[Tensor, Tensor], mesh: Mesh, losses: list[float]) -> Callable[[], None]:
-    """A step under ZeRO-3, which adds its loss to a list."""
-    from dalle_ds.config.deepspeed import resolve
-    from dalle_ds.training.engine import build_engine
-
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        return resblock_groups(model, [part for part in model.modules() if isinstance(part, ResidualBlock)], run.optim)
-
-    run = TransformerRun(model=config, train=RecomputingTrainConfig(batch_size=BATCH * mesh.world_size))
-    json: dict[str, Any] = {"bf16": {"enabled": mesh.device.type == "cuda"}, "zero_optimization": {"stage": 3}}
-    engine = build_engine(lambda: Dalle(config), groups, run.optim, resolve(json, run, mesh.world_size), mesh)
-
-    def step() -> None:
+    def together() -> None:
         loss = engine(*rows, logits=False).loss
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
 
-    return step
+    step = _median_seconds(together, mesh, warmup=2, times=10)
+    return Trial(compute, step, losses[-1])
 
 
 def _rows(config: DalleConfig, device: torch.device) -> tuple[Tensor, Tensor]:
