@@ -26,8 +26,8 @@ import psutil
 
 from dalle_ds.errors import EXIT_REQUEUE
 from dalle_ds.resilience.processes import LAUNCH
+from dalle_ds.resilience.signals import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOOK_SECONDS = 1.0
 """Between two looks at what the child has started."""
 LAST_EXIT_SECONDS = 30.0
