@@ -39,7 +39,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.powersgd import paper_rank
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.model import stages_of
-from dalle_ds.planning.traffic import sent_along, traffic
+from dalle_ds.planning.traffic import traffic
 from dalle_ds.tasks.transformer import TransformerTask
 
 AXES: tuple[Literal["tensor", "shard", "replica"], ...] = ("tensor", "shard", "replica")
@@ -168,7 +168,7 @@ def measure(options: Options, mesh: Mesh, *, compressed: bool) -> dict[str, Any]
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return {
         "measured": dict(zip((*AXES, OTHER), most.tolist(), strict=True)),
-        "predicted": {axis: sent_along(transfers, axis) for axis in AXES},
+        "predicted": {axis: sum(transfer.sent for transfer in transfers if transfer.axis == axis) for axis in AXES},
         "compressed_numel": sum(shard.numel for shard in shards),
     }
 

@@ -162,7 +162,7 @@ class _Held:
         if self.is_bf16_stage_1:
             sums = 4 * self.owned * layout.shards
             before += sums
-            return Use(name, sums, before, max(before, sums), sums + whole, sums + whole)
+            return Use(name, sums, before, before, sums + whole, sums + whole)
         host = 4 * self.owned if layout.offload_optimizer else 0
         if layout.zero_stage == 3:
             sums = layout.accumulate_bytes * self.owned

@@ -59,11 +59,6 @@ def traffic(stage: Stage, layout: Layout) -> tuple[Transfer, ...]:
     return tuple(transfer for transfer in found if transfer.processes > 1 and transfer.size)
 
 
-def sent_along(transfers: Sequence[Transfer], axis: str) -> int:
-    """Bytes that leave one process along an axis."""
-    return sum(transfer.sent for transfer in transfers if transfer.axis == axis)
-
-
 def compression(stage: Stage) -> float:
     """Share of the compressed parameters' gradients that does not cross: 1 − r (m + 2) / (2 d m) for whole matrices
     (DALL·E Table 1, whose 5 r / 8 d is that of m = 8 shards)."""

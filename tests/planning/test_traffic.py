@@ -9,7 +9,7 @@ import pytest
 from dalle_ds.config import DalleConfig, PowerSGDConfig, RecomputingTrainConfig, TransformerRun, load_preset
 from dalle_ds.planning.layout import REPLICA_BUCKET, Buffers, Layout
 from dalle_ds.planning.model import Stage, stages_of
-from dalle_ds.planning.traffic import Transfer, compression, sent_along, traffic
+from dalle_ds.planning.traffic import Transfer, compression, traffic
 from dalle_ds.tasks.transformer import TransformerTask
 
 RUN = load_preset("dalle-12b", "transformer", TransformerRun)
@@ -123,7 +123,7 @@ def test_tensor_groups_exchange_as_much_with_positions_divided(checkpointing: st
 def test_pipelines_send_the_stream_both_ways() -> None:
     layout = Layout(zero_stage=1, pipe=3, micro_batch=2, accumulation=5)
     stream, tokens = 5 * 2 * 24 * 64 * 4, 5 * 2 * 24 * 8
-    sent = [sent_along(traffic(stage, layout), "pipe") for stage in stages(layout, SMALL)]
+    sent = [sum(transfer.sent for transfer in traffic(stage, layout)) for stage in stages(layout, SMALL)]
     assert sent == [stream + tokens, 2 * stream + tokens, stream]
 
 
