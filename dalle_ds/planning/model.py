@@ -88,15 +88,15 @@ class ParameterSet:
 
     def touched(self, shards: int) -> int:
         """The most elements that all parameters of which a process updates a part have together, under ZeRO-1 and 2."""
-        sums = [0] * shards
+        changes = [0] * (shards + 1)  # from each process to the next
         for group, updated in zip(self.groups, self.updated_by_group(1, shards), strict=True):
             begin = 0
             for parameter in group:
                 end = begin + parameter.numel
-                for shard in range(begin // updated, min(shards - 1, (end - 1) // updated) + 1):
-                    sums[shard] += parameter.numel
+                changes[begin // updated] += parameter.numel
+                changes[(end - 1) // updated + 1] -= parameter.numel
                 begin = end
-        return max(sums)
+        return max(itertools.accumulate(changes))
 
 
 # --- stages
