@@ -1,14 +1,5 @@
 """What monitors tell each other and the user: failures, positions, the log line, and JSON objects over sockets.
 
-lost           the monitor of a rank is silent or unreachable: its host is gone, or both were killed
-crash          the training process ended without an error: SIGKILL (out of memory), SIGSEGV, NCCL's abort
-stopped        by SIGSTOP, for longer than a timeout
-launcher-lost  the launcher is gone, and the process cannot be asked to stop behind a checkpoint
-error          an exception; the only class that needs a person
-interrupted    Ctrl-C, or a signal that reached the monitor too
-hang           no progress for `watch.hang_minutes`
-disconnected   a collective failed or timed out: most likely by another rank's failure, which is then reported as well
-
 Messages are one on a line, each with its `kind`:
 
 training process → coordinator    "join": `token`, `rank`, `host`; its monitor inherits the connection
@@ -31,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("lost", "crash", "stopped", "launcher-lost", "error", "interrupted", "hang", "disconnected")
-"""Of several reports, the first in this order is the root cause."""
+"""Failure classes, which docs/reliability.md explains. Of several reports, the first in this order is the root cause."""
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
 """`dalle_ds.errors.EXIT_REQUEUE`, which the monitor process does not import."""
