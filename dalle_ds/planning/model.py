@@ -153,7 +153,7 @@ def stages_of(task: Task[Any], layout: Layout, device: str) -> tuple[Stage, ...]
         of_stage = [passes[layer.kind] for layer in layers[first:last]]
         before = passes[layers[first - 1].kind].outputs if first else ()
         after = of_stage[-1].outputs if last < len(layers) else ()
-        ends = {
+        ends: dict[str, Any] = {
             "received": _size(tensor for tensor in before if tensor.is_floating_point()),
             "sent": _size(tensor for tensor in after if tensor.is_floating_point()),
             "tokens": _size(tensor for tensor in after if not tensor.is_floating_point()),
