@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dalle_ds.config import ParallelConfig
+from dalle_ds.config import ParallelConfig, Precision
 from dalle_ds.config.deepspeed import is_auto, resolve, with_precision
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
@@ -177,7 +177,7 @@ def search(task: Task[Any], json_config: dict[str, Any], cluster: Cluster, devic
     run's.
     """
     if task.run.train.precision is None and not {"bf16", "fp16"} & set(json_config):
-        fallback = "fp16" if isinstance(task, LayeredTask) else "fp32"
+        fallback: Precision = "fp16" if isinstance(task, LayeredTask) else "fp32"
         json_config = with_precision(json_config, "bf16" if cluster.bf16_tflops is not None else fallback)
     plans: list[Plan] = []
     too_large: list[Refusal] = []

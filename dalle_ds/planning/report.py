@@ -35,10 +35,10 @@ def plan_tables(plan: Plan) -> RenderableType:
     counts["the model"] = sum(counts.values())
     counts[f"a process{where}, before ZeRO divides them"] = plan.stage.parameters.count
     parts.append(_table("Parameters", ["of"], ["millions"], ((of, f"{n / 1e6:,.1f}") for of, n in counts.items())))
-    rows = [(use.kind, *(use.at(moment) for moment in MOMENTS), use.host) for use in memory.uses]
-    rows.append(("all", *map(memory.at, MOMENTS), plan.host))
-    rows.append(("available", *[cluster.memory] * len(MOMENTS), cluster.host_memory))
-    held = ((kind, *map(gigabytes, sizes)) for kind, *sizes in rows)
+    sizes = {use.kind: [*map(use.at, MOMENTS), use.host] for use in memory.uses}
+    sizes["all"] = [*map(memory.at, MOMENTS), plan.host]
+    sizes["available"] = [*[cluster.memory] * len(MOMENTS), cluster.host_memory]
+    held = ((kind, *map(gigabytes, of_kind)) for kind, of_kind in sizes.items())
     parts.append(_table(f"Memory of a process{where}, GB", ["kind"], [*_MOMENT_TITLES, "main memory"], held))
     if transfers:
         sent = ((t.axis, t.what, t.operation, str(t.processes), str(t.times), gigabytes(t.sent)) for t in transfers)
