@@ -75,7 +75,7 @@ class Trace(TorchDispatchMode):
         for tensor in _tensors(result):
             self._note(tensor, counted=is_made and tensor.is_meta)
         self.peak = max(self.peak, self.live)
-        formula = _FLOPS.get(func._overloadpacket)
+        formula = _FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.work.flops[_computed_in(inputs[0].dtype)] += formula(*args, **kwargs, out_val=result)
         return result
@@ -110,8 +110,8 @@ def _attention_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
     return 2 * 2 * int(torch.Size(batch).numel()) * length * key.shape[2] * depth
 
 
+# Beside those of `flop_registry`, which operators of our own join as they are imported.
 _FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
     _FUSED: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda _, query, key, *rest, **options: _attention_flops(query, key) * BACKWARD_PRODUCTS // 2
