@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dalle_ds.planning
 from dalle_ds.config import (
@@ -209,6 +209,12 @@ def test_operations_are_those_that_torch_counts(stage: str, monkeypatch: pytest.
         task.loss(model, batch, 0)[0].backward()
     # torch has no formula for its attention on CPUs.
     assert counter.get_total_flops() <= planned <= 1.1 * counter.get_total_flops()
+
+
+def test_operators_that_come_after_the_tracer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flop_registry, torch.ops.aten.add, lambda *_, **__: 7)
+    with on_meta("cpu"):
+        assert traced(lambda x: x + x, [torch.empty(3, device="meta")], []).work.flops.total() == 7
 
 
 def test_a_tensor_group_keeps_its_part_and_with_sequence_its_positions() -> None:
