@@ -107,23 +107,21 @@ def plan() -> None:
 
     from dalle_ds.files import write_json
     from dalle_ds.planning.command import parse_plan_command
-    from dalle_ds.planning.plan import make_plan
+    from dalle_ds.planning.plan import make_plan, search
     from dalle_ds.planning.report import found_tables, plan_tables
-    from dalle_ds.planning.search import search
 
     command = parse_plan_command()
-    if command.json is not None and (Path(command.json).is_dir() or not Path(command.json).parent.is_dir()):
-        raise ConfigError(f"--json must be a file in a folder that exists, found {command.json}")
+    given = (command.task, command.deepspeed, command.cluster, command.device)
     figures: dict[str, Any]
     if command.search:
-        found = search(command.task, command.deepspeed, command.cluster, command.device)
+        found = search(*given)
         tables, figures = found_tables(found), found.to_dict()
     else:
-        plan = make_plan(command.task, command.deepspeed, command.cluster, command.device)
+        plan = make_plan(*given)
         tables, figures = plan_tables(plan), plan.to_dict()
     Console(width=130).print(tables)
     if command.json is not None:
-        write_json(Path(command.json), figures)
+        write_json(command.json, figures)
 
 
 @dataclass(frozen=True)
@@ -180,10 +178,9 @@ def doctor() -> None:
         data_inspection = inspect_data(options)
         report, faults = data_inspection.report(), data_inspection.faults
     else:
-        from dalle_ds.doctor.checkpoint import inspect as inspect_checkpoint
+        from dalle_ds.doctor.checkpoint import check_checkpoint
 
-        inspection = inspect_checkpoint(options.path)
-        report, faults = inspection.report(), inspection.faults
+        report, faults = check_checkpoint(Path(options.path))
     if report is not None:
         console.print(report)
     if faults:

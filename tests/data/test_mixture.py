@@ -133,7 +133,7 @@ def test_a_run_may_resume_at_any_step() -> None:
 def test_what_a_run_leaves_out_when_it_goes_back_is_left_out_of_all_corpora() -> None:
     samples = mixed((2, 1))
     whole = steps(samples, 40)
-    rollbacks = Rollbacks([Rollback(from_update=25, to_update=20, skip_from=20, skip_to=25)])
+    rollbacks = Rollbacks((Rollback(from_update=25, to_update=20, skip_from=20, skip_to=25),))
     for update in (19, 20, 30):
         place = rollbacks.data_step(update)
         assert place == (update if update < 20 else update + 5)
