@@ -8,13 +8,13 @@ deepspeed refuses as an unclear option of its own; or torchrun --nproc_per_node 
 
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options
-from dalle_ds.sampling.command import GenerateOptions, draw_to_file
+from dalle_ds.sampling.command import GenerateOptions, generate_to_file
 
 
 def main() -> None:
-    """Parse, draw, write."""
+    """Parse, generate, write."""
     options = parse_options(GenerateOptions)
     if options.device == "cpu":
         keep_freed_memory()
-    for path in draw_to_file(options):
+    for path in generate_to_file(options):
         print(f"wrote {path}")
