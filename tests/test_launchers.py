@@ -15,7 +15,7 @@ import torch
 from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
 from dalle_ds.data import PairDataset
 from dalle_ds.data.faults import RowError
-from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.evaluate import EvaluateOptions
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.sampling import Sampling, TextToImage
 from dalle_ds.sampling.command import GenerateOptions

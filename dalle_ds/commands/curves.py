@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dalle_ds.cli import parse_options
 from dalle_ds.errors import ConfigError
-from dalle_ds.evaluation.curves import curves_figure, numerics_panels, read_metrics
+from dalle_ds.evaluation.curves import NUMERICS, curves_figure, panels_of, read_metrics
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,6 @@ def main() -> None:
     options = parse_options(Options)
     if Path(options.out).suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--out {options.out} must end in .png, .svg or .pdf")
-    figure = curves_figure(numerics_panels(read_metrics(options.run_dir)), columns=2)
+    figure = curves_figure(panels_of(read_metrics(options.run_dir), NUMERICS), columns=2)
     figure.savefig(options.out, dpi=150)
     print(f"wrote {options.out}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 
-from dalle_ds.evaluation.evaluate import compare_command, evaluate_command
+from dalle_ds.evaluation.evaluate import evaluate_command
+from dalle_ds.evaluation.results import compare_command
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ Selections = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption to draw an image for."""
+    """A caption to generate an image for."""
 
     row: int
     """Whose it is."""
@@ -119,26 +119,23 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        found = walk(self.folder) if self.folder.is_dir() else []
-        taken = [entry for entry in found if entry.problem is None and is_read(entry.name)]
-        self.paths = [entry.path for entry in taken]
+        self.paths: list[Path] = []
+        left_out: dict[str, list[str]] = {}
+        for entry in walk(self.folder) if self.folder.is_dir() else []:
+            if entry.problem is None and is_read(entry.name):
+                self.paths.append(entry.path)
+            else:
+                left_out.setdefault(entry.unpaired().reason, []).append(entry.name)
         if len(self.paths) < 2:
             raise DataError(f"{folder} is no folder of at least 2 images ({', '.join(image_suffixes())})")
-        self.left_out: dict[str, list[str]] = {}
-        """Reason → names of what else lies there."""
-        for entry in found:
-            if entry.problem is not None or not is_read(entry.name):
-                self.left_out.setdefault(entry.unpaired().reason, []).append(entry.name)
+        self.notes = [
+            f"{self.folder}: left out {len(names):,}: {reason}, such as {names[0]}"
+            for reason, names in left_out.items()
+        ]
+        """A sentence for each reason for which something is left out."""
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def notes(self) -> list[str]:
-        """A sentence for each reason for which something is left out."""
-        return [
-            f"{self.folder}: left out {len(names):,}: {reason}, such as {names[0]}"
-            for reason, names in self.left_out.items()
-        ]
 
     def read(self, row: int, size: int | None = None) -> tuple[Pixels, bytes]:
         """An image, (H, W, 3), resized and cropped as `RESIZE` says where a size is given, and the SHA-256 of its file.

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from scipy.ndimage import gaussian_filter
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.evaluation.metrics.features import gaussian_blur
+from dalle_ds.evaluation.features import gaussian_blur
 
 RADII = (1.0, 2.0, 4.0, 8.0)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_ds.evaluation.metrics import dvae as codebook
-from dalle_ds.evaluation.metrics.dvae import code_picture, codebook_panel, codebook_usage
+from dalle_ds.evaluation import metrics as codebook
+from dalle_ds.evaluation.metrics import code_image, codebook_panel, codebook_usage
 from dalle_ds.models import DiscreteVAE
 from tests.conftest import TINY_DVAE
 
@@ -32,7 +32,7 @@ def test_perplexity_is_the_number_of_codes_that_are_used_alike() -> None:
 
 def test_a_code_alone_is_the_middle_of_a_grid_full_of_it(vae: DiscreteVAE) -> None:
     whole = vae.decode(torch.full((1, 4, 4), 7))[0].permute(1, 2, 0).numpy() * 255
-    found = np.asarray(code_picture(vae, 7), dtype=np.float64)
+    found = np.asarray(code_image(vae, 7), dtype=np.float64)
     assert found.shape == (14, 14, 3)  # three codes of four pixels, and the frame
     assert np.abs(found[1:-1, 1:-1] - whole[2:14, 2:14]).max() <= 0.5
     assert (found[0] == codebook.OUTSIDE).all()

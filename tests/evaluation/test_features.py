@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.evaluation.metrics.features import load_network
+from dalle_ds.evaluation.features import load_network
 from tests.references import reference
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_ds.config import PADDING
-from dalle_ds.evaluation.metrics.likelihood import level_nats, pixel_nats, transformer_nats
+from dalle_ds.evaluation.metrics import level_nats, pixel_nats, transformer_nats
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.dvae import EPSILON, logit_laplace_nll
 from tests.conftest import TINY_DALLE, TINY_DVAE

@@ -9,9 +9,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.metrics import matching
-from dalle_ds.evaluation.metrics.dvae import psnr, ssim
-from dalle_ds.evaluation.metrics.matching import clip_scores, recalls, retrieval_ranks
+from dalle_ds.evaluation import metrics
+from dalle_ds.evaluation.metrics import clip_scores, psnr, recalls, retrieval_ranks, ssim
 
 
 def unit(count: int, seed: int) -> torch.Tensor:
@@ -19,7 +18,7 @@ def unit(count: int, seed: int) -> torch.Tensor:
 
 
 def test_recalls_are_hit_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "BLOCK", 16)  # more than one block
+    monkeypatch.setattr(metrics, "BLOCK", 16)  # more than one block
     text = unit(50, 0)
     image = F.normalize(text + 0.9 * unit(50, 1), dim=-1)
     found = recalls(retrieval_ranks(image, text), 50)
