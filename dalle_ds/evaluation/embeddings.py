@@ -49,17 +49,8 @@ class Embedder:
 
 
 def hash_bits(images: Tensor) -> Tensor:
-    """The bits of images' perceptual hashes as vectors: the cosine of two is 1 − (bits that differ) / 32.
-
-    Args:
-        images: (B, 3, S, S) in [0, 1].
-
-    Returns:
-        (B, 64), −1/8 or 1/8 each.
-
-    Raises:
-        ConfigError: imagehash is not installed.
-    """
+    """The bits of images' perceptual hashes: (B, 3, S, S) in [0, 1] → (B, 64), −1/8 or 1/8 each, so that the cosine of two is
+    1 − (bits that differ) / 32. ConfigError where imagehash is not installed."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     hashes = np.array([int(perceptual_hash(image), 16) for image in pixels], dtype=">u8")
     bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)

@@ -149,18 +149,16 @@ def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
     """
     dataset, mesh, size = context.dataset, context.mesh, vae.config.image_size
     rows, grid = len(dataset), vae.config.grid
-    signal, similarity = GatheredRows(rows), GatheredRows(rows)
-    codes = GatheredRows(rows, (grid, grid), torch.int32)
+    likeness, codes = GatheredRows(rows, (2,)), GatheredRows(rows, (grid, grid), torch.int32)
     restored = context.appearance(context.of_rows)
     for indices in shard_rows(rows, mesh, "reconstructions"):
         pixels = images_of(dataset, indices, size).to(mesh.device)
         found = vae.encode(pixels.float() / 255)
         again = (vae.decode(found) * 255).round().byte()
-        signal.put(indices, psnr(pixels, again))
-        similarity.put(indices, ssim(pixels, again))
+        likeness.put(indices, torch.stack([psnr(pixels, again), ssim(pixels, again)], dim=1))
         codes.put(indices, found)
         restored.add(indices, to_size(again, context.size))
-    all_codes, signals, similarities = (each.gather(mesh) for each in (codes, signal, similarity))
+    all_codes, (signals, similarities) = codes.gather(mesh), likeness.gather(mesh).T.contiguous()
     apart = distances(context.whole_split, restored.summed(mesh))
     for name, chosen in context.of_rows.items():
         mean = {"psnr": float(signals[chosen].mean()), "ssim": float(similarities[chosen].mean())}
@@ -202,30 +200,27 @@ def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
     """
     dataset, mesh, vae = context.dataset, context.mesh, pipeline.dvae
     size, length, rows = vae.config.image_size, pipeline.model.config.text_len, len(context.dataset)
-    found = {name: GatheredRows(rows) for name in ("text", "tokens", "codes", "pixels", "cut")}
+    found = GatheredRows(rows, (5,))
     for indices in shard_rows(rows, mesh, "likelihoods", ROWS):
         pixels = images_of(dataset, indices, size).to(mesh.device)
         codes = vae.encode(pixels.float() / 255)
         encoded = [pipeline.tokenizer.encode_padded([dataset.captions(row)[0]], length) for row in indices]
         text = torch.cat([tokens for tokens, _ in encoded]).to(mesh.device)
-        found["cut"].put(indices, torch.tensor([cut for _, cut in encoded]))
+        cut = torch.tensor([cut for _, cut in encoded], device=mesh.device)
         text_nats, code_nats = transformer_nats(pipeline.model, text, codes.flatten(1))
-        found["text"].put(indices, text_nats)
-        found["tokens"].put(indices, (text != PADDING).sum(dim=1))
-        found["codes"].put(indices, code_nats)
-        found["pixels"].put(indices, pixel_nats(vae, pixels, codes))
-    sums = {name: values.gather(mesh) for name, values in found.items()}
-    dimensions = 3 * size**2 * math.log(2)
+        columns = text_nats, (text != PADDING).sum(dim=1), code_nats, pixel_nats(vae, pixels, codes), cut
+        found.put(indices, torch.stack([column.double() for column in columns], dim=1))
+    sums, dimensions = found.gather(mesh), 3 * size**2 * math.log(2)
     for name, chosen in context.of_rows.items():
-        mean = {what: float(values[chosen].mean()) for what, values in sums.items()}
-        in_codes, in_pixels = mean["codes"] / dimensions, mean["pixels"] / dimensions
+        of_text, tokens, of_codes, of_pixels, share_cut = (float(each.mean()) for each in sums[chosen].T.contiguous())
+        in_codes, in_pixels = of_codes / dimensions, of_pixels / dimensions
         figures = {
-            "text_nats_per_token": mean["text"] / max(mean["tokens"], 1e-12),
-            "image_nats_per_token": mean["codes"] / pipeline.model.config.image_len,
+            "text_nats_per_token": of_text / max(tokens, 1e-12),
+            "image_nats_per_token": of_codes / pipeline.model.config.image_len,
             "codes_bits_per_dimension": in_codes,
             "pixels_bits_per_dimension": in_pixels,
             "bits_per_dimension": in_codes + in_pixels,
-            "captions_cut": mean["cut"],
+            "captions_cut": share_cut,
         }
         context.record(name, "likelihood", figures)
 
@@ -263,7 +258,7 @@ def measure_generated(
         reranker: chooses; needed where an n is above 1.
 
     Returns:
-        One line per caption that says what was chosen.
+        For each caption, what was chosen.
     """
     captions, mesh, judge = context.captions, context.mesh, context.judge
     count, every_n = len(captions), (len(numbers),)

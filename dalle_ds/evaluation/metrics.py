@@ -72,16 +72,8 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
 
 
 def codebook_usage(histogram: Tensor) -> dict[str, float]:
-    """Health of a codebook.
-
-    Args:
-        histogram: (K,) how often each code occurs.
-
-    Returns:
-        perplexity: exp of the entropy of the codes' frequencies; K where all are used alike.
-        used, dead: codes that occur, and that do not.
-        usage: share of codes that occur.
-    """
+    """Health of a codebook of which a histogram (K,) is given: exp of the entropy of the codes' frequencies, which is K where
+    all are used alike; codes that occur, that do not, and the share of the former."""
     share = histogram.double() / histogram.sum().clamp_min(1)
     used, size = int((histogram > 0).sum()), len(histogram)
     perplexity = float((-torch.special.xlogy(share, share).sum()).exp())
@@ -89,10 +81,8 @@ def codebook_usage(histogram: Tensor) -> dict[str, float]:
 
 
 def codebook_panel(vae: DiscreteVAE, codes: Tensor, image: Callable[[int], Pixels]) -> Image.Image:
-    """The most and the least used codes that occur at all, as images.
-
-    Each row has the code's share, the image of a grid full of it, and places of the set where it occurs, each with the
-    surroundings that are one code wide.
+    """The most and the least used codes that occur: their share, the image of a grid full of each, and places of the set where
+    it occurs, with surroundings that are one code wide.
 
     Args:
         codes: (N, h, w) of the set's rows.
@@ -144,15 +134,8 @@ def _occurrences(vae: DiscreteVAE, codes: Tensor, code: int, image: Callable[[in
 
 @torch.no_grad()
 def transformer_nats(model: Dalle, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """−ln P(caption's tokens) and −ln P(codes | caption) of each row.
-
-    Args:
-        text: (B, T) int64, −1 where padded; padding costs nothing.
-        codes: (B, W²) int64.
-
-    Returns:
-        (B,) and (B,) float64, nats per row.
-    """
+    """−ln P(caption's tokens) and −ln P(codes | caption) of each row: (B, T) int64, −1 where padded, which costs nothing, and
+    (B, W²) int64 → (B,) and (B,) float64 nats."""
     output = model(text, codes)
     return _row_nats(output.text_logits, text), _row_nats(output.image_logits, codes)
 
@@ -203,12 +186,10 @@ def ranking_accuracy(model: Dalle, text: Tensor, codes: Tensor, candidates: int 
     """Share of captions whose own image ranks first of `candidates` by log p(codes | caption) − log p(codes | no caption).
 
     Subtracting the likelihood without a caption removes what makes an image likely whatever is said of it. Rows are taken
-    in groups of `candidates`, each caption against the images of its group; rows that fill no group are left out. Chance
-    is 1 / candidates.
+    in groups of `candidates`, each caption against the images of its group; rows that fill no group are left out.
 
     Args:
-        text: (N, T) int64, −1 where padded.
-        codes: (N, W²) int64.
+        text, codes: (N, T) int64, −1 where padded, and (N, W²) int64.
 
     Raises:
         DataError: fewer rows than candidates.
@@ -229,14 +210,8 @@ def ranking_accuracy(model: Dalle, text: Tensor, codes: Tensor, candidates: int 
 
 
 def clip_scores(image: Tensor, text: Tensor) -> Tensor:
-    """CLIP score of each image with its caption: 100 · max(cosine, 0) (Hessel et al., 2021, without their factor 2.5).
-
-    Args:
-        image, text: (N, D), L2-normalized.
-
-    Returns:
-        (N,) float64.
-    """
+    """CLIP score of each image with its caption: 100 · max(cosine, 0) (Hessel et al., 2021, without their factor 2.5); of
+    (N, D) twice, L2-normalized, (N,) float64."""
     return 100 * (image.double() * text.double()).sum(dim=1).clamp_min(0)
 
 
@@ -244,8 +219,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, own: Tensor | None = None) -> T
     """For each caption, how many other images match it at least as well as its own: 0 where its own comes first.
 
     Args:
-        image: (P, D), L2-normalized.
-        text: (N, D), L2-normalized.
+        image, text: (P, D) and (N, D), L2-normalized.
         own: (N,) int64, which image is each caption's; None: row i of one belongs to row i of the other.
 
     Returns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,17 +124,9 @@ def find_overlap(
         )
     embedder = embedder or _load(options)
     out = Path(options.out)
-    of_train, of_validation = (
-        embed_split(
-            embedder,
-            dataset,
-            out / "embeddings" / name,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            say=say,
-        )
-        for name, dataset in (("train", train), ("validation", validation))
-    )
+    embed = partial(embed_split, embedder, batch_size=options.batch_size, workers=options.workers, say=say)
+    of_train = embed(train, out / "embeddings" / "train")
+    of_validation = embed(validation, out / "embeddings" / "validation")
     if not of_train.readable.any():
         raise DataError(f"no image of {train.data_dir / train.split} can be read: there is nothing to compare with")
     rows = np.flatnonzero(of_validation.readable)
@@ -159,25 +152,8 @@ def find_overlap(
     }
     if options.index == "ivf":
         about |= {"lists": options.lists, "probes": options.probes}
-    order = np.argsort(-found.similarity, kind="stable").tolist()
-    pairs = {place: _pair(found, place, train, validation) for place in order}
     with disk_full_is_a_data_error(out):
-        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs.values())
-        write_text(out / "neighbours.jsonl", "".join(lines))
-        chosen = _shown(found.similarity, options)
-        shown = [pair for place, pair in pairs.items() if place in chosen]
-        for pair in shown:
-            pair["pictures"] = [thumbnail_uri(validation, pair["row"]), thumbnail_uri(train, pair["nearest"])]
-        threshold = options.threshold
-        if threshold is None:
-            threshold = shown[len(shown) // 2]["similarity"] if shown else 1.0
-        every = {"rows": found.rows.tolist(), "similarity": found.similarity.tolist()}
-        write_template(
-            out / "pairs.html", "overlap.html", {"about": about, **every, "threshold": threshold, "pairs": shown}
-        )
-        if options.threshold is not None:
-            duplicates = {"threshold": options.threshold, "rows": found.at_or_above(options.threshold)}
-            write_json(out / "overlap.json", about | duplicates)
+        _write(out, found, about, options, train, validation)
     for line in _summary(found, options):
         say(line)
     return found
@@ -190,6 +166,35 @@ def _load(options: OverlapOptions) -> Embedder:
         raise ConfigError("device cuda finds no GPU: set --device cpu")
     clip = Clip.from_pretrained(options.clip, options.device)
     return Embedder(clip.fingerprint, clip.config.image_size, clip.config.embed_dim, clip.embed_images)
+
+
+def _write(
+    out: Path,
+    found: Overlap,
+    about: dict[str, Any],
+    options: OverlapOptions,
+    train: PairDataset,
+    validation: PairDataset,
+) -> None:
+    """The files; pairs stand in them with the most similar first."""
+    order = np.argsort(-found.similarity, kind="stable").tolist()
+    pairs = {place: _pair(found, place, train, validation) for place in order}
+    lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs.values())
+    write_text(out / "neighbours.jsonl", "".join(lines))
+    chosen = _shown(found.similarity, options)
+    shown = [pair for place, pair in pairs.items() if place in chosen]
+    for pair in shown:
+        pair["pictures"] = [thumbnail_uri(validation, pair["row"]), thumbnail_uri(train, pair["nearest"])]
+    threshold = options.threshold
+    if threshold is None:
+        threshold = shown[len(shown) // 2]["similarity"] if shown else 1.0
+    # All similarities, by which the page's threshold moves.
+    every = {"rows": found.rows.tolist(), "similarity": found.similarity.tolist()}
+    page = {"about": about, **every, "threshold": threshold, "pairs": shown}
+    write_template(out / "pairs.html", "overlap.html", page)
+    if options.threshold is not None:
+        duplicates = {"threshold": options.threshold, "rows": found.at_or_above(options.threshold)}
+        write_json(out / "overlap.json", about | duplicates)
 
 
 def _pair(found: Overlap, place: int, train: PairDataset, validation: PairDataset) -> dict[str, Any]:

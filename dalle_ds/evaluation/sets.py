@@ -44,13 +44,9 @@ class Caption:
 
 
 def choose_captions(dataset: PairDataset, number: int | None, seed: int) -> list[Caption]:
-    """A random choice among the different captions of a split.
+    """A random choice of `number` of the different captions of a split, or all; of equal ones the first counts.
 
-    Of equal captions the first one counts. The choice depends on the captions and the seed only; a greater number chooses the
-    same ones and more.
-
-    Args:
-        number: how many; None, or more than there are, takes all.
+    It depends on the captions and the seed only; a greater number chooses the same ones and more.
     """
     different: dict[str, int] = {}
     for row in range(len(dataset)):
@@ -80,10 +76,7 @@ def to_size(pixels: Tensor, size: int) -> Tensor:
 
 
 def without_overlap(path: str | Path, dataset: PairDataset) -> Tensor:
-    """(rows,) bool: False where the overlap analysis lists the row.
-
-    Args:
-        path: JSON of {"split": …, "fingerprint": …, "rows": […]}.
+    """(rows,) bool: False where the overlap analysis, JSON of {"split": …, "fingerprint": …, "rows": […]}, lists the row.
 
     Raises:
         DataError: the file is damaged, of other data or another split, or leaves no two rows.

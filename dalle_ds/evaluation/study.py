@@ -285,10 +285,7 @@ def read_key(path: str | Path) -> dict[str, Any]:
         raise DataError(f"no study at {path}: {file} cannot be read ({error})") from error
     if not isinstance(key, dict) or key.get("kind") != KIND:
         raise DataError(f"{file} is not the key of a study: name the folder that `study.py make` made")
-    pairs = key["pairs"] if isinstance(key.get("pairs"), list) else [None]
-    fields = {"id": str, "page": int, "a_is": str}
-    whole = all(isinstance(pair, dict) and all(isinstance(pair.get(f), fields[f]) for f in fields) for pair in pairs)
-    if not whole or not (is_text(key.get("a")) and is_text(key.get("b"))) or key.get("study") != study_name(key):
+    if not (is_text(key.get("a")) and is_text(key.get("b"))) or key.get("study") != study_name(key):
         raise DataError(f"{file} is damaged: make the study again, of the same images and with the same seed")
     return key
 
@@ -328,15 +325,12 @@ def read_votes(paths: Sequence[str | Path], key: dict[str, Any]) -> list[Vote]:
 
 def _vote(answer: Any, content: dict[str, Any], pairs: dict[str, dict[str, Any]]) -> Vote | None:
     """An answer of a page; None where it is none."""
-    if not isinstance(answer, dict) or not isinstance(answer.get("pair"), str):
+    try:
+        pair, question, side, seconds = pairs[answer["pair"]], answer["question"], answer["answer"], answer["seconds"]
+        known = question in QUESTIONS and side in ("left", "right", "tie") and pair["page"] == content.get("page")
+    except (KeyError, TypeError):  # something is missing, or not even a name
         return None
-    pair, question, side = pairs.get(answer["pair"]), answer.get("question"), answer.get("answer")
-    if pair is None or pair["page"] != content.get("page"):
-        return None
-    if question not in tuple(QUESTIONS) or side not in ("left", "right", "tie"):
-        return None
-    seconds = answer.get("seconds")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
+    if not known or type(seconds) not in (int, float) or not 0 <= seconds < 1e9:
         return None
     choice: Choice = "tie" if side == "tie" else "a" if side == pair["a_is"] else "b"
     return Vote(pair["id"], question, content["voter"], choice, float(seconds))
@@ -388,17 +382,16 @@ def judge_voters(votes: Sequence[Vote]) -> list[dict[str, Any]]:
         dissent: share of them against the majority of the other voters, where these have one.
         flagged: whether the voter seems not to have looked.
     """
-    of_questions: dict[tuple[str, str], list[Vote]] = defaultdict(list)
+    of_questions: dict[tuple[str, str], Counter[Choice]] = defaultdict(Counter)
     of_voters: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
-        of_questions[vote.pair, vote.question].append(vote)
+        of_questions[vote.pair, vote.question][vote.choice] += 1
         of_voters[vote.voter].append(vote)
     voters = []
     for name, own in of_voters.items():
         against = []
         for vote in own:
-            others = of_questions[vote.pair, vote.question]
-            expected = majority(Counter(other.choice for other in others if other.voter != name))
+            expected = majority(of_questions[vote.pair, vote.question] - Counter([vote.choice]))
             if expected != "tie":
                 against.append(vote.choice != expected)
         hasty = sum(vote.seconds < FAST_SECONDS for vote in own) / len(own)
