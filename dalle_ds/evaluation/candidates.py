@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,24 +28,18 @@ CAPTIONS = 4
 PROTOCOL_NAME = "protocol.json"
 
 
+@dataclass(frozen=True)
 class Candidates:
-    """Codes of some images for each of a list of captions.
+    """Codes of some images for each of a list of captions."""
 
-    Args:
-        pipeline: samples them.
-        captions: what to generate.
-        request: how many images of each, and how they are sampled.
-        folder: where codes are kept and found again, in files of `CAPTIONS` captions; None keeps none. To be prepared by one
-            process (`prepare`) before any asks for codes.
-    """
-
-    def __init__(
-        self, pipeline: TextToImage, captions: Sequence[str], request: SamplingRequest, folder: Path | None = None
-    ) -> None:
-        self.pipeline = pipeline
-        self.captions = list(captions)
-        self.request = request
-        self.folder = folder
+    pipeline: TextToImage
+    """Samples them."""
+    captions: list[str]
+    request: SamplingRequest
+    """How many images of each caption, and how they are sampled."""
+    folder: Path | None = None
+    """Where codes are kept and found again, in files of `CAPTIONS` captions; None keeps none. To be prepared by one process
+    (`prepare`) before any asks for codes."""
 
     def prepare(self, dtype: str, weights: str) -> None:
         """Make the folder, if any, ready for these codes.
