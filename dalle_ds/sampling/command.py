@@ -243,7 +243,8 @@ def _write_sheet(
     given: str,
 ) -> None:
     """A row for each prompt; first the image that was completed, if any, of which `given` says how much was."""
-    rows, notes = list(images), [[] for _ in prompts]
+    rows = list(images)
+    notes: list[list[str]] = [[] for _ in prompts]
     if rankings is not None:
         notes = [[f"{one.score:.3f}  #{one.number}" for one in ranking.kept] for ranking in rankings]
     if init is not None:
