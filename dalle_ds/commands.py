@@ -139,9 +139,9 @@ def curves() -> None:
     options = parse_options(CurvesOptions)
     if Path(options.out).suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--out {options.out} must end in .png, .svg or .pdf")
-    from dalle_ds.evaluation.curves import curves_figure, numerics_panels, read_metrics
+    from dalle_ds.evaluation.curves import NUMERICS, curves_figure, panels_of, read_metrics
 
-    figure = curves_figure(numerics_panels(read_metrics(options.run_dir)), columns=2)
+    figure = curves_figure(panels_of(read_metrics(options.run_dir), NUMERICS), columns=2)
     figure.savefig(options.out, dpi=150)
     print(f"wrote {options.out}")
 
@@ -197,12 +197,12 @@ def generate() -> None:
     many, with --init_image FILE for the rest of an image; with deepspeed or torchrun, for a transformer divided among GPUs.
     """
     from dalle_ds.allocator import keep_freed_memory
-    from dalle_ds.sampling.command import GenerateOptions, draw_to_file
+    from dalle_ds.sampling.command import GenerateOptions, generate_to_file
 
     options = parse_options(GenerateOptions)
     if options.device == "cpu":
         keep_freed_memory()
-    for path in draw_to_file(options):
+    for path in generate_to_file(options):
         print(f"wrote {path}")
 
 
@@ -246,7 +246,8 @@ def evaluate() -> None:
 
     Several processes share the work: deepspeed launchers/evaluate.py with the same options, or torchrun.
     """
-    from dalle_ds.evaluation.evaluate import compare_command, evaluate_command
+    from dalle_ds.evaluation.evaluate import evaluate_command
+    from dalle_ds.evaluation.results import compare_command
 
     if sys.argv[1:2] == ["compare"]:
         compare_command(sys.argv[2:])

@@ -24,7 +24,7 @@ from dalle_ds.config import (
 )
 from dalle_ds.config.plain import flatten
 from dalle_ds.errors import ConfigError
-from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.evaluate import EvaluateOptions
 from dalle_ds.text.tokenizer import TokenizerConfig
 from dalle_ds.training.launch import parse_command
 

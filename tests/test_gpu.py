@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.evaluation.metrics.features import load_network
+from dalle_ds.evaluation.features import load_network
 from dalle_ds.models import Clip, Dalle, DiscreteVAE
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from tests.clip_shapes import CLIP_SHAPES

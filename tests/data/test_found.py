@@ -728,7 +728,7 @@ def test_an_evaluation_tells_what_it_leaves_out(folder: Path) -> None:
         reasons.FORMAT: 1,
         reasons.NOT_A_FILE: 1,
     }
-    assert all(any(name in note for note in found.notes()) for name in ("._0.png", "notes.md", "a.heic", "sub.png"))
+    assert all(any(name in note for note in found.notes) for name in ("._0.png", "notes.md", "a.heic", "sub.png"))
 
 
 def test_a_folder_that_cannot_be_read_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

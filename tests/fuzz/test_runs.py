@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_ds.config import DvaeRun
-from dalle_ds.evaluation.curves import curves_figure, numerics_panels, read_metrics
+from dalle_ds.evaluation.curves import NUMERICS, curves_figure, panels_of, read_metrics
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience.guard import Rollbacks
 from dalle_ds.training.checkpoints.content import load_state
@@ -63,7 +63,7 @@ def test_metrics(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> No
     directory = RunDirectory(folder, "dvae", DvaeRun())
     folder.mkdir()
     directory.metrics_file.write_bytes(content)
-    panels = survives("metrics.jsonl", lambda: numerics_panels(read_metrics(folder)))
+    panels = survives("metrics.jsonl", lambda: panels_of(read_metrics(folder), NUMERICS))
     survives("metrics.jsonl", lambda: curves_figure(panels))
     survives("metrics.jsonl", lambda: directory.drop_metrics_after(2))
     assert all(json.loads(line)["step"] <= 2 for line in directory.metrics_file.read_text().splitlines())

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from dalle_ds.commands.plan import parse_plan_command
+from dalle_ds.planning.command import parse_plan_command
 from dalle_ds.planning.plan import Plan, make_plan
 from dalle_ds.planning.report import gigabytes
 from tests.conftest import ROOT

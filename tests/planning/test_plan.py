@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.commands.plan import parse_plan_command
 from dalle_ds.config import ClipRun, DvaeRun, ParallelConfig, PowerSGDConfig, TransformerRun, load_preset
 from dalle_ds.errors import ConfigError
+from dalle_ds.planning.command import parse_plan_command
 from dalle_ds.planning.layout import CLUSTERS, Cluster, named_cluster
 from dalle_ds.planning.model import needed_flops
 from dalle_ds.planning.plan import Plan, search

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.metrics.features import PROBE, SPLITS, FeatureNetwork, gaussian_blur
+from dalle_ds.evaluation.features import PROBE, SPLITS, FeatureNetwork, gaussian_blur
 from dalle_ds.evaluation.sets import CHUNK, Selections
 from dalle_ds.parallel import Mesh
 
@@ -28,17 +28,17 @@ SPLIT_SEED = 2020
 
 
 class Sums:
-    """Dataclasses of tensors that add up, over batches and over processes."""
+    """Dataclasses of three tensors that add up, over batches and over processes."""
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(*(getattr(self, name) + getattr(other, name) for name in self._names()))
+        return type(self)(*map(torch.add, self._tensors(), other._tensors()))
 
     def summed(self, mesh: Mesh) -> Self:
         """The sum over all processes."""
-        return type(self)(*(mesh.sum(getattr(self, name), "world") for name in self._names()))
+        return type(self)(*(mesh.sum(tensor, "world") for tensor in self._tensors()))
 
-    def _names(self) -> list[str]:
-        return [field.name for field in fields(self)]  # type: ignore[arg-type]
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,6 @@ def split_count(rows: int) -> int:
     return max(1, min(SPLITS, rows // 2))
 
 
-Key = tuple[str, float]
-"""Selection, blur radius."""
-
-
 class Appearance:
     """Statistics of a set, of which each process adds its rows.
 
@@ -157,77 +153,64 @@ class Appearance:
         network: takes the features.
         radii: of the blur before that.
         selections: parts of the set that get statistics of their own.
-        generated: whether it gets a score, which is of generated images only.
     """
 
-    def __init__(
-        self, network: FeatureNetwork, radii: Sequence[float], selections: Selections, *, generated: bool
-    ) -> None:
+    def __init__(self, network: FeatureNetwork, radii: Sequence[float], selections: Selections) -> None:
         self.network = network
         self.radii = list(radii)
-        self.selections = selections
-        self.generated = generated
-        self.moments: dict[Key, Moments] = {}
-        self.predictions: dict[Key, Predictions] = {}
+        self.sums: dict[tuple[str, float], tuple[Moments, Predictions]] = {}
+        """By selection and radius."""
         self._splits: dict[str, Tensor] = {}
-        self._numbers: dict[str, int] = {}
+        """Selection → (rows,) the split that each row belongs to, −1 outside of the selection."""
         for name, chosen in selections.items():
-            rows = int(chosen.sum())
-            self._numbers[name] = split_count(rows)
-            self._splits[name] = torch.zeros(len(chosen), dtype=torch.int64)
-            self._splits[name][chosen] = split_of_rows(rows)
+            self._splits[name] = torch.full((len(chosen),), -1)
+            self._splits[name][chosen] = split_of_rows(int(chosen.sum()))
 
     def add(self, rows: Sequence[int], pixels: Tensor) -> None:
         """Add images (len(rows), 3, H, W) uint8; a row must be added once, by one process."""
         index = torch.tensor(rows, dtype=torch.int64)
+        self._add(pixels, {name: splits[index] for name, splits in self._splits.items()})
+
+    def _add(self, pixels: Tensor, splits: dict[str, Tensor]) -> None:
         blurred = torch.cat([gaussian_blur(pixels, radius) for radius in self.radii])
         outputs = [self.network(chunk) for chunk in blurred.split(CHUNK)]
-        features = torch.cat([features for features, _ in outputs]).split(len(rows))
-        logits = torch.cat([logits for _, logits in outputs]).split(len(rows))
-        for number, radius in enumerate(self.radii):
-            for name, chosen in self.selections.items():
-                mask = chosen[index]
-                self._accumulate((name, radius), features[number], logits[number], mask, self._splits[name][index])
-
-    def _accumulate(self, key: Key, features: Tensor, logits: Tensor, mask: Tensor, splits: Tensor) -> None:
-        kept = mask.to(features.device)
-        moments = Moments.of(features[kept])
-        self.moments[key] = self.moments[key] + moments if key in self.moments else moments
-        if self.generated:
-            predictions = Predictions.of(logits[kept], splits[mask], self._numbers[key[0]])
-            self.predictions[key] = self.predictions[key] + predictions if key in self.predictions else predictions
+        features, logits = (torch.cat(each).split(len(pixels)) for each in zip(*outputs, strict=True))
+        for name, split in splits.items():
+            number = split_count(int((self._splits[name] >= 0).sum()))
+            chosen = split >= 0
+            for radius, vectors, classes in zip(self.radii, features, logits, strict=True):
+                kept = chosen.to(vectors.device)
+                moments = Moments.of(vectors[kept])
+                predictions = Predictions.of(classes[kept], split[chosen], number)
+                if (name, radius) in self.sums:
+                    before = self.sums[name, radius]
+                    moments, predictions = before[0] + moments, before[1] + predictions
+                self.sums[name, radius] = moments, predictions
 
     def summed(self, mesh: Mesh) -> Appearance:
-        """That of all processes' rows. Collective."""
-        whole = Appearance(self.network, self.radii, self.selections, generated=self.generated)
-        keys = [(name, radius) for name in self.selections for radius in self.radii]
-        if not self.moments:  # no row came here: zeros of the sizes that others have
-            nothing = torch.zeros(0, dtype=torch.int64)
-            features, logits = self.network(torch.zeros(1, 3, PROBE, PROBE, dtype=torch.uint8, device=mesh.device))
-            for key in keys:
-                self._accumulate(key, features[:0], logits[:0], nothing.bool(), nothing)
-        whole.moments = {key: self.moments[key].summed(mesh) for key in keys}
-        if self.generated:
-            whole.predictions = {key: self.predictions[key].summed(mesh) for key in keys}
-        return whole
+        """The same with all processes' rows in it; no more can be added. Collective."""
+        if not self.sums:  # no row came here: zeros of the sizes that others have
+            nothing = torch.zeros(1, 3, PROBE, PROBE, dtype=torch.uint8, device=mesh.device)
+            self._add(nothing, {name: torch.tensor([-1]) for name in self._splits})
+        for key, (moments, predictions) in self.sums.items():
+            self.sums[key] = moments.summed(mesh), predictions.summed(mesh)
+        return self
 
 
 def distances(reference: Appearance, other: Appearance) -> dict[str, dict[str, float]]:
-    """Selection → figures: Fréchet distance at every radius, and the score of the other set where it is a generated one.
-
-    Selections that the reference lacks are compared with all of it.
-    """
+    """Selection → figures: Fréchet distance at every radius; from all of the reference where it lacks the selection."""
     figures: dict[str, dict[str, float]] = {}
-    for name in other.selections:
-        basis = name if name in reference.selections else ""
-        found: dict[str, float] = {}
-        for radius in other.radii:
-            moments = other.moments[name, radius]
-            found[f"{other.network.distance}/blur_{radius:g}"] = frechet_distance(
-                reference.moments[basis, radius], moments
-            )
-        if other.generated:
-            for radius in other.radii:
-                found[f"{other.network.score}/blur_{radius:g}"] = inception_score(other.predictions[name, radius])
-        figures[name] = found
+    for (name, radius), (moments, _) in other.sums.items():
+        basis, _ = reference.sums.get((name, radius)) or reference.sums["", radius]
+        title = f"{other.network.distance}/blur_{radius:g}"
+        figures.setdefault(name, {})[title] = frechet_distance(basis, moments)
+    return figures
+
+
+def inception_scores(generated: Appearance) -> dict[str, dict[str, float]]:
+    """Selection → figures: Inception Score at every radius."""
+    figures: dict[str, dict[str, float]] = {}
+    for (name, radius), (_, predictions) in generated.sums.items():
+        title = f"{generated.network.score}/blur_{radius:g}"
+        figures.setdefault(name, {})[title] = inception_score(predictions)
     return figures

