@@ -38,8 +38,8 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.powersgd import paper_rank
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.model import compressed_shards, stages_of
-from dalle_ds.planning.traffic import sent_along, traffic
+from dalle_ds.planning.model import stages_of
+from dalle_ds.planning.traffic import traffic
 from dalle_ds.tasks.transformer import TransformerTask
 
 AXES: tuple[Literal["tensor", "shard", "replica"], ...] = ("tensor", "shard", "replica")
@@ -148,7 +148,7 @@ def measure(options: Options, mesh: Mesh, *, compressed: bool) -> dict[str, Any]
     layout = Layout.of(run, resolve(json_config, run, mesh.world_size), mesh.world_size)
     (stage,) = stages_of(TransformerTask.planned(run), layout, mesh.device.type)
     transfers = traffic(stage, layout)
-    shards = compressed_shards(stage.parameters, layout)
+    shards = stage.compressed
     engine, train_step = build_step(run, json_config, mesh)
     divided = mesh.divide(run.parallel)
     generator = torch.Generator().manual_seed(divided.index("data"))
@@ -168,7 +168,7 @@ def measure(options: Options, mesh: Mesh, *, compressed: bool) -> dict[str, Any]
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return {
         "measured": dict(zip((*AXES, OTHER), most.tolist(), strict=True)),
-        "predicted": {axis: sent_along(transfers, axis) for axis in AXES},
+        "predicted": {axis: sum(transfer.sent for transfer in transfers if transfer.axis == axis) for axis in AXES},
         "compressed_numel": sum(shard.numel for shard in shards),
     }
 

@@ -24,10 +24,9 @@ def build_step(
     """
     from dalle_ds.config.deepspeed import resolve
     from dalle_ds.training.engine import build_engine, build_part, scale_gradients
-    from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.step import TrainStep
-    from dalle_ds.training.zero_state import MasterGradients
+    from dalle_ds.training.strategies import strategy_for
 
     task = kind.planned(run)
     mesh = mesh.divide(run.parallel)
@@ -37,16 +36,6 @@ def build_step(
     engine = build_engine(lambda: build_part(task, mesh), task.parameter_groups, run.optim, config, mesh, run.seed)
     scales, replicas = scale_gradients(task, engine.module, config.precision, mesh), None
     if mesh.size("replica") > 1:
-        replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
-    train_step = TrainStep(
-        task,
-        engine,
-        passes_of(task, engine, mesh),
-        mesh,
-        run.optim,
-        scales=scales,
-        average=None,
-        numerics=None,
-        replicas=replicas,
-    )
-    return engine, train_step
+        replicas = ReplicaReduction(engine, mesh, run.powersgd, run.seed)
+    strategy = strategy_for(task, engine, mesh)
+    return engine, TrainStep(strategy, mesh, run.optim, scales=scales, replicas=replicas)

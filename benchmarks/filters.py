@@ -24,9 +24,8 @@ from rich import print
 from rich.table import Table
 
 from dalle_ds.cli import parse_options
-from dalle_ds.data.dedup import find_copies
-from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.filters.language import foreign_margin
+from dalle_ds.data.dedup import REASONS, find_copies
+from dalle_ds.data.filters import FilterOptions, foreign_margin
 from dalle_ds.data.processing import ProcessedPair, process_caption
 
 LANGUAGES = Path(__file__).with_name("languages.tsv")
@@ -206,9 +205,9 @@ def filter_many(options: Options, folder: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with Memory() as memory, ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         begin = time.perf_counter()
-        copies = find_copies(examined(pool), filters, folder / "copies")
+        copies, _ = find_copies(examined(pool), filters, folder / "copies")
         seconds = time.perf_counter() - begin
-    copied = Counter(copies.of_caption(number) for number in range(options.rows))
+    copied = Counter(REASONS.get(int(code)) for code in copies)
     return {
         "rows": options.rows,
         "workers": options.workers,

@@ -41,8 +41,7 @@ from dalle_ds.models.decoding import DecodingWeights, bytes_per_step, new_cache,
 from dalle_ds.models.flops import decoding_flops
 from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.precision.rates import DTYPES, matmul_rate
-from dalle_ds.sampling.codes import even_batches, images_at_once
-from dalle_ds.sampling.draw import Sampling, draw
+from dalle_ds.sampling.codes import Sampling, even_batches, images_at_once, sample
 
 WARMUP = 3
 """Steps before those that are measured."""
@@ -186,7 +185,7 @@ def decode(model: Dalle, prompts: list[int], size: int, tokens: int) -> tuple[fl
         logits = weights.step(codes, position - 1, cache)
         synchronize(device)
         between = time.perf_counter()
-        codes[: len(prompts)] = draw(logits[: len(prompts)], uniforms, Sampling())
+        codes[: len(prompts)] = sample(logits[: len(prompts)], uniforms, Sampling())
         synchronize(device)
         end = time.perf_counter()
         taken.append(end - start)

@@ -345,7 +345,7 @@ def _count(task: Task[Any], json_config: dict[str, Any], setting: Setting, mesh:
     weights += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
     states = [v for state in engine.client_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     counted = {"between": _bytes(held), "weights": _bytes(weights), "moments": _bytes(states)}
-    passes = train_step._passes
+    passes = train_step._strategy
     step = passes.step
     with Allocations(known=held) as allocations:
 

@@ -28,8 +28,9 @@ from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.config import OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
+from dalle_ds.training.checkpoints.content import TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ class Bench:
     def _saver(self, background: bool) -> AsyncCheckpointer:
         folder = CheckpointFolder(self.folder / f"background-{background}")
         optimizer = self.engine.client_optimizer
-        return AsyncCheckpointer(
-            folder, self.weights, optimizer, self.mesh, RetentionPolicy(1), average=self.average, background=background
-        )
+        trained = TrainedTensors(self.weights, optimizer, self.average)
+        return AsyncCheckpointer(folder, trained, self.mesh, keep=1, background=background)
 
     def update(self, saver: AsyncCheckpointer | None) -> None:
         """One update, with what a trainer does about a checkpoint in it."""

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TextIO, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -124,13 +124,6 @@ def _fail(message: str) -> None:
     print(f"{who}: {message}", file=sys.stderr)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning for the user of a command line, who does not care which line of code it comes from."""
     print(f"warning: {message}", file=sys.stderr)

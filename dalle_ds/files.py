@@ -16,7 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from dalle_ds.errors import DataError
+
+_CHUNK_BYTES = 2**20
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -43,6 +47,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_bytes` of indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def digest_of(path: Path) -> str:
+    """XXH3-128 of a file's contents, in hexadecimal; OSError where it cannot be read."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 @contextmanager

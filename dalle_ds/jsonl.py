@@ -36,7 +36,10 @@ class LineFile:
 
         JSON has no NaN: a number that is not finite becomes null.
         """
-        finite = {name: _number(value) for name, value in record.items()}
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         with self._lock:
             self._waiting.append(json.dumps(finite).encode() + b"\n")
             return self._write()
@@ -104,10 +107,6 @@ class LineFile:
         self._size += len(content)
         self._waiting.clear()
         return None
-
-
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

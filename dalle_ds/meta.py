@@ -5,14 +5,13 @@ Models choose kernels and sizes of chunks by `device_type`. Collectives call `sk
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-_DEVICE: ContextVar[str] = ContextVar("device", default="cuda")
+PLANNED_DEVICE: ContextVar[str] = ContextVar("device", default="cuda")
+"""Type of the device that "meta" tensors stand for: "cuda" or "cpu"."""
 _OPERATORS = torch.library.Library("dalle_ds", "FRAGMENT")
 _OPERATORS.define("exchange(Tensor whole, str operation, str axis, int processes) -> ()")
 _OPERATORS.impl("exchange", lambda *_: None, "Meta")
@@ -20,17 +19,7 @@ _OPERATORS.impl("exchange", lambda *_: None, "Meta")
 
 def device_type(tensor: Tensor) -> str:
     """Type of the device that a tensor lies on, or, of a "meta" tensor, that which it is planned for."""
-    return _DEVICE.get() if tensor.is_meta else tensor.device.type
-
-
-@contextmanager
-def planned_for(device: str) -> Iterator[None]:
-    """Let "meta" tensors stand for those of a type of device, "cuda" or "cpu"."""
-    token = _DEVICE.set(device)
-    try:
-        yield
-    finally:
-        _DEVICE.reset(token)
+    return PLANNED_DEVICE.get() if tensor.is_meta else tensor.device.type
 
 
 def skipped(whole: Tensor, operation: str, axis: str, processes: int) -> bool:

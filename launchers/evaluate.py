@@ -1,7 +1,7 @@
 """Measure trained models, or compare what two evaluations found."""
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.commands.evaluate import main
+from dalle_ds.commands import evaluate
 
 if __name__ == "__main__":
-    run_launcher(main)
+    run_launcher(evaluate)

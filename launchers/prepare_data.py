@@ -1,7 +1,7 @@
 """Prepare a corpus for training, cache image codes of prepared data, or both."""
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.commands.prepare_data import main
+from dalle_ds.commands import prepare_data
 
 if __name__ == "__main__":
-    run_launcher(main)
+    run_launcher(prepare_data)

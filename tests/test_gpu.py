@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.config.clip import CLIP_SHAPES
-from dalle_ds.evaluation.metrics.features import load_network
+from dalle_ds.evaluation.features import load_network
 from dalle_ds.models import Clip, Dalle, DiscreteVAE
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
+from tests.clip_shapes import CLIP_SHAPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -15,9 +15,9 @@ import torch
 from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
 from dalle_ds.data import PairDataset
 from dalle_ds.data.faults import RowError
-from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.evaluate import EvaluateOptions
 from dalle_ds.models import Dalle, DiscreteVAE
-from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling import Sampling, TextToImage
 from dalle_ds.sampling.command import GenerateOptions
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE
@@ -123,7 +123,7 @@ def test_the_deepspeed_command_takes_every_option(
     """It looks for its own options, abbreviated too, among those behind the script's name; --num could be three of them."""
     from deepspeed.launcher.runner import parse_args
 
-    kinds = (ClipRun, DvaeRun, EvaluateOptions, GenerateOptions, TransformerRun)
+    kinds = (ClipRun, DvaeRun, EvaluateOptions, GenerateOptions, Sampling, TransformerRun)
     names = {entry.name for kind in kinds for entry in dataclasses.fields(kind)} - {"num"}
     for name in names:
         assert parse_args(["script.py", f"--{name}", "1"]).user_args == [f"--{name}", "1"]

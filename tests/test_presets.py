@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dalle_ds.config import (
-    CLIP_SHAPES,
     ClipRun,
     DalleConfig,
     DiscreteVAEConfig,
@@ -22,8 +21,7 @@ from dalle_ds.config import (
     load_preset,
     to_dict,
 )
-from dalle_ds.config.plain import flatten
-from dalle_ds.config.presets import PRESET_DIR
+from dalle_ds.config.plain import PRESET_DIR, flatten
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.models import Dalle, DiscreteVAE
 from dalle_ds.models.clip import INITIAL_SCALE, LARGEST_SCALE
@@ -31,6 +29,7 @@ from dalle_ds.models.dvae import map_pixels
 from dalle_ds.parallel.powersgd import paper_rank
 from dalle_ds.parsing import parse_yaml
 from dalle_ds.text.tokenizer import TokenizerConfig
+from tests.clip_shapes import CLIP_SHAPES
 
 PRESETS = ("dalle-1b", "dalle-3b", "dalle-6b", "dalle-12b")
 KINDS: dict[str, Any] = {"tokenizer": TokenizerConfig, "dvae": DvaeRun, "transformer": TransformerRun, "clip": ClipRun}

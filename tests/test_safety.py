@@ -47,7 +47,6 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 COLLECTIVES = ("torch.distributed.", "deepspeed.comm.")
 
 ALLOWED = {
-    ("dalle_ds/__main__.py", "code from text"): "a command is one of the modules in dalle_ds/commands",
     (
         "dalle_ds/evaluation",
         "code of an archive",

@@ -5,18 +5,17 @@ overridden on the command line (`--model.width 512`). Checks that need one secti
 across sections live in the run's.
 """
 
-from dalle_ds.config.clip import CLIP_SHAPES, ClipConfig
 from dalle_ds.config.models import (
     ATTENTION_KINDS,
     PADDING,
+    ClipConfig,
     DalleConfig,
     DiscreteVAEConfig,
     LatentPriorConfig,
     PriorConfig,
 )
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
-from dalle_ds.config.plain import differences, from_dict, to_dict
-from dalle_ds.config.presets import load_preset, preset_names
+from dalle_ds.config.plain import differences, from_dict, load_preset, preset_names, to_dict
 from dalle_ds.config.runs import ClipRun, DvaeRun, Run, TransformerRun
 from dalle_ds.config.training import (
     Checkpointing,
@@ -36,7 +35,6 @@ from dalle_ds.config.training import (
 
 __all__ = [
     "ATTENTION_KINDS",
-    "CLIP_SHAPES",
     "PADDING",
     "Checkpointing",
     "ClipConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle_ds.config.checks import positive
+from dalle_ds.config.plain import at_least, positive
 from dalle_ds.errors import ConfigError
 
 
@@ -60,8 +60,7 @@ class PowerSGDConfig:
 
     def __post_init__(self) -> None:
         positive("powersgd", self, "epsilon")
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"powersgd.rank must be at least 1, found {self.rank}; None takes the paper's rule")
+        at_least(1, "powersgd", self, "rank")
         for name in ("p_scale_log2", "q_scale_log2"):
             if not -60 <= getattr(self, name) <= 60:
                 raise ConfigError(f"powersgd.{name} must lie in [-60, 60], found {getattr(self, name)}")
@@ -86,7 +85,6 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         positive("watch", self, "hang_minutes", "collective_minutes", "heartbeat_seconds")
-        if self.straggler_every < 0:
-            raise ConfigError(f"watch.straggler_every must not be negative, found {self.straggler_every}")
+        at_least(0, "watch", self, "straggler_every")
         if self.straggler_ratio <= 1:
             raise ConfigError(f"watch.straggler_ratio must be greater than 1, found {self.straggler_ratio}")

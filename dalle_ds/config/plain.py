@@ -1,31 +1,54 @@
-"""Configurations as plain dicts, lists and scalars, and back."""
+"""Configurations: presets, plain dicts and back, and the checks that several sections share.
+
+A preset is a file `dalle_ds/presets/NAME.yaml`, one for each size, with one section for each stage.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import re
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import yaml
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import shown
 
+PRESET_DIR = Path(__file__).parents[1] / "presets"
 Config = TypeVar("Config")
+_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes."""
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load_preset(name: str, stage: str, kind: type[Config]) -> Config:
+    """The `stage` section ("dvae", "transformer", …) of preset `name` as a `kind`.
+
+    Raises:
+        ConfigError: unknown preset, no such section, or a field that the dataclass does not have.
+    """
+    if name not in preset_names():
+        guess = difflib.get_close_matches(name, preset_names(), 1)
+        hint = f"; did you mean {guess[0]}?" if guess else ""
+        raise ConfigError(f"unknown preset {name!r}: known are {', '.join(preset_names())}{hint}")
+    sections = yaml.safe_load((PRESET_DIR / f"{name}.yaml").read_text())
+    if stage not in sections:
+        raise ConfigError(f"preset {name!r} has no section {stage!r}: it has {', '.join(sections)}")
+    return from_dict(kind, sections[stage], f"preset {name}: {stage}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain dicts, lists and scalars, ready for YAML or JSON."""
-    return _plain(dataclasses.asdict(config))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # which makes lists of tuples
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], where: str) -> Config:
@@ -96,3 +119,43 @@ def flatten(values: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[s
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def positive(owner: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{owner}.{name} must be greater than 0, found {value}")
+
+
+def fraction(owner: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value < 1.0:
+            raise ConfigError(f"{owner}.{name} must lie in [0, 1), found {value}")
+
+
+def at_least(lowest: int, owner: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise ConfigError(f"{owner}.{name} must be at least {lowest}, found {value}")
+
+
+def sound(config: Any, where: str = "") -> None:
+    """What must hold of every field, whatever it means: numbers are finite, and no URL has a password in it, which files of
+    the run or of prepared data, trackers and logs would show to whoever may read them."""
+    for entry in dataclasses.fields(config):
+        value, name = getattr(config, entry.name), f"{where}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            sound(value, f"{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, found {value}")
+        elif any(
+            isinstance(item, str) and _CREDENTIALS.search(item)
+            for item in (value if isinstance(value, tuple) else [value])
+        ):
+            raise ConfigError(
+                f"{name} is a URL with a user name or password before its host, which files and logs would show: leave these "
+                "out of it"
+            )

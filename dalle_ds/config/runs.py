@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dalle_ds.config.checks import positive, sound
-from dalle_ds.config.clip import ClipConfig
-from dalle_ds.config.models import DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.models import ClipConfig, DalleConfig, DiscreteVAEConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig, WatchConfig
+from dalle_ds.config.plain import positive, sound
 from dalle_ds.config.training import (
     ClipObjective,
     DvaeObjective,

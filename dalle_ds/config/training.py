@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle_ds.config.checks import fraction, positive
+from dalle_ds.config.plain import at_least, fraction, positive
 from dalle_ds.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,9 +32,7 @@ class DvaeObjective:
 
     def __post_init__(self) -> None:
         positive("objective", self, "temperature_start", "temperature_end")
-        for name in ("kl_weight", "kl_warmup_steps", "temperature_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"objective.{name} must not be negative, found {getattr(self, name)}")
+        at_least(0, "objective", self, "kl_weight", "kl_warmup_steps", "temperature_steps")
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         positive("optim", self, "lr", "eps", "clip", "second_moment_clip", "decay_steps", "plateau_patience")
         fraction("optim", self, "beta1", "beta2", "plateau_smoothing", "plateau_threshold")
-        for name in ("weight_decay", "warmup_steps", "final_lr", "plateau_halvings"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optim.{name} must not be negative, found {getattr(self, name)}")
+        at_least(0, "optim", self, "weight_decay", "warmup_steps", "final_lr", "plateau_halvings")
         for update in self.halve_at or ():
             if update < self.warmup_steps:
                 raise ConfigError(
@@ -235,10 +231,9 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         positive("scaling", self, "doubling_updates")
+        at_least(0, "scaling", self, "window")
         if self.backoff <= 1:
             raise ConfigError(f"scaling.backoff must be greater than 1, found {self.backoff}")
-        if self.window < 0:
-            raise ConfigError(f"scaling.window must not be negative, found {self.window}")
         if not self.min_log2 <= self.initial_log2 <= self.max_log2:
             raise ConfigError(
                 f"scaling.initial_log2={self.initial_log2} must lie between scaling.min_log2={self.min_log2} and "
@@ -267,10 +262,8 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         positive("guard", self, "patience", "spike_deviations")
-        if self.rollbacks < 0:
-            raise ConfigError(f"guard.rollbacks must not be negative, found {self.rollbacks}")
-        if self.window < 2:
-            raise ConfigError(f"guard.window must be at least 2, found {self.window}")
+        at_least(0, "guard", self, "rollbacks")
+        at_least(2, "guard", self, "window")
 
 
 @dataclass(frozen=True)
@@ -286,8 +279,7 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ConfigError(f"loader.max_unreadable must lie in [0, 1], found {self.max_unreadable}")
-        if self.workers < 0:
-            raise ConfigError(f"loader.workers must not be negative, found {self.workers}")
+        at_least(0, "loader", self, "workers")
 
 
 @dataclass(frozen=True)
@@ -340,6 +332,4 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         positive("report", self, "log_every", "validation_rows", "keep_checkpoints", "keep_every", "peak_tflops")
-        for name in ("validate_every", "preview_every", "numerics_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"report.{name} must not be negative, found {getattr(self, name)}")
+        at_least(0, "report", self, "validate_every", "preview_every", "numerics_every")

@@ -61,14 +61,8 @@ def augment_for_transformer(pixels: Pixels, image_size: int, rng: np.random.Gene
 
 
 def clip_center_view(pixels: Pixels, size: int) -> Pixels:
-    """The view that CLIP's evaluation takes: the shorter side resized to `size`, then the central square.
-
-    Args:
-        pixels: (H, W, 3) of any size; smaller images are enlarged.
-
-    Returns:
-        (size, size, 3).
-    """
+    """The (size, size, 3) view of (H, W, 3) pixels that CLIP's evaluation takes: the shorter side resized to `size`, then the
+    central square."""
     short = min(pixels.shape[:2])
     # The shorter side of an image of 1 × 50,000 pixels, resized, would make it one of many gigabytes.
     spare = [max(0, side - LONGEST * short) // 2 for side in pixels.shape[:2]]
@@ -107,14 +101,8 @@ def clip_random_view(
 
 
 def resize_area(square: Pixels, size: int) -> Pixels:
-    """`tf.image.resize_area(align_corners=True)` of TensorFlow 1, clipped to [0, 255] and rounded half to even.
-
-    Args:
-        square: (S, S, 3).
-
-    Returns:
-        (size, size, 3).
-    """
+    """`tf.image.resize_area(align_corners=True)` of TensorFlow 1, clipped to [0, 255] and rounded half to even: (S, S, 3) →
+    (size, size, 3)."""
     if square.shape[0] == size:  # the weights are the identity
         return square
     across = _weighted_rows(square, size).transpose(1, 0, 2)  # (S, size, 3)

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dalle_ds.data.codes import cache_codes
-from dalle_ds.data.engine import prepare_with_ray
 from dalle_ds.data.parts import PartReport
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
+from dalle_ds.data.prepare_on_ray import prepare_on_ray
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.errors import ConfigError
 
@@ -84,7 +84,7 @@ def run(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
     elif options.part is not None and options.parts is not None:
         yield prepare_part(options, options.out, options.part, options.parts, **how)
     elif options.engine is not None:
-        yield prepare_with_ray(options, options.out, options.parts, **how)
+        yield prepare_on_ray(options, options.out, options.parts, **how)
     elif options.corpus is not None:
         yield prepare(options, options.out, parts=options.parts, **how)
     if options.cache_codes is not None:

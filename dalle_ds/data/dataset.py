@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.faults import BAD_PICTURE, Fault, FaultLog, RowError
+from dalle_ds.data.faults import BAD_IMAGE, Fault, FaultLog, RowError
 from dalle_ds.data.images import Pixels, decode_image
-from dalle_ds.data.store import DataFile, Store, check_same
+from dalle_ds.data.snapshot import DataFile, check_same
+from dalle_ds.data.store import Store
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 2
+_AGAIN = "prepare it again with --overwrite True"
 FOR_TRAINING = "prepare the corpus again with --validation 0 --overwrite True, or with more images"
 """What helps where all images of a small corpus fell into the validation split."""
 
@@ -31,15 +33,16 @@ class PairDataset:
         self.fingerprint: str = info["fingerprint"]
         """SHA-256 of the whole prepared folder, all splits."""
         self._max_pixels = int(info["options"]["filters"]["max_megapixels"] * 1e6)
-        self._store = Store(data_dir / split, [DataFile(**entry) for entry in info["shards"][split]])
+        self.files = tuple(DataFile(**entry) for entry in info["shards"][split])
+        """The files that have the rows, in their order."""
+        self._store = Store(data_dir / split, self.files)
+        self.faults: tuple[Fault, ...] = self._store.faults
+        """Files that were missing or of the wrong size when the split was opened."""
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> PairDataset:
-        """Open a split ("train", "validation", "compositional") of a folder that `prepare` made.
-
-        Raises:
-            DataError: no such folder or split, not a prepared folder, or nothing of the split can be read.
-        """
+        """Open a split ("train", "validation", "compositional") of a folder that `prepare` made; `DataError` where there is
+        none, or nothing of it can be read."""
         folder = Path(data_dir)
         info = read_info(folder)
         if split not in info["splits"]:
@@ -48,14 +51,10 @@ class PairDataset:
             dataset = cls(folder, split, info)
             wanted = info["splits"][split]
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{folder}/info.json is damaged ({error}): prepare it again with --overwrite True"
-            ) from error
+            raise DataError(f"{folder}/info.json is damaged ({error}): {_AGAIN}") from error
         if len(dataset) != wanted:
-            raise DataError(
-                f"{folder}/info.json is damaged: the files of {split} have {len(dataset)} rows, not {wanted}: prepare it "
-                "again with --overwrite True"
-            )
+            found = f"the files of {split} have {len(dataset)} rows, not {wanted}"
+            raise DataError(f"{folder}/info.json is damaged: {found}: {_AGAIN}")
         if len(dataset) and sum(fault.rows for fault in dataset.faults) == len(dataset):
             first = dataset.faults[0]
             raise DataError(f"no file of {folder / split} can be read: {first.where} is a {first.reason}")
@@ -63,16 +62,6 @@ class PairDataset:
 
     def __len__(self) -> int:
         return len(self._store)
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """Files that were missing or of the wrong size when the split was opened."""
-        return self._store.faults
-
-    @property
-    def files(self) -> tuple[DataFile, ...]:
-        """The files that have the rows, in their order."""
-        return self._store.files
 
     def check_unchanged(self) -> None:
         """See that the files are those that were opened. Quick: contents are read only where a file has another time.
@@ -92,23 +81,14 @@ class PairDataset:
         self._store.snapshot.check()
 
     def image(self, row: int, short_side: int | None = None) -> Pixels:
-        """The image of a row.
-
-        Args:
-            short_side: see `decode_image`; big JPEGs decode faster when no more than this is needed.
-
-        Returns:
-            (H, W, 3), 0 to 255.
-
-        Raises:
-            RowError: it cannot be read or decoded.
-        """
-        image = self._value(row, "image")
+        """The image of a row, (H, W, 3), 0 to 255; `RowError` where it cannot be read or decoded. `short_side` is a hint for
+        `decode_image`."""
+        image = self.encoded(row)
         try:
             return decode_image(image, max_pixels=self._max_pixels, short_side=short_side)
         except DataError as error:
             where = f"{self.data_dir / self.split} row {row} ({self.name(row)})"
-            raise RowError(f"{where}: {error}", BAD_PICTURE, where) from error
+            raise RowError(f"{where}: {error}", BAD_IMAGE, where) from error
 
     def captions(self, row: int) -> list[str]:
         """The captions of a row, at least one. Raises `RowError` where they cannot be read."""
@@ -135,31 +115,21 @@ class PairDataset:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-        DataError: the folder is missing, was not made by `prepare`, or has another format.
-    """
+    """The manifest of a prepared folder; `DataError` where it is missing, was not made by `prepare`, or has another format."""
     try:
-        if not folder.is_dir():
-            raise DataError(
-                f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}"
-            )
-        info = parse_json((folder / "info.json").read_bytes())
-    except DataError:
-        raise
+        exists = folder.is_dir()
+        info = parse_json((folder / "info.json").read_bytes()) if exists else None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a prepared data folder: no readable info.json ({error})") from error
+    if not exists:
+        raise DataError(f"data folder {folder} does not exist: make it with launchers/prepare_data.py --out {folder}")
     if not isinstance(info, dict):
         raise DataError(f"{folder} is not a prepared data folder: its info.json is no manifest")
     if info.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: "
-            "prepare it again with --overwrite True"
+            f"{folder} has data format {info.get('format_version')}, but this version reads {FORMAT_VERSION}: {_AGAIN}"
         )
     missing = {"fingerprint", "options", "splits", "shards"} - set(info)
     if missing:
-        raise DataError(
-            f"{folder}/info.json has no {', '.join(sorted(missing))}: prepare it again with --overwrite True"
-        )
+        raise DataError(f"{folder}/info.json has no {', '.join(sorted(missing))}: {_AGAIN}")
     return info

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,18 +30,24 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
-    from dalle_ds.data.filters.options import FilterOptions
+    from dalle_ds.data.filters import FilterOptions
     from dalle_ds.data.processing import ProcessedPair
     from dalle_ds.models import Clip
 
-REASONS = (None, reasons.DUPLICATE, reasons.SAME_CAPTION, reasons.LIKE_PICTURE, reasons.CLOSE_PICTURE)
+_DUPLICATE, _SAME_CAPTION, _LIKE_IMAGE, _CLOSE_IMAGE, _NOT_ASKED = 1, 2, 3, 4, 255
+REASONS = {
+    _DUPLICATE: reasons.DUPLICATE,
+    _SAME_CAPTION: reasons.SAME_CAPTION,
+    _LIKE_IMAGE: reasons.LIKE_IMAGE,
+    _CLOSE_IMAGE: reasons.CLOSE_IMAGE,
+}
+"""Code → why a caption or a pair is dropped; others are no reason."""
 
 _DIVISIONS = 64
 _BUFFERED = 2**16
 _CHUNK = 2**20
 _BLOCK = 4096
 _BATCH = 32
-_NOT_ASKED = 255
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 _ITEM = np.dtype([("captions", "<u4"), ("hash", "<u8"), ("embedded", "u1")])
 
@@ -51,7 +57,7 @@ Rows = npt.NDArray[np.intp]
 
 
 class Records:
-    """Numbers, ascending, under 16-byte keys; kept in `folder`."""
+    """Numbers, ascending, under keys, of which the XXH3-128 is kept; in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -60,7 +66,7 @@ class Records:
 
     def add(self, key: bytes, number: int) -> None:
         """Put down one number."""
-        self._buffer.append((*struct.unpack("<QQ", key), number))
+        self._buffer.append((*struct.unpack("<QQ", xxhash.xxh3_128_digest(key)), number))
         if len(self._buffer) >= _BUFFERED:
             self._write()
 
@@ -86,31 +92,9 @@ class Records:
                 file.write(records[divisions == division].tobytes())
 
 
-@dataclass(frozen=True)
-class Copies:
-    """What was found, by the numbers of captions and of items in the order of the corpus."""
-
-    captions: Codes
-    items: Codes
-
-    def of_caption(self, number: int) -> str | None:
-        """Why a caption is dropped, or None."""
-        code = int(self.captions[number])
-        return None if code == _NOT_ASKED else REASONS[code]
-
-    def of_item(self, number: int) -> str | None:
-        """Why a pair is dropped, or None."""
-        code = int(self.items[number])
-        return None if code == _NOT_ASKED else REASONS[code]
-
-
-def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> Copies:
-    """Go through a corpus and find what was there before.
-
-    Args:
-        items: in the order of the corpus.
-        scratch: folder made here, which the caller removes when the result is no longer used.
-    """
+def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch: Path) -> tuple[Codes, Codes]:
+    """Go through a corpus in its order and find what was there before: codes (`REASONS`) of all captions, and of all items.
+    The folder `scratch` is made here; the caller removes it when the result is no longer used."""
     pairs = Records(scratch / "pairs")
     texts = Records(scratch / "texts") if filters.max_caption_copies is not None else None
     number = 0
@@ -119,36 +103,32 @@ def find_copies(items: Iterable[ProcessedPair], filters: FilterOptions, scratch:
         for item in items:
             for caption in item.captions:
                 asked = item.problem is None and caption.problem is None
-                codes.write(b"\0" if asked else bytes([_NOT_ASKED]))
+                codes.write(bytes([0 if asked else _NOT_ASKED]))
                 if asked:
-                    text = caption.text.encode()
-                    pairs.add(xxhash.xxh3_128_digest(bytes.fromhex(item.picture) + text), number)
+                    pairs.add(bytes.fromhex(item.picture) + caption.text.encode(), number)
                     if texts is not None:
-                        texts.add(xxhash.xxh3_128_digest(caption.text.casefold().encode()), number)
+                        texts.add(caption.text.casefold().encode(), number)
                 number += 1
             about.write(struct.pack("<IQB", len(item.captions), int(item.hash or "0", 16), bool(item.embedding)))
             embeddings.write(item.embedding)
     captions = _mapped(codes_file, np.uint8)
     for surplus in pairs.surplus(1, captions):
-        captions[surplus] = REASONS.index(reasons.DUPLICATE)
+        captions[surplus] = _DUPLICATE
     if texts is not None and filters.max_caption_copies is not None:
         for surplus in texts.surplus(filters.max_caption_copies, captions):
-            captions[surplus] = REASONS.index(reasons.SAME_CAPTION)
+            captions[surplus] = _SAME_CAPTION
     found = _mapped(items_file, _ITEM)
     verdicts = _verdicts(captions, found, scratch / "verdicts")
     if filters.max_hash_distance is not None:
         rows = np.flatnonzero(verdicts == 0)
-        verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = REASONS.index(
-            reasons.LIKE_PICTURE
-        )
+        verdicts[rows[close_hashes(found["hash"][rows], filters.max_hash_distance)]] = _LIKE_IMAGE
     if filters.duplicate_model is not None and embeddings_file.stat().st_size:
         with_embedding = np.flatnonzero(found["embedded"])
         vectors = _mapped(embeddings_file, np.float16).reshape(len(with_embedding), -1)
-        left = verdicts[with_embedding] == 0
-        close = close_embeddings(vectors, np.flatnonzero(left), filters.duplicate_cosine)
-        verdicts[with_embedding[close]] = REASONS.index(reasons.CLOSE_PICTURE)
+        left = np.flatnonzero(verdicts[with_embedding] == 0)
+        verdicts[with_embedding[close_embeddings(vectors, left, filters.duplicate_cosine)]] = _CLOSE_IMAGE
     shutil.rmtree(scratch / "pairs")
-    return Copies(captions, verdicts)
+    return captions, verdicts
 
 
 def _verdicts(captions: Codes, found: Any, path: Path) -> Codes:
@@ -173,14 +153,7 @@ def _mapped(path: Path, dtype: Any) -> Any:
 
 
 def perceptual_hash(pixels: npt.NDArray[np.uint8]) -> str:
-    """The 64 signs of the lowest frequencies of an image (pHash), in hexadecimal.
-
-    Args:
-        pixels: (H, W, 3).
-
-    Raises:
-        ConfigError: imagehash is not installed.
-    """
+    """The 64 signs of the lowest frequencies of (H, W, 3) pixels (pHash), in hexadecimal; `ConfigError` without imagehash."""
     try:
         import imagehash
     except ImportError as error:
@@ -242,7 +215,7 @@ def _bits(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
     return (numbers * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-def picture_model(path: str) -> Clip:
+def image_model(path: str) -> Clip:
     """The CLIP at `path`, a run directory or export.
 
     Raises:
@@ -280,15 +253,15 @@ def embedded(items: Iterable[ProcessedPair], model: Clip) -> Iterator[ProcessedP
 @torch.no_grad()
 def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[ProcessedPair]:
     size = model.config.image_size  # in which the model would look at them, too: a batch of whole images may be large
-    pictures = [
+    images = [
         Image.fromarray(center_crop_resize(decode_image(item.image, short_side=size), size))
         for item in batch
         if item.image
     ]
-    if pictures:
-        padded = (pictures * _BATCH)[:_BATCH] if len(pictures) < _BATCH else pictures
+    if images:
+        padded = (images * _BATCH)[:_BATCH] if len(images) < _BATCH else images
         vectors = model.embed_images(padded).float().cpu().numpy().astype("<f2")
-    given = iter(range(len(pictures)))
+    given = iter(range(len(images)))
     for item in batch:
         yield replace(item, embedding=vectors[next(given)].tobytes()) if item.image else item
 
@@ -296,11 +269,8 @@ def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[Process
 def close_embeddings(vectors: npt.NDArray[np.float16], rows: Rows, cosine: float) -> Rows:
     """Those of the ascending `rows` whose vectors have at least this cosine with that of an earlier one that is kept.
 
-    All are compared with all, 4,096 with 4,096 at a time: exact, on a GPU where there is one, and a matter of hours beyond
-    some million images on one.
-
-    Args:
-        vectors: (N, D), of length 1.
+    The (N, D) `vectors` have length 1. All are compared with all, 4,096 with 4,096 at a time: exact, on a GPU where there is
+    one, and a matter of hours beyond some million images on one.
     """
     device = _device()
 

@@ -17,7 +17,7 @@ MISSING_FILE = "missing file"
 TRUNCATED_FILE = "file of the wrong size"
 DAMAGED_FILE = "damaged file"
 READ_ERROR = "disk error"
-BAD_PICTURE = "undecodable image"
+BAD_IMAGE = "undecodable image"
 NO_FEATURES = "image without features"
 OTHER = "unreadable row"
 
@@ -29,13 +29,8 @@ _TOLD = 20
 
 
 class RowError(DataError):
-    """A row that cannot be read; another one may stand in for it.
-
-    Args:
-        message: what was found.
-        reason: the same few words for all faults of a kind.
-        where: the file, or the row where the fault is its own.
-    """
+    """A row that cannot be read; another one may stand in for it. `reason` has the same few words for all faults of a kind,
+    `where` names the file, or the row where the fault is its own."""
 
     def __init__(self, message: str, reason: str = OTHER, where: str = "") -> None:
         super().__init__(message)
@@ -73,12 +68,12 @@ class FaultLog:
 
     def add(self, error: DataError) -> None:
         """Take note of a row that could not be read."""
-        reason, where = getattr(error, "reason", OTHER), getattr(error, "where", "")
+        reason, where = getattr(error, "reason", OTHER), getattr(error, "where", "") or str(error)
         self._rows[reason] += 1
-        self._examples.setdefault(reason, where or str(error))
+        self._examples.setdefault(reason, where)
         places = self._places.setdefault(reason, set())
-        if len(places) < _TOLD and (where or str(error)) not in places:
-            places.add(where or str(error))
+        if len(places) < _TOLD and where not in places:
+            places.add(where)
             self._news.append(f"unreadable: {error}")
 
     def told(self, fault: Fault) -> None:
@@ -92,22 +87,17 @@ class FaultLog:
 
     def left_out(self) -> str | None:
         """How many rows could not be read, and why, for who goes on without them; None where all could."""
-        found = self.commonest()
-        if found is None:
-            return None
-        reason, rows, example = found
         count = self._rows.total()
-        return (
-            f"{count:,} row{'s' * (count != 1)} could not be read and {'were' if count != 1 else 'was'} left out; most often: "
-            f"{reason} ({rows:,} times), such as {example}"
-        )
-
-    def commonest(self) -> tuple[str, int, str] | None:
-        """(reason, rows, example) of the commonest kind, or None where nothing was unreadable."""
-        if not self._rows:
+        if not count:
             return None
-        reason, rows = self._rows.most_common(1)[0]
-        return reason, rows, self._examples[reason]
+        rows = f"{count:,} rows could not be read and were" if count > 1 else "1 row could not be read and was"
+        return f"{rows} left out; {self.commonest()}"
+
+    def commonest(self) -> str:
+        """The commonest kind with an example, "" where nothing was unreadable."""
+        for reason, rows in self._rows.most_common(1):
+            return _commonest(reason, rows, self._examples[reason])
+        return ""
 
 
 class BadSampleBudget:
@@ -130,26 +120,19 @@ class BadSampleBudget:
         """Those of them that could not be read."""
 
     def check_known(self, faults: Iterable[Fault], rows: int) -> None:
-        """Count what is known to be unreadable, and was told, before anything was read.
-
-        Args:
-            faults: of the training split, as `Samples.faults` has them.
-            rows: all rows of the split.
-
-        Raises:
-            DataError: it is more than the limit allows.
-        """
-        known = list(faults)
-        for fault in known:
+        """Count what is known, and was told, to be unreadable of the `rows` of the training split before anything was read;
+        `DataError` where it is more than the limit allows."""
+        reasons: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for fault in faults:
             self._log.told(fault)
-        lost = sum(fault.rows for fault in known)
+            reasons[fault.reason] += fault.rows
+            examples.setdefault(fault.reason, fault.where)
+        lost = reasons.total()
         if lost > self._limit * rows:
-            reasons: Counter[str] = Counter()
-            for fault in known:
-                reasons[fault.reason] += fault.rows
             reason, count = reasons.most_common(1)[0]
-            example = next(fault.where for fault in known if fault.reason == reason)
-            raise self._error(f"{lost:,} of {rows:,} rows cannot be read", lost / rows, (reason, count, example))
+            commonest = _commonest(reason, count, examples[reason])
+            raise self._error(f"{lost:,} of {rows:,} rows cannot be read", lost / rows, commonest)
 
     def observe(self, tried: int, failed: int) -> None:
         """Count the rows of an update, over all processes.
@@ -173,19 +156,17 @@ class BadSampleBudget:
             return
         chance = _DEVIATIONS * (self._limit * (1 - self._limit) * self.tried) ** 0.5
         if self.failed > self._limit * self.tried + chance:
-            raise self._error(
-                f"{self.failed:,} of the last {self.tried:,} rows tried could not be read",
-                self.failed / self.tried,
-                self._log.commonest(),
-            )
+            found = f"{self.failed:,} of the last {self.tried:,} rows tried could not be read"
+            raise self._error(found, self.failed / self.tried, self._log.commonest())
 
-    def _error(self, found: str, share: float, commonest: tuple[str, int, str] | None) -> DataError:
-        why = ""
-        if commonest is not None:
-            reason, rows, example = commonest
-            why = f"; most often: {reason} ({rows:,} times), such as {example}"
+    def _error(self, found: str, share: float, commonest: str) -> DataError:
+        why = f"; {commonest}" if commonest else ""
         looks = " and ".join(f"python launchers/doctor.py data {folder}" for folder in self._data)
         return DataError(
             f"{found}, {share:.1%}, which is more than loader.max_unreadable={self._limit:g} allows{why}. Look at all of "
             f"the data with {looks}, and put back what is missing, or raise the limit"
         )
+
+
+def _commonest(reason: str, rows: int, example: str) -> str:
+    return f"most often: {reason} ({rows:,} times), such as {example}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,11 +65,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int |
 
 
 def image_size_of(data: bytes) -> tuple[int, int]:
-    """(width, height) as stored, read from the header only, however many pixels it announces.
-
-    Raises:
-        DataError: the bytes are no image.
-    """
+    """(width, height) as stored, from the header only, however many pixels it announces; `DataError` if it is no image."""
     return _open(data).size
 
 
@@ -92,14 +87,8 @@ def resize_short_side(pixels: Pixels, size: int) -> Pixels:
 
 
 def center_crop_resize(pixels: Pixels, size: int) -> Pixels:
-    """The view of an image that evaluation uses: its shorter side resized to `size`, then the central square.
-
-    Args:
-        pixels: (H, W, 3) of any size; smaller images are enlarged.
-
-    Returns:
-        (size, size, 3).
-    """
+    """The (size, size, 3) view of (H, W, 3) pixels that evaluation uses: the shorter side resized to `size`, then the central
+    square."""
     resized = resize_short_side(pixels, size)
     top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     return resized[top : top + size, left : left + size]
@@ -151,17 +140,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B", and "I" for what Pillow widens to 32 bits
-        return _from_sixteen_bits(np.asarray(image))
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            found = f"values from {values.min()} to {values.max()}"
+            raise DataError(f"image has {found}: more than 16 bits are not supported")
+        eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return Image.fromarray(eight_bits).convert("RGB")
     if image.mode == "F":
         raise DataError("image has floating-point pixels, whose white is not defined: store it with 8 or 16 bits")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_sixteen_bits(values: npt.NDArray[Any]) -> Image.Image:
-    if values.min() < 0 or values.max() > 65535:
-        raise DataError(f"image has values from {values.min()} to {values.max()}: more than 16 bits are not supported")
-    eight_bits = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return Image.fromarray(eight_bits).convert("RGB")

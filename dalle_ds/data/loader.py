@@ -1,12 +1,13 @@
 """Batches as a pure function of (seed, step): whatever the number of processes, workers or the size of micro-batches.
 
-Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `mixture.turns_of`) is
+Position p of the endless sequence of shuffled epochs (`order.rows_of`, or of several corpora in turn, `order.turns_of`) is
 sample p of training. Step s takes positions [s·B, (s+1)·B), and all randomness of a sample comes from (seed, position). A run
 resumes by starting at its next step.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from dalle_ds.data.dataset import FOR_TRAINING
 from dalle_ds.data.faults import Fault, FaultLog
-from dalle_ds.data.mixture import Mixture
-from dalle_ds.data.order import hash_integers
+from dalle_ds.data.order import Mixture, hash_integers
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch, start_worker, worker_context
 from dalle_ds.errors import ConfigError, DataError
 
@@ -100,7 +100,9 @@ class BatchLoader:
             raise DataError(f"the training split has no rows: {FOR_TRAINING}")
         self.micro_batches_per_step = batch_size // (micro_batch * world_size)
         """Micro-batches of one rank that make up one step."""
-        self._positions = _Positions(start_step * batch_size, micro_batch, rank, world_size)
+        self._micro_batch = micro_batch
+        self._first = start_step * batch_size + rank * micro_batch
+        self._stride = micro_batch * world_size
         self._dataset = _TrainingBatches(samples, seed)
         self._workers = workers
         self.faults = FaultLog()
@@ -109,7 +111,10 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches: Iterator[_Loaded] | None = self._started()
         while batches is not None:
-            loaded = _next(batches)
+            try:
+                loaded = next_batch(batches)
+            except DataError as error:  # a worker that is gone is a failure like others
+                loaded = _Loaded(failure=error.with_traceback(None))
             for fault in loaded.faults:
                 self.faults.add(fault)
             if loaded.failure is not None:
@@ -117,10 +122,15 @@ class BatchLoader:
                 raise loaded.failure
             yield loaded.batch
 
+    def _positions(self) -> Iterator[list[int]]:
+        """Of this rank's micro-batches. Micro-batch n of all ranks covers a run of positions; these runs tile the steps, since
+        the batch is a multiple of micro_batch · world_size."""
+        return (list(range(first, first + self._micro_batch)) for first in itertools.count(self._first, self._stride))
+
     def _started(self) -> Iterator[_Loaded]:
         loader = DataLoader(
             self._dataset,
-            batch_sampler=self._positions,
+            batch_sampler=self._positions(),
             num_workers=self._workers,
             collate_fn=_as_it_is,
             worker_init_fn=start_worker if self._workers else None,
@@ -163,30 +173,6 @@ def evaluation_batches(
         yield batch
 
 
-# --- which positions ------------------------------------------------------------------------------------------------
-
-
-class _Positions(Sampler[list[int]]):
-    """Positions of one rank's micro-batches, endlessly: micro-batch n of all ranks covers a run of positions.
-
-    Since the batch is a multiple of micro_batch · world_size, these runs tile the steps.
-    """
-
-    def __init__(self, start: int, micro_batch: int, rank: int, world_size: int) -> None:
-        self._first = start + rank * micro_batch
-        self._micro_batch = micro_batch
-        self._stride = micro_batch * world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        first = self._first
-        while True:
-            yield list(range(first, first + self._micro_batch))
-            first += self._stride
-
-
-# --- from positions to tensors --------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Loaded:
     """A micro-batch, and what could not be read on the way."""
@@ -195,14 +181,6 @@ class _Loaded:
     faults: list[DataError] = field(default_factory=list)
     failure: DataError | None = None
     """Why there is no batch. Returned, since torch would put a traceback into the message of an error that is raised."""
-
-
-def _next(batches: Iterator[_Loaded]) -> _Loaded:
-    """The next of a DataLoader's iterator; a worker that is gone is a failure like others."""
-    try:
-        return next_batch(batches)
-    except DataError as error:
-        return _Loaded(failure=error.with_traceback(None))
 
 
 class _TrainingBatches(Dataset[_Loaded]):
@@ -214,16 +192,16 @@ class _TrainingBatches(Dataset[_Loaded]):
 
     def __getitems__(self, positions: list[int]) -> _Loaded:
         loaded = _Loaded()
-        rows = self._samples.rows_at(np.array(positions, dtype=np.int64), self._seed)
-        samples = []
-        for row, position in zip(rows, positions, strict=True):
-            seed = (self._seed, position)
-            try:
-                samples.append(_readable_sample(self._samples, int(row), seed, loaded.faults))
-            except DataError as error:
-                loaded.failure = error
-                return loaded
-        loaded.batch = _stack(samples)
+        rows = self._samples.rows_at(np.array(positions, dtype=np.int64), self._seed).tolist()
+        try:
+            loaded.batch = _stack(
+                [
+                    _readable_sample(self._samples, row, (self._seed, position), loaded.faults)
+                    for row, position in zip(rows, positions, strict=True)
+                ]
+            )
+        except DataError as error:
+            loaded.failure = error
         return loaded
 
 
@@ -232,12 +210,8 @@ def _mixture(samples: Samples) -> Mixture:
 
 
 def _readable_sample(samples: Mixture, row: int, seed: tuple[int, int], faults: list[DataError]) -> Arrays:
-    """The sample of a row, or of the first row of a pseudorandom sequence from the same corpus that can be read.
-
-    Args:
-        seed: of all randomness, further integers being appended.
-        faults: gets the errors of rows that could not be read.
-    """
+    """The sample of a row, or of the first row of a pseudorandom sequence from the same corpus that can be read; `faults` gets
+    the errors of others."""
     others = samples.rows_like(row)
     for attempt in range(MAX_TRIES):
         candidate = row if attempt == 0 else others[hash_integers(*seed, 0, attempt) % len(others)]

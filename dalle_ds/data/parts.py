@@ -12,9 +12,11 @@ import dataclasses
 import json
 import re
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ import xxhash
 
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.processing import Caption, ProcessedPair
-from dalle_ds.data.store import DataFile, digest_of, size_problem
+from dalle_ds.data.snapshot import DataFile, size_problem
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.errors import DataError
 from dalle_ds.files import (
     built_beside,
+    digest_of,
     disk_full_is_a_data_error,
     only_process,
     remove_leftovers,
@@ -64,10 +67,7 @@ class Part:
     manifest: dict[str, Any]
 
     def entries(self, *, images: bool = True) -> Iterator[ProcessedPair]:
-        """What was found, in the order of the corpus.
-
-        Args:
-            images: read them; without, the files are verified.
+        """What was found, in the order of the corpus: with images, or without, from files whose digests are verified.
 
         Raises:
             DataError: a file is missing, damaged or cannot be read.
@@ -117,14 +117,10 @@ class Division:
         return (part + 1) * self.units // self.parts
 
     def units_of(self, corpus: Corpus, parts: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """The units of these parts, ascending, with their numbers."""
-        left = [(self.end_of(part - 1), self.end_of(part)) for part in reversed(parts)]
-        for number, unit in enumerate(corpus.units()):
-            while left and number >= left[-1][1]:
-                left.pop()
-            if not left:
-                return
-            if number >= left[-1][0]:
+        """The units of these parts with their numbers."""
+        wanted, ends = set(parts), [self.end_of(part) for part in range(self.parts)]
+        for number, unit in islice(enumerate(corpus.units()), self.end_of(max(parts, default=-1))):
+            if bisect_right(ends, number) in wanted:
                 yield number, unit
 
 
@@ -153,11 +149,8 @@ class Parts:
     def existing(
         self, part: int, parts: int, identity: dict[str, Any], division: Division | None = None
     ) -> PartReport | None:
-        """The report of a complete part of the same preparation, or None where there is no part.
-
-        Raises:
-            DataError: there is one of another preparation, or of a corpus that is not divided so.
-        """
+        """The report of a complete part, or None where there is none; `DataError` where there is one of another preparation,
+        or of a corpus that is not divided so."""
         folder = self.place(part, parts)
         if not folder.exists():
             return None
@@ -174,17 +167,13 @@ class Parts:
         return PartReport(str(folder), manifest["pairs"], already_there=True)
 
     def only_job(self, part: int, parts: int) -> AbstractContextManager[None]:
-        """Keep other processes from doing a part meanwhile; see `only_process`."""
+        """Keep other processes from doing a part meanwhile."""
         return only_process(self._out, f".{self._out.name}.{part}-of-{parts}.lock")
 
     def write(
         self, items: Iterator[ProcessedPair], parts: Sequence[int], division: Division, identity: dict[str, Any]
     ) -> Iterator[PartReport]:
-        """Write what is found of the units of these parts, one part after the other.
-
-        Raises:
-            DataError: the disk is full.
-        """
+        """Write what is found of the units of these parts, one part after the other; `DataError` where the disk is full."""
         item = next(items, None)
         with disk_full_is_a_data_error(self.folder):
             for part in parts:
@@ -211,14 +200,8 @@ class Parts:
                 yield PartReport(str(folder), pairs)
 
     def complete(self, count: int | None = None) -> list[Part]:
-        """All parts of a preparation, in order.
-
-        Args:
-            count: how many there must be; None takes what the parts say.
-
-        Raises:
-            DataError: one is missing, or they do not belong together.
-        """
+        """All parts of a preparation, in order, `count` of them or as many as the parts say; `DataError` where one is missing,
+        or they do not belong together."""
         found = self.there()
         counts = {count for _, count in found} if count is None else {count}
         if not found:
@@ -270,12 +253,6 @@ class Parts:
     def clear_merged(self) -> None:
         """Remove what a merge left that was ended while it removed the parts."""
         shutil.rmtree(self._merged, ignore_errors=True)
-
-
-def merged(parts: Iterable[Part], *, images: bool = True) -> Iterator[ProcessedPair]:
-    """The entries of all parts in the order of the corpus; see `Part.entries`."""
-    for part in parts:
-        yield from part.entries(images=images)
 
 
 def _row_of(item: ProcessedPair) -> dict[str, Any]:

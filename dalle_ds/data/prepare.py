@@ -10,27 +10,32 @@ size (`dedup`).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dalle_ds.config.checks import sound
+from dalle_ds.config.plain import sound
 from dalle_ds.data import corpora
 from dalle_ds.data.corpora import Corpus
 from dalle_ds.data.corpora.twemoji import ATTRIBUTION
 from dalle_ds.data.dataset import FOR_TRAINING, FORMAT_VERSION, read_info
-from dalle_ds.data.dedup import Copies, embedded, find_copies, picture_model
+from dalle_ds.data.dedup import REASONS, Codes, embedded, find_copies, image_model
 from dalle_ds.data.filters import FilterOptions
-from dalle_ds.data.parts import Division, Part, PartReport, Parts, merged
+from dalle_ds.data.parts import Division, Part, PartReport, Parts
 from dalle_ds.data.processing import ProcessedPair, process_units
 from dalle_ds.data.report import PreparationReport
 from dalle_ds.data.splits import SplitSorter, StoredPair
-from dalle_ds.data.store import digest_of
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
+from dalle_ds.files import (
+    built_beside,
+    digest_of,
+    disk_full_is_a_data_error,
+    only_process,
+    remove_leftovers,
+    write_json,
+)
 
 Kind = Literal["twemoji", "folder", "webdataset", "hf", "coco", "cub", "conceptual", "wit", "yfcc"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -119,21 +124,21 @@ def prepare(
             prepares it.
     """
     _check_corpus(options)
-    folder = Path(out)
+    folder, own = Path(out), Parts(Path(out))
     with only_process(folder, f".{folder.name}.lock"):
         existing = _existing_report(_identity(options), folder, overwrite)
         if existing is not None:
             return existing
         if overwrite:
-            shutil.rmtree(Parts(folder).folder, ignore_errors=True)
-        remove_leftovers(Parts(folder).folder)
+            shutil.rmtree(own.folder, ignore_errors=True)
+        remove_leftovers(own.folder)
         corpus = _corpus(options)
-        division = Division.of(corpus, parts or Parts(folder).begun())
-        _do_parts(options, folder, corpus, division, range(division.parts), workers)
+        division = Division.of(corpus, parts or own.begun())
+        _do_parts(options, own, corpus, division, range(division.parts), workers)
         try:
             return merge_parts(out, division.parts, overwrite=overwrite)
         except NothingKept:  # what was found is of no use with any other options
-            Parts(folder).remove(Parts(folder).complete(division.parts))
+            own.remove(own.complete(division.parts))
             raise
 
 
@@ -154,18 +159,18 @@ def prepare_part(
     _check_corpus(options)
     if parts < 1 or not 0 <= part < parts:
         raise ConfigError(f"part must lie in [0, parts), found part {part} of {parts} parts")
-    folder, identity = Path(out), _identity(options)
-    with Parts(folder).only_job(part, parts):
-        existing = _existing_report(identity, folder, overwrite)
+    own, identity = Parts(Path(out)), _identity(options)
+    with own.only_job(part, parts):
+        existing = _existing_report(identity, Path(out), overwrite)
         if existing is not None:
             return existing
         if overwrite:
-            shutil.rmtree(Parts(folder).place(part, parts), ignore_errors=True)
-        there = Parts(folder).existing(part, parts, identity)
+            shutil.rmtree(own.place(part, parts), ignore_errors=True)
+        there = own.existing(part, parts, identity)
         if there is not None:
             return there
         corpus = _corpus(options)
-        (report,) = _do_parts(options, folder, corpus, Division.of(corpus, parts), [part], workers)
+        (report,) = _do_parts(options, own, corpus, Division.of(corpus, parts), [part], workers)
         return report
 
 
@@ -176,17 +181,17 @@ def _check_corpus(options: PrepareOptions) -> None:
 
 
 def _do_parts(
-    options: PrepareOptions, folder: Path, corpus: Corpus, division: Division, parts: Sequence[int], workers: int
+    options: PrepareOptions, own: Parts, corpus: Corpus, division: Division, parts: Sequence[int], workers: int
 ) -> list[PartReport]:
     """Do those of the parts that are not there."""
-    identity, place = _identity(options), Parts(folder)
-    missing = [part for part in parts if place.existing(part, division.parts, identity, division) is None]
+    identity = _identity(options)
+    missing = [part for part in parts if own.existing(part, division.parts, identity, division) is None]
     if not missing:
         return []
     items = process_units(division.units_of(corpus, missing), options.filters, options.shrink, workers)
     if options.filters.duplicate_model is not None:
-        items = embedded(items, picture_model(options.filters.duplicate_model))
-    return list(place.write(items, missing, division, identity))
+        items = embedded(items, image_model(options.filters.duplicate_model))
+    return list(own.write(items, missing, division, identity))
 
 
 def merge_parts(
@@ -203,33 +208,28 @@ def merge_parts(
     Raises:
         DataError: a part is missing or damaged, or parts do not belong together; or as `prepare`.
     """
-    folder = Path(out)
+    folder, own = Path(out), Parts(Path(out))
     with only_process(folder, f".{folder.name}.merge.lock"):
-        return _merge(folder, parts, options, overwrite)
-
-
-def _merge(folder: Path, count: int | None, options: PrepareOptions | None, overwrite: bool) -> PreparationReport:
-    parts = Parts(folder)
-    parts.clear_merged()
-    if not parts.folder.exists() and (folder / "info.json").is_file() and not overwrite:
-        # A job that was started again after it was done.
-        wanted = read_info(folder)["options"] if options is None else _identity(options)
-        existing = _existing_report(wanted, folder, overwrite)
-        assert existing is not None, "another preparation is an error"
-        return existing
-    found = parts.complete(count)
-    identity = found[0].manifest["options"]
-    if options is not None and _identity(options) != identity:
-        raise DataError(
-            f"the parts in {parts.folder} were prepared with other options: leave --corpus and what belongs to it out, or "
-            "prepare them again with --overwrite True"
-        )
-    for number in range(len(found)):  # a job may be told to do it once more
-        with parts.only_job(number, len(found)):
-            pass
-    report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
-    parts.remove(found)
-    return report
+        own.clear_merged()
+        if not own.folder.exists() and (folder / "info.json").is_file() and not overwrite:
+            # A job that was started again after it was done.
+            wanted = read_info(folder)["options"] if options is None else _identity(options)
+            existing = _existing_report(wanted, folder, overwrite)
+            assert existing is not None, "another preparation is an error"
+            return existing
+        found = own.complete(parts)
+        identity = found[0].manifest["options"]
+        if options is not None and _identity(options) != identity:
+            raise DataError(
+                f"the parts in {own.folder} were prepared with other options: leave --corpus and what belongs to it out, "
+                "or prepare them again with --overwrite True"
+            )
+        for number in range(len(found)):  # a job may be told to do it once more
+            with own.only_job(number, len(found)):
+                pass
+        report = _existing_report(identity, folder, overwrite) or _assemble(found, identity, folder)
+        own.remove(found)
+        return report
 
 
 def _existing_report(identity: dict[str, Any], folder: Path, overwrite: bool) -> PreparationReport | None:
@@ -273,21 +273,6 @@ def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
     return {**default, **identity, "filters": {**default["filters"], **used}}
 
 
-def _options_of(identity: dict[str, Any]) -> PrepareOptions:
-    """The inverse of `_identity`."""
-    fields = {name: value for name, value in identity.items() if name != "files"}
-    return PrepareOptions(**{**fields, "filters": FilterOptions(**identity["filters"])})
-
-
-def _notes(options: PrepareOptions, report: PreparationReport) -> list[str]:
-    notes = [ATTRIBUTION] if options.corpus == "twemoji" else []
-    if options.validation > 0 and not report.kept["validation"]:
-        notes.append("The validation split is empty: the corpus has a single group of images.")
-    if not report.kept["train"]:
-        notes.append(f"The training split is empty: {FOR_TRAINING}.")
-    return notes
-
-
 # --- from what was found of each pair to the folder -----------------------------------------------------------------
 
 
@@ -308,18 +293,25 @@ def _corpus(options: PrepareOptions) -> Corpus:
 
 
 def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> PreparationReport:
-    options = _options_of(identity)
+    fields = {name: value for name, value in identity.items() if name != "files"}
+    options = PrepareOptions(**{**fields, "filters": FilterOptions(**identity["filters"])})
     report = PreparationReport(out=str(folder))
     remove_leftovers(folder.parent, folder.name)
     with disk_full_is_a_data_error(folder), built_beside(folder) as partial_folder:
         scratch = partial_folder / "copies"
-        copies = find_copies(merged(found, images=False), options.filters, scratch)
+        entries = (entry for part in found for entry in part.entries(images=False))
+        copies = find_copies(entries, options.filters, scratch)
         sorter = SplitSorter(partial_folder, options.validation, options.compositional, options.seed)
-        for pair, variant in _kept(merged(found), copies, report):
+        for pair, variant in _kept((entry for part in found for entry in part.entries()), copies, report):
             sorter.add(pair, variant)
         shutil.rmtree(scratch)
         report.kept, report.fingerprint, files = sorter.finish()
-        report.notes = _notes(options, report)
+        if options.corpus == "twemoji":
+            report.notes.append(ATTRIBUTION)
+        if options.validation > 0 and not report.kept["validation"]:
+            report.notes.append("The validation split is empty: the corpus has a single group of images.")
+        if not report.kept["train"]:
+            report.notes.append(f"The training split is empty: {FOR_TRAINING}.")
         if not any(report.kept.values()):
             expected = f". Expected: {hint}" if (hint := _EXPECTED.get(options.corpus or "")) else ""
             raise NothingKept(
@@ -331,23 +323,24 @@ def _assemble(found: list[Part], identity: dict[str, Any], folder: Path) -> Prep
 
 
 def _kept(
-    items: Iterator[ProcessedPair], copies: Copies, report: PreparationReport
+    items: Iterator[ProcessedPair], copies: tuple[Codes, Codes], report: PreparationReport
 ) -> Iterator[tuple[StoredPair, str]]:
     """The pairs that are kept, with their variants; the others are counted."""
-    numbers = itertools.count()
-    for place, item in enumerate(items):
-        reasons = [
-            (caption, caption.problem or copies.of_caption(number))
-            for caption, number in zip(item.captions, numbers, strict=False)
-        ]
-        captions = [caption for caption, reason in reasons if reason is None]
-        dropped = [(caption.text, reason) for caption, reason in reasons if reason is not None]
-        for text, reason in dropped:
-            report.drop_caption(reason, text or item.name)
-        if item.problem or not captions:
-            report.drop(item.problem or dropped[0][1], item.name, item.count, unpaired=item.unpaired)
-        elif like := copies.of_item(place):
+    of_captions = iter(copies[0])
+    for item, of_item in zip(items, copies[1], strict=True):
+        kept, dropped = [], []
+        for caption, code in zip(item.captions, of_captions, strict=False):
+            if reason := caption.problem or REASONS.get(int(code)):
+                dropped.append(reason)
+                report.drop_caption(reason, caption.text or item.name)
+            else:
+                kept.append(caption)
+        if item.problem or not kept:
+            report.drop(item.problem or dropped[0], item.name, item.count, unpaired=item.unpaired)
+        elif like := REASONS.get(int(of_item)):
             report.drop(like, item.name)
         else:
-            report.keep(sum(caption.cut for caption in captions), [reason for _, reason in dropped])
-            yield StoredPair(item.image, [caption.text for caption in captions], item.name, item.group), item.variant
+            report.captions_cut += sum(caption.cut for caption in kept)
+            for reason in dropped:
+                report.captions_dropped[reason] = report.captions_dropped.get(reason, 0) + 1
+            yield StoredPair(item.image, [caption.text for caption in kept], item.name, item.group), item.variant

@@ -7,11 +7,12 @@ what is told of each here, in the order of the corpus.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,13 +72,7 @@ class ProcessedPair:
 def process_units(
     units: Iterable[tuple[int, Unit]], filters: FilterOptions, shrink: int | None, workers: int
 ) -> Iterator[ProcessedPair]:
-    """Everything that the units hold, in order.
-
-    Args:
-        units: with their numbers.
-        shrink: see `PrepareOptions`.
-        workers: processes that judge captions and decode images.
-    """
+    """Everything that the units, given with their numbers, hold, in order; judged and decoded in `workers` processes."""
     pairs = ((number, pair) for number, unit in units for pair in _contents(unit))
     process = partial(process_pair, filters=filters, shrink=shrink)
     for (_, pair), (item, as_it_is) in _map_in_order(process, pairs, workers):
@@ -106,26 +101,17 @@ def process_pair(
     """What is found of a pair of a unit, and whether its image is to be stored as it is."""
     unit, pair = numbered
     if isinstance(pair, Broken):
-        is_unpaired = isinstance(pair, Unpaired)
-        item = ProcessedPair(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=is_unpaired)
-        return item, False
+        unpaired = isinstance(pair, Unpaired)
+        return ProcessedPair(unit, _storable(pair.name), pair.reason, count=pair.count, unpaired=unpaired), False
     captions = [process_caption(text, filters) for text in pair.captions]
     captions += [Caption("", reason, cut=False) for reason in pair.lost]
-    item = ProcessedPair(
-        unit,
-        _storable(pair.name),
-        None,
-        captions,
-        hashlib.sha256(pair.image).hexdigest(),
-        pair.group,
-        pair.variant,
-    )
+    digest = hashlib.sha256(pair.image).hexdigest()
+    item = ProcessedPair(unit, _storable(pair.name), None, captions, digest, pair.group, pair.variant)
     if all(caption.problem for caption in captions):  # dropped already
         return item, False
     try:
         width, height = image_size_of(pair.image)
-        problem = image_problem(width, height, filters)
-        if problem:
+        if problem := image_problem(width, height, filters):
             return replace(item, problem=problem), False
         pixels = decode_image(pair.image, max_pixels=filters.max_pixels, short_side=shrink)
     except DataError:
@@ -158,20 +144,16 @@ def _map_in_order(
         for item in items:
             yield item, function(item)
         return
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload([__name__])  # imported once, not by every process
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending: deque[tuple[Item, Future[Result]]] = deque()
+        submitted = ((item, pool.submit(function, item)) for item in items)
         try:
-            for item in items:
-                pending.append((item, pool.submit(function, item)))
-                if len(pending) >= 8 * workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
+            ahead = deque(itertools.islice(submitted, 8 * workers - 1))
+            while ahead:
+                ahead.extend(itertools.islice(submitted, 1))
+                item, future = ahead.popleft()
+                yield item, future.result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that decodes images was killed, most likely for lack of memory: "

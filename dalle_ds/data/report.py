@@ -61,17 +61,6 @@ class PreparationReport:
         if text and len(examples) < _EXAMPLES:
             examples.append(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
 
-    def keep(self, cut: int, dropped: list[str]) -> None:
-        """Count what became of the captions of a pair that is kept.
-
-        Args:
-            cut: captions of it that were shortened.
-            dropped: the reason for each that was dropped.
-        """
-        self.captions_cut += cut
-        for reason in dropped:
-            self.captions_dropped[reason] = self.captions_dropped.get(reason, 0) + 1
-
     @property
     def read(self) -> int:
         """Pairs found in the corpus, kept or not."""
@@ -94,38 +83,31 @@ class PreparationReport:
 
     def losses(self) -> str:
         """What was dropped, and what belongs to no pair, with examples: for an error."""
-        found = [("dropped", self.dropped), ("belongs to no pair:", self.unpaired)]
         told = (
             f"{what} {reason} ({entry.count:,}), such as {' and '.join(entry.examples[:2])}"
-            for what, entries in found
+            for what, entries in (("dropped", self.dropped), ("belongs to no pair:", self.unpaired))
             for reason, entry in entries.items()
         )
         return "; ".join(told) or "the source is empty"
 
-    def _examples(self, reason: str) -> str:
-        """Captions say more than names where captions are the reason. Square brackets are rich's."""
-        return escape("\n".join(self.caption_examples.get(reason, [])))
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         already = " (already prepared; the source was not read again: if it changed, give --overwrite True)"
-        table = Table(
-            title=f"{self.out}{already if self.already_there else ''}",
-            title_justify="left",
-        )
+        table = Table(title=self.out + already * self.already_there, title_justify="left")
         table.add_column("pairs", min_width=12)
         table.add_column("count", justify="right", no_wrap=True)
         table.add_column("examples", overflow="fold", min_width=24)
-        table.add_row("found", f"{self.read:,}", "")
+        # Captions say more than names where captions are the reason. Square brackets are rich's.
+        captions = {reason: escape("\n".join(examples)) for reason, examples in self.caption_examples.items()}
+        table.add_row("found", f"{self.read:,}")
         for split, count in self.kept.items():
-            table.add_row(f"kept: {split}", f"{count:,}", "")
+            table.add_row(f"kept: {split}", f"{count:,}")
         for reason, entry in sorted(self.dropped.items(), key=lambda item: -item[1].count):
-            table.add_row(
-                f"dropped: {reason}", f"{entry.count:,}", self._examples(reason) or escape(", ".join(entry.examples))
-            )
+            examples = captions.get(reason) or escape(", ".join(entry.examples))
+            table.add_row(f"dropped: {reason}", f"{entry.count:,}", examples)
         for reason, count in self.captions_dropped.items():
-            table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", self._examples(reason))
+            table.add_row(f"captions dropped of kept pairs: {reason}", f"{count:,}", captions.get(reason))
         if self.captions_cut:
-            table.add_row("captions cut", f"{self.captions_cut:,}", "")
+            table.add_row("captions cut", f"{self.captions_cut:,}")
         for reason, entry in self.unpaired.items():
             table.add_row(f"belongs to no pair: {reason}", f"{entry.count:,}", escape(", ".join(entry.examples)))
         yield table

@@ -47,11 +47,9 @@ class RowSamples:
 
     @property
     def faults(self) -> tuple[Fault, ...]:
-        """See `loader.Samples`."""
         return self._dataset.faults
 
     def check_unchanged(self) -> None:
-        """See `loader.Samples`."""
         self._dataset.check_unchanged()
 
     def _caption(self, row: int, rng: np.random.Generator) -> str:
@@ -67,7 +65,6 @@ class DvaeSamples(RowSamples):
         self._decoded: dict[int, Pixels] = {}
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
-        """See `loader.Samples`."""
         pixels, size = self._pixels(row), self._image_size
         view = augment_for_dvae(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
         return {"image": channels_first(view)}
@@ -119,19 +116,16 @@ class TextImageSamples(RowSamples):
 
     @property
     def faults(self) -> tuple[Fault, ...]:
-        """See `loader.Samples`."""
         files, codes = self._dataset.faults, () if self._codes is None else self._codes.faults
         # Most images without codes are those of files that were missing then, too; none is to be counted twice.
         return max(files, codes, key=lambda faults: sum(fault.rows for fault in faults))
 
     def check_unchanged(self) -> None:
-        """See `loader.Samples`."""
         super().check_unchanged()
         if self._codes is not None:
             self._codes.check_unchanged()
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
-        """See `loader.Samples`."""
         if self._train:
             return {**self._text(row, rng), **self._image(row, rng)}
         # A caption from the other half of the split: neighbouring rows are often variants of one thing.
@@ -190,7 +184,6 @@ class ClipSamples(RowSamples):
         self._mirror = mirror
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
-        """See `loader.Samples`."""
         caption, size = self._caption(row, rng), self._image_size
         # With one position more than there are, a caption that does not fit has its end token there.
         text = self._tokenizer.encode([caption], self._text_len + 1)[0].numpy()

@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from dalle_ds.data.store import PAIR_SCHEMA, DataFile, checksum
+from dalle_ds.data.snapshot import DataFile
+from dalle_ds.data.store import PAIR_SCHEMA, checksum
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.files import write_json
 
@@ -48,19 +49,13 @@ class SplitWriter:
         for part in stored:
             self._digest.update(len(part).to_bytes(8, "big"))
             self._digest.update(part)
-        checks = {
-            "image_check": checksum(pair.image),
-            "text_check": checksum(*pair.captions, pair.name, pair.group),
-        }
+        text_check = checksum(*pair.captions, pair.name, pair.group)
+        checks = {"image_check": checksum(pair.image), "text_check": text_check}
         self._writer.add(vars(pair) | checks, sum(map(len, stored)))
         self.rows += 1
 
     def close(self) -> str:
-        """Finish the last file and those that describe the split.
-
-        Returns:
-            SHA-256 of all rows in order, in hexadecimal.
-        """
+        """Finish the last file and those that describe the split: the SHA-256 of all rows in order, in hexadecimal."""
         import datasets  # worker processes do without
 
         self.files = self._writer.close()
@@ -133,10 +128,7 @@ class SplitSorter:
         self._validation = validation
         self._compositional = compositional
         self._seed = seed
-        self._writers: dict[str, SplitWriter] = {
-            "train": SplitWriter(folder / "train"),
-            "validation": SplitWriter(folder / "validation"),
-        }
+        self._writers = {split: SplitWriter(folder / split) for split in ("train", "validation")}
         self._waiting = SplitWriter(folder / "waiting")
         self._variants: list[str] = []  # of the waiting pairs
         self._lowest = (1.0, "")  # (hash, group)
@@ -163,20 +155,14 @@ class SplitSorter:
         waiting = [pair.group for pair in read_rows(self._folder / "waiting")]
         several_groups = self._writers["train"].rows > 0 or len(set(waiting)) > 1
         to_validation = self._lowest[1] if needs_validation and several_groups else None
-        variants = [
-            (group, variant)
-            for group, variant in zip(waiting, self._variants, strict=True)
-            if variant and group != to_validation
-        ]
+        pairs = zip(waiting, self._variants, strict=True)
+        variants = [(group, variant) for group, variant in pairs if variant and group != to_validation]
         held_out = compositional_holdout(variants, self._compositional, self._seed)
         if held_out:
             self._writers["compositional"] = SplitWriter(self._folder / "compositional")
         for pair, variant in zip(read_rows(self._folder / "waiting"), self._variants, strict=True):
-            if pair.group == to_validation:
-                split = "validation"
-            else:
-                split = "compositional" if (pair.group, variant) in held_out else "train"
-            self._writers[split].add(pair)
+            split = "compositional" if (pair.group, variant) in held_out else "train"
+            self._writers["validation" if pair.group == to_validation else split].add(pair)
         shutil.rmtree(self._folder / "waiting")
         digests = [f"{split}:{writer.close()}" for split, writer in self._writers.items()]
         fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()

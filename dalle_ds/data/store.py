@@ -15,7 +15,7 @@ import os
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -27,7 +27,7 @@ import pyarrow as pa
 import xxhash
 
 from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, READ_ERROR, TRUNCATED_FILE, Fault, RowError
-from dalle_ds.errors import DataChangedError, DataError
+from dalle_ds.data.snapshot import DataFile, FileSnapshot
 
 PAIR_SCHEMA = pa.schema(
     {
@@ -48,29 +48,6 @@ _MOST_BATCHES = 4
 _HEADER_BYTES = 4096
 _CHUNK = 2**20
 _CHECK_BYTES = 8
-
-Stamp = tuple[int, int]
-"""(bytes, time of the last change in nanoseconds since the epoch) of a file."""
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """What a manifest says of a file."""
-
-    file: str
-    """Its name in the folder of the split."""
-    rows: int
-    bytes: int
-    """Its size."""
-    xxh3_128: str
-    """Digest of its bytes, in hexadecimal."""
-
-    def __post_init__(self) -> None:
-        numbers = (self.rows, self.bytes)
-        if not isinstance(self.file, str) or Path(self.file).name != self.file or not isinstance(self.xxh3_128, str):
-            raise ValueError(f"no file of a store: {str(self.file)[:80]!r}")
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError(f"{self.file} has impossible sizes")
 
 
 def vector_schema(width: int) -> pa.Schema:
@@ -94,104 +71,6 @@ def vector_check(vector: bytes, row: int) -> int:
     return xxhash.xxh3_64_intdigest(vector, row) or 1
 
 
-def digest_of(path: Path) -> str:
-    """XXH3-128 of a file, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def size_problem(path: Path, size: int) -> tuple[str, str] | None:
-    """(reason, sentence) for which a file that should have `size` bytes cannot be used, or None."""
-    return _problem(path, size, _stamp_of(path))
-
-
-def _stamp_of(path: Path) -> Stamp | OSError:
-    try:
-        found = path.stat()
-    except OSError as error:
-        return error
-    return found.st_size, found.st_mtime_ns
-
-
-def _problem(path: Path, size: int, stamp: Stamp | OSError) -> tuple[str, str] | None:
-    if isinstance(stamp, FileNotFoundError):
-        return MISSING_FILE, f"{path} is missing"
-    if isinstance(stamp, OSError):
-        return READ_ERROR, f"{path} cannot be read: {stamp.strerror}"
-    if stamp[0] != size:
-        return TRUNCATED_FILE, f"{path} has {stamp[0]:,} bytes instead of {size:,}"
-    return None
-
-
-class FileSnapshot:
-    """Sizes and times of files when they were opened: tells later whether they are still what was written."""
-
-    def __init__(self, folder: Path, files: Sequence[DataFile]) -> None:
-        self._files = {folder / file.file: file for file in files}
-        self._stamps = {path: _stamp_of(path) for path in self._files}
-
-    @property
-    def faults(self) -> Iterator[Fault]:
-        """Files that were missing or of the wrong size then."""
-        for path, file in self._files.items():
-            problem = _problem(path, file.bytes, self._stamps[path])
-            if problem is not None:
-                yield Fault(problem[0], str(path), file.rows)
-
-    def check(self) -> None:
-        """See that each file that is still there is the same, or is again what was written.
-
-        Contents are read only where the time differs. A file that is cut off is lost, like one that is gone: what reads of it
-        finds that out. One that could not be looked at in the first place is not looked at now.
-
-        Raises:
-            DataChangedError: one has grown, or has another time and other contents.
-        """
-        for path, then in self._stamps.items():
-            now, file = _stamp_of(path), self._files[path]
-            if isinstance(then, OSError) or isinstance(now, OSError) or now == then or now[0] < file.bytes:
-                continue
-            if now[0] > file.bytes:
-                raise _changed(path, f"it has {now[0]:,} bytes, and had {file.bytes:,}")
-            try:
-                same = digest_of(path) == file.xxh3_128
-            except OSError:
-                continue
-            if not same:
-                raise _changed(path, "its contents are other ones")
-            self._stamps[path] = now  # copied, touched or put back, but the same
-
-
-def check_same(folder: Path, read: Callable[[], Any], then: Any, otherwise: str) -> None:
-    """See that `read` gives of a manifest what it gave then. An error of the disk or network says nothing of what is there.
-
-    Raises:
-        DataChangedError: `otherwise`, or that there is no manifest.
-    """
-    try:
-        now = read()
-    except DataError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-            return
-        raise DataChangedError(f"{folder} has changed since it was opened: {error}") from error
-    if now != then:
-        raise DataChangedError(f"{otherwise}: put back what was there, or begin a new run in another --run_dir")
-
-
-def _changed(path: Path, what: str) -> DataChangedError:
-    return DataChangedError(
-        f"{path} has changed since it was opened ({what}): put back what was there, or begin a new run in another --run_dir"
-    )
-
-
 class Store:
     """The rows of a split. Instances can be sent to other processes.
 
@@ -212,7 +91,6 @@ class Store:
             raise ValueError("the files have other rows")
         self._ends = list(accumulate(file.rows for file in files))
         self._opened: OrderedDict[int, Any] = OrderedDict()
-        self._damaged: dict[int, str] = {}
         # Kept of files that are closed, so that opening one again is no search through it.
         self._positions: dict[int, _Positions] = {}
         self.snapshot = FileSnapshot(folder, files)
@@ -227,47 +105,36 @@ class Store:
         return {**self.__dict__, "_opened": OrderedDict()}
 
     def value(self, row: int, column: str) -> Any:
-        """A value of a pair, as Python has it.
-
-        Raises:
-            IndexError: no such row.
-            RowError: the file, or the part of it that has the row, cannot be read.
-        """
-        number = self._number_of(row)
-        return self._open(number).value(row - (self._ends[number] - self.files[number].rows), column)
+        """A value of a pair, as Python has it; `RowError` where the file, or the part of it with the row, cannot be read."""
+        file, place = self._file_of(row)
+        return file.value(place, column)
 
     def vector(self, row: int) -> bytes | None:
         """The bytes of a vector, None where it was written that there is none; raises as `value`."""
-        number = self._number_of(row)
-        return self._open(number).vector(row - (self._ends[number] - self.files[number].rows), row)
+        file, place = self._file_of(row)
+        return file.vector(place, row)
 
-    def _number_of(self, row: int) -> int:
+    def _file_of(self, row: int) -> tuple[Any, int]:
+        """The open file that has a row, and its place there."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        return bisect_right(self._ends, row)
+        number = bisect_right(self._ends, row)
+        return self._open(number), row - (self._ends[number] - self.files[number].rows)
 
     def _open(self, number: int) -> Any:
-        """A file, of which a limited number is kept open. What could not be read is tried again, damage is not."""
+        """A file, of which a limited number is kept open."""
         if number in self._opened:
             self._opened.move_to_end(number)
             return self._opened[number]
-        path = self.folder / self.files[number].file
-        if number in self._damaged:
-            raise RowError(self._damaged[number], DAMAGED_FILE, str(path))
-        try:
-            opened = self._newly_opened(path, number)
-        except RowError as error:
-            if error.reason == DAMAGED_FILE:
-                self._damaged[number] = str(error)
-            raise
-        self._opened[number] = opened
+        opened = self._opened[number] = self._newly_opened(number)
         self._positions[number] = opened.positions
-        while len(self._opened) > _MOST_OPEN:
+        if len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)
         return opened
 
-    def _newly_opened(self, path: Path, number: int) -> _OpenFile:
-        about = path, self.files[number], self._positions.get(number)
+    def _newly_opened(self, number: int) -> _OpenFile:
+        file = self.files[number]
+        about = self.folder / file.file, file, self._positions.get(number)
         try:
             return self._kind(*about)
         except RowError as error:
@@ -304,9 +171,9 @@ class _OpenFile:
             # Of the same open file as is read from: one that replaces it under its name is none of this one's business.
             self._map = pa.py_buffer(mmap.mmap(self._file.fileno(), file.bytes, access=mmap.ACCESS_READ))
         except FileNotFoundError as error:
-            raise RowError(f"{path} is missing", MISSING_FILE, str(path)) from error
+            raise self._error(MISSING_FILE, "is missing") from error
         except OSError as error:
-            raise RowError(f"{path} cannot be read: {error.strerror}", READ_ERROR, str(path)) from error
+            raise self._error(READ_ERROR, f"cannot be read: {error.strerror}") from error
         self.positions = positions or self._search(file.rows)
 
     def _search(self, rows: int) -> _Positions:
@@ -314,12 +181,12 @@ class _OpenFile:
         source = pa.BufferReader(self._map)
         places, lengths = [], []
         try:
-            self._read(0, _HEADER_BYTES)
+            self._touch(0, _HEADER_BYTES)
             messages = pa.ipc.MessageReader.open_stream(source)
             messages.read_next_message()  # the schema, which is known
             while True:
                 offset = source.tell()
-                self._read(offset, _HEADER_BYTES)
+                self._touch(offset, _HEADER_BYTES)
                 batch = pa.ipc.read_record_batch(messages.read_next_message(), self._schema)
                 places.append(self._places(batch, offset))
                 lengths.append(len(batch))
@@ -344,32 +211,31 @@ class _OpenFile:
             raise ValueError("a part lies outside of the file")
         return offset
 
-    def _read(self, offset: int, length: int, whole: bool = False) -> bytes:
-        """Bytes of the file, all of them if `whole`, else what the last read had."""
+    def _touch(self, offset: int, length: int) -> None:
+        """Read what is then looked at in the map."""
         end = min(offset + length, self._size)
-        chunk = b""
-        step = length if whole else _CHUNK
-        while offset < end:
-            try:
-                chunk = os.pread(self._file.fileno(), min(step, end - offset), offset)
-            except OSError as error:
-                raise RowError(
-                    f"{self._path} cannot be read at byte {offset:,}: {error.strerror}", READ_ERROR, str(self._path)
-                ) from error
-            if not chunk or (whole and len(chunk) < length):
-                raise RowError(f"{self._path} was cut off while in use", TRUNCATED_FILE, str(self._path))
-            offset += len(chunk)
-        return chunk
+        for start in range(offset, end, _CHUNK):
+            self._read(start, min(_CHUNK, end - start))
+
+    def _read(self, offset: int, length: int) -> bytes:
+        try:
+            content = os.pread(self._file.fileno(), length, offset)
+        except OSError as error:
+            raise self._error(READ_ERROR, f"cannot be read at byte {offset:,}: {error.strerror}") from error
+        if len(content) < length:
+            raise self._error(TRUNCATED_FILE, "was cut off while in use")
+        return content
 
     def _check_size(self) -> None:
         found = os.fstat(self._file.fileno()).st_size
         if found != self._size:
-            raise RowError(
-                f"{self._path} has {found:,} bytes instead of {self._size:,}", TRUNCATED_FILE, str(self._path)
-            )
+            raise self._error(TRUNCATED_FILE, f"has {found:,} bytes instead of {self._size:,}")
 
     def _damage(self, what: str) -> RowError:
-        return RowError(f"{self._path} {what}: it is damaged", DAMAGED_FILE, str(self._path))
+        return self._error(DAMAGED_FILE, f"{what}: it is damaged")
+
+    def _error(self, reason: str, what: str) -> RowError:
+        return RowError(f"{self._path} {what}", reason, str(self._path))
 
 
 class _VectorFile(_OpenFile):
@@ -384,10 +250,10 @@ class _VectorFile(_OpenFile):
         number = bisect_right(self.positions.ends, row)
         row -= self.positions.ends[number - 1] if number else 0
         vectors, checks = self.positions.places[number]
-        check = int.from_bytes(self._read(checks + row * _CHECK_BYTES, _CHECK_BYTES, whole=True), "little")
+        check = int.from_bytes(self._read(checks + row * _CHECK_BYTES, _CHECK_BYTES), "little")
         if check == 0:
             return None
-        vector = self._read(vectors + row * self._width, self._width, whole=True)
+        vector = self._read(vectors + row * self._width, self._width)
         if check != vector_check(vector, seed):
             raise self._damage(f"has a vector, row {seed}, that is not what was written")
         return vector
@@ -409,7 +275,6 @@ class _PairFile(_OpenFile):
     def __init__(self, path: Path, file: DataFile, positions: _Positions | None) -> None:
         super().__init__(path, file, positions, PAIR_SCHEMA)
         self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()  # sound ones, the last used at the end
-        self._unsound: dict[int, str] = {}
 
     def value(self, row: int, column: str) -> Any:
         """See `Store.value`; `row` counts from the first of this file."""
@@ -434,21 +299,18 @@ class _PairFile(_OpenFile):
         if number in self._batches:
             self._batches.move_to_end(number)
             return self._batches[number]
-        if number in self._unsound:
-            raise self._damage(self._unsound[number])
         ends, (offset,) = self.positions.ends, self.positions.places[number]
         rows = ends[number] - (ends[number - 1] if number else 0)
         try:
-            self._read(offset, _HEADER_BYTES)
+            self._touch(offset, _HEADER_BYTES)
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(self._map.slice(offset)), PAIR_SCHEMA)
             self._validate(batch, rows)
         except RowError:
             raise
         except Exception as error:  # see `_search`
-            self._unsound[number] = f"has a damaged part of {rows:,} rows ({_short(error)})"
-            raise self._damage(self._unsound[number]) from error
+            raise self._damage(f"has a damaged part of {rows:,} rows ({_short(error)})") from error
         self._batches[number] = batch
-        while len(self._batches) > _MOST_BATCHES:
+        if len(self._batches) > _MOST_BATCHES:
             self._batches.popitem(last=False)
         return batch
 
@@ -459,7 +321,7 @@ class _PairFile(_OpenFile):
         for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
             offset = self._inside(buffer, buffer.size)
             if image_data is None or buffer.address != image_data.address:
-                self._read(offset, buffer.size)
+                self._touch(offset, buffer.size)
         batch.validate(full=True)
         if any(column.null_count for column in (*batch.columns, batch.column("captions").values)):
             raise ValueError("values are missing")
@@ -472,7 +334,7 @@ class _PairFile(_OpenFile):
         first, end = np.frombuffer(offsets, dtype=np.int32, count=2, offset=4 * (images.offset + place)).tolist()
         if first == end:
             return b""
-        return self._read(data.address - self._map.address + first, end - first, whole=True)
+        return self._read(data.address - self._map.address + first, end - first)
 
 
 def _short(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from dalle_ds.data.store import DataFile
+from dalle_ds.data.snapshot import DataFile
 
 _FILE_BYTES = 512 * 2**20
 _BATCH_BYTES = 16 * 2**20
@@ -17,12 +17,7 @@ _BATCH_ROWS = 1000
 
 
 class StoreWriter:
-    """Writes rows to `folder` in files of about 512 MiB, holding at most 16 MiB or 1,000 rows.
-
-    Args:
-        folder: made here.
-        schema: of the rows.
-    """
+    """Writes rows to a new `folder` in files of about 512 MiB, holding at most 16 MiB or 1,000 rows."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         folder.mkdir(parents=True)

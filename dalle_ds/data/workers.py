@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
@@ -89,41 +89,31 @@ def keep_sigchld_handler(start: Callable[[], Any]) -> Any:
 
 
 def next_batch(batches: Iterator[Item]) -> Item:
-    """The next batch of a DataLoader's iterator.
-
-    Raises:
-        WorkerError: one of its workers is gone.
-    """
+    """The next batch of a DataLoader's iterator; `WorkerError` where one of its workers is gone."""
     try:
         return next(batches)
     except (RuntimeError, OSError, EOFError):
-        failure = _what_happened(getattr(batches, "_workers", ()))
-        if failure is None:
+        dead = _dead(getattr(batches, "_workers", ()))
+        if not dead:
             raise
-    raise failure  # out here, so that it does not keep torch's error and with it the other workers
-
-
-def _what_happened(workers: Iterable[BaseProcess]) -> WorkerError | None:
-    """What an error of a DataLoader means if one of its workers is gone, else None."""
-    dead = _dead(list(workers))
-    if not dead:
-        return None
+    # Out here, so that it does not keep torch's error and with it the other workers.
     pid, status = dead[0]
     if status == -signal.SIGKILL:
         how = (
             "was killed (SIGKILL), most likely for lack of memory: lower --loader.workers, or give the job more memory"
         )
     elif status < 0:
-        how = f"was ended by {_signal_name(-status)}"
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"was ended by {names.get(-status, f'signal {-status}')}"
     elif status == 128 + signal.SIGTERM:
         how = "was told to end (SIGTERM)"
     else:
         how = f"ended with status {status}"
     others = f" (and {len(dead) - 1} more)" if len(dead) > 1 else ""
-    return WorkerError(f"loader process {pid}{others} {how}")
+    raise WorkerError(f"loader process {pid}{others} {how}")
 
 
-def _dead(workers: list[BaseProcess]) -> list[tuple[int | None, int]]:
+def _dead(workers: Sequence[BaseProcess]) -> list[tuple[int | None, int]]:
     """(process, exit status) of workers that are gone: what a dying one breaks may be noticed seconds before its death."""
     for _ in range(round(_SECONDS_TO_DIE / _SECONDS_BETWEEN_POLLS) if workers else 0):
         time.sleep(_SECONDS_BETWEEN_POLLS)
@@ -131,10 +121,3 @@ def _dead(workers: list[BaseProcess]) -> list[tuple[int | None, int]]:
         if dead:
             return dead
     return []
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,108 +35,92 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A checkpoint, looked at."""
-
-    path: Path
-    """Its folder."""
-    state: dict[str, Any]
-    """As `load_state` returns it."""
-    index: Index
-    """Of its tensors."""
-    run: Run | None
-    """The run's configuration; None where the checkpoint lies outside of a run directory."""
-    faults: list[str]
-    """What is wrong with it, a sentence each."""
-
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of tensors on the disk by what they are, in the order weights, moments, average, error sums."""
-        found = dict.fromkeys(_KINDS, 0)
-        for name, stored in self.index.tensors.items():
-            found[name.partition("/")[0]] += stored.size[0] * stored.size[1] * stored.dtype.itemsize
-        return {kind: size for kind, size in found.items() if size}
-
-    def report(self) -> RenderableType:
-        """For a terminal."""
-        return Group(self._summary(), self._sizes(), self._layouts())
-
-    def _summary(self) -> Table:
-        table = _table(str(self.path), "", "")
-        layout, rows = self.state["layout"], self.index.parameters.values()
-        in_16_bits = sum(row["moments"] == "16-bit" for row in rows)
-        for name, value in (
-            ("updates", f"{self.state['step']:,}"),
-            ("written by", f"dalle_ds {self.state.get('version', 'unknown')}, {_in_words(layout)}"),
-            ("precision", layout["precision"]),
-            ("parameters", f"{sum(torch.Size(row['shape']).numel() for row in rows):,} in {len(rows):,} tensors"),
-            ("moments", f"16-bit in {in_16_bits} tensors, fp32 in {len(rows) - in_16_bits}" if in_16_bits else "fp32"),
-            (
-                "state",
-                "; ".join(self.faults) if self.faults else "complete: every file is as it was written",
-            ),
-        ):
-            table.add_row(name, value, style="bold red" if name == "state" and self.faults else None)
-        return table
-
-    def _sizes(self) -> Table:
-        table = _table("on the disk", "", "tensors", "type", "MiB")
-        sizes = self.bytes_by_kind()
-        for kind, size in sizes.items():
-            stored = [entry for name, entry in self.index.tensors.items() if name.startswith(f"{kind}/")]
-            types = sorted({str(entry.dtype).removeprefix("torch.") for entry in stored})
-            table.add_row(_KINDS[kind], f"{len(stored):,}", ", ".join(types), f"{size / 2**20:,.1f}")
-        table.add_row("together", f"{len(self.index.tensors):,}", "", f"{sum(sizes.values()) / 2**20:,.1f}")
-        return table
-
-    def _layouts(self) -> Table:
-        table = _table("can be resumed with", "", "")
-        table.add_row("precision", self.state["layout"]["precision"])
-        if self.run is None:
-            table.add_row("layouts", "unknown: the run's config.yaml is not two folders above")
-        else:
-            for name, values in layouts(self.run).items():
-                table.add_row(name, values)
-        return table
-
-
-def inspect(path: str | Path) -> Inspection:
-    """Look at a checkpoint, or at the newest one of a run directory.
+def check_checkpoint(path: Path) -> tuple[RenderableType, list[str]]:
+    """Look at a checkpoint, or at the newest one of a run directory: what there is to show, and what is wrong.
 
     Raises:
         CheckpointError: there is none, or it cannot even be told what it should hold.
     """
-    path = Path(path)
-    folder: Path | None = path
+    folder = path
     if (path / "checkpoints").is_dir():
-        folder = next(reversed(CheckpointFolder(path / "checkpoints").all()), None)
-        if folder is None:
+        complete = CheckpointFolder(path / "checkpoints").all()
+        if not complete:
             raise CheckpointError(f"the run in {path} has no complete checkpoint yet")
-    assert folder is not None
+        folder = complete[-1]
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: name a run directory or a checkpoint in its checkpoints/")
     if not (folder / STATE_NAME).is_file():
         raise CheckpointError(f"{folder} has no {STATE_NAME}, without which it is no checkpoint")
     run_dir = folder.absolute().parent.parent
     run = read_run(run_dir)[1] if (run_dir / "config.yaml").is_file() else None
-    state = load_state(folder)
-    index = Index.open(folder / TENSORS_NAME)
-    return Inspection(folder, state, index, run, [*faults_of(folder), *_holes(index)])
+    state, index = load_state(folder), Index(folder / TENSORS_NAME)
+    faults = [*faults_of(folder), *_holes(index)]
+    resumed = _table("can be resumed with", [("precision", state["layout"]["precision"]), *_layouts(run).items()])
+    summary = _table(str(folder), _summary(state, index))
+    summary.add_row(
+        "state",
+        "; ".join(faults) or "complete: every file is as it was written",
+        style="bold red" if faults else None,
+    )
+    sizes = _table("on the disk", _sizes(index), ("", "tensors", "type", "MiB"))
+    return Group(summary, sizes, resumed), faults
 
 
-def layouts(run: Run) -> dict[str, str]:
+def _summary(state: dict[str, Any], index: Index) -> list[tuple[str, str]]:
+    layout, rows = state["layout"], index.parameters.values()
+    in_16_bits = sum(row["moments"] == "16-bit" for row in rows)
+    axes = " × ".join(f"{layout[axis]} {axis}" for axis in ("replicas", "pipe", "shards", "tensor"))
+    written = (
+        f"dalle_ds {state.get('version', 'unknown')}, {layout['processes']} processes ({axes}), "
+        f"ZeRO-{layout['zero_stage']}, offload {layout['offload']}, {layout['accumulation']} × {layout['micro_batch']} "
+        "rows each"
+    )
+    return [
+        ("updates", f"{state['step']:,}"),
+        ("written by", written),
+        ("precision", layout["precision"]),
+        ("parameters", f"{sum(torch.Size(row['shape']).numel() for row in rows):,} in {len(rows):,} tensors"),
+        ("moments", f"16-bit in {in_16_bits} tensors, fp32 in {len(rows) - in_16_bits}" if in_16_bits else "fp32"),
+    ]
+
+
+def _sizes(index: Index) -> list[tuple[str, str, str, str]]:
+    """Tensors on the disk by what they are, in the order of `_KINDS`, and all of them."""
+    table, together = [], 0
+    for kind, words in _KINDS.items():
+        stored = [entry for name, entry in index.tensors.items() if name.startswith(f"{kind}/")]
+        types = sorted({str(entry.dtype).removeprefix("torch.") for entry in stored})
+        size = sum(entry.size[0] * entry.size[1] * entry.dtype.itemsize for entry in stored)
+        together += size
+        if size:
+            table.append((words, f"{len(stored):,}", ", ".join(types), f"{size / 2**20:,.1f}"))
+    return [*table, ("together", f"{len(index.tensors):,}", "", f"{together / 2**20:,.1f}")]
+
+
+def _layouts(run: Run | None) -> dict[str, str]:
     """How a run's work may be divided when it is resumed: option → values, in words."""
+    if run is None:
+        return {"layouts": "unknown: the run's config.yaml is not two folders above"}
     batch = run.train.batch_size
+    readers = [str(count) for count in range(1, batch + 1) if batch % count == 0]
     found = {
-        "data-parallel processes": f"{_listed(_divisors(batch))}: replicas × shards must divide train.batch_size={batch}",
+        "data-parallel processes": f"{', '.join(readers)}: replicas × shards must divide train.batch_size={batch}",
         "ZeRO stage, offload, micro-batch": "any",
     }
     if isinstance(run, TransformerRun):
-        parts = [degree for degree in range(1, run.model.heads + 1) if _fits(run, ParallelConfig(tensor=degree))]
-        stages = [degree for degree in range(1, 4 * run.model.depth) if _fits(run, ParallelConfig(pipe=degree))]
-        found["parallel.tensor"] = _listed(parts)
+        parts = [n for n in range(1, run.model.heads + 1) if _fits(run, ParallelConfig(tensor=n))]
+        stages = [n for n in range(1, 4 * run.model.depth) if _fits(run, ParallelConfig(pipe=n))]
+        found["parallel.tensor"] = ", ".join(map(str, parts))
         found["parallel.pipe"] = f"1 to {stages[-1]}, more than 1 with ZeRO-1 and one replica"
     return found
+
+
+def _fits(run: TransformerRun, degrees: ParallelConfig) -> bool:
+    try:
+        Mesh(0, degrees.tensor * degrees.pipe, torch.device("cpu"), degrees).check(run.model)
+    except ConfigError:
+        return False
+    return True
 
 
 def _holes(index: Index) -> Iterable[str]:
@@ -147,38 +130,15 @@ def _holes(index: Index) -> Iterable[str]:
         yield from (f"{kind}/{name} is missing" for kind in kinds if f"{kind}/{name}" not in index.tensors)
     for name, stored in index.tensors.items():
         shape = index.parameters.get(name.partition("/")[2], {}).get("shape")
-        covered = sum(chunk.rows * chunk.columns for chunk in stored.chunks)
+        covered = sum(chunk.at.rows * chunk.at.columns for chunk in stored.chunks)
         if shape is None or matrix_size(shape) != stored.size or covered != stored.size[0] * stored.size[1]:
             yield f"{name} is not stored whole"
 
 
-def _fits(run: TransformerRun, degrees: ParallelConfig) -> bool:
-    mesh = Mesh(0, degrees.tensor * degrees.pipe, torch.device("cpu"), degrees)
-    try:
-        mesh.check(run.model)
-    except ConfigError:
-        return False
-    return True
-
-
-def _in_words(layout: dict[str, Any]) -> str:
-    axes = " × ".join(f"{layout[axis]} {axis}" for axis in ("replicas", "pipe", "shards", "tensor"))
-    return (
-        f"{layout['processes']} processes ({axes}), ZeRO-{layout['zero_stage']}, offload {layout['offload']}, "
-        f"{layout['accumulation']} × {layout['micro_batch']} rows each"
-    )
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number and len(columns) > 2 else "left")
+    for row in rows:
+        table.add_row(*row)
     return table

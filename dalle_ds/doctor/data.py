@@ -14,8 +14,9 @@ from rich.table import Table
 
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset, read_info
-from dalle_ds.data.store import DataFile, digest_of, size_problem
+from dalle_ds.data.snapshot import DataFile, size_problem
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.files import digest_of
 
 _SHOWN = 20
 
@@ -45,13 +46,10 @@ class Counts:
 
     name: str
     rows: int = 0
-    unreadable: int = 0
-    """Rows that cannot be read."""
-    files: int = 0
-    bytes: int = 0
-    """Of files whose digest is right."""
-    decoded: int = 0
-    """Images that were decoded without an error."""
+    unreadable: int = 0  # rows that cannot be read
+    files: int = 0  # whose digest is right
+    bytes: int = 0  # of those
+    decoded: int = 0  # images that were decoded without an error
 
 
 @dataclass
@@ -71,8 +69,8 @@ class DataInspection:
             table.add_column(column, justify="right" if number else "left")
         for entry in self.counts:
             sizes = f"{entry.bytes / 1e9:.3f}"
-            numbers = (entry.rows, entry.unreadable, entry.files, sizes, entry.decoded)
-            table.add_row(entry.name, *(value if isinstance(value, str) else f"{value:,}" for value in numbers))
+            counts = f"{entry.rows:,}", f"{entry.unreadable:,}", f"{entry.files:,}"
+            table.add_row(entry.name, *counts, sizes, f"{entry.decoded:,}")
         shown = [f"DAMAGED: {fault}" for fault in self.faults[:_SHOWN]]
         if len(self.faults) > _SHOWN:
             shown.append(f"… and {len(self.faults) - _SHOWN:,} more")

@@ -33,7 +33,7 @@ SECONDS = 0.3
 """What measuring a rate may take."""
 LIMITS = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 """Variables that hold a process back."""
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -43,42 +43,30 @@ class EnvOptions:
 
 
 def describe_environment() -> RenderableType:
-    """For a terminal."""
+    """For a terminal; whatever is missing is said to be."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in facts():
+    for name, value in (*_installation(), *_machine(), *_torch()):
         table.add_row(name, Text(value))  # brackets are no markup
     return table
 
 
-def facts() -> Iterator[tuple[str, str]]:
-    """Names and what there is to say; whatever is missing is said to be."""
+def _installation() -> Iterator[tuple[str, str]]:
     from dalle_ds import __version__
 
     yield "dalle_ds", __version__
-    yield (
-        "Python",
-        f"{platform.python_version()}, {platform.system()} {platform.release()}, {platform.libc_ver()[1] or '?'}",
-    )
+    system = f"{platform.system()} {platform.release()}, {platform.libc_ver()[1] or '?'}"
+    yield "Python", f"{platform.python_version()}, {system}"
     yield "packages", ", ".join(f"{name} {version_of(name) or 'missing'}" for name in PACKAGES)
-    yield from _missing()
-    yield "compiler", _compilers()
-    yield from _processor()
-    yield "memory", _memory()
-    yield "disk", _disk(Path.cwd())
     try:
-        import torch
-    except (ImportError, OSError) as error:
-        yield "torch", f"cannot be imported: {error}"
+        requires = metadata.requires("dalle-ds") or []
+    except metadata.PackageNotFoundError:
+        yield "extras", "unknown, since dalle_ds is not installed (pip install --editable .)"
         return
-    yield "kernels", f"PyTorch's are those for {torch.backends.cpu.get_cpu_capability()}"
-    yield from _gpus()
-    threads = torch.get_num_threads()
-    for count in sorted({1, len(_cores())}):
-        yield f"{count} thread{'s' if count > 1 else ''}", _rates(count)
-    torch.set_num_threads(threads)
-    yield "auto chooses", _chosen()
+    for extra, missing in missing_of_extras(requires).items():
+        lacking = f"lacks {', '.join(missing)}: pip install 'dalle-ds[{extra}]'"
+        yield f"extra {extra}", lacking if missing else "installed"
 
 
 def version_of(package: str) -> str | None:
@@ -94,7 +82,7 @@ def missing_of_extras(requires: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for requirement in requires:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", requirement)
-        name = _NAME.match(requirement)
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
         if extra is not None and extra[1] != "dev" and name is not None:
             missing = found.setdefault(extra[1], [])
             if version_of(name[0]) is None:
@@ -102,40 +90,26 @@ def missing_of_extras(requires: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def _missing() -> Iterator[tuple[str, str]]:
-    try:
-        requires = metadata.requires("dalle-ds") or []
-    except metadata.PackageNotFoundError:
-        yield "extras", "unknown, since dalle_ds is not installed (pip install --editable .)"
-        return
-    for extra, missing in missing_of_extras(requires).items():
-        yield (
-            f"extra {extra}",
-            f"lacks {', '.join(missing)}: pip install 'dalle-ds[{extra}]'" if missing else "installed",
-        )
-
-
-def _compilers() -> str:
-    """Nothing here needs one on a CPU; on GPUs, flex attention is compiled by Triton, which needs a C compiler."""
-    found = [name for name in ("cc", "gcc", "clang", "g++", "nvcc") if shutil.which(name)]
-    return ", ".join(found) if found else "none, which flex attention needs on a GPU (not on a CPU)"
-
-
-def _processor() -> Iterator[tuple[str, str]]:
-    try:
-        told = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        told = ""
-    flags = set(" ".join(re.findall(r"(?:flags|Features)\s*:\s*(.+)", told)).split())
+def _machine() -> Iterator[tuple[str, str]]:
+    compilers = [name for name in ("cc", "gcc", "clang", "g++", "nvcc") if shutil.which(name)]
+    # On GPUs, flex attention is compiled by Triton, which needs a C compiler.
+    yield "compiler", ", ".join(compilers) or "none, which flex attention needs on a GPU (not on a CPU)"
+    yield "processor", f"{processor_name()}, {_cores()} cores for this process"
+    flags = (said(CPUINFO, r"(?:flags|Features)\s*:\s*(.+)") or "").split()
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
-    yield "processor", f"{processor_name()}, {len(_cores())} cores for this process"
     has = [feature for feature in FEATURES if feature in flags]
     yield "features", ", ".join([*has, *limits]) if flags else "unknown here"
+    kilobytes = (said(Path("/proc/meminfo"), rf"{name}:\s+(\d+) kB") for name in ("MemTotal", "MemAvailable"))
+    total, free = (f"{int(count) * 1024 / 1e9:.1f} GB" if count else "unknown" for count in kilobytes)
+    yield "memory", f"{total}, {free} available"
+    folder = Path.cwd()
+    usage = shutil.disk_usage(folder)
+    yield "disk", f"{folder}: {usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free"
 
 
 def processor_name() -> str:
     """As its maker calls it, where the system says so."""
-    return said(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.machine()
+    return said(CPUINFO, r"model name\s*:\s*(.+)") or platform.machine()
 
 
 def said(file: Path, pattern: str) -> str | None:
@@ -147,51 +121,40 @@ def said(file: Path, pattern: str) -> str | None:
     return found[1] if found else None
 
 
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> str:
-    kilobytes = (said(Path("/proc/meminfo"), rf"{name}:\s+(\d+) kB") for name in ("MemTotal", "MemAvailable"))
-    total, free = (f"{int(count) * 1024 / 1e9:.1f} GB" if count else "unknown" for count in kilobytes)
-    return f"{total}, {free} available"
-
-
-def _disk(folder: Path) -> str:
+def _torch() -> Iterator[tuple[str, str]]:
+    """GPUs, and rates of matrix products by precision."""
     try:
-        usage = shutil.disk_usage(folder)
-    except OSError as error:
-        return f"{folder}: {error.strerror}"
-    return f"{folder}: {usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free"
-
-
-def _gpus() -> Iterator[tuple[str, str]]:
-    import torch
-
-    if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for CPUs"
-        yield "GPUs", f"none ({built})"
+        import torch
+    except (ImportError, OSError) as error:
+        yield "torch", f"cannot be imported: {error}"
         return
-    nccl = torch.cuda.nccl.version()
-    yield "CUDA", f"{torch.version.cuda}, NCCL {'.'.join(map(str, nccl)) if isinstance(nccl, tuple) else nccl}"
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        yield f"GPU {index}", f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
+    from dalle_ds.precision.rates import DTYPES, choose, matmul_rate, rate_text
 
-
-def _rates(threads: int) -> str:
-    import torch
-
-    from dalle_ds.precision.rates import DTYPES, matmul_rate, rate_text
-
+    yield "kernels", f"PyTorch's are those for {torch.backends.cpu.get_cpu_capability()}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        yield "CUDA", f"{torch.version.cuda}, NCCL {nccl_version()}"
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield f"GPU {index}", f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"
+    else:
+        yield "GPUs", f"none (torch is built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'})"
+    threads = torch.get_num_threads()
+    for count in sorted({1, _cores()}):
+        torch.set_num_threads(count)
+        rates = {name: matmul_rate(dtype, torch.device("cpu"), SECONDS) for name, dtype in DTYPES.items()}
+        words = ", ".join(rate_text(name, rate) for name, rate in rates.items())
+        yield f"{count} thread{'s' if count > 1 else ''}", words
     torch.set_num_threads(threads)
-    rates = {name: matmul_rate(dtype, torch.device("cpu"), SECONDS) for name, dtype in DTYPES.items()}
-    return ", ".join(rate_text(name, rate) for name, rate in rates.items())
+    yield "auto chooses", str(choose(torch.device(device)))
 
 
-def _chosen() -> str:
+def nccl_version() -> str:
+    """Of a torch that is built for CUDA."""
     import torch
 
-    from dalle_ds.precision.rates import choose
-
-    return str(choose(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    return ".".join(map(str, torch.cuda.nccl.version()))

@@ -1,15 +1,15 @@
 """Candidates for captions, kept on disk where wanted, and the best among the first n of them.
 
 Candidate i of a caption depends on the seed, i and the caption only, so that the best of 8 is chosen among the same images
-that the best of 64 is chosen among, and curves over n are of one draw.
+that the best of 64 is chosen among, and all points of a curve over n are of the same images.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,68 +21,49 @@ from dalle_ds.evaluation.results import differences
 from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json
 from dalle_ds.precision.rates import DTYPES, Choice
-from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage, sample_codes
+from dalle_ds.sampling import SamplingRequest, TextToImage, sample_codes
 
 CAPTIONS = 4
 """Captions whose candidates are in memory at once."""
 PROTOCOL_NAME = "protocol.json"
 
 
+@dataclass(frozen=True)
 class Candidates:
-    """Codes of `num` images for each of a list of captions.
+    """Codes of some images for each of a list of captions."""
 
-    Args:
-        pipeline: draws them.
-        captions: what to draw.
-        folder: where codes are kept and found again, in files of `CAPTIONS` captions; None keeps none. To be prepared by one
-            process (`prepare`) before any asks for codes.
-    """
+    pipeline: TextToImage
+    """Samples them."""
+    captions: list[str]
+    request: SamplingRequest
+    """How many images of each caption, and how they are sampled."""
+    folder: Path | None = None
+    """Where codes are kept and found again, in files of `CAPTIONS` captions; None keeps none. To be prepared by one process
+    (`prepare`) before any asks for codes."""
 
-    def __init__(
-        self,
-        pipeline: TextToImage,
-        captions: Sequence[str],
-        *,
-        num: int,
-        sampling: Sampling,
-        seed: int,
-        folder: Path | None = None,
-    ) -> None:
-        self.pipeline = pipeline
-        self.captions = list(captions)
-        self.num = num
-        self.sampling = sampling
-        self.seed = seed
-        self.folder = folder
-        self.drawn = 0
-        """Images that were not found in the folder."""
-
-    def protocol(self, dtype: str, weights: str) -> dict[str, Any]:
-        """All that the codes depend on.
+    def prepare(self, dtype: str, weights: str) -> None:
+        """Make the folder, if any, ready for these codes.
 
         Args:
             dtype: arithmetic of the transformer.
             weights: the transformer's fingerprint.
+
+        Raises:
+            ConfigError: it holds codes of another protocol, or something else.
+            DataError: its description cannot be read.
         """
-        return {
+        if self.folder is None:
+            return
+        protocol = {
             "captions": texts_sha256(self.captions),
-            "num": self.num,
-            "seed": self.seed,
-            "sampling": vars(self.sampling),
+            "num": self.request.num,
+            "seed": self.request.seed,
+            "sampling": vars(self.request.sampling),
             "transformer": weights,
             "tokenizer": self.pipeline.tokenizer.fingerprint,
             "dtype": dtype,
             "captions_in_a_file": CAPTIONS,
         }
-
-    def prepare(self, protocol: dict[str, Any]) -> None:
-        """Make the folder ready for codes of this protocol.
-
-        Raises:
-            ConfigError: it holds codes of another one, or something else.
-            DataError: its description cannot be read.
-        """
-        assert self.folder is not None
         path = self.folder / PROTOCOL_NAME
         try:
             found = parse_json(path.read_bytes())
@@ -97,25 +78,22 @@ class Candidates:
         differing = differences(found if isinstance(found, dict) else {}, protocol)
         if differing:
             kept = kept_precision(self.folder)
-            again = f", or give --dtype {kept.precision}" if kept and kept.precision != protocol["dtype"] else ""
+            again = f", or give --dtype {kept.precision}" if kept and kept.precision != dtype else ""
             raise ConfigError(
                 f"the images in {self.folder} are other ones ({'; '.join(differing)}, there and asked for): name another "
                 f"folder with --pictures{again}"
             )
 
     def codes(self, rows: Sequence[int]) -> Tensor:
-        """(len(rows), num, W²) int64 of some captions: found in the folder, or drawn."""
+        """(len(rows), num, W²) int64 of some captions: found in the folder, or sampled."""
         config = self.pipeline.model.config
         path = None if self.folder is None else self.folder / f"{rows[0]:08}.safetensors"
-        shape = (len(rows), self.num, config.image_len)
+        shape = (len(rows), self.request.num, config.image_len)
         kept = None if path is None else _read(path, shape, config.image_vocab)
         if kept is not None:
             return kept
         text = self.pipeline.encode([self.captions[row] for row in rows])
-        codes = sample_codes(
-            self.pipeline.model, text, SamplingRequest(num=self.num, sampling=self.sampling, seed=self.seed)
-        )
-        self.drawn += codes.shape[0] * codes.shape[1]
+        codes = sample_codes(self.pipeline.model, text, self.request)
         if path is not None:
             write_bytes(path, save({"codes": codes.to(torch.int32)}))
         return codes
@@ -142,7 +120,7 @@ def best_of(scores: Tensor, n: int) -> Tensor:
 
 
 def _read(path: Path, shape: tuple[int, ...], vocab_size: int) -> Tensor | None:
-    """Kept codes, or None where there are none, or a file that a disk has damaged: those are drawn again."""
+    """Kept codes, or None where there are none, or a file that a disk has damaged: those are sampled again."""
     try:
         codes = load(path.read_bytes())["codes"].long()
     except (OSError, SafetensorError, KeyError):

@@ -15,8 +15,38 @@ from dalle_ds.errors import DataError
 from dalle_ds.jsonl import read_records
 
 Series = list[tuple[int, float]]
+Panels = dict[str, dict[str, Series]]
+"""Title → (label → series)."""
 NAMED = 6
 """The most lines of a panel that have a legend."""
+
+NUMERICS = {
+    "loss": {"training": "loss", "validation": "validation/loss"},
+    "gradient norm": {"raw": "grad_norm", "clipped": "grad_norm_clipped"},
+    "learning rate": {"rate": "lr"},
+    "updates skipped so far": {"skipped": "skipped_updates_total"},
+}
+"""What shows whether any run is well: title → (label → name of the figure)."""
+DVAE = {
+    "negative log-likelihood per value": {"training": "nll", "validation": "validation/nll"},
+    "KL per code, nats": {"training": "kl", "validation": "validation/kl"},
+    "codebook perplexity": {"training": "perplexity", "validation": "validation/perplexity"},
+    "validation PSNR, dB": {"validation": "validation/psnr"},
+    "temperature": {"temperature": "temperature"},
+    "gradient norm": {"norm": "grad_norm"},
+}
+TRANSFORMER = {
+    "image loss, nats per code": {
+        "training": "image_loss",
+        "validation": "validation/image_loss",
+        "entropy": "validation/code_entropy",
+    },
+    "text loss, nats per token": {"training": "text_loss", "validation": "validation/text_loss"},
+    "caption gain, nats per code": {"validation": "validation/caption_gain"},
+    "learning rate": {"rate": "lr"},
+    "gradient norm": {"norm": "grad_norm"},
+    "tokens per second": {"speed": "tokens_per_second"},
+}
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, Series]:
@@ -36,14 +66,28 @@ def read_metrics(run_dir: str | Path) -> dict[str, Series]:
     return figures
 
 
-def curves_figure(panels: dict[str, dict[str, Series]], columns: int = 3) -> Figure:
-    """Line plots.
+def panels_of(metrics: dict[str, Series], wanted: Mapping[str, Mapping[str, str]]) -> Panels:
+    """Those of the wanted panels, and of the gradient scales, that a run has anything for."""
+    panels = {
+        title: {label: metrics[name] for label, name in lines.items() if name in metrics}
+        for title, lines in wanted.items()
+    }
+    panels["log2 of gradient scales, first block dark, last bright"] = gradient_scales(metrics)
+    return {title: lines for title, lines in panels.items() if lines}
 
-    Args:
-        panels: title → (label → series). Where there are more than `NAMED` series, they are coloured from first to last
-            instead of being named.
-        columns: panels side by side.
-    """
+
+def gradient_scales(metrics: dict[str, Series]) -> dict[str, Series]:
+    """log2 of every residual block's gradient scale, first block to last (DALL·E Fig. 12); empty where none are kept."""
+    blocks = [name.removeprefix("gradient_scale/") for name in metrics if name.startswith("gradient_scale/")]
+    scales = {
+        f"block {block}": [(step, math.log2(value)) for step, value in metrics[f"gradient_scale/{block}"] if value > 0]
+        for block in sorted(filter(str.isdecimal, blocks), key=int)
+    }
+    return {block: series for block, series in scales.items() if series}
+
+
+def curves_figure(panels: Panels, columns: int = 3) -> Figure:
+    """Line plots, so many side by side. More than `NAMED` series of a panel are coloured from first to last, not named."""
     rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4 * columns, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -88,30 +132,3 @@ def best_of_curves(metrics: Mapping[str, float]) -> str:
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_xlabel("n", fontsize=8)
     return svg_of(figure)
-
-
-def gradient_scales(metrics: dict[str, Series]) -> dict[str, Series]:
-    """log2 of every residual block's gradient scale, first block to last (DALL·E Fig. 12); empty where none are kept."""
-    prefix = "gradient_scale/"
-    names = {name.removeprefix(prefix): name for name in metrics if name.startswith(prefix)}
-    blocks = sorted((name for name in names if name.isdecimal()), key=int)
-    series = {
-        f"block {block}": [(step, value) for step, value in metrics[names[block]] if value > 0] for block in blocks
-    }
-    return {block: [(step, math.log2(value)) for step, value in each] for block, each in series.items() if each}
-
-
-def numerics_panels(metrics: dict[str, Series]) -> dict[str, dict[str, Series]]:
-    """What shows whether a run is well: loss, gradient norm, learning rate, gradient scales, whichever there are."""
-    wanted = {
-        "loss": {"training": "loss", "validation": "validation/loss"},
-        "gradient norm": {"raw": "grad_norm", "clipped": "grad_norm_clipped"},
-        "learning rate": {"rate": "lr"},
-        "updates skipped so far": {"skipped": "skipped_updates_total"},
-    }
-    panels = {
-        title: {label: metrics[name] for label, name in lines.items() if name in metrics}
-        for title, lines in wanted.items()
-    }
-    panels["log2 of gradient scales, first block dark, last bright"] = gradient_scales(metrics)
-    return {title: lines for title, lines in panels.items() if lines}

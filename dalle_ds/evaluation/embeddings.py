@@ -1,16 +1,16 @@
-"""Embeddings of all images of a split, in files that grow over restarts; nearest neighbours by cosine."""
+"""Embeddings of all images of a split, in files that grow over restarts; nearest neighbours by cosine.
+
+No `FeatureCache`: that one has all splits of a folder, training images in augmented views, and is made at once or not at all.
+"""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from dalle_ds.data.codes import Views, collate
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.dedup import perceptual_hash
-from dalle_ds.data.features import Views, collate
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
-from dalle_ds.files import disk_full_is_a_data_error, write_json
+from dalle_ds.files import disk_full_is_a_data_error, only_process, write_json
 from dalle_ds.parsing import parse_json
 
 FORMAT_VERSION = 1
@@ -34,42 +34,30 @@ _KIND = np.dtype("<f4")
 Vectors = npt.NDArray[np.float32]
 
 
-class Embedder(Protocol):
-    """The part of `Clip` that is used here."""
-
-    config: Any
-    """Has `image_size` and `embed_dim`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the embeddings."""
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] → (B, embed_dim) of length 1."""
-
-
 @dataclass(frozen=True)
-class _Sizes:
+class Embedder:
+    """What makes vectors of images."""
+
+    fingerprint: str
+    """Names the vectors."""
     image_size: int
+    """S."""
     embed_dim: int
+    """D."""
+    embed: Callable[[Tensor], Tensor]
+    """(B, 3, S, S) in [0, 1] → (B, D) of length 1."""
 
 
-class PerceptualHashes:
-    """The 64 bits of an image's perceptual hash as a vector: the cosine of two is 1 − (bits that differ) / 32."""
+def hash_bits(images: Tensor) -> Tensor:
+    """The bits of images' perceptual hashes: (B, 3, S, S) in [0, 1] → (B, 64), −1/8 or 1/8 each, so that the cosine of two is
+    1 − (bits that differ) / 32. ConfigError where imagehash is not installed."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    hashes = np.array([int(perceptual_hash(image), 16) for image in pixels], dtype=">u8")
+    bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)
+    return torch.from_numpy(bits).float().sub(0.5).div(4)
 
-    config = _Sizes(image_size=128, embed_dim=64)
-    fingerprint = "phash-64"
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] → (B, 64), −1/8 or 1/8 each.
-
-        Raises:
-            ConfigError: imagehash is not installed.
-        """
-        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        hashes = np.array([int(perceptual_hash(picture), 16) for picture in pixels], dtype=">u8")
-        bits = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1)
-        return torch.from_numpy(bits).float().sub(0.5).div(4)
+PERCEPTUAL_HASHES = Embedder("phash-64", 128, 64, hash_bits)
 
 
 @dataclass(frozen=True)
@@ -104,25 +92,25 @@ def embed_split(
         DataChangedError: the data was prepared again meanwhile.
         CheckpointError: the model gives something that is no number.
     """
-    with disk_full_is_a_data_error(folder), _alone(folder):
-        size, width = embedder.config.image_size, embedder.config.embed_dim
-        identity = {
-            "format_version": FORMAT_VERSION,
-            "detector": embedder.fingerprint,
-            "data": dataset.fingerprint,
-            "split": dataset.split,
-            "rows": len(dataset),
-            "embed_dim": width,
-        }
-        files = _Files(folder, width)
-        done = files.open(identity)
-        pictures = Subset(Views(dataset, size, None, 0), range(done, len(dataset)))
-        batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-        with files.vectors.open("ab") as vectors, files.readable.open("ab") as readable:
-            saved, loaded = done, keep_sigchld_handler(lambda: iter(batches))
+    rows, width = len(dataset), embedder.embed_dim
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "detector": embedder.fingerprint,
+        "data": dataset.fingerprint,
+        "split": dataset.split,
+        "rows": rows,
+        "embed_dim": width,
+    }
+    of_vectors, of_readable = folder / "vectors.f32", folder / "readable.u8"
+    with disk_full_is_a_data_error(folder), only_process(folder, f".{folder.name}.lock"):
+        done = saved = _resume(folder, identity, {of_vectors: width * _KIND.itemsize, of_readable: 1})
+        images = Subset(Views(dataset, embedder.image_size, None, 0), range(done, rows))
+        batches = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+        with of_vectors.open("ab") as vectors, of_readable.open("ab") as readable:
+            loaded = keep_sigchld_handler(lambda: iter(batches))
             for _ in range(len(batches)):
                 views, could_read = next_batch(loaded)
-                embedded = embedder.embed_images(views.flatten(0, 1).float() / 255).float().cpu().numpy()
+                embedded = embedder.embed(views.flatten(0, 1).float() / 255).float().cpu().numpy()
                 embedded[~could_read] = 0
                 if not np.isfinite(embedded).all():  # which would be like nothing, and so be no duplicate
                     raise CheckpointError(
@@ -131,75 +119,49 @@ def embed_split(
                 vectors.write(embedded.astype(_KIND).tobytes())
                 readable.write(could_read.astype(np.uint8).tobytes())
                 done += len(views)
-                if done - saved >= _SAVED_ROWS or done == len(dataset):
+                if done - saved >= _SAVED_ROWS or done == rows:
                     dataset.check_unchanged()
                     for file in (vectors, readable):
                         file.flush()
                         os.fsync(file.fileno())
                     # Only what is on the disk by now counts when this is gone on with.
-                    write_json(files.progress, identity | {"done": done})
+                    write_json(folder / "progress.json", identity | {"done": done})
                     saved = done
-                    say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {len(dataset):,} images embedded")
-        return files.read(len(dataset))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it, where its file system has locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"another process embeds images into {folder}: wait for it, or name another --out"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-        yield
-
-
-class _Files:
-    def __init__(self, folder: Path, width: int) -> None:
-        self.folder, self.width = folder, width
-        self.vectors, self.readable, self.progress = (
-            folder / "vectors.f32",
-            folder / "readable.u8",
-            folder / "progress.json",
-        )
-
-    def open(self, identity: dict[str, Any]) -> int:
-        """How many rows are there; what was written beyond them is cut off."""
-        if not self.progress.exists():
-            for path in (self.vectors, self.readable):
-                path.write_bytes(b"")
-            write_json(self.progress, identity | {"done": 0})
-            return 0
-        try:
-            found = parse_json(self.progress.read_bytes())
-            done = found["done"]
-            differing = [name for name, value in identity.items() if found.get(name) != value]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._error(f"cannot be read ({error})") from error
-        if differing:
-            raise self._error(f"are of another {', '.join(differing)}")
-        if not isinstance(done, int) or not 0 <= done <= identity["rows"]:
-            raise self._error("are damaged")
-        for path, size in ((self.vectors, done * self.width * _KIND.itemsize), (self.readable, done)):
-            if not path.is_file() or path.stat().st_size < size:
-                raise self._error("are damaged")
-            os.truncate(path, size)
-        return done
-
-    def read(self, rows: int) -> Embeddings:
-        readable = np.fromfile(self.readable, dtype=np.uint8).astype(bool)
+                    say(f"{dataset.data_dir}, {dataset.split}: {done:,} of {rows:,} images embedded")
+        all_readable = np.fromfile(of_readable, dtype=np.uint8).astype(bool)
         if rows == 0:
-            return Embeddings(np.zeros((0, self.width), np.float32), readable)
-        return Embeddings(np.memmap(self.vectors, dtype=_KIND, mode="r", shape=(rows, self.width)), readable)
+            return Embeddings(np.zeros((0, width), np.float32), all_readable)
+        return Embeddings(np.memmap(of_vectors, dtype=_KIND, mode="r", shape=(rows, width)), all_readable)
 
-    def _error(self, what: str) -> DataError:
-        return DataError(f"the embeddings in {self.folder} {what}: remove that folder, or name another --out")
+
+def _resume(folder: Path, identity: dict[str, Any], sizes: dict[Path, int]) -> int:
+    """How many rows the files are known to have, which take so many bytes each; what was written beyond them is cut off."""
+
+    def wrong(what: str) -> DataError:
+        return DataError(f"the embeddings in {folder} {what}: remove that folder, or name another --out")
+
+    progress = folder / "progress.json"
+    if not progress.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sizes:
+            path.write_bytes(b"")
+        write_json(progress, identity | {"done": 0})
+        return 0
+    try:
+        found = parse_json(progress.read_bytes())
+        done = found["done"]
+        differing = [name for name, value in identity.items() if found.get(name) != value]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise wrong(f"cannot be read ({error})") from error
+    if differing:
+        raise wrong(f"are of another {', '.join(differing)}")
+    if not isinstance(done, int) or not 0 <= done <= identity["rows"]:
+        raise wrong("are damaged")
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size < done * size:
+            raise wrong("are damaged")
+        os.truncate(path, done * size)
+    return done
 
 
 # --- neighbours ---------------------------------------------------------------------------------------------------------
@@ -232,19 +194,17 @@ def nearest(
         (Q,) cosines, and (Q,) row numbers.
 
     Raises:
-        ConfigError: Faiss is needed and not installed, or a number that is not positive.
+        ConfigError: Faiss is needed and not installed.
     """
-    if (lists is not None and lists < 1) or probes < 1:
-        raise ConfigError(f"lists and probes must be at least 1, found {lists} and {probes}")
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     faiss = None if kind == "torch" else _faiss(needed=kind != "auto")
-    if kind != "ivf":
+    if kind != "ivf" or not base.readable.any():
         return _exact(queries, base, faiss)
-    found = _by_lists(queries, base, lists, probes, faiss)
-    missing = found[1] < 0  # all lists that were looked through were empty
+    cosines, rows = _by_lists(queries, base, lists, probes, faiss)
+    missing = rows < 0  # all lists that were looked through were empty
     if missing.any():
-        found[0][missing], found[1][missing] = _exact(queries[missing], base, faiss)
-    return found
+        cosines[missing], rows[missing] = _exact(queries[missing], base, faiss)
+    return cosines, rows
 
 
 def _exact(queries: Vectors, base: Embeddings, faiss: Any) -> Found:
@@ -266,15 +226,11 @@ def _exact(queries: Vectors, base: Embeddings, faiss: Any) -> Found:
 
 def _by_lists(queries: Vectors, base: Embeddings, lists: int | None, probes: int, faiss: Any) -> Found:
     readable = np.flatnonzero(base.readable)
-    if len(readable) == 0:
-        return _exact(queries, base, faiss)
     count = min(lists or math.ceil(4 * math.sqrt(len(readable))), max(1, len(readable) // _TRAINING_PER_LIST))
-    sample = readable[
-        np.linspace(0, len(readable) - 1, min(len(readable), _TRAINING_PER_LIST * count)).astype(np.int64)
-    ]
+    sample = np.linspace(0, len(readable) - 1, min(len(readable), _TRAINING_PER_LIST * count)).astype(np.int64)
     quantizer = faiss.IndexFlatIP(queries.shape[1])
     index = faiss.IndexIVFFlat(quantizer, queries.shape[1], count, faiss.METRIC_INNER_PRODUCT)
-    index.train(np.ascontiguousarray(base.vectors[sample], dtype=np.float32))
+    index.train(np.ascontiguousarray(base.vectors[readable[sample]], dtype=np.float32))
     for numbers, vectors in blocks(base, BLOCK):
         index.add_with_ids(vectors, numbers)
     index.nprobe = min(probes, count)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from rich.console import Console
+import tyro
+from PIL import Image
 
 import dalle_ds
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import explain, parse_options
 from dalle_ds.config.parallel import WatchConfig
+from dalle_ds.config.plain import positive, sound
 from dalle_ds.data import PairDataset
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.candidates import Candidates, kept_precision, texts_sha256
+from dalle_ds.evaluation.features import FeatureNetwork, load_network
+from dalle_ds.evaluation.frechet import Appearance, distances, inception_scores
 from dalle_ds.evaluation.measure import (
     Context,
     measure_dvae,
@@ -30,10 +35,7 @@ from dalle_ds.evaluation.measure import (
     measure_likelihood,
     measure_real_matching,
 )
-from dalle_ds.evaluation.metrics.features import FeatureNetwork, load_network
-from dalle_ds.evaluation.metrics.frechet import Appearance, distances
-from dalle_ds.evaluation.options import CompareOptions, EvaluateOptions
-from dalle_ds.evaluation.results import METHOD, Result, compare, comparison_table, console_table, write_page
+from dalle_ds.evaluation.results import METHOD, Result, print_result, write_page
 from dalle_ds.evaluation.sets import (
     RESIZE,
     GatheredRows,
@@ -49,7 +51,7 @@ from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.rates import DTYPES, choose_precision
 from dalle_ds.resilience.watch import Watch
-from dalle_ds.sampling import ClipReranker, TextToImage
+from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage
 
 RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
 JUDGED_BY_ITSELF = (
@@ -58,119 +60,204 @@ JUDGED_BY_ITSELF = (
 )
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure trained models on a split of prepared data, or generated images against real ones in two folders.
+
+    Every part runs whose model is given: reconstructions and codebook with --dvae; likelihoods and images generated for
+    captions with --transformer; caption matching and the choice among candidates with --clip. Several processes (deepspeed or
+    torchrun) divide the work, with the same figures.
+    """
+
+    out: str
+    """Folder for result.json, evaluation.html and images."""
+    data: str | None = None
+    """Folder that launchers/prepare_data.py made."""
+    split: str = "validation"
+    """Split of the data to measure on."""
+    transformer: str | None = None
+    """Run directory or export of a transformer."""
+    dvae: str | None = None
+    """Run directory or export of a dVAE."""
+    clip: str | None = None
+    """Run directory or export of a CLIP: chooses among candidates, and judges where there is no --judge."""
+    judge: str | None = None
+    """A second CLIP, for CLIP score and retrieval, so that candidates are not judged by the model that chose them."""
+    captions: int | None = 30_000
+    """Captions to generate images for: a random choice among the split's different ones, all if there are fewer; None: all."""
+    best_of: str = "1"
+    """Numbers of candidates, as 1,8,64,512: of the first n of each caption, the one that --clip prefers is measured. Empty
+    generates no images."""
+    reference: Literal["split", "captions"] = "split"
+    """Real images that generated ones are compared with: all of the split, or those of the captions only."""
+    inception: str | None = None
+    """File pt_inception-2015-12-05-6726825d.pth, by whose features FID and Inception Score are defined (it needs
+    torch-fidelity), or a TorchScript archive; without it, an EfficientNet-lite0 is used, and the figures have other names."""
+    blur: str = "0,1,2,4,8"
+    """Radii of the Gaussian blur of real and generated images before features are taken: standard deviations, pixels."""
+    size: int | None = None
+    """Side in pixels to which images are resized before they are blurred; None takes that of the models' images."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """--temperature, --top_k, --top_p, --guidance."""
+    seed: int = 0
+    """Of the choice of captions and of the images."""
+    pictures: str | None = None
+    """Folder that keeps the codes of generated images, for an evaluation that is stopped, or another with the same ones."""
+    without: str | None = None
+    """JSON of rows that overlap with the training data (launchers/overlap.py): figures come with and without them."""
+    real: str | None = None
+    """Folder of real images, instead of data and models."""
+    fake: str | None = None
+    """Folder of generated images, to be compared with those in --real."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs where there are any."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the transformer when it samples, and of its likelihoods; auto takes that of the codes in --pictures,
+    else what the device computes fastest. Results of different ones are not compared."""
+
+    def __post_init__(self) -> None:
+        sound(self)
+        positive("evaluation", self, "captions", "size")
+        _ = self.radii, self.numbers
+        if (self.real is None) != (self.fake is None):
+            raise ConfigError("--real and --fake belong together: name a folder of real and one of generated images")
+        models = [name for name in ("transformer", "dvae", "clip", "judge") if getattr(self, name) is not None]
+        if self.real is not None:
+            if self.data is not None or models:
+                raise ConfigError("--real and --fake compare two folders: leave --data and the models out")
+        elif self.data is None:
+            raise ConfigError(
+                "nothing to measure on: name prepared data with --data, or two folders with --real, --fake"
+            )
+        elif not models:
+            raise ConfigError("nothing to measure: give --transformer, --dvae or --clip, or several of them")
+        if self.transformer is not None and max(self.numbers, default=1) > 1 and self.clip is None:
+            raise ConfigError(f"--best_of {self.best_of} needs a model that chooses: name one with --clip")
+
+    @property
+    def radii(self) -> list[float]:
+        """`blur` as numbers, in increasing order."""
+        radii = sorted(set(_numbers("blur", self.blur)))
+        if not radii or radii[0] < 0 or not all(map(math.isfinite, radii)):
+            raise ConfigError(f"blur must be radii of 0 or greater, as 0,1,2, found {self.blur!r}")
+        return radii
+
+    @property
+    def numbers(self) -> list[int]:
+        """`best_of` as numbers, in increasing order."""
+        numbers = sorted(set(_numbers("best_of", self.best_of)))
+        if any(number < 1 or number != int(number) for number in numbers):
+            raise ConfigError(f"best_of must be whole numbers of at least 1, as 1,8,64, found {self.best_of!r}")
+        return [int(number) for number in numbers]
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"{name} must be numbers with commas between them, found {text!r}") from error
+
+
 def evaluate(options: EvaluateOptions, mesh: Mesh) -> Result:
     """Measure what the options ask for, and write it to the folder `out`. Collective; the main process writes.
 
     Raises:
         ConfigError, DataError, CheckpointError: something is missing, or does not belong together.
     """
-    out = Path(options.out)
-    if mesh.is_main:
-        _prepare(out)  # before hours are spent
-    if options.transformer is not None:
-        pictures = options.pictures
-        options = replace(
-            options,
-            dtype=choose_precision(options.dtype, mesh, lambda: kept_precision(Path(pictures)) if pictures else None),
-        )
+    out, sheets = Path(options.out), {}
+    if mesh.is_main:  # before hours are spent
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out} must be a folder, and cannot be made: {error.strerror}") from error
+        if not os.access(out, os.W_OK):
+            raise ConfigError(f"--out {out} cannot be written to: name another folder, or change its permissions")
     if options.real is not None:
-        result, context = compare_folders(options, mesh), None
+        result = compare_folders(options, mesh)
     else:
-        result, context = _evaluate_models(options, mesh, out)
+        result, sheets = _evaluate_models(options, mesh)
     if mesh.is_main:
-        write_page(out, result, context.sheets if context is not None else {})
+        write_page(out, result, sheets)
         result.save(out / RESULT_NAME)
     return result
 
 
-def _evaluate_models(options: EvaluateOptions, mesh: Mesh, out: Path) -> tuple[Result, Context]:
+def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict[str, Image.Image]]:
     assert options.data is not None
     dataset = PairDataset.open(options.data, options.split)
     if len(dataset) < 2:
         raise DataError(f"split {options.split} of {options.data} has {len(dataset)} rows, too few to measure anything")
-    pipeline = vae = reranker = judge = None
+    pipeline = None
     if options.transformer is not None:
-        pipeline = TextToImage.from_pretrained(options.transformer, mesh.device, DTYPES[options.dtype])
-    if options.dvae is not None:
-        vae = DiscreteVAE.from_pretrained(options.dvae).to(mesh.device)
-    if options.clip is not None:
-        reranker = _clip(options.clip, mesh)
-    if options.judge is not None:
-        judge = _clip(options.judge, mesh)
-    elif reranker is not None:
-        judge = reranker
+        kept = options.pictures
+        dtype = choose_precision(options.dtype, mesh, lambda: kept_precision(Path(kept)) if kept else None)
+        options = replace(options, dtype=dtype)
+        pipeline = TextToImage.from_pretrained(options.transformer, mesh.device, DTYPES[dtype])
+    vae = DiscreteVAE.from_pretrained(options.dvae).to(mesh.device) if options.dvae is not None else None
+    chooser = _clip(options.clip, mesh)
+    judge = _clip(options.judge, mesh) or chooser
     seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge)
-    size = options.size or next(model.config.image_size for model in seen_by if model is not None)
     generates = pipeline is not None and bool(options.numbers)
-    network = load_network(options.inception, mesh.device) if vae is not None or generates else None
+    chooses = generates and max(options.numbers) > 1
     context = Context(
         mesh=mesh,
         dataset=dataset,
         captions=choose_captions(dataset, options.captions, options.seed),
-        size=size,
+        size=options.size or next(model.config.image_size for model in seen_by if model is not None),
         radii=options.radii,
-        network=network,
+        network=load_network(options.inception, mesh.device) if vae is not None or generates else None,
         kept=without_overlap(options.without, dataset) if options.without is not None else None,
         reference_of_captions=options.reference == "captions",
         judge=judge,
     )
+    protocol = _protocol(options, context)
+    models: dict[str, str] = {}
     if generates:
         _check_captions(context)
-    models = {"dvae": vae.fingerprint} if vae is not None else {}
-    protocol = _protocol(options, context)
+        protocol["generation"] = {
+            "best_of": options.numbers,
+            "seed": options.seed,
+            "sampling": vars(options.sampling),
+            "dtype": options.dtype,
+            "reference": options.reference,
+        }
+        protocol["reranker"] = chooser.fingerprint if chooser is not None and chooses else None
     if vae is not None:
+        models["dvae"] = vae.fingerprint
         with context.timed("dvae"):
             measure_dvae(context, vae)
     if pipeline is not None:
-        weights = fingerprint(pipeline.model.state_dict())
-        models |= {"transformer": weights, "tokenizer": pipeline.tokenizer.fingerprint}
-        models |= {"transformer_dvae": pipeline.dvae.fingerprint}
+        models |= {
+            "transformer": fingerprint(pipeline.model.state_dict()),
+            "tokenizer": pipeline.tokenizer.fingerprint,
+            "transformer_dvae": pipeline.dvae.fingerprint,
+        }
         with context.timed("likelihood"):
             measure_likelihood(context, pipeline)
-        if options.numbers:
-            protocol["generation"] = {
-                "best_of": options.numbers,
-                "seed": options.seed,
-                "sampling": vars(options.sampling),
-                "dtype": options.dtype,
-                "reference": options.reference,
-            }
-            protocol["reranker"] = reranker.fingerprint if reranker is not None and max(options.numbers) > 1 else None
+        if generates:
             with context.timed("pictures"):
-                _measure_generated(options, context, pipeline, reranker, weights, out)
+                _measure_generated(options, context, pipeline, chooser if chooses else None, models["transformer"])
     if judge is not None:
         with context.timed("real images and captions"):
             measure_real_matching(context)
-        if generates and judge is reranker and max(options.numbers) > 1:
+        if chooses and judge is chooser:
             context.notes.append(JUDGED_BY_ITSELF)
-    return Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds), context
+    result = Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds)
+    return result, context.sheets
 
 
 def _measure_generated(
-    options: EvaluateOptions, context: Context, pipeline: TextToImage, reranker: Clip | None, weights: str, out: Path
+    options: EvaluateOptions, context: Context, pipeline: TextToImage, chooser: Clip | None, weights: str
 ) -> None:
-    captions, mesh = [caption.text for caption in context.captions], context.mesh
+    request = SamplingRequest(max(options.numbers), options.seed, options.sampling)
     folder = Path(options.pictures) if options.pictures is not None else None
-    candidates = Candidates(
-        pipeline, captions, num=max(options.numbers), sampling=options.sampling, seed=options.seed, folder=folder
-    )
-    if folder is not None:
-        mesh.decide(lambda: candidates.prepare(candidates.protocol(options.dtype, weights)))
-    choosing = ClipReranker(reranker) if reranker is not None and max(options.numbers) > 1 else None
-    lines = measure_generated(context, pipeline, candidates, options.numbers, choosing)
-    if mesh.is_main:
-        write_text(out / CAPTIONS_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _prepare(out: Path) -> None:
-    """Make the folder for what is found, or say why it cannot be used."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out, os.W_OK)
-    except OSError as error:
-        raise ConfigError(f"--out {out} must be a folder, and cannot be made: {error.strerror}") from error
-    if not writable:
-        raise ConfigError(f"--out {out} cannot be written to: name another folder, or change its permissions")
+    candidates = Candidates(pipeline, [caption.text for caption in context.captions], request, folder)
+    context.mesh.decide(lambda: candidates.prepare(options.dtype, weights))
+    reranker = ClipReranker(chooser) if chooser is not None else None
+    lines = measure_generated(context, pipeline, candidates, options.numbers, reranker)
+    if context.mesh.is_main:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(Path(options.out) / CAPTIONS_NAME, text)
 
 
 def _check_captions(context: Context) -> None:
@@ -184,7 +271,9 @@ def _check_captions(context: Context) -> None:
             )
 
 
-def _clip(path: str, mesh: Mesh) -> Clip:
+def _clip(path: str | None, mesh: Mesh) -> Clip | None:
+    if path is None:
+        return None
     clip = Clip.from_pretrained(path, mesh.device)
     if clip.tokenizer is None:
         raise ConfigError(f"the CLIP in {path} has no tokenizer, so it cannot read captions: export it with one")
@@ -195,14 +284,10 @@ def _protocol(options: EvaluateOptions, context: Context) -> dict[str, Any]:
     """How it is measured, but for how images are generated."""
     dataset, captions = context.dataset, context.captions
     overlap = None if context.kept is None else (~context.kept).nonzero()[:, 0].tolist()
+    of_set = {"split": dataset.split, "fingerprint": dataset.fingerprint, "rows": len(dataset)}
     return {
         "method": METHOD,
-        "set": {
-            "split": dataset.split,
-            "fingerprint": dataset.fingerprint,
-            "rows": len(dataset),
-            **_filtered(options.data),
-        },
+        "set": of_set | _filtered(options.data or ""),
         "without": None if overlap is None else {"rows": len(overlap), "sha256": texts_sha256(map(str, overlap))},
         "pictures": {"size": context.size, "resize": RESIZE},
         "captions": {
@@ -215,10 +300,10 @@ def _protocol(options: EvaluateOptions, context: Context) -> dict[str, Any]:
     }
 
 
-def _filtered(data: str | None) -> dict[str, Any]:
+def _filtered(data: str) -> dict[str, Any]:
     """The filters that the set was prepared with, and how many pairs were dropped for each reason; "unknown" where an older
     preparation does not tell."""
-    info = read_info(Path(data or ""))
+    info = read_info(Path(data))
     try:
         settings, files = info["options"]["filters"], info["options"].get("files", {})
         known = {entry.name for entry in fields(FilterOptions)}
@@ -231,6 +316,9 @@ def _filtered(data: str | None) -> dict[str, Any]:
     return {"filters": filters or "none", "dropped": dropped or "none"}
 
 
+# --- two folders
+
+
 def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
     """Distance of the images in `fake` from those in `real`, and score of the former. Collective.
 
@@ -240,10 +328,17 @@ def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
     """
     assert options.real is not None and options.fake is not None
     real, fake = ImageFolder(options.real), ImageFolder(options.fake)
-    size = options.size or _only_size((real, fake))
+    # By the first image of each folder; where one of the others differs, it is resized.
+    sides = {side for folder in (real, fake) for side in folder.read(0)[0].shape[:2]}
+    if options.size is None and len(sides) > 1:
+        raise ConfigError(
+            f"the images have sides of {', '.join(map(str, sorted(sides)))} pixels: say with --size at which they are to be "
+            "compared"
+        )
+    size = options.size or sides.pop()
     network = load_network(options.inception, mesh.device)
-    of_real, real_sha256 = _appearance(real, network, options.radii, size, mesh, generated=False)
-    of_fake, fake_sha256 = _appearance(fake, network, options.radii, size, mesh, generated=True)
+    of_real, real_sha256 = _appearance(real, network, options.radii, size, mesh)
+    of_fake, fake_sha256 = _appearance(fake, network, options.radii, size, mesh)
     protocol = {
         "method": METHOD,
         "set": {"fingerprint": real_sha256, "rows": len(real)},
@@ -251,34 +346,15 @@ def compare_folders(options: EvaluateOptions, mesh: Mesh) -> Result:
         "generated": {"number": len(fake)},
         "features": network.protocol(options.radii),
     }
-    notes = real.notes() + fake.notes()
-    return Result(protocol, {"pictures": fake_sha256}, distances(of_real, of_fake)[""], dalle_ds.__version__, notes)
-
-
-def _only_size(folders: Sequence[ImageFolder]) -> int:
-    """The side of square images, judged by the first of each folder; where one of the others differs, it is resized."""
-    shapes = {folder.read(0)[0].shape[:2] for folder in folders}
-    sides = {side for shape in shapes for side in shape}
-    if len(sides) > 1:
-        raise ConfigError(
-            f"the images have sides of {', '.join(map(str, sorted(sides)))} pixels: say with --size at which they are to be "
-            "compared"
-        )
-    return sides.pop()
+    metrics = distances(of_real, of_fake)[""] | inception_scores(of_fake)[""]
+    return Result(protocol, {"pictures": fake_sha256}, metrics, dalle_ds.__version__, real.notes + fake.notes)
 
 
 def _appearance(
-    folder: ImageFolder,
-    network: FeatureNetwork,
-    radii: Sequence[float],
-    size: int,
-    mesh: Mesh,
-    *,
-    generated: bool,
+    folder: ImageFolder, network: FeatureNetwork, radii: Sequence[float], size: int, mesh: Mesh
 ) -> tuple[Appearance, str]:
     """Statistics of a folder, and the SHA-256 of its files' contents in the order of their names."""
-    every = {"": torch.ones(len(folder), dtype=torch.bool)}
-    found = Appearance(network, radii, every, generated=generated)
+    found = Appearance(network, radii, {"": torch.ones(len(folder), dtype=torch.bool)})
     digests = GatheredRows(len(folder), (32,), torch.int32)
     for rows in shard_rows(len(folder), mesh, str(folder.folder)):
         images = [folder.read(row, size) for row in rows]
@@ -286,6 +362,9 @@ def _appearance(
         digests.put(rows, torch.tensor([list(digest) for _, digest in images]))
     contents = bytes(digests.gather(mesh).flatten().tolist())
     return found.summed(mesh), hashlib.sha256(contents).hexdigest()
+
+
+# --- commands
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
@@ -298,37 +377,13 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and (options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())):
         keep_freed_memory()
-        _report(options, evaluate(options, Mesh(0, 1, torch.device("cpu"))))  # with no process group, at no cost
-        return
-    mesh = Mesh.start(options.device)
+        mesh = Mesh(0, 1, torch.device("cpu"))  # with no process group, at no cost
+    else:
+        mesh = Mesh.start(options.device)
     with nullcontext() if alone else Watch(mesh, explain, WatchConfig()):
         result = evaluate(options, mesh)
         mesh.barrier()
     mesh.stop()
     if mesh.is_main:
-        _report(options, result)
-
-
-def compare_command(arguments: Sequence[str]) -> None:
-    """Print the figures of two results side by side.
-
-    Raises:
-        ConfigError: their protocols differ.
-        DataError: a file is no result.
-    """
-    options = parse_options(CompareOptions, arguments)
-    one, other = (Result.load(path) for path in options.results)
-    figures = compare(one, other, options.allow)
-    console = Console(width=None if Console().is_terminal else 140)
-    for name in sorted({*one.models, *other.models}):
-        before, after = one.models.get(name), other.models.get(name)
-        console.print(f"{name}: " + ("the same" if before == after else f"{str(before)[:12]} and {str(after)[:12]}"))
-    console.print(comparison_table(figures, options.results))
-
-
-def _report(options: EvaluateOptions, result: Result) -> None:
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(console_table(result))
-    for note in result.notes:
-        console.print(f"note: {note}")
-    console.print(f"wrote {options.out}/result.json and {options.out}/evaluation.html")
+        print_result(result)
+        print(f"wrote {options.out}/result.json and {options.out}/evaluation.html")

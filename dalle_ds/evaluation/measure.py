@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,11 +18,19 @@ from dalle_ds.config import PADDING
 from dalle_ds.data import PairDataset
 from dalle_ds.data.images import Pixels, center_crop_resize
 from dalle_ds.evaluation.candidates import CAPTIONS, Candidates, best_of
-from dalle_ds.evaluation.metrics.dvae import codebook_panel, codebook_usage, psnr, ssim
-from dalle_ds.evaluation.metrics.features import FeatureNetwork
-from dalle_ds.evaluation.metrics.frechet import Appearance, distances
-from dalle_ds.evaluation.metrics.likelihood import pixel_nats, transformer_nats
-from dalle_ds.evaluation.metrics.matching import clip_scores, recalls, retrieval_ranks
+from dalle_ds.evaluation.features import FeatureNetwork
+from dalle_ds.evaluation.frechet import Appearance, distances, inception_scores
+from dalle_ds.evaluation.metrics import (
+    clip_scores,
+    codebook_panel,
+    codebook_usage,
+    pixel_nats,
+    psnr,
+    recalls,
+    retrieval_ranks,
+    ssim,
+    transformer_nats,
+)
 from dalle_ds.evaluation.sets import Caption, GatheredRows, Selections, images_of, shard_rows, stacked, to_size
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
@@ -67,20 +75,20 @@ class Context:
     notes: list[str] = field(default_factory=list)
     """What a reader must know."""
 
-    def selections(self, rows: Tensor) -> Selections:
-        """Of things that belong to `rows` (N,) of the split."""
+    def selections(self, rows: Sequence[int]) -> Selections:
+        """Of things that belong to these rows of the split."""
         every: Selections = {"": torch.ones(len(rows), dtype=torch.bool)}
-        return every if self.kept is None else every | {"without_overlap": self.kept[rows]}
+        return every if self.kept is None else every | {"without_overlap": self.kept[list(rows)]}
 
     @property
     def of_rows(self) -> Selections:
         """Of all rows."""
-        return self.selections(torch.arange(len(self.dataset)))
+        return self.selections(range(len(self.dataset)))
 
     @property
     def of_captions(self) -> Selections:
         """Of all captions."""
-        return self.selections(torch.tensor([caption.row for caption in self.captions], dtype=torch.int64))
+        return self.selections([caption.row for caption in self.captions])
 
     def record(self, selection: str, prefix: str, figures: dict[str, float]) -> None:
         """Add figures under their names."""
@@ -94,10 +102,15 @@ class Context:
         yield
         self.seconds[part] = round(time.monotonic() - started, 1)
 
+    def appearance(self, rows: Selections) -> Appearance:
+        """Statistics to be filled, of images that `rows` select from."""
+        assert self.network is not None
+        return Appearance(self.network, self.radii, rows)
+
     @cached_property
     def whole_split(self) -> Appearance:
         """Statistics of all real images of the split. Collective, at the first use."""
-        return self._real(list(range(len(self.dataset))))
+        return self._real(range(len(self.dataset)))
 
     @cached_property
     def reference(self) -> Appearance:
@@ -106,9 +119,8 @@ class Context:
             return self.whole_split
         return self._real(sorted({caption.row for caption in self.captions}))
 
-    def _real(self, rows: list[int]) -> Appearance:
-        assert self.network is not None
-        found = Appearance(self.network, self.radii, self.selections(torch.tensor(rows)), generated=False)
+    def _real(self, rows: Sequence[int]) -> Appearance:
+        found = self.appearance(self.selections(rows))
         for indices in shard_rows(len(rows), self.mesh, "real images"):
             pixels = images_of(self.dataset, [rows[index] for index in indices], self.size)
             found.add(indices, pixels.to(self.mesh.device))
@@ -117,10 +129,16 @@ class Context:
     @cached_property
     def caption_embeddings(self) -> Tensor:
         """(captions, D) fp32 on the CPU, by the judge. Collective, at the first use."""
+        return self.embedded(
+            len(self.captions), lambda clip, rows: clip.embed_texts([self.captions[row].text for row in rows])
+        )
+
+    def embedded(self, rows: int, embed: Callable[[Clip, list[int]], Tensor], what: str = "") -> Tensor:
+        """(rows, D) fp32 on the CPU: what the judge makes of some rows, `embed`, of all of them. Collective."""
         assert self.judge is not None
-        found = GatheredRows(len(self.captions), (self.judge.config.embed_dim,), torch.float32)
-        for rows in shard_rows(len(self.captions), self.mesh):
-            found.put(rows, self.judge.embed_texts([self.captions[row].text for row in rows]))
+        found = GatheredRows(rows, (self.judge.config.embed_dim,), torch.float32)
+        for indices in shard_rows(rows, self.mesh, what):
+            found.put(indices, embed(self.judge, indices))
         return found.gather(self.mesh)
 
 
@@ -129,21 +147,18 @@ def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
 
     Images are reconstructed at the dVAE's size, where PSNR and SSIM are taken; the sets are compared at the context's.
     """
-    assert context.network is not None
     dataset, mesh, size = context.dataset, context.mesh, vae.config.image_size
     rows, grid = len(dataset), vae.config.grid
-    signal, similarity = GatheredRows(rows), GatheredRows(rows)
-    codes = GatheredRows(rows, (grid, grid), torch.int32)
-    restored = Appearance(context.network, context.radii, context.of_rows, generated=False)
+    likeness, codes = GatheredRows(rows, (2,)), GatheredRows(rows, (grid, grid), torch.int32)
+    restored = context.appearance(context.of_rows)
     for indices in shard_rows(rows, mesh, "reconstructions"):
         pixels = images_of(dataset, indices, size).to(mesh.device)
         found = vae.encode(pixels.float() / 255)
         again = (vae.decode(found) * 255).round().byte()
-        signal.put(indices, psnr(pixels, again))
-        similarity.put(indices, ssim(pixels, again))
+        likeness.put(indices, torch.stack([psnr(pixels, again), ssim(pixels, again)], dim=1))
         codes.put(indices, found)
         restored.add(indices, to_size(again, context.size))
-    all_codes, signals, similarities = (each.gather(mesh) for each in (codes, signal, similarity))
+    all_codes, (signals, similarities) = codes.gather(mesh), likeness.gather(mesh).T.contiguous()
     apart = distances(context.whole_split, restored.summed(mesh))
     for name, chosen in context.of_rows.items():
         mean = {"psnr": float(signals[chosen].mean()), "ssim": float(similarities[chosen].mean())}
@@ -185,103 +200,51 @@ def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
     """
     dataset, mesh, vae = context.dataset, context.mesh, pipeline.dvae
     size, length, rows = vae.config.image_size, pipeline.model.config.text_len, len(context.dataset)
-    found = {name: GatheredRows(rows) for name in ("text", "tokens", "codes", "pixels", "cut")}
+    found = GatheredRows(rows, (5,))
     for indices in shard_rows(rows, mesh, "likelihoods", ROWS):
         pixels = images_of(dataset, indices, size).to(mesh.device)
         codes = vae.encode(pixels.float() / 255)
         encoded = [pipeline.tokenizer.encode_padded([dataset.captions(row)[0]], length) for row in indices]
         text = torch.cat([tokens for tokens, _ in encoded]).to(mesh.device)
-        found["cut"].put(indices, torch.tensor([cut for _, cut in encoded]))
+        cut = torch.tensor([cut for _, cut in encoded], device=mesh.device)
         text_nats, code_nats = transformer_nats(pipeline.model, text, codes.flatten(1))
-        found["text"].put(indices, text_nats)
-        found["tokens"].put(indices, (text != PADDING).sum(dim=1))
-        found["codes"].put(indices, code_nats)
-        found["pixels"].put(indices, pixel_nats(vae, pixels, codes))
-    sums = {name: values.gather(mesh) for name, values in found.items()}
-    dimensions = 3 * size**2 * math.log(2)
+        columns = text_nats, (text != PADDING).sum(dim=1), code_nats, pixel_nats(vae, pixels, codes), cut
+        found.put(indices, torch.stack([column.double() for column in columns], dim=1))
+    sums, dimensions = found.gather(mesh), 3 * size**2 * math.log(2)
     for name, chosen in context.of_rows.items():
-        mean = {what: float(values[chosen].mean()) for what, values in sums.items()}
-        in_codes, in_pixels = mean["codes"] / dimensions, mean["pixels"] / dimensions
+        of_text, tokens, of_codes, of_pixels, share_cut = (float(each.mean()) for each in sums[chosen].T.contiguous())
+        in_codes, in_pixels = of_codes / dimensions, of_pixels / dimensions
         figures = {
-            "text_nats_per_token": mean["text"] / max(mean["tokens"], 1e-12),
-            "image_nats_per_token": mean["codes"] / pipeline.model.config.image_len,
+            "text_nats_per_token": of_text / max(tokens, 1e-12),
+            "image_nats_per_token": of_codes / pipeline.model.config.image_len,
             "codes_bits_per_dimension": in_codes,
             "pixels_bits_per_dimension": in_pixels,
             "bits_per_dimension": in_codes + in_pixels,
-            "captions_cut": mean["cut"],
+            "captions_cut": share_cut,
         }
         context.record(name, "likelihood", figures)
 
 
 def measure_real_matching(context: Context) -> None:
     """CLIP score and retrieval of the captions' own, real images: what to compare generated ones with. Collective."""
-    judge, captions, mesh = context.judge, context.captions, context.mesh
-    assert judge is not None
-    rows = sorted({caption.row for caption in captions})
-    embedded = GatheredRows(len(rows), (judge.config.embed_dim,), torch.float32)
-    for indices in shard_rows(len(rows), mesh, "real images and captions"):
+    rows = sorted({caption.row for caption in context.captions})
+
+    def embed(clip: Clip, indices: list[int]) -> Tensor:
         pixels = images_of(context.dataset, [rows[index] for index in indices], context.size)
-        embedded.put(indices, judge.embed_images(pixels.to(mesh.device).float() / 255))
+        return clip.embed_images(pixels.to(context.mesh.device).float() / 255)
+
+    images, texts = context.embedded(len(rows), embed, "real images and captions"), context.caption_embeddings
     place = {row: index for index, row in enumerate(rows)}
-    own = torch.tensor([place[caption.row] for caption in captions])
-    images, texts = embedded.gather(mesh), context.caption_embeddings
+    own = torch.tensor([place[caption.row] for caption in context.captions])
     for name, chosen in context.of_captions.items():
-        pool, inverse = own[chosen].unique(return_inverse=True)
-        ranks = retrieval_ranks(images[pool], texts[chosen], inverse)
-        figures = {"clip_score": float(clip_scores(images[own[chosen]], texts[chosen]).mean())}
-        context.record(name, "real", figures | recalls(ranks, len(pool)))
+        pool, own_in_pool = own[chosen].unique(return_inverse=True)
+        context.record(name, "real", _matching(images[pool], texts[chosen], own_in_pool))
 
 
-class BestOf:
-    """What is found of the best of the first n candidates of every caption.
-
-    Args:
-        n: how many there are to choose among.
-    """
-
-    def __init__(self, context: Context, n: int) -> None:
-        assert context.network is not None
-        count = len(context.captions)
-        self.context = context
-        self.n = n
-        self.looks = Appearance(context.network, context.radii, context.of_captions, generated=True)
-        self.picks = GatheredRows(count, dtype=torch.int64)
-        self.scores = GatheredRows(count)
-        self.images: GatheredRows | None = None
-        if context.judge is not None:
-            self.images = GatheredRows(count, (context.judge.config.embed_dim,), torch.float32)
-
-    def add(self, rows: list[int], picks: Tensor, scores: Tensor, pixels: Tensor) -> None:
-        """What was chosen for some captions.
-
-        Args:
-            picks: (B,) int64, the candidates' numbers.
-            scores: (B,) theirs.
-            pixels: (B, 3, size, size) uint8 images of them.
-        """
-        pixels = pixels.to(self.context.mesh.device)
-        self.picks.put(rows, picks)
-        self.scores.put(rows, scores)
-        self.looks.add(rows, pixels)
-        if self.images is not None and self.context.judge is not None:
-            self.images.put(rows, self.context.judge.embed_images(pixels.float() / 255))
-
-    def record(self, *, chosen_by_score: bool) -> list[int]:
-        """Compute the figures; the picks of all captions. Collective."""
-        context, mesh = self.context, self.context.mesh
-        apart = distances(context.reference, self.looks.summed(mesh))
-        scores = self.scores.gather(mesh)
-        images = self.images.gather(mesh) if self.images is not None else None
-        for name, members in context.of_captions.items():
-            figures = dict(apart[name])
-            if images is not None:
-                texts = context.caption_embeddings[members]
-                figures["clip_score"] = float(clip_scores(images[members], texts).mean())
-                figures |= recalls(retrieval_ranks(images[members], texts), int(members.sum()))
-            if chosen_by_score:
-                figures["reranker_score"] = 100 * float(scores[members].mean())
-            context.record(name, f"best_of_{self.n}", figures)
-        return self.picks.gather(mesh).tolist()
+def _matching(images: Tensor, texts: Tensor, own: Tensor) -> dict[str, float]:
+    """CLIP score and retrieval of embeddings (P, D) and (N, D), of which `own` (N,) is each caption's image."""
+    ranks = retrieval_ranks(images, texts, own)
+    return {"clip_score": float(clip_scores(images[own], texts).mean())} | recalls(ranks, len(images))
 
 
 def measure_generated(
@@ -295,36 +258,56 @@ def measure_generated(
         reranker: chooses; needed where an n is above 1.
 
     Returns:
-        One line per caption that says what was chosen.
+        For each caption, what was chosen.
     """
-    captions, mesh = context.captions, context.mesh
-    found = [BestOf(context, n) for n in numbers]
-    shown = GatheredRows(min(SHOWN, len(captions)), (len(numbers), pipeline.model.config.image_len), torch.int64)
-    for rows in shard_rows(len(captions), mesh, "captions", CAPTIONS):
+    captions, mesh, judge = context.captions, context.mesh, context.judge
+    count, every_n = len(captions), (len(numbers),)
+    looks = [context.appearance(context.of_captions) for _ in numbers]
+    picks, scores = GatheredRows(count, every_n, torch.int64), GatheredRows(count, every_n)
+    embedded = GatheredRows(count, (*every_n, judge.config.embed_dim), torch.float32) if judge is not None else None
+    shown = GatheredRows(min(SHOWN, count), (*every_n, pipeline.model.config.image_len), torch.int64)
+    for rows in shard_rows(count, mesh, "captions", CAPTIONS):
         codes = candidates.codes(rows)  # (B, N, W²)
-        scores = torch.zeros(codes.shape[:2], dtype=torch.float64)
+        of_all = torch.zeros(codes.shape[:2], dtype=torch.float64)
         if reranker is not None:
             for index, row in enumerate(rows):
-                scores[index] = torch.tensor(reranker(captions[row].text, pipeline.decode(codes[index])))
-        batch, best = torch.arange(len(rows)), []
-        for of_n in found:
-            picks = best_of(scores, of_n.n)
-            best.append(codes[batch, picks])
-            of_n.add(rows, picks, scores[batch, picks], generated_pixels(pipeline, best[-1], context.size))
+                of_all[index] = torch.tensor(reranker(captions[row].text, pipeline.decode(codes[index])))
+        best = torch.stack([best_of(of_all, n) for n in numbers], dim=1)
+        codes = codes[torch.arange(len(rows))[:, None], best]  # (B, numbers, W²)
+        picks.put(rows, best)
+        scores.put(rows, of_all.gather(1, best))
+        embeddings = []
+        for look, of_n in zip(looks, codes.unbind(dim=1), strict=True):
+            pixels = generated_pixels(pipeline, of_n, context.size).to(mesh.device)
+            look.add(rows, pixels)
+            if judge is not None:
+                embeddings.append(judge.embed_images(pixels.float() / 255))
+        if embedded is not None:
+            embedded.put(rows, torch.stack(embeddings, dim=1))
         on_sheet = [row for row in rows if row < SHOWN]
-        shown.put(on_sheet, torch.stack(best, dim=1)[: len(on_sheet)])
-    picks_of = [of_n.record(chosen_by_score=reranker is not None) for of_n in found]
-    on_sheet_codes = shown.gather(mesh)
+        shown.put(on_sheet, codes[: len(on_sheet)])
+    all_picks, all_scores, sheet_codes = (each.gather(mesh) for each in (picks, scores, shown))
+    images = embedded.gather(mesh) if embedded is not None else None
+    for index, (n, look) in enumerate(zip(numbers, looks, strict=True)):
+        apart, quality = distances(context.reference, look.summed(mesh)), inception_scores(look)
+        for name, members in context.of_captions.items():
+            figures = apart[name] | quality[name]
+            if images is not None:
+                own = torch.arange(int(members.sum()))
+                figures |= _matching(images[members, index], context.caption_embeddings[members], own)
+            if reranker is not None:
+                figures["reranker_score"] = 100 * float(all_scores[members, index].mean())
+            context.record(name, f"best_of_{n}", figures)
     if mesh.is_main:
         lines = []
-        for caption, of_caption in zip(captions, on_sheet_codes, strict=False):
+        for caption, of_caption in zip(captions, sheet_codes, strict=False):
             real = center_crop_resize(context.dataset.image(caption.row), context.size)
             lines.append((caption.text, [Image.fromarray(real), *pipeline.decode(of_caption)]))
         titles = ["real", *[f"best of {n}" for n in numbers]]
         context.sheets["pictures"] = image_grid(lines, titles=titles, cell=96, label_width=240)
     return [
-        {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), picks, strict=True))}
-        for caption, *picks in zip(captions, *picks_of, strict=True)
+        {"caption": caption.text, "row": caption.row, "best": dict(zip(map(str, numbers), chosen, strict=True))}
+        for caption, chosen in zip(captions, all_picks.tolist(), strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,11 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from dalle_ds.config.checks import positive
+from dalle_ds.config.plain import positive
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import RowError
-from dalle_ds.data.images import Pixels
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.embeddings import Embedder, IndexKind, PerceptualHashes, embed_split, nearest
+from dalle_ds.evaluation.embeddings import PERCEPTUAL_HASHES, Embedder, IndexKind, embed_split, nearest
 from dalle_ds.evaluation.pages import data_uri, encoded, write_template
 from dalle_ds.files import disk_full_is_a_data_error, write_json, write_text
 from dalle_ds.models import Clip
@@ -122,36 +122,23 @@ def find_overlap(
             f"both sets are the split {train.split!r} of {options.train}, each of whose images is its own duplicate: name "
             "another --split"
         )
-    if embedder is None:
-        embedder = _load(options)
+    embedder = embedder or _load(options)
     out = Path(options.out)
-    embedded = {
-        name: embed_split(
-            embedder,
-            dataset,
-            out / "embeddings" / name,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            say=say,
-        )
-        for name, dataset in (("train", train), ("validation", validation))
-    }
-    if not embedded["train"].readable.any():
+    embed = partial(embed_split, embedder, batch_size=options.batch_size, workers=options.workers, say=say)
+    of_train = embed(train, out / "embeddings" / "train")
+    of_validation = embed(validation, out / "embeddings" / "validation")
+    if not of_train.readable.any():
         raise DataError(f"no image of {train.data_dir / train.split} can be read: there is nothing to compare with")
-    rows = np.flatnonzero(embedded["validation"].readable)
+    rows = np.flatnonzero(of_validation.readable)
     cosines, numbers = nearest(
-        embedded["validation"].vectors[rows],
-        embedded["train"],
-        kind=options.index,
-        lists=options.lists,
-        probes=options.probes,
+        of_validation.vectors[rows], of_train, kind=options.index, lists=options.lists, probes=options.probes
     )
     found = Overlap(
         rows=rows,
-        unreadable=np.flatnonzero(~embedded["validation"].readable),
+        unreadable=np.flatnonzero(~of_validation.readable),
         nearest=numbers,
-        similarity=np.asarray(np.round(cosines.astype(np.float64), _DIGITS), dtype=np.float64),
-        training_unreadable=int((~embedded["train"].readable).sum()),
+        similarity=np.round(cosines.astype(np.float64), _DIGITS),
+        training_unreadable=int((~of_train.readable).sum()),
     )
     about: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -166,11 +153,7 @@ def find_overlap(
     if options.index == "ivf":
         about |= {"lists": options.lists, "probes": options.probes}
     with disk_full_is_a_data_error(out):
-        write_text(out / "neighbours.jsonl", _lines(found, train, validation))
-        write_template(out / "pairs.html", "overlap.html", _page(found, about, options, train, validation))
-        if options.threshold is not None:
-            chosen = {"threshold": options.threshold, "rows": found.at_or_above(options.threshold)}
-            write_json(out / "overlap.json", about | chosen)
+        _write(out, found, about, options, train, validation)
     for line in _summary(found, options):
         say(line)
     return found
@@ -178,68 +161,44 @@ def find_overlap(
 
 def _load(options: OverlapOptions) -> Embedder:
     if options.clip is None:
-        return PerceptualHashes()
+        return PERCEPTUAL_HASHES
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda finds no GPU: set --device cpu")
-    return Clip.from_pretrained(options.clip).to(options.device).eval()
+    clip = Clip.from_pretrained(options.clip, options.device)
+    return Embedder(clip.fingerprint, clip.config.image_size, clip.config.embed_dim, clip.embed_images)
 
 
-def _shown(found: Overlap, options: OverlapOptions) -> list[int]:
-    """Places in `found` of the pairs for the page, the most similar first.
-
-    In a set with many duplicates, the closest pairs are all beyond doubt; the others are there to find where doubt begins.
-    """
-    similarity, count = found.similarity, min(options.pairs, len(found.rows))
-    anchor = 1.0 if options.threshold is None else options.threshold
-    chosen = np.argsort(np.abs(similarity - anchor), kind="stable")[: -(-count // 2)].tolist()
-    rest = np.setdiff1d(np.arange(len(similarity)), chosen)
-    rest = rest[np.argsort(similarity[rest], kind="stable")]
-    for wanted in np.linspace(1, 0, count - len(chosen)) if len(rest) else ():
-        cosine = similarity[rest[0]] + wanted * (similarity[rest[-1]] - similarity[rest[0]])
-        place = int(np.abs(similarity[rest] - cosine).argmin())
-        chosen.append(int(rest[place]))
-        rest = np.delete(rest, place)
-        if len(rest) == 0:
-            break
-    return sorted(chosen, key=lambda place: (-similarity[place], place))
-
-
-def _page(
-    found: Overlap, about: dict[str, Any], options: OverlapOptions, train: PairDataset, validation: PairDataset
-) -> dict[str, Any]:
-    """What the page shows: pairs, the most similar first, and all similarities, by which its threshold moves."""
-    pairs = []
-    for place in _shown(found, options):
-        pair = _texts(found, place, train, validation)
-        images = _image(validation, pair["row"]), _image(train, pair["nearest"])
-        pair["pictures"] = [thumbnail_uri(image) for image in images]
-        pairs.append(pair)
+def _write(
+    out: Path,
+    found: Overlap,
+    about: dict[str, Any],
+    options: OverlapOptions,
+    train: PairDataset,
+    validation: PairDataset,
+) -> None:
+    """The files; pairs stand in them with the most similar first."""
+    order = np.argsort(-found.similarity, kind="stable").tolist()
+    pairs = {place: _pair(found, place, train, validation) for place in order}
+    lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs.values())
+    write_text(out / "neighbours.jsonl", "".join(lines))
+    chosen = _shown(found.similarity, options)
+    shown = [pair for place, pair in pairs.items() if place in chosen]
+    for pair in shown:
+        pair["pictures"] = [thumbnail_uri(validation, pair["row"]), thumbnail_uri(train, pair["nearest"])]
     threshold = options.threshold
     if threshold is None:
-        threshold = pairs[len(pairs) // 2]["similarity"] if pairs else 1.0
+        threshold = shown[len(shown) // 2]["similarity"] if shown else 1.0
+    # All similarities, by which the page's threshold moves.
     every = {"rows": found.rows.tolist(), "similarity": found.similarity.tolist()}
-    return {"about": about, **every, "threshold": threshold, "pairs": pairs}
+    page = {"about": about, **every, "threshold": threshold, "pairs": shown}
+    write_template(out / "pairs.html", "overlap.html", page)
+    if options.threshold is not None:
+        duplicates = {"threshold": options.threshold, "rows": found.at_or_above(options.threshold)}
+        write_json(out / "overlap.json", about | duplicates)
 
 
-def thumbnail_uri(pixels: Pixels) -> str:
-    """An image for the page, as an address."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
-    if max(image.size) < _SHOWN_SIDE:
-        return data_uri(encoded(image))
-    return data_uri(encoded(image, "JPEG", quality=90, subsampling=0), "jpeg")
-
-
-def _lines(found: Overlap, train: PairDataset, validation: PairDataset) -> str:
-    """A line of JSON for each validation image, the most similar first."""
-    places = np.argsort(-found.similarity, kind="stable")
-    return "".join(
-        json.dumps(_texts(found, int(place), train, validation), ensure_ascii=False) + "\n" for place in places
-    )
-
-
-def _texts(found: Overlap, place: int, train: PairDataset, validation: PairDataset) -> dict[str, Any]:
-    """A pair: numbers, names, captions."""
+def _pair(found: Overlap, place: int, train: PairDataset, validation: PairDataset) -> dict[str, Any]:
+    """Numbers, names and captions of a validation image and its neighbour."""
     row, other = int(found.rows[place]), int(found.nearest[place])
     return {
         "row": row,
@@ -259,11 +218,34 @@ def _text(read: Callable[[int], str], row: int) -> str:
         return "(unreadable)"
 
 
-def _image(dataset: PairDataset, row: int) -> Pixels:
+def _shown(similarity: npt.NDArray[np.float64], options: OverlapOptions) -> set[int]:
+    """Which pairs stand on the page.
+
+    In a set with many duplicates, the closest pairs are all beyond doubt; the others are there to find where doubt begins.
+    """
+    count = min(options.pairs, len(similarity))
+    anchor = 1.0 if options.threshold is None else options.threshold
+    chosen = np.argsort(np.abs(similarity - anchor), kind="stable")[: -(-count // 2)].tolist()
+    rest = np.setdiff1d(np.arange(len(similarity)), chosen)
+    rest = rest[np.argsort(similarity[rest], kind="stable")]
+    for wanted in np.linspace(1, 0, count - len(chosen)):
+        cosine = similarity[rest[0]] + wanted * (similarity[rest[-1]] - similarity[rest[0]])
+        place = int(np.abs(similarity[rest] - cosine).argmin())
+        chosen.append(int(rest[place]))
+        rest = np.delete(rest, place)
+    return set(chosen)
+
+
+def thumbnail_uri(dataset: PairDataset, row: int) -> str:
+    """An image for the page, as an address."""
     try:
-        return dataset.image(row)
+        image = Image.fromarray(dataset.image(row))
     except RowError:  # damaged since it was embedded
-        return np.full((1, 1, 3), 255, dtype=np.uint8)
+        image = Image.new("RGB", (1, 1), "white")
+    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+    if max(image.size) < _SHOWN_SIDE:
+        return data_uri(encoded(image))
+    return data_uri(encoded(image, "JPEG", quality=90, subsampling=0), "jpeg")
 
 
 def _summary(found: Overlap, options: OverlapOptions) -> list[str]:
@@ -278,13 +260,10 @@ def _summary(found: Overlap, options: OverlapOptions) -> list[str]:
         )
     lines.append(f"wrote {options.out}/neighbours.jsonl and {options.out}/pairs.html")
     if options.threshold is None:
-        lines.append(
-            "look at the page, choose a threshold, and call this again with --threshold, or save it on the page"
-        )
-    else:
-        rows = found.at_or_above(options.threshold)
-        share = len(rows) / max(1, len(found.rows))
-        lines.append(
-            f"wrote {options.out}/overlap.json: {len(rows):,} rows ({share:.1%}) at or above {options.threshold:g}"
-        )
-    return lines
+        return [
+            *lines,
+            "look at the page, choose a threshold, and call this again with --threshold, or save it on the page",
+        ]
+    rows = found.at_or_above(options.threshold)
+    share = f"{len(rows):,} rows ({len(rows) / max(1, len(found.rows)):.1%}) at or above {options.threshold:g}"
+    return [*lines, f"wrote {options.out}/overlap.json: {share}"]

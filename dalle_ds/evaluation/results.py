@@ -8,11 +8,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from PIL import Image
+from rich.console import Console
 from rich.table import Table
 
+from dalle_ds.cli import parse_options
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.curves import best_of_curves
 from dalle_ds.evaluation.pages import encoded, figures_table, image_element, write_document
@@ -131,25 +134,53 @@ MEANING = {
 }
 
 
-def console_table(result: Result) -> Table:
-    """The figures as a table."""
-    table = Table("figure", "value", "meaning", title="evaluation")
-    for name, value in result.metrics.items():
-        table.add_row(name, f"{value:.4f}", meaning(name))
-    return table
-
-
-def comparison_table(figures: Mapping[str, tuple[float, float]], names: tuple[str, str]) -> Table:
-    """Figures of two results side by side."""
-    table = Table("figure", *names, "difference")
-    for name, (one, other) in figures.items():
-        table.add_row(name, f"{one:.4f}", f"{other:.4f}", f"{other - one:+.4f}")
-    return table
-
-
 def meaning(name: str) -> str:
     """What a figure is, by a part of its name."""
     return next((MEANING[part] for part in name.split("/") if part in MEANING), "")
+
+
+def print_result(result: Result) -> None:
+    """Print the figures as a table, and the notes."""
+    table = Table("figure", "value", "meaning", title="evaluation")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.4f}", meaning(name))
+    console = _console()
+    console.print(table, *[f"note: {note}" for note in result.notes], sep="\n")
+
+
+def _console() -> Console:
+    return Console(width=None if Console().is_terminal else 140)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Show the figures of two evaluations side by side, if they were measured by one protocol."""
+
+    results: tyro.conf.Positional[tuple[str, str]]
+    """Two files result.json."""
+    allow: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Field of the protocol that may differ, such as generation.sampling.guidance; given again, another one."""
+
+
+def compare_command(arguments: Sequence[str]) -> None:
+    """Print the figures of two results side by side.
+
+    Raises:
+        ConfigError: their protocols differ.
+        DataError: a file is no result.
+    """
+    options = parse_options(CompareOptions, arguments)
+    one, other = (Result.load(path) for path in options.results)
+    figures = compare(one, other, options.allow)
+    console = _console()
+    for name in sorted({*one.models, *other.models}):
+        models = [str(result.models.get(name))[:12] for result in (one, other)]
+        same = one.models.get(name) == other.models.get(name)
+        console.print(f"{name}: " + ("the same" if same else " and ".join(models)))
+    table = Table("figure", *options.results, "difference")
+    for name, (before, after) in figures.items():
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    console.print(table)
 
 
 SHEETS = {

@@ -36,7 +36,7 @@ Selections = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption to draw an image for."""
+    """A caption to generate an image for."""
 
     row: int
     """Whose it is."""
@@ -44,13 +44,9 @@ class Caption:
 
 
 def choose_captions(dataset: PairDataset, number: int | None, seed: int) -> list[Caption]:
-    """A random choice among the different captions of a split.
+    """A random choice of `number` of the different captions of a split, or all; of equal ones the first counts.
 
-    Of equal captions the first one counts. The choice depends on the captions and the seed only; a greater number chooses the
-    same ones and more.
-
-    Args:
-        number: how many; None, or more than there are, takes all.
+    It depends on the captions and the seed only; a greater number chooses the same ones and more.
     """
     different: dict[str, int] = {}
     for row in range(len(dataset)):
@@ -80,10 +76,7 @@ def to_size(pixels: Tensor, size: int) -> Tensor:
 
 
 def without_overlap(path: str | Path, dataset: PairDataset) -> Tensor:
-    """(rows,) bool: False where the overlap analysis lists the row.
-
-    Args:
-        path: JSON of {"split": …, "fingerprint": …, "rows": […]}.
+    """(rows,) bool: False where the overlap analysis, JSON of {"split": …, "fingerprint": …, "rows": […]}, lists the row.
 
     Raises:
         DataError: the file is damaged, of other data or another split, or leaves no two rows.
@@ -119,26 +112,23 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        found = walk(self.folder) if self.folder.is_dir() else []
-        taken = [entry for entry in found if entry.problem is None and is_read(entry.name)]
-        self.paths = [entry.path for entry in taken]
+        self.paths: list[Path] = []
+        left_out: dict[str, list[str]] = {}
+        for entry in walk(self.folder) if self.folder.is_dir() else []:
+            if entry.problem is None and is_read(entry.name):
+                self.paths.append(entry.path)
+            else:
+                left_out.setdefault(entry.unpaired().reason, []).append(entry.name)
         if len(self.paths) < 2:
             raise DataError(f"{folder} is no folder of at least 2 images ({', '.join(image_suffixes())})")
-        self.left_out: dict[str, list[str]] = {}
-        """Reason → names of what else lies there."""
-        for entry in found:
-            if entry.problem is not None or not is_read(entry.name):
-                self.left_out.setdefault(entry.unpaired().reason, []).append(entry.name)
+        self.notes = [
+            f"{self.folder}: left out {len(names):,}: {reason}, such as {names[0]}"
+            for reason, names in left_out.items()
+        ]
+        """A sentence for each reason for which something is left out."""
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def notes(self) -> list[str]:
-        """A sentence for each reason for which something is left out."""
-        return [
-            f"{self.folder}: left out {len(names):,}: {reason}, such as {names[0]}"
-            for reason, names in self.left_out.items()
-        ]
 
     def read(self, row: int, size: int | None = None) -> tuple[Pixels, bytes]:
         """An image, (H, W, 3), resized and cropped as `RESIZE` says where a size is given, and the SHA-256 of its file.

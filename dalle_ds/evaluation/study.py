@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from PIL import Image
@@ -37,16 +37,13 @@ KEY_NAME = "key.json"
 KIND, VOTES_KIND = "key of a study", "votes of a study"
 QUESTIONS = {"realism": "more realistic", "caption": "matches the caption"}
 Choice = Literal["a", "b", "tie"]
+CHOICES: tuple[Choice, ...] = ("a", "b", "tie")
 VOTERS = 5
 """Distinct voters that each pair should have (DALL·E App. F)."""
 FAST_SECONDS = 4.0
 """Answers that take less are hasty (DALL·E App. F)."""
-HASTY_SHARE = 0.5
-"""Voters with this share of hasty answers or more …"""
-DISSENT_SHARE = 0.5
-"""… who contradict the majority of the others this often or more, did not look."""
-_LONGEST = 1e9
-"""Seconds that no answer takes."""
+HASTY_SHARE = DISSENT_SHARE = 0.5
+"""Voters with these shares of hasty answers, and of answers against the majority of the others, or more, did not look."""
 Z = 1.959964
 """Of 95 % intervals."""
 
@@ -170,14 +167,13 @@ def images_by_caption(source: str, captions: Sequence[str] | None) -> dict[str, 
     listed = path / LIST_NAME if path.is_dir() else path
     if listed.is_file():
         found = _listed(listed)
-        missing = [caption for caption in captions or () if caption not in found]
-        if missing:
+        if missing := [caption for caption in captions or () if caption not in found]:
             raise DataError(f"{listed} has no image of the caption {missing[0]!r}")
         return found if captions is None else {caption: found[caption] for caption in captions}
     if not path.is_dir():
         raise DataError(f"no images at {source}: name a folder, or a {LIST_NAME}")
     if captions is None:
-        raise DataError(f"{source} has no {LIST_NAME}: say with --captions what its images were drawn for")
+        raise DataError(f"{source} has no {LIST_NAME}: say with --captions what its images were generated for")
     files = sorted((file for file in path.iterdir() if is_read(file.name)), key=_natural)
     if len(files) != len(captions):
         raise DataError(f"{source} has {len(files)} images for {len(captions)} captions: it needs one for each")
@@ -195,9 +191,9 @@ def _listed(path: Path) -> dict[str, Path]:
             raise DataError(f'{path} must hold a list of {{"caption", "picture"}}, found {shown(entry)}')
         # The first of a caption is the best of its candidates.
         found.setdefault(entry["caption"], path.parent / entry["picture"])
-    absent = next((image for image in found.values() if not image.is_file()), None)
-    if absent is not None:
-        raise DataError(f"{path} names {absent}, which is not there")
+    for image in found.values():
+        if not image.is_file():
+            raise DataError(f"{path} names {image}, which is not there")
     return found
 
 
@@ -209,8 +205,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 # --- votes --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Vote:
+class Vote(NamedTuple):
     """One answer."""
 
     pair: str
@@ -290,12 +285,7 @@ def read_key(path: str | Path) -> dict[str, Any]:
         raise DataError(f"no study at {path}: {file} cannot be read ({error})") from error
     if not isinstance(key, dict) or key.get("kind") != KIND:
         raise DataError(f"{file} is not the key of a study: name the folder that `study.py make` made")
-    pairs, fields = key.get("pairs"), {"id": str, "page": int, "a_is": str}
-    whole = isinstance(pairs, list) and all(
-        isinstance(pair, dict) and all(isinstance(pair.get(name), kind) for name, kind in fields.items())
-        for pair in pairs
-    )
-    if not whole or not (is_text(key.get("a")) and is_text(key.get("b"))) or key.get("study") != study_name(key):
+    if not (is_text(key.get("a")) and is_text(key.get("b"))) or key.get("study") != study_name(key):
         raise DataError(f"{file} is damaged: make the study again, of the same images and with the same seed")
     return key
 
@@ -335,17 +325,15 @@ def read_votes(paths: Sequence[str | Path], key: dict[str, Any]) -> list[Vote]:
 
 def _vote(answer: Any, content: dict[str, Any], pairs: dict[str, dict[str, Any]]) -> Vote | None:
     """An answer of a page; None where it is none."""
-    if not isinstance(answer, dict) or not isinstance(answer.get("pair"), str):
+    try:
+        pair, question, side, seconds = pairs[answer["pair"]], answer["question"], answer["answer"], answer["seconds"]
+        known = question in QUESTIONS and side in ("left", "right", "tie") and pair["page"] == content.get("page")
+    except (KeyError, TypeError):  # something is missing, or not even a name
         return None
-    pair, side, seconds = pairs.get(answer["pair"]), answer.get("answer"), answer.get("seconds")
-    if pair is None or pair["page"] != content.get("page") or answer.get("question") not in tuple(QUESTIONS):
-        return None
-    if side not in ("left", "right", "tie") or isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        return None
-    if not 0 <= seconds < _LONGEST:
+    if not known or type(seconds) not in (int, float) or not 0 <= seconds < 1e9:
         return None
     choice: Choice = "tie" if side == "tie" else "a" if side == pair["a_is"] else "b"
-    return Vote(pair["id"], answer["question"], content["voter"], choice, float(seconds))
+    return Vote(pair["id"], question, content["voter"], choice, float(seconds))
 
 
 def majority(votes: Mapping[Choice, int]) -> Choice:
@@ -371,11 +359,13 @@ def tally(votes: Sequence[Vote], question: str, pairs: int) -> dict[str, Any]:
         if vote.question == question:
             of_pairs[vote.pair][vote.choice] += 1
     won, every = Counter(map(majority, of_pairs.values())), sum(of_pairs.values(), Counter())
-    choices, voted = get_args(Choice), len(of_pairs)
-    found: dict[str, Any] = {choice: won[choice] for choice in choices}
-    found["votes"] = {choice: every[choice] for choice in choices}
-    found["pairs"] = voted
-    found["pairs_with_fewer_than_5_voters"] = pairs - sum(each.total() >= VOTERS for each in of_pairs.values())
+    voted = len(of_pairs)
+    found: dict[str, Any] = {
+        **{choice: won[choice] for choice in CHOICES},
+        "votes": {choice: every[choice] for choice in CHOICES},
+        "pairs": voted,
+        "pairs_with_fewer_than_5_voters": pairs - sum(each.total() >= VOTERS for each in of_pairs.values()),
+    }
     if voted:
         share = (won["a"] + won["tie"] / 2) / voted
         found |= {"share_a": share, "share_b": 1 - share, "half_width_95": normal_half_width(share, voted)}
@@ -392,17 +382,16 @@ def judge_voters(votes: Sequence[Vote]) -> list[dict[str, Any]]:
         dissent: share of them against the majority of the other voters, where these have one.
         flagged: whether the voter seems not to have looked.
     """
-    of_questions: dict[tuple[str, str], list[Vote]] = defaultdict(list)
+    of_questions: dict[tuple[str, str], Counter[Choice]] = defaultdict(Counter)
     of_voters: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
-        of_questions[vote.pair, vote.question].append(vote)
+        of_questions[vote.pair, vote.question][vote.choice] += 1
         of_voters[vote.voter].append(vote)
     voters = []
     for name, own in of_voters.items():
         against = []
         for vote in own:
-            others = of_questions[vote.pair, vote.question]
-            expected = majority(Counter(other.choice for other in others if other.voter != name))
+            expected = majority(of_questions[vote.pair, vote.question] - Counter([vote.choice]))
             if expected != "tie":
                 against.append(vote.choice != expected)
         hasty = sum(vote.seconds < FAST_SECONDS for vote in own) / len(own)

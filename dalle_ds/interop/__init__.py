@@ -1,12 +1,14 @@
-"""Models that others published, read without running anything that their files ask for."""
+"""Models that others published, read without running anything that their files ask for.
+
+Over its size, since five layouts of CLIP are read, whatever does not fit in any is named, and no file may take much of little.
+"""
 
 from dalle_ds.interop.clip_export import export_clip
 from dalle_ds.interop.clip_import import import_clip, load_clip
 from dalle_ds.interop.openai_dvae import import_openai_dvae, load_openai_dvae
-from dalle_ds.interop.torch_files import TORCH_CLASSES, load_tensors
+from dalle_ds.interop.torch_files import load_tensors
 
 __all__ = [
-    "TORCH_CLASSES",
     "export_clip",
     "import_clip",
     "import_openai_dvae",

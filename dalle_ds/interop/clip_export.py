@@ -44,7 +44,7 @@ def export_clip(model: Clip, out: str | Path, format: ClipFormat) -> None:
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     try:
         with built_beside(folder) as partial:
-            _WRITERS[format](model.config, weights, partial)
+            _write(model.config, weights, format, partial)
             if model.tokenizer is not None:
                 model.tokenizer.save(partial)
                 if format == "hf":
@@ -75,17 +75,17 @@ def _check(config: ClipConfig, format: ClipFormat) -> None:
             )
 
 
-def _write_openai(config: ClipConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    torch.save(_contiguous(to_openai(weights, config)), folder / "model.pt")
-
-
-def _write_open_clip(config: ClipConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    save_file(_contiguous(to_openai(weights, config)), folder / OPEN_CLIP_WEIGHTS[0], metadata={"format": "pt"})
-    write_json(folder / OPEN_CLIP_CONFIG, open_clip_config(config))
-
-
-def _write_huggingface(config: ClipConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    save_file(_contiguous(to_huggingface(weights)), folder / HF_WEIGHTS[0], metadata={"format": "pt"})
+def _write(config: ClipConfig, weights: dict[str, Tensor], format: ClipFormat, folder: Path) -> None:
+    theirs = to_huggingface(weights) if format == "hf" else to_openai(weights, config)
+    theirs = {name: value.contiguous() for name, value in theirs.items()}
+    if format == "openai":
+        torch.save(theirs, folder / "model.pt")
+        return
+    file = HF_WEIGHTS[0] if format == "hf" else OPEN_CLIP_WEIGHTS[0]
+    save_file(theirs, folder / file, metadata={"format": "pt"})
+    if format == "open_clip":
+        write_json(folder / OPEN_CLIP_CONFIG, open_clip_config(config))
+        return
     write_json(folder / HF_CONFIG, {"architectures": ["CLIPModel"], "model_type": "clip", **huggingface_config(config)})
     size = config.image_size
     preprocessor = {
@@ -103,13 +103,6 @@ def _write_huggingface(config: ClipConfig, weights: dict[str, Tensor], folder: P
         "do_convert_rgb": True,
     }
     write_json(folder / HF_PREPROCESSOR, preprocessor)
-
-
-_WRITERS = {"openai": _write_openai, "open_clip": _write_open_clip, "hf": _write_huggingface}
-
-
-def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.contiguous() for name, value in weights.items()}
 
 
 def _describe_tokenizer(tokenizer: ClipTokenizer, config: ClipConfig, folder: Path) -> None:

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_ds.config import ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.clip_layouts import (
     HF_MARK,
     OPENAI_MARK,
@@ -31,10 +28,10 @@ from dalle_ds.interop.clip_layouts import (
     to_openai,
     unwrapped,
 )
-from dalle_ds.interop.openai_dvae import SOURCE_NAME, sha256_of
+from dalle_ds.interop.openai_dvae import described, exported
 from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.models.clip import Clip
-from dalle_ds.models.pretrained import check_shapes, load_weights
+from dalle_ds.models.pretrained import check_shapes, load_weights, read_safetensors
 from dalle_ds.parsing import parse_json
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
@@ -83,29 +80,25 @@ def load_clip(
         CheckpointError: a file that cannot be read or is not trusted, or a tensor or field that no CLIP of ours has, named.
         ConfigError: a format or tokenizer that does not fit the source.
     """
-    model, _ = _load(Path(source), format, tokenizer, activation)
-    return model
-
-
-def _load(
-    path: Path, format: ClipFormat | Literal["auto"], tokenizer: str | Path | None, activation: Activation | None
-) -> tuple[Clip, Path]:
-    """The model, and its file of weights."""
-    chosen = _format(path) if format == "auto" else format
+    path = Path(source)
+    chosen, file = _found(path, format)
     if format == "auto" and chosen == "openai" and path.name in OPEN_CLIP_WEIGHTS and activation is None:
         raise ConfigError(
             f"{path} does not say the activation of its model, and there is no {OPEN_CLIP_CONFIG} beside it: put it there, or "
             "give --activation gelu, as most of open_clip's have, or quick_gelu"
         )
-    file = _weights_file(path, chosen)
     config, weights = _READERS[chosen](file, activation)
     if activation is not None and config.activation != activation:
         raise ConfigError(f"{path} is a model with activation {config.activation}, found {activation}: leave it out")
-    # What lies beside a single file of OpenAI's need not be its own.
-    folder = path if path.is_dir() else file.parent if chosen != "openai" else None
-    model = Clip(config, tokenizer=_tokenizer(folder, tokenizer, config))
+    special = {"start": config.start, "end": config.end}
+    found = None
+    if tokenizer is not None:
+        found = ClipTokenizer.load(tokenizer, **special)
+    elif path.is_dir() or chosen != "openai":  # what lies beside a single file of OpenAI's need not be its own
+        found = ClipTokenizer.find(file.parent, **special)
+    model = Clip(config, tokenizer=found)
     load_weights(model, weights, file)
-    return model.eval(), file
+    return model.eval()
 
 
 def import_clip(
@@ -122,19 +115,16 @@ def import_clip(
         CheckpointError: as `load_clip`, or the folder cannot be written.
         ConfigError: as `load_clip`, or `out` is there already, and is something else than an imported model.
     """
-    folder = Path(out)
-    if folder.exists() and not (folder / SOURCE_NAME).is_file():
-        raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
-    model, weights = _load(Path(source), format, tokenizer, activation)
-    try:
-        with built_beside(folder) as beside:
-            model.save_pretrained(beside)
-            parts = {part.name: sha256_of(part) for part in _parts(weights)} if weights.name.endswith(_INDEX) else {}
-            described = {"file": weights.name, "sha256": sha256_of(weights), **({"parts": parts} if parts else {})}
-            write_json(beside / SOURCE_NAME, described)
-    except OSError as error:
-        raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
-    return model
+
+    def make() -> tuple[Clip, dict[str, Any]]:
+        model = load_clip(source, format, tokenizer=tokenizer, activation=activation)
+        _, file = _found(Path(source), format)
+        found: dict[str, Any] = dict(described(file))
+        if file.name.endswith(_INDEX):
+            found["parts"] = {part.name: described(part)["sha256"] for part in _parts(file)}
+        return model, found
+
+    return exported(make, out)
 
 
 def _format(path: Path) -> ClipFormat:
@@ -153,17 +143,18 @@ def _format(path: Path) -> ClipFormat:
     raise CheckpointError(f"{path} holds no CLIP: it has none of {', '.join(_MARKS.values())}")
 
 
-def _weights_file(path: Path, format: ClipFormat) -> Path:
-    """The file of weights: `path` itself, or the one in that folder."""
+def _found(path: Path, format: ClipFormat | Literal["auto"]) -> tuple[ClipFormat, Path]:
+    """The layout, and the file of weights: `path` itself, or the one in that folder."""
+    chosen = _format(path) if format == "auto" else format
     if path.is_file():
-        return path
-    names = _WEIGHTS[format]
-    found = next((path / name for name in names if (path / name).is_file()), None)
-    if found is None:
+        return chosen, path
+    names = _WEIGHTS[chosen]
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
         raise CheckpointError(
             f"{path} has no file of weights: it has none of {', '.join(names)} (parts are not read without their {_INDEX})"
         )
-    return found
+    return chosen, file
 
 
 Read = tuple[ClipConfig, dict[str, Tensor]]
@@ -193,7 +184,7 @@ def _read_huggingface(file: Path, activation: Activation | None) -> Read:
     description = file.parent / HF_CONFIG
     config = from_huggingface_config(_json(description), _preprocessor(file.parent), str(description))
     weights = plain_huggingface(unwrapped(_tensors(file), HF_MARK, str(file)))
-    check_shapes(lambda: _InTheirLayout(config, to_huggingface), config, weights, file)
+    check_shapes(lambda: Clip(config), config, weights, file, to_huggingface)
     return config, from_huggingface(weights)
 
 
@@ -214,38 +205,15 @@ _READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
 
 
 def _from_openai(weights: Mapping[str, Tensor], config: ClipConfig, file: Path) -> dict[str, Tensor]:
-    check_shapes(lambda: _InTheirLayout(config, partial(to_openai, config=config)), config, weights, file)
+    check_shapes(lambda: Clip(config), config, weights, file, partial(to_openai, config=config))
     return from_openai(weights, config)
-
-
-class _InTheirLayout(nn.Module):
-    """A CLIP whose state dict has another layout, so that an error tells the names in the file."""
-
-    def __init__(self, config: ClipConfig, layout: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        super().__init__()
-        self.clip = Clip(config)
-        self.layout = layout
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors in that layout."""
-        return self.layout(self.clip.state_dict())
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """Tensors of a file, in fp32, or of the files that an index lists."""
     if file.name.endswith(_INDEX):
         return _tensors_of_parts(file)
-    if file.suffix == ".safetensors":
-        try:
-            found = load_file(file)
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-        ) as error:  # KeyError: a dtype that this version of safetensors lacks
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    else:
-        found = load_tensors(file, classes=None)
+    found = read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, classes=None)
     return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in found.items()}
 
 
@@ -282,9 +250,3 @@ def _json(file: Path) -> Any:
         return parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _tokenizer(folder: Path | None, tokenizer: str | Path | None, config: ClipConfig) -> ClipTokenizer | None:
-    if tokenizer is not None:
-        return ClipTokenizer.load(tokenizer, start=config.start, end=config.end)
-    return None if folder is None else ClipTokenizer.find(folder, start=config.start, end=config.end)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dalle_ds.config import ClipConfig, from_dict
 from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.models.clip import HUGGINGFACE_FIELDS
 
 # Patterns of our names and OpenAI's, of tensors that are the same in both.
 _SAME = (
@@ -225,19 +226,10 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
         }
         for tower in ("vision", "text")
     )
-    usual = ClipConfig()
     fields = {
-        "embed_dim": values.get("projection_dim", usual.embed_dim),
-        "image_size": _side(vision.get("image_size", usual.image_size)),
-        "patch_size": _side(vision.get("patch_size", usual.patch_size)),
-        "vision_width": vision.get("hidden_size", usual.vision_width),
-        "vision_depth": vision.get("num_hidden_layers", usual.vision_depth),
-        "vision_heads": vision.get("num_attention_heads", usual.vision_heads),
-        "text_width": text.get("hidden_size", usual.text_width),
-        "text_depth": text.get("num_hidden_layers", usual.text_depth),
-        "text_heads": text.get("num_attention_heads", usual.text_heads),
-        "text_len": text.get("max_position_embeddings", usual.text_len),
-        "text_vocab": text.get("vocab_size", usual.text_vocab),
+        "embed_dim": values.get("projection_dim", ClipConfig.embed_dim),
+        **_fields(vision, HUGGINGFACE_FIELDS["vision"]),
+        **_fields(text, HUGGINGFACE_FIELDS["text"]),
         "activation": text.get("hidden_act", "quick_gelu"),
     }
     # Files of before 2023 say 2, which is wrong, and which transformers takes for "where the greatest token is".
@@ -249,11 +241,11 @@ def from_huggingface_config(values: Any, preprocessor: Any, where: str) -> ClipC
     for tower, part in (("vision", vision), ("text", text)):
         _check_huggingface_tower(tower, part, fields[f"{tower}_width"], fields["activation"], where)
     config = _config({**fields, **_standardization(preprocessor, "image_mean", "image_std", where)}, where)
-    _check_huggingface_pictures(preprocessor or {}, config.image_size, where)
+    _check_preprocessor(preprocessor or {}, config.image_size, where)
     return config
 
 
-def _check_huggingface_pictures(preprocessor: dict[str, Any], size: int, where: str) -> None:
+def _check_preprocessor(preprocessor: dict[str, Any], size: int, where: str) -> None:
     """Refuse images that are not resized to `size` along the shorter side, cut and standardized."""
     # Older files have numbers for sizes. A height and a width would squeeze the image, where it is not cut.
     allowed: dict[str, tuple[Any, ...]] = {
@@ -279,15 +271,27 @@ def _check_huggingface_tower(tower: str, part: dict[str, Any], width: Any, activ
     }
     # What transformers takes where the file says nothing.
     usual = {**wanted, "intermediate_size": 3072 if tower == "vision" else 2048, "hidden_act": "quick_gelu"}
-    for name, value in wanted.items():
-        if part.get(name, usual[name]) != value:
-            raise _unknown(where, f"{tower}_config.{name}", part.get(name, usual[name]), value)
+    _check({**usual, **part}, wanted, where, f"{tower}_config.")
 
 
-_OPEN_CLIP_READ = {
-    "vision_cfg": {"layers", "width", "head_width", "patch_size", "image_size"},
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "pool_type", "eos_id"},
+_OPEN_CLIP_FIELDS = {
+    "vision_cfg": {
+        "image_size": "image_size",
+        "layers": "vision_depth",
+        "width": "vision_width",
+        "patch_size": "patch_size",
+    },
+    "text_cfg": {
+        "context_length": "text_len",
+        "vocab_size": "text_vocab",
+        "width": "text_width",
+        "heads": "text_heads",
+        "layers": "text_depth",
+    },
 }
+_OPEN_CLIP_READ = {"vision_cfg": ("head_width",), "text_cfg": ("eos_id",)}
+"""Besides these."""
+_OPEN_CLIP_POOLS = {"vision_cfg": ("tok",), "text_cfg": ("argmax", "eos")}
 _OPEN_CLIP_PLAIN: dict[str, Any] = {
     "mlp_ratio": 4.0,
     "ls_init_value": None,
@@ -321,40 +325,33 @@ def from_open_clip_config(values: Any, where: str) -> ClipConfig:
     """
     values = _mapping(values, where)
     model = _mapping(values.get("model_cfg"), f"{where} model_cfg")
-    parts = {name: _mapping(model.get(name), f"{where} {name}") for name in _OPEN_CLIP_READ}
+    parts = {name: _mapping(model.get(name), f"{where} {name}") for name in _OPEN_CLIP_FIELDS}
     vision, text = parts["vision_cfg"], {"pool_type": "argmax", **parts["text_cfg"]}
-    for name in ("multimodal_cfg", "init_logit_bias"):
-        if model.get(name) is not None:
-            raise _unknown(where, name, model[name], None)
-    for tower, part in (("vision_cfg", {"pool_type": "tok", **vision}), ("text_cfg", text)):
+    _check(model, {"multimodal_cfg": None, "init_logit_bias": None}, where)
+    for tower, part in parts.items():
         for name, value in part.items():
-            allowed = {"pool_type": ("tok",) if tower == "vision_cfg" else ("argmax", "eos")}.get(name)
-            if name in _OPEN_CLIP_PLAIN:
+            allowed: tuple[Any, ...] = ()
+            if name == "pool_type":
+                allowed = _OPEN_CLIP_POOLS[tower]
+            elif name in _OPEN_CLIP_PLAIN:
                 allowed = (_OPEN_CLIP_PLAIN[name],)
-            idle = name in _OPEN_CLIP_READ[tower] or (name not in _OPEN_CLIP_PLAIN and name.startswith(_OPEN_CLIP_IDLE))
-            if value not in allowed if allowed is not None else not idle:
-                raise _unknown(where, f"{tower}.{name}", value, allowed and allowed[0])
-    width, head = vision.get("width", 768), vision.get("head_width", 64)
+            elif name in (*_OPEN_CLIP_FIELDS[tower], *_OPEN_CLIP_READ[tower]) or name.startswith(_OPEN_CLIP_IDLE):
+                continue
+            if value not in allowed:
+                raise _unknown(where, f"{tower}.{name}", value, allowed[0] if allowed else None)
     fields = {
         "embed_dim": model.get("embed_dim"),
-        "image_size": _side(vision.get("image_size", 224)),
-        "patch_size": vision.get("patch_size", 16),
-        "vision_width": width,
-        "vision_depth": vision.get("layers", 12),
-        "vision_heads": width // head if isinstance(width, int) and isinstance(head, int) and head > 0 else None,
-        "text_width": text.get("width", 512),
-        "text_depth": text.get("layers", 12),
-        "text_heads": text.get("heads", 8),
-        "text_len": text.get("context_length", 77),
-        "text_vocab": text.get("vocab_size", 49_408),
+        **_fields({"patch_size": 16, **vision}, _OPEN_CLIP_FIELDS["vision_cfg"]),
+        **_fields(text, _OPEN_CLIP_FIELDS["text_cfg"]),
         "activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu",
     }
+    width, head = fields["vision_width"], vision.get("head_width", 64)
+    fields["vision_heads"] = width // head if isinstance(width, int) and isinstance(head, int) and head > 0 else None
     if text["pool_type"] == "eos":
         fields["end_token"] = text.get("eos_id", 2)
     preprocess = _mapping(values.get("preprocess_cfg") or {}, f"{where} preprocess_cfg")
-    for name, wanted in (("mode", "RGB"), ("interpolation", "bicubic"), ("resize_mode", "shortest")):
-        if preprocess.get(name, wanted) != wanted:
-            raise _unknown(where, f"preprocess_cfg.{name}", preprocess[name], wanted)
+    usual = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    _check(preprocess, usual, where, "preprocess_cfg.")
     config = _config({**fields, **_standardization(preprocess, "mean", "std", where)}, where)
     if _side(preprocess.get("size") or config.image_size) != config.image_size:
         raise _unknown(where, "preprocess_cfg.size", preprocess["size"], config.image_size)
@@ -364,28 +361,12 @@ def from_open_clip_config(values: Any, where: str) -> ClipConfig:
 def open_clip_config(config: ClipConfig) -> dict[str, Any]:
     """The content of the `open_clip_config.json` of a model of this shape."""
     size = config.image_size
-    text: dict[str, Any] = {
-        "context_length": config.text_len,
-        "vocab_size": config.text_vocab,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_depth,
-    }
+    model: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu"}
+    for tower, fields in _OPEN_CLIP_FIELDS.items():
+        model[tower] = {theirs: getattr(config, ours) for theirs, ours in fields.items()}
+    model["vision_cfg"]["head_width"] = config.vision_width // config.vision_heads
     if config.end != config.text_vocab - 1:
-        text |= {"pool_type": "eos", "eos_id": config.end}
-    vision = {
-        "image_size": size,
-        "layers": config.vision_depth,
-        "width": config.vision_width,
-        "head_width": config.vision_width // config.vision_heads,
-        "patch_size": config.patch_size,
-    }
-    model = {
-        "embed_dim": config.embed_dim,
-        "quick_gelu": config.activation == "quick_gelu",
-        "vision_cfg": vision,
-        "text_cfg": text,
-    }
+        model["text_cfg"] |= {"pool_type": "eos", "eos_id": config.end}
     preprocess = {
         "size": [size, size],
         "mode": "RGB",
@@ -410,6 +391,12 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def _fields(part: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Our fields of a tower, with our defaults, most of which are those of others; `names` are theirs and ours."""
+    found = {ours: part.get(theirs, getattr(ClipConfig, ours)) for theirs, ours in names.items()}
+    return {name: _side(value) if name in ("image_size", "patch_size") else value for name, value in found.items()}
+
+
 def _side(value: Any) -> Any:
     """Of a square, of which both sides may be given."""
     return value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
@@ -419,6 +406,13 @@ def _standardization(values: Any, mean: str, std: str, where: str) -> dict[str, 
     names = {"image_mean": mean, "image_std": std}
     found = {} if values is None else _mapping(values, where)
     return {ours: found[theirs] for ours, theirs in names.items() if theirs in found}
+
+
+def _check(values: dict[str, Any], wanted: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Refuse fields, where there are any, of other values."""
+    for name, value in wanted.items():
+        if values.get(name, value) != value:
+            raise _unknown(where, f"{prefix}{name}", values[name], value)
 
 
 def _unknown(where: str, name: str, found: Any, wanted: Any) -> CheckpointError:

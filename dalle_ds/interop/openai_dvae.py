@@ -6,8 +6,9 @@ Neither the package nor the files' pickled code is run (`dalle_ds.interop.torch_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,9 +16,11 @@ from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.torch_files import load_tensors
+from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
-from dalle_ds.models.pretrained import check_shapes, load_weights
+from dalle_ds.models.pretrained import loaded
 
+Model = TypeVar("Model", Clip, DiscreteVAE)
 SOURCE_NAME = "source.json"
 """Which files an imported model was made from, in its folder."""
 _GROUPS = 4  # dall_e has no other number
@@ -52,10 +55,7 @@ def load_openai_dvae(encoder: str | Path, decoder: str | Path, image_size: int =
     config = _config(found, encoder, decoder, image_size)
     where = f"{encoder} and {decoder}"
     weights = {f"{part}.{name}": value for part, tensors in found.items() for name, value in tensors.items()}
-    check_shapes(lambda: DiscreteVAE(config), config, weights, where)
-    model = DiscreteVAE(config)
-    load_weights(model, weights, where)
-    return model.eval()
+    return loaded(lambda: DiscreteVAE(config), config, weights, where)
 
 
 def import_openai_dvae(encoder: str | Path, decoder: str | Path, out: str | Path, image_size: int = 256) -> DiscreteVAE:
@@ -65,14 +65,25 @@ def import_openai_dvae(encoder: str | Path, decoder: str | Path, out: str | Path
         CheckpointError: as `load_openai_dvae`, or the folder cannot be written.
         ConfigError: `out` is there already, and is something else than an imported model, which would be replaced.
     """
+
+    def make() -> tuple[DiscreteVAE, dict[str, Any]]:
+        model = load_openai_dvae(encoder, decoder, image_size)
+        return model, {"encoder": described(Path(encoder)), "decoder": described(Path(decoder))}
+
+    return exported(make, out)
+
+
+def exported(make: Callable[[], tuple[Model, dict[str, Any]]], out: str | Path) -> Model:
+    """The imported model that `make` returns, and what it was made from, written to folder `out` as `source.json`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+        ConfigError: `out` is there already, and is something else than an imported model.
+    """
     folder = Path(out)
     if folder.exists() and not (folder / SOURCE_NAME).is_file():
         raise ConfigError(f"--out {folder} is there already, and is no imported model: name a new folder")
-    model = load_openai_dvae(encoder, decoder, image_size)
-    source = {
-        name: {"file": Path(path).name, "sha256": sha256_of(Path(path))}
-        for name, path in (("encoder", encoder), ("decoder", decoder))
-    }
+    model, source = make()
     try:
         with built_beside(folder) as partial:
             model.save_pretrained(partial)
@@ -131,10 +142,10 @@ def _blocks(names: Iterable[str]) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)})
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+def described(path: Path) -> dict[str, str]:
+    """A file's name and its SHA-256, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return {"file": path.name, "sha256": digest.hexdigest()}

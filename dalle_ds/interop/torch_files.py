@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from dalle_ds.errors import CheckpointError
+from dalle_ds.parsing import shown
 
 TORCH_CLASSES = frozenset(
     f"torch.nn.modules.{name}"
@@ -254,9 +255,7 @@ def _scan(program: BinaryIO) -> set[str]:
             raise _Refused(f"has {found:,} {kind}, more than make sense ({most:,})")
     for name in sorted(names - _REBUILDERS):
         if name.startswith(_NOT_TRUSTED):
-            raise _Refused(
-                f"asks for {_quoted(name)}, which is not trusted: save its state dict alone, in another file"
-            )
+            raise _Refused(f"asks for {shown(name)}, which is not trusted: save its state dict alone, in another file")
     return names
 
 
@@ -264,7 +263,11 @@ def _named_tensors(content: Any, search: bool) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a module (parameters and lasting buffers, as in `Module.state_dict`) or of a state dict, by name; of
     dictionaries within each other where these are searched."""
     if not search and not isinstance(content, _Inert):
-        if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
+        if (
+            not isinstance(content, dict)
+            or not content
+            or not all(isinstance(name, str) and _is_tensor(value) for name, value in content.items())
+        ):
             raise _Refused("holds neither a module nor a dictionary of tensors")
         yield from content.items()
         return
@@ -296,19 +299,11 @@ def _mapping(state: Any) -> dict[str, Any]:
     return {key: value for key, value in state.items() if isinstance(key, str)} if isinstance(state, dict) else {}
 
 
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and _is_tensor(item[1])
-
-
 def _is_tensor(value: Any) -> bool:
     """Whether it is an ordinary one: no sparse, quantized, nested or empty shell of one."""
     if not isinstance(value, Tensor) or value.is_quantized or value.is_nested:
         return False
     return value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 100 else f"{text[:100]}…")
 
 
 def _short(error: Exception) -> str:

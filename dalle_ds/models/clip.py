@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, Checkpointing, ClipConfig, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside
-from dalle_ds.models.pretrained import check_shapes, export_folder, fingerprint, load_model, load_weights, save_model
+from dalle_ds.models.pretrained import export_folder, fingerprint, load_model, loaded, save_model
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
 INITIAL_SCALE = 1 / 0.07
@@ -58,7 +58,7 @@ class Clip(nn.Module):
 
     Example:
         >>> clip = Clip.from_pretrained("runs/clip")
-        >>> cosines = clip.embed_texts(["a red circle"]) @ clip.embed_images(pictures).T
+        >>> cosines = clip.embed_texts(["a red circle"]) @ clip.embed_images(images).T
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Clip(nn.Module):
         check_images(images, self.config.image_size)
         check_text(self.config, text, values=text.device.type == "cpu")
         image, caption = self._project_images(images), self._project_text(text)
-        scale = _limited_exp(self.logit_scale.float()).squeeze()
+        scale = _LimitedExp.apply(self.logit_scale.float()).squeeze()
         return ClipOutput(F.normalize(image, dim=-1), F.normalize(caption, dim=-1), scale)
 
     @torch.no_grad()
@@ -207,15 +207,12 @@ class Clip(nn.Module):
             CheckpointError: nothing there, another kind of model, or weights or a tokenizer that do not fit.
         """
         config, weights = load_model(path, "clip", ClipConfig)
-        check_shapes(lambda: cls(config), config, weights, path)
         folder = export_folder(path)
         try:
             tokenizer = ClipTokenizer.find(folder, start=config.start, end=config.end)
-            model = cls(config, tokenizer=tokenizer)
         except ConfigError as error:
             raise CheckpointError(f"the tokenizer in {folder} does not fit the model: {error}") from error
-        load_weights(model, weights, path)
-        return model.to(device, dtype).eval()
+        return loaded(lambda: cls(config, tokenizer=tokenizer), config, weights, path).to(device, dtype)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Export to folder `path`: `config.json`, `model.safetensors` and the tokenizer's file, if it has one.
@@ -274,33 +271,40 @@ def _towers(config: ClipConfig) -> tuple[Any, Any]:
     return CLIPVisionModelWithProjection(vision), CLIPTextModelWithProjection(text)
 
 
+HUGGINGFACE_FIELDS = {
+    "vision": {
+        "hidden_size": "vision_width",
+        "num_hidden_layers": "vision_depth",
+        "num_attention_heads": "vision_heads",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+    },
+    "text": {
+        "hidden_size": "text_width",
+        "num_hidden_layers": "text_depth",
+        "num_attention_heads": "text_heads",
+        "max_position_embeddings": "text_len",
+        "vocab_size": "text_vocab",
+    },
+}
+"""Of either tower, the names that `transformers` has for fields of `ClipConfig`."""
+
+
 def huggingface_config(config: ClipConfig) -> dict[str, Any]:
     """The configuration of `transformers`' CLIPModel of this shape."""
-    shared = {"hidden_act": config.activation, "projection_dim": config.embed_dim}
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_depth,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
+    towers = {
+        tower: {theirs: getattr(config, ours) for theirs, ours in fields.items()}
+        for tower, fields in HUGGINGFACE_FIELDS.items()
     }
-    text = {
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_depth,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.text_len,
-        "vocab_size": config.text_vocab,
-        "bos_token_id": config.start,
-        "eos_token_id": config.end,
-        "pad_token_id": config.end,
-    }
+    for part in towers.values():
+        part["intermediate_size"] = 4 * part["hidden_size"]
+        part |= {"hidden_act": config.activation, "projection_dim": config.embed_dim}
+    tokens = {"bos_token_id": config.start, "eos_token_id": config.end, "pad_token_id": config.end}
     return {
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": math.log(INITIAL_SCALE),
-        "vision_config": {**shared, **vision},
-        "text_config": {**shared, **text},
+        "vision_config": towers["vision"],
+        "text_config": {**towers["text"], **tokens},
     }
 
 
@@ -319,10 +323,6 @@ class _LimitedExp(torch.autograd.Function):
         (gradient,) = gradients
         raises = (value >= LARGEST_SCALE) & (gradient < 0)
         return torch.where(raises, 0.0, gradient * value)
-
-
-def _limited_exp(exponent: Tensor) -> Tensor:
-    return _LimitedExp.apply(exponent)
 
 
 def square_pixels(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, Checkpointing, DalleConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.pretrained import check_shapes, load_model, load_weights, save_model
-from dalle_ds.nn.attention import AttentionPattern, SelfAttention, configured_kinds
-from dalle_ds.nn.dropout import dropout
+from dalle_ds.nn.attention import Attend, AttentionPattern, SelfAttention, configured_kinds
 from dalle_ds.nn.layers import (
     ColumnParallelLinear,
     Embedding,
@@ -34,8 +33,9 @@ from dalle_ds.nn.layers import (
     RowParallelLinear,
     Unembedding,
     VocabParallelEmbedding,
+    dropout,
+    recomputed,
 )
-from dalle_ds.nn.recompute import recomputed
 from dalle_ds.parallel import WHOLE, TensorGroup, split_of
 from dalle_ds.precision import BranchPrecision, enter_branch, join_branch
 
@@ -101,7 +101,7 @@ class AttentionBlock(ResidualBlock):
 
     def __init__(
         self,
-        pattern: AttentionPattern,
+        pattern: Attend,
         width: int,
         heads: int,
         residual_scale: float,
@@ -226,22 +226,15 @@ def transformer_output(layers: OutputLayers, x: Tensor, text: Tensor, codes: Ten
     return DalleOutput(loss, text_loss, image_loss, text_logits, image_logits, text_tokens)
 
 
-def residual_block(
-    config: DalleConfig, number: int, tensor: TensorGroup = WHOLE, pattern: AttentionPattern | None = None
-) -> ResidualBlock:
-    """The residual block of a number in [0, 2 · depth): attention and MLPs in turn.
-
-    Args:
-        pattern: of an attention block, where blocks of a kind are to share one.
-    """
+def residual_block(config: DalleConfig, number: int, tensor: TensorGroup = WHOLE) -> ResidualBlock:
+    """The residual block of a number in [0, 2 · depth): attention and MLPs in turn."""
     residual_scale = (2 * config.depth) ** -0.5
     block: ResidualBlock
     if number % 2:
         block = MlpBlock(config.width, residual_scale, tensor)
     else:
-        if pattern is None:
-            kind = configured_kinds(config)[number // 2]
-            pattern = AttentionPattern(kind, config.text_len, config.grid, config.kernel)
+        kind = configured_kinds(config)[number // 2]
+        pattern = AttentionPattern(kind, config.text_len, config.grid, config.kernel)
         block = AttentionBlock(pattern, config.width, config.heads, residual_scale, tensor)
     block.number, block.dropout = number, config.dropout
     return block
@@ -303,15 +296,9 @@ class Dalle(nn.Module):
         tensor.check(config)
         self.checkpointing: Checkpointing = checkpointing
         self.tensor = tensor
-        kinds = configured_kinds(config)
         self.embedding = InputEmbedding(config, tensor)
-        patterns = {
-            kind: AttentionPattern(kind, config.text_len, config.grid, config.kernel) for kind in sorted(set(kinds))
-        }
         # Flat, and each x → x: gradients are scaled per residual block, and pipelines cut this list.
-        self.blocks = nn.ModuleList()
-        for number in range(2 * config.depth):
-            self.blocks.append(residual_block(config, number, tensor, patterns[kinds[number // 2]]))
+        self.blocks = nn.ModuleList(residual_block(config, number, tensor) for number in range(2 * config.depth))
         self.norm = LayerNorm(config.width, tensor)
         self.text_head = Unembedding(config.width, config.text_vocab, tensor)
         self.image_head = Unembedding(config.width, config.image_vocab, tensor)

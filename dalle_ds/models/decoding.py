@@ -20,12 +20,25 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle, check_range, kept_text
-from dalle_ds.nn.attention.decoding import ROWS, ROWS_ALIKE, Runs, SlotTables, Table, Window, attend_to_cache
+from dalle_ds.nn.attention.decoding import (
+    ROWS,
+    ROWS_ALIKE,
+    KVCache,
+    LayerCache,
+    Runs,
+    SlotTables,
+    Table,
+    Window,
+    attend_to_cache,
+    bytes_per_prompt,
+    bytes_per_row,
+)
 from dalle_ds.nn.layers import Linear, RowParallelLinear, Unembedding
 
 Layer = Callable[[Tensor], Tensor]
+Place = tuple[str, torch.device]
+"""An attention kind, and where layers of it compute: these write and read alike."""
 
 
 def new_cache(model: Dalle, rows: int | Sequence[int]) -> KVCache:
@@ -153,7 +166,7 @@ class DecodingWeights:
         dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
         self.device = decoding_device(model)
         self._ready = reused and not dispatched
-        self._tables: dict[tuple[str, torch.device], SlotTables] = {}
+        self._tables: dict[Place, SlotTables] = {}
         # A graph must not outlive its cache, nor keep it: either may be a large part of a GPU's memory.
         self._graphs: WeakKeyDictionary[KVCache, _StepGraph] = WeakKeyDictionary()
         with torch.no_grad():
@@ -196,11 +209,9 @@ class DecodingWeights:
 
     def step_of_number(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
         """`step`, reading slices of exactly what is needed."""
-        windows: dict[tuple[str, torch.device], Window] = {}
-        for kind, layer in zip(cache.kinds, cache.layers, strict=True):
-            where = kind, layer.codes.device
-            if where not in windows:
-                windows[where] = Runs(layer.slots, step + 1)
+        windows: dict[Place, Window] = {
+            where: Runs(layer.slots, step + 1) for where, layer in _layer_of_each(cache).items()
+        }
         return self._compute(codes, self.positions[step + 1], cache, windows)
 
     def step_by_graph(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
@@ -211,18 +222,14 @@ class DecodingWeights:
 
     def step_of_tensor(self, codes: Tensor, step: Tensor, cache: KVCache) -> Tensor:
         """`step` without a number that Python knows: `step` is (1,) int64, and all shapes are the same in every step."""
-        windows: dict[tuple[str, torch.device], Window] = {}
-        for kind, layer in zip(cache.kinds, cache.layers, strict=True):
-            where = kind, layer.codes.device
+        windows: dict[Place, Window] = {}
+        for where, layer in _layer_of_each(cache).items():
             if where not in self._tables:
                 self._tables[where] = SlotTables(layer.slots, where[1])
-            if where not in windows:
-                windows[where] = Table(self._tables[where], step + 1)
+            windows[where] = Table(self._tables[where], step + 1)
         return self._compute(codes, self.positions.index_select(0, step + 1), cache, windows)
 
-    def _compute(
-        self, codes: Tensor, position: Tensor, cache: KVCache, windows: dict[tuple[str, torch.device], Window]
-    ) -> Tensor:
+    def _compute(self, codes: Tensor, position: Tensor, cache: KVCache, windows: dict[Place, Window]) -> Tensor:
         x = self.image_token(codes) + position
         parts = (len(codes), 3, self.heads, -1)
         for weights, kind, layer in zip(self.layers, cache.kinds, cache.layers, strict=True):
@@ -260,6 +267,11 @@ class DecodingWeights:
         if self.device.type == "cpu":
             return PackedLinear(weight, bias, gelu=gelu)
         return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
+
+
+def _layer_of_each(cache: KVCache) -> dict[Place, LayerCache]:
+    """Any layer of each kind and device."""
+    return {(kind, layer.codes.device): layer for kind, layer in zip(cache.kinds, cache.layers, strict=True)}
 
 
 class _StepGraph:
@@ -342,7 +354,7 @@ def bytes_per_step(
     """
     width, fp32 = config.width, torch.float32.itemsize
     matrices, biases, norms = 12 * width**2, 9 * width, 4 * width
-    of_codes = bytes_read_per_row(config, dtype, position)
+    of_codes = bytes_per_row(config, dtype, read_at=position)
     return {
         "blocks": config.depth * ((matrices + biases) * dtype.itemsize + norms * fp32),
         "image_head": config.image_vocab * (width + 1) * dtype.itemsize + 2 * width * fp32,

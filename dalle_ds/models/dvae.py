@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.errors import DataError
-from dalle_ds.models.pretrained import check_shapes, fingerprint, load_model, load_weights, save_model
+from dalle_ds.models.pretrained import fingerprint, load_model, loaded, save_model
 
 
 def gumbel_noise(seeds: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -310,10 +310,7 @@ class DiscreteVAE(nn.Module):
             CheckpointError: nothing there, another kind of model, or weights that do not fit.
         """
         config, weights = load_model(path, "dvae", DiscreteVAEConfig)
-        check_shapes(lambda: cls(config), config, weights, path)
-        model = cls(config)
-        load_weights(model, weights, path)
-        return model.eval()
+        return loaded(lambda: cls(config), config, weights, path)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Export to folder `path`: `config.json` and `model.safetensors`."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from dalle_ds.config import DalleConfig
-from dalle_ds.models.cache import bytes_read_per_row
 from dalle_ds.nn.attention.blockwise import block_pairs, is_worthwhile
+from dalle_ds.nn.attention.decoding import bytes_per_row
 from dalle_ds.nn.attention.flex import Layout, flex_pairs
 from dalle_ds.nn.attention.masks import attention_mask, configured_kinds
 from dalle_ds.nn.attention.pattern import KERNELS, SHORTEST_FLEX
@@ -63,7 +63,7 @@ def layer_flops(config: DalleConfig) -> list[float]:
 
 def decoding_flops(config: DalleConfig, position: int) -> int:
     """Of one step of decoding for one image, at image position `position`: nothing is computed that is not needed."""
-    read = bytes_read_per_row(config, torch.int8, position).values()  # a key and a value of `width` bytes each
+    read = bytes_per_row(config, torch.int8, read_at=position).values()  # a key and a value of `width` bytes each
     attention = 2 * (2 * config.depth * config.text_len * config.width + sum(read))
     return 2 * (12 * config.depth * config.width**2 + config.width * config.image_vocab) + attention
 

@@ -29,8 +29,8 @@ from dalle_ds.nn.layers import (
     RowParallelLinear,
     Unembedding,
     VocabParallelEmbedding,
+    recomputed,
 )
-from dalle_ds.nn.recompute import recomputed
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.precision import enter_branch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -19,7 +18,7 @@ from dalle_ds.models.dalle import (
     transformer_output,
 )
 from dalle_ds.models.flops import layer_flops
-from dalle_ds.nn.attention import AttentionPattern, configured_kinds
+from dalle_ds.nn.attention import configured_kinds
 from dalle_ds.nn.layers import LayerNorm, Unembedding
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
@@ -56,15 +55,11 @@ def pipeline_layers(
     Args:
         config, checkpointing, tensor: as `Dalle` takes them.
     """
-    patterns = {
-        kind: AttentionPattern(kind, config.text_len, config.grid, config.kernel)
-        for kind in sorted(set(configured_kinds(config)))
-    }
     costs = layer_flops(config)
     layers = [PipelineLayer("embedding.", costs[0], partial(InputEmbedding, config, tensor), _embed, "embedding")]
     for number in range(2 * config.depth):
         kind = configured_kinds(config)[number // 2]
-        build: Callable[[], nn.Module] = partial(residual_block, config, number, tensor, patterns[kind])
+        build = partial(residual_block, config, number, tensor)
         run = partial(_run_block, config=config, checkpointing=checkpointing)
         layers.append(PipelineLayer(f"blocks.{number}.", costs[1 + number], build, run, "mlp" if number % 2 else kind))
     layers.append(PipelineLayer("", costs[-1], partial(OutputStage, config, tensor), _finish, "output"))

@@ -19,6 +19,7 @@ from dalle_ds.files import built_beside, write_json
 from dalle_ds.parsing import parse_json
 
 Config = TypeVar("Config")
+Model = TypeVar("Model", bound=torch.nn.Module)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
@@ -79,12 +80,15 @@ def load_model(path: str | Path, kind: str, config_class: type[Config]) -> tuple
         ConfigError: its configuration has a field or value that the model cannot have.
     """
     folder = export_folder(path)
-    config = load_config(folder, kind, config_class)
+    return load_config(folder, kind, config_class), read_safetensors(folder / WEIGHTS_NAME)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU; CheckpointError where it cannot be read."""
     try:
-        weights = load_file(folder / WEIGHTS_NAME)
+        return load_file(file)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that this version of safetensors lacks
-        raise CheckpointError(f"the model in {folder} cannot be read: {error}; export it again") from error
-    return config, weights
+        raise CheckpointError(f"{file} cannot be read: {error}; export or save it again") from error
 
 
 def load_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
@@ -105,7 +109,11 @@ def load_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
 
 
 def check_shapes(
-    make: Callable[[], torch.nn.Module], config: Any, weights: Mapping[str, Tensor], where: str | Path
+    make: Callable[[], torch.nn.Module],
+    config: Any,
+    weights: Mapping[str, Tensor],
+    where: str | Path,
+    layout: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> None:
     """Refuse a configuration that is not the weights', before the model takes the memory that it asks for.
 
@@ -113,6 +121,7 @@ def check_shapes(
         make: builds the model of `config`, here without memory.
         config: what `make` builds from. No whole number in it, but for the size of images, may be greater than all sizes and
             the number of the weights that have elements, so that `make` does not take for ever.
+        layout: makes of the model's state dict what `weights` are, where these have other names.
 
     Raises:
         CheckpointError: a missing, unexpected or wrongly shaped tensor, named.
@@ -127,10 +136,10 @@ def check_shapes(
             )
     try:
         with torch.device("meta"):
-            model = make()
+            state = layout(make().state_dict())
     except RuntimeError as error:
         raise CheckpointError(f"no model can be made of the configuration in {where}: {error}") from error
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if found != wanted:
         name = min(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
@@ -150,6 +159,14 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: s
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {where} do not fit the model: {error}") from error
+
+
+def loaded(make: Callable[[], Model], config: Any, weights: Mapping[str, Tensor], where: str | Path) -> Model:
+    """The model that `make` builds, with `weights`, in eval mode; arguments and errors as `check_shapes`."""
+    check_shapes(make, config, weights, where)
+    model = make()
+    load_weights(model, weights, where)
+    return model.eval()
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:

@@ -23,7 +23,7 @@ class ContrastiveLogits:
     """(n,) int64, which of the N belongs to the row."""
 
     def loss(self) -> Tensor:
-        """() mean of both cross-entropies, over these rows."""
+        """() mean of both cross-entropies in nats, over these rows: this process's, or all if not `local`."""
         return (F.cross_entropy(self.image, self.targets) + F.cross_entropy(self.text, self.targets)) / 2
 
     def accuracy(self) -> Tensor:
@@ -34,7 +34,19 @@ class ContrastiveLogits:
 def contrastive_logits(
     image: Tensor, text: Tensor, scale: Tensor, group: Peers | None = None, local: bool = True
 ) -> ContrastiveLogits:
-    """Scaled similarities behind `contrastive_loss`, whose arguments these are. Collective."""
+    """Scaled similarities of a batch's N images and captions, whose `loss` is CLIP's symmetric cross-entropy. Collective.
+
+    The mean over processes of their losses is the loss of the whole batch, and the mean over processes of the gradients that
+    each gets for shared weights, which is what data-parallel training takes, is that loss's gradient.
+
+    Args:
+        image, text: (n, D), this process's rows of a batch, L2-normalized; row i of one belongs to row i of the other. All
+            processes have equally many.
+        scale: () or (n,), what cosines of all these rows, or of each, are multiplied by.
+        group: the processes that have the batch's other rows; None where there are none.
+        local: compute this process's 2 · n rows of N only; embeddings' gradients then cross between processes. Otherwise each
+            process computes all of N × N, and only embeddings cross. Loss (in the mean) and gradients are the same.
+    """
     peers = group or ALONE
     # At its limit, the scale's gradient is dropped or not by its sign, which is to be that of the whole batch's.
     image, text, of_each = image.float(), text.float(), scale.ndim > 0
@@ -49,25 +61,3 @@ def contrastive_logits(
         similarities = scale * image @ all_texts.T
         return ContrastiveLogits(similarities, similarities.T, targets)
     return ContrastiveLogits(scale * image @ all_texts.T, scale * text @ all_images.T, targets)
-
-
-def contrastive_loss(
-    image: Tensor, text: Tensor, scale: Tensor, group: Peers | None = None, local: bool = True
-) -> Tensor:
-    """Symmetric cross-entropy over the N × N similarities of a batch's N images and captions. Collective.
-
-    The mean over processes of what each returns is the loss of the whole batch, and the mean over processes of the gradients
-    that each gets for shared weights, which is what data-parallel training takes, is that loss's gradient.
-
-    Args:
-        image, text: (n, D), this process's rows of a batch, L2-normalized; row i of one belongs to row i of the other. All
-            processes have equally many.
-        scale: () or (n,), what cosines of all these rows, or of each, are multiplied by.
-        group: the processes that have the batch's other rows; None where there are none.
-        local: compute this process's 2 · n rows of N only; embeddings' gradients then cross between processes. Otherwise each
-            process computes all of N × N, and only embeddings cross. Loss (in the mean) and gradients are the same.
-
-    Returns:
-        () in nats, in fp32: the mean over this process's rows, or over all if not `local`.
-    """
-    return contrastive_logits(image, text, scale, group, local).loss()

@@ -11,10 +11,14 @@ same weights whatever the group's size.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from dalle_ds.nn.cross_entropy import linear_cross_entropy
 from dalle_ds.parallel import WHOLE, Split, TensorGroup
@@ -130,6 +134,16 @@ class Unembedding(Linear):
             return self.tensor.gather(F.linear(input.float(), self.weight.float(), self.bias.float()))
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), of which only the inputs are kept for the backward pass.
+
+    That repeats the function up to the last value that it needs: where a function ends with a matrix product, that product
+    is not repeated.
+    """
+    # What is dropped depends on no random state that would have to be restored.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -178,3 +192,54 @@ class LayerNorm(nn.LayerNorm):
         """Normalize the last axis of `input`, fp32 → fp32."""
         gain, bias = self.tensor.shared(self.weight), self.tensor.shared(self.bias)
         return F.layer_norm(input, self.normalized_shape, gain.float(), bias.float(), self.eps)
+
+
+_ODD = 0x9E3779B97F4A7C15
+"""Spreads the numbers of blocks over 64 bits."""
+
+
+def dropout(x: Tensor, seeds: Tensor, block: int, rate: float, tensor: TensorGroup) -> Tensor:
+    """`x` with elements set to 0 at random, and the rest divided by 1 − rate.
+
+    What is dropped of a sample depends on its seed and the block alone. Noise drawn from one stream per process would change
+    with the number of processes and the micro-batch; and the processes of a tensor group, which all hold the same
+    residual stream, or positions of the same one, would each drop something else of it. Nothing is kept for the backward
+    pass, nor must a random state be restored where activations are computed again.
+
+    Args:
+        x: (B, n, width), a branch's output, or this process's positions of it.
+        seeds: (B,) int64.
+        block: the residual block's number.
+        rate: in [0, 1).
+        tensor: the group that may divide positions.
+
+    Returns:
+        The same shape and dtype.
+    """
+    return _Dropout.apply(x, seeds, block, rate, tensor)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seeds: Tensor, block: int, rate: float, tensor: TensorGroup) -> Tensor:
+        ctx.save_for_backward(seeds)
+        ctx.settings = block, rate, tensor
+        return _dropped(x, seeds, block, rate, tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (seeds,) = ctx.saved_tensors
+        return _dropped(gradient, seeds, *ctx.settings), None, None, None, None
+
+
+def _dropped(x: Tensor, seeds: Tensor, block: int, rate: float, tensor: TensorGroup) -> Tensor:
+    divided = tensor.sequence and tensor.size > 1
+    own = slice(tensor.rank * x.shape[1], (tensor.rank + 1) * x.shape[1]) if divided else slice(None)
+    noise = torch.empty(x.shape[1] * (tensor.size if divided else 1), x.shape[2], device=x.device)
+    generator = torch.Generator(device=x.device)
+    out = torch.empty_like(x)
+    for row, into, seed in zip(x, out, seeds.tolist(), strict=True):
+        generator.manual_seed((seed ^ (block + 1) * _ODD) % 2**63)
+        torch.mul(row, noise.bernoulli_(1 - rate, generator=generator)[own].to(x.dtype), out=into)
+    return out.mul_(1 / (1 - rate))

@@ -23,22 +23,14 @@ def decay_groups(model: nn.Module, weight_decay: float, compact: Sequence[nn.Mod
     """
     inside = {module for block in compact for module in block.modules()}
     matrices, others = _split(model.modules())
-    within, _ = _split(inside)
-    small = {id(parameter) for parameter in within}
-    return _present(
-        {
-            "name": "block matrices",
-            "params": [parameter for parameter in matrices if id(parameter) in small],
-            "weight_decay": weight_decay,
-            "moments": "16-bit",
-        },
-        {
-            "name": "matrices",
-            "params": [parameter for parameter in matrices if id(parameter) not in small],
-            "weight_decay": weight_decay,
-        },
-        {"name": "others", "params": others, "weight_decay": 0.0},
-    )
+    small = {id(parameter) for parameter in _split(inside)[0]}
+    within = [parameter for parameter in matrices if id(parameter) in small]
+    outside = [parameter for parameter in matrices if id(parameter) not in small]
+    return [
+        *_groups("block matrices", within, weight_decay, moments="16-bit"),
+        *_groups("matrices", outside, weight_decay),
+        *_groups("others", others, 0.0),
+    ]
 
 
 def resblock_groups(model: nn.Module, blocks: Sequence[Any], optim: OptimConfig) -> Groups:
@@ -54,37 +46,15 @@ def resblock_groups(model: nn.Module, blocks: Sequence[Any], optim: OptimConfig)
     Args:
         blocks: those of `model`, each with its `number`.
     """
-    groups: Groups = []
+    found: Groups = []
     for block in blocks:
         matrices, others = _split(block.modules())
-        groups += _present(
-            {
-                "name": f"block {block.number} matrices",
-                "params": matrices,
-                "weight_decay": optim.weight_decay,
-                "block": block.number,
-                "moments": optim.moments,
-            },
-            {
-                "name": f"block {block.number} others",
-                "params": others,
-                "weight_decay": 0.0,
-                "block": block.number,
-                "moments": "fp32",
-            },
-        )
+        name = f"block {block.number}"
+        found += _groups(f"{name} matrices", matrices, optim.weight_decay, block.number, optim.moments)
+        found += _groups(f"{name} others", others, 0.0, block.number)
     inside = {module for block in blocks for module in block.modules()}
     matrices, others = _split(module for module in model.modules() if module not in inside)
-    return groups + _present(
-        {
-            "name": "matrices",
-            "params": matrices,
-            "weight_decay": optim.weight_decay,
-            "block": None,
-            "moments": "fp32",
-        },
-        {"name": "others", "params": others, "weight_decay": 0.0, "block": None, "moments": "fp32"},
-    )
+    return [*found, *_groups("matrices", matrices, optim.weight_decay), *_groups("others", others, 0.0)]
 
 
 def _split(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -99,14 +69,15 @@ def _split(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Pa
     return matrices, others
 
 
-def _present(*groups: dict[str, Any]) -> Groups:
-    """The groups that have parameters, those that a tensor group divides apart from the rest."""
-    present: Groups = []
-    for group in groups:
-        divided = [parameter for parameter in group["params"] if split_of(parameter) is not None]
-        whole = [parameter for parameter in group["params"] if split_of(parameter) is None]
-        if divided:
-            present.append({**group, "name": f"{group['name']}, divided", "params": divided, "divided": True})
-        if whole:
-            present.append({**group, "params": whole, "divided": False})
-    return present
+def _groups(
+    name: str, parameters: list[nn.Parameter], weight_decay: float, block: int | None = None, moments: str = "fp32"
+) -> Groups:
+    """The group of these parameters, if there are any, those that a tensor group divides apart from the rest."""
+    settings = {"weight_decay": weight_decay, "block": block, "moments": moments}
+    divided = [parameter for parameter in parameters if split_of(parameter) is not None]
+    whole = [parameter for parameter in parameters if split_of(parameter) is None]
+    found = [
+        {"name": f"{name}, divided", "params": divided, **settings, "divided": True},
+        {"name": name, "params": whole, **settings, "divided": False},
+    ]
+    return [group for group in found if group["params"]]

@@ -14,11 +14,12 @@ Ranks are numbered along four axes, the last of which changes fastest, so that t
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -26,10 +27,10 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from dalle_ds.config import DalleConfig, ParallelConfig
 from dalle_ds.errors import ConfigError, DalleError, Interrupted
-from dalle_ds.parallel import timeouts
 from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
 Value = TypeVar("Value")
@@ -89,10 +90,7 @@ class Mesh:
 
     def size(self, axis: Axis) -> int:
         """Processes along an axis."""
-        size = 1
-        for coordinate in _COORDINATES[axis]:
-            size *= self.sizes[coordinate]
-        return size
+        return math.prod(self.sizes[coordinate] for coordinate in _COORDINATES[axis])
 
     def index(self, axis: Axis) -> int:
         """This process's number along an axis."""
@@ -103,10 +101,7 @@ class Mesh:
 
     def ranks(self, axis: Axis) -> list[int]:
         """Ranks of this process's group along an axis, in their order."""
-        fixed = [c for c in range(4) if c not in _COORDINATES[axis]]
-        return [
-            rank for rank in range(self.world_size) if all(_place(rank, self.sizes)[c] == self.place[c] for c in fixed)
-        ]
+        return next(ranks for ranks in _lines(self.world_size, self.sizes, axis) if self.rank in ranks)
 
     def group(self, axis: Axis) -> Any:
         """The process group along an axis; None stands for all processes."""
@@ -253,13 +248,26 @@ class Mesh:
         """Set how long operations that begin from now on may wait for other processes, on all groups that there are.
 
         Long at first, for loading and compiling; short afterwards. To be called by all ranks, though none waits for another.
+        One that waits longer raises an error (gloo), or has its process ended by a thread of NCCL's. Either ends the run
+        (`Watch`).
         """
-        timeouts.set_timeout(60 * minutes)
+        for group in _groups_in_use():
+            distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
 
-    def patience(self, minutes: float) -> AbstractContextManager[None]:
+    @contextmanager
+    def extended_timeout(self, minutes: float) -> Iterator[None]:
         """A context in which operations may wait for so long, where they wait less otherwise: for what takes processes
         different times, such as saving. Ends for all at once. Collective."""
-        return timeouts.extended_timeout(60 * minutes)
+        before = {group: _timeout(group) for group in _groups_in_use()}
+        for group, timeout in before.items():
+            distributed_c10d._set_pg_timeout(max(datetime.timedelta(minutes=minutes), timeout), group)
+        try:
+            yield
+            if before:
+                dist.barrier()  # else whoever is done first would wait for the others with the shorter timeout
+        finally:
+            for group, timeout in before.items():
+                distributed_c10d._set_pg_timeout(timeout, group)
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -302,9 +310,12 @@ class Mesh:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
-def share_tensors(tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis) -> dict[str, Tensor] | None:
-    """What the first process along an axis gives, on all of them: named tensors on the mesh's device, or None. Collective."""
-    source, group = mesh.ranks(axis)[0], mesh.group(axis)
+def share_tensors(
+    tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis, place: int = 0
+) -> dict[str, Tensor] | None:
+    """What one process along an axis gives, by default the first, on all of them: named tensors on the mesh's device, or
+    None. Collective."""
+    source, group = mesh.ranks(axis)[place], mesh.group(axis)
     is_source = mesh.rank == source
     told: list[Any] = [None]
     if is_source and tensors is not None:
@@ -323,6 +334,17 @@ def share_tensors(tensors: dict[str, Tensor] | None, mesh: Mesh, axis: Axis) -> 
     return shared
 
 
+def _groups_in_use() -> list[Any]:
+    """Groups of several processes that this one belongs to, DeepSpeed's own included."""
+    groups = list(distributed_c10d._world.pg_map) if dist.is_initialized() else []
+    return [group for group in groups if group.size() > 1]
+
+
+def _timeout(group: Any) -> datetime.timedelta:
+    backends = [group._get_backend(torch.device(kind.type)) for kind in group._device_types]
+    return max(backend.options._timeout for backend in backends)
+
+
 def _place(rank: int, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     rest, part = divmod(rank, sizes[3])
     rest, shard = divmod(rest, sizes[2])
@@ -330,21 +352,27 @@ def _place(rank: int, sizes: tuple[int, int, int, int]) -> tuple[int, int, int, 
     return replica, stage, shard, part
 
 
+def _lines(world_size: int, sizes: tuple[int, int, int, int], axis: Axis) -> list[list[int]]:
+    """The ranks of every group along an axis."""
+    fixed = [c for c in range(4) if c not in _COORDINATES[axis]]
+    lines: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(world_size):
+        place = _place(rank, sizes)
+        lines.setdefault(tuple(place[c] for c in fixed), []).append(rank)
+    return list(lines.values())
+
+
 @cache
 def _groups(world_size: int, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Groups along every axis that this process belongs to. Collective; kept, since groups are not given back."""
     own = dist.get_rank()
     found: dict[str, Any] = {}
-    for axis, coordinates in _COORDINATES.items():
-        fixed = [c for c in range(4) if c not in coordinates]
-        members: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(world_size):
-            place = _place(rank, sizes)
-            members.setdefault(tuple(place[c] for c in fixed), []).append(rank)
-        if len(members) == 1:
+    for axis in _COORDINATES:
+        lines = _lines(world_size, sizes, axis)
+        if len(lines) == 1:
             found[axis] = None  # all processes
             continue
-        for ranks in members.values():
+        for ranks in lines:
             group = dist.new_group(ranks)  # every process must take part in making every group
             if own in ranks:
                 found[axis] = group

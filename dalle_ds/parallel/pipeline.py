@@ -13,7 +13,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from dalle_ds.parallel.mesh import Mesh
+from dalle_ds.parallel.mesh import Mesh, share_tensors
 from dalle_ds.parallel.stages import PipelineLayer, balanced
 
 
@@ -73,39 +73,32 @@ class Pipeline(PipelineModule):
         stage, ranks = self._mesh.index("pipe"), self._mesh.ranks("pipe")
         values = inputs
         if stage > 0:
-            values = tuple(_receive(self._described(None, ranks[stage - 1]), ranks[stage - 1], self._mesh.device))
+            values = self._receive(ranks[stage - 1])
         for layer in self.forward_funcs:
             values = layer(values)
         if stage + 1 < len(ranks):
-            self._described(values, ranks[stage + 1])
-            for tensor in values:
-                dist.send(tensor.contiguous(), ranks[stage + 1])
-        return self._from_last(values)
+            self._send(values, ranks[stage + 1])
+        is_last = stage + 1 == len(ranks)
+        kind = [type(values) if is_last else None]
+        dist.broadcast_object_list(kind, src=ranks[-1], group=self._mesh.group("pipe"), device=self._mesh.device)
+        given = {name: value for name, value in values._asdict().items() if value is not None} if is_last else None
+        shared = share_tensors(given, self._mesh, "pipe", place=-1)
+        assert kind[0] is not None and shared is not None
+        return kind[0](*map(shared.get, kind[0]._fields))
 
-    def _described(self, values: Any, peer: int) -> Any:
-        """Tell a neighbour the shapes and types of the tensors that follow, or be told."""
-        if values is None:
-            told: list[Any] = [None]
-            dist.recv_object_list(told, src=peer, device=self._mesh.device)
-            return told[0]
-        dist.send_object_list([[(tensor.shape, tensor.dtype) for tensor in values]], dst=peer, device=self._mesh.device)
-        return None
+    def _send(self, tensors: Sequence[Tensor], rank: int) -> None:
+        told = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        dist.send_object_list([told], dst=rank, device=self._mesh.device)
+        for tensor in tensors:
+            dist.send(tensor.contiguous(), rank)
 
-    def _from_last(self, output: Any) -> Any:
-        """The last stage's output, on every stage."""
-        ranks = self._mesh.ranks("pipe")
-        is_last = self._mesh.rank == ranks[-1]
+    def _receive(self, rank: int) -> tuple[Tensor, ...]:
         told: list[Any] = [None]
-        if is_last:
-            told = [(type(output), [None if value is None else (value.shape, value.dtype) for value in output])]
-        group = self._mesh.group("pipe")
-        dist.broadcast_object_list(told, src=ranks[-1], group=group, device=self._mesh.device)
-        kind, shapes = told[0]
-        values = list(output) if is_last else [entry and _empty(entry, self._mesh.device) for entry in shapes]
-        for value in values:
-            if value is not None:
-                dist.broadcast(value, src=ranks[-1], group=group)
-        return kind(*values)
+        dist.recv_object_list(told, src=rank, device=self._mesh.device)
+        tensors = tuple(torch.empty(shape, dtype=dtype, device=self._mesh.device) for shape, dtype in told[0])
+        for tensor in tensors:
+            dist.recv(tensor, rank)
+        return tensors
 
 
 class _Layer(nn.Module):
@@ -118,14 +111,3 @@ class _Layer(nn.Module):
 
     def forward(self, values: Any) -> Any:
         return self._run(self.layer, values)
-
-
-def _empty(entry: tuple[torch.Size, torch.dtype], device: torch.device) -> Tensor:
-    return torch.empty(entry[0], dtype=entry[1], device=device)
-
-
-def _receive(entries: Sequence[tuple[torch.Size, torch.dtype]], source: int, device: torch.device) -> list[Tensor]:
-    tensors = [_empty(entry, device) for entry in entries]
-    for tensor in tensors:
-        dist.recv(tensor, source)
-    return tensors

@@ -283,7 +283,8 @@ class PowerSGD:
     def _factors(self, shapes: list[tuple[int, int, int]]) -> tuple[list[Tensor], Tensor]:
         """Matrices of these shapes in one piece of memory, and that."""
         flat = torch.empty(sum(math.prod(shape) for shape in shapes), device=self._device)
-        return _cut(flat, shapes), flat
+        pieces = flat.split([math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)], flat
 
     def _sum(self, flat: Tensor, scale_log2: int) -> Generator[None]:
         """Put sums over replicas in place of one replica's factors, with the same bits on all."""
@@ -365,12 +366,6 @@ def _is_finite(values: Tensor) -> Tensor:
     """() bool, whether all values are; in one pass, since the extremes are NaN where any value is."""
     lowest, highest = values.aminmax()
     return lowest.isfinite() & highest.isfinite()
-
-
-def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Consecutive views of `flat`."""
-    pieces = flat.split([math.prod(shape) for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _gaussian(shard: MatrixShard, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a model's layers are dealt out to the stages of a pipeline."""
+"""How a model's layers are assigned to the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class PipelineLayer:
-    """One layer of a model that is dealt out whole."""
+    """One layer of a model, which a stage has whole."""
 
     name: str
     """What the names of its parameters begin with in the plain model, such as "blocks.3."; may be empty."""
@@ -35,7 +35,7 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
         costs: of the layers; at least as many as there are stages.
     """
     count = len(costs)
-    assert 1 <= stages <= count, f"{count} layers cannot be dealt out to {stages} stages"
+    assert 1 <= stages <= count, f"{count} layers cannot be split into {stages} stages"
     sums = [0.0, *accumulate(costs)]
     # best[end]: the least possible cost of the costliest of so many stages that hold the first `end` layers.
     best = [0.0] + [math.inf] * count

@@ -6,13 +6,11 @@ import contextlib
 import socket
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
@@ -26,20 +24,6 @@ from dalle_ds.tasks import Task
 SAFETY_FACTOR = 0.85
 """What a plan's bytes are multiplied by before a run is refused: plans were at most a tenth too high, and nothing that would
 fit may be refused."""
-
-
-@dataclass(frozen=True)
-class _Process:
-    """What a process needs and what it has, in bytes."""
-
-    stage: int
-    machine: str
-    free: int
-    """Of the GPU, or of main memory without one."""
-    host_free: int
-    """Of main memory, all processes of the machine together."""
-    need: int
-    host_need: int
 
 
 def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[[str], None] = print) -> None:
@@ -69,31 +53,22 @@ def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[
             say(f"no plan of memory: {error}")
         return
     memories = [stage_memory(stage, layout, device) for stage in stages]
-    number = mesh.index("pipe")
-    own = _Process(number, socket.gethostname(), *_free(mesh.device), memories[number].peak, memories[number].host)
-    processes: list[Any] = [own] * mesh.world_size
-    if mesh.world_size > 1:
-        dist.all_gather_object(processes, own)
-    neighbours = Counter(process.machine for process in processes)
-
-    def free(process: _Process) -> tuple[int, int]:
-        """What a process may take of its device and of main memory."""
-        host = max(1, process.host_free // neighbours[process.machine])
-        return host if device == "cpu" else max(1, process.free), host
-
-    def ratio(process: _Process) -> float:
-        return max(process.need / free(process)[0], process.host_need / free(process)[1])
-
-    worst = max(processes, key=ratio)
-    memory, (on_device, on_host) = memories[worst.stage], free(worst)
+    processes = mesh.gather_objects((mesh.index("pipe"), socket.gethostname(), *_free(mesh.device)))
+    neighbours = Counter(machine for _, machine, *_ in processes)
+    found = []
+    for number, machine, free, host_free in processes:
+        memory, on_host = memories[number], max(1, host_free // neighbours[machine])
+        on_device = on_host if device == "cpu" else max(1, free)
+        found.append((max(memory.peak / on_device, memory.host / on_host), memory, on_device, on_host))
+    ratio, memory, on_device, on_host = max(found, key=lambda process: process[0])
     moment, uses = memory.peak_moment, memory.uses
     most = sorted(((use.at(moment), use.kind) for use in uses if use.at(moment)), reverse=True)[:3]
     kinds = ", ".join(f"{kind} {gigabytes(size)}" for size, kind in most)
     where = "process" if device == "cpu" else "GPU"
-    line = f"plan: {gigabytes(worst.need)} of {gigabytes(on_device)} GB per {where} ({kinds})"
-    if worst.host_need:
-        line += f", {gigabytes(worst.host_need)} of {gigabytes(on_host)} GB in main memory"
-    if ratio(worst) * SAFETY_FACTOR > 1 and mode == "refuse":
+    line = f"plan: {gigabytes(memory.peak)} of {gigabytes(on_device)} GB per {where} ({kinds})"
+    if memory.host:
+        line += f", {gigabytes(memory.host)} of {gigabytes(on_host)} GB in main memory"
+    if ratio * SAFETY_FACTOR > 1 and mode == "refuse":
         held = [
             f"  {use.kind}: {gigabytes(use.at(moment))} GB"
             + (f", and {gigabytes(use.host)} GB in main memory" if use.host else "")
@@ -105,11 +80,11 @@ def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[
             + "\nlaunchers/plan.py shows other layouts; --report.plan_check warn tries nevertheless"
         )
     if mesh.is_main:
-        say(f"{line}: it may not fit. {remedy(memory, layout, device)}" if ratio(worst) > 1 else line)
+        say(f"{line}: it may not fit. {remedy(memory, layout, device)}" if ratio > 1 else line)
 
 
 def _free(device: torch.device) -> tuple[int, int]:
-    """Bytes that can be had on a GPU, and in main memory."""
+    """Bytes that can be had on a GPU, and in main memory of the machine, all of its processes together."""
     host = host_memory()
     if device.type != "cuda":
         return host, host

@@ -1,12 +1,13 @@
-"""The command line of `launchers/plan.py`."""
+"""The command line of `launchers/plan.py`: the options of a training launcher, and a cluster."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
-from typing import Annotated, Any
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -14,7 +15,7 @@ from dalle_ds.cli import parse_options
 from dalle_ds.config import load_preset, preset_names
 from dalle_ds.config.deepspeed import load_deepspeed_json
 from dalle_ds.errors import ConfigError
-from dalle_ds.planning.cluster import CLUSTERS, Cluster, named_cluster
+from dalle_ds.planning.layout import CLUSTERS, Cluster, named_cluster
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.stages import STAGES
 
@@ -37,50 +38,39 @@ Besides the options below, which are those of the training launcher and of the c
 --json FILE: write all figures"""
 
 
-@dataclass(frozen=True)
-class PlanCommand:
+class PlanCommand(NamedTuple):
     """What to plan."""
 
-    task: Task[Any]
-    """Of the preset with the command line's changes."""
-    cluster: Cluster
-    """The named cluster with the command line's changes."""
-    deepspeed: dict[str, Any]
-    """The DeepSpeed JSON's content; empty without one."""
-    device: str
-    """"cuda" or "cpu"."""
-    search: bool
-    """Whether to look for layouts."""
-    json: str | None
-    """File for the figures."""
+    task: Task[Any]  # of the preset with the command line's changes
+    cluster: Cluster  # the named cluster with the command line's changes
+    deepspeed: dict[str, Any]  # the DeepSpeed JSON's content; empty without one
+    device: str  # "cuda" or "cpu"
+    search: bool  # whether to look for layouts
+    json: Path | None  # file for the figures
 
 
 def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
     """Parse `--preset NAME --cluster NAME [--gpus N] [--deepspeed_config FILE] [--search True] [--section.field value …]`.
 
     Raises:
-        ConfigError: no or an unknown preset or cluster, or a value that cannot work.
+        ConfigError: an unknown preset, or a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    is_help = bool({"-h", "--help"} & set(arguments))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "cluster", "gpus", "deepspeed_config", "json"):
-        first.add_argument(f"--{name}")
-    first.add_argument("--stage", default="transformer")
-    first.add_argument("--search", default="False")
+    first.add_argument("--preset", required=not is_help)
+    first.add_argument("--cluster", required=not is_help, choices=list(CLUSTERS))
+    first.add_argument("--gpus", type=int)
+    first.add_argument("--stage", default="transformer", choices=list(STAGES))
+    first.add_argument("--deepspeed_config")
+    first.add_argument("--search", default="False", choices=["True", "False"])
+    first.add_argument("--json", type=Path)
     known, rest = first.parse_known_args(arguments)
-    is_help = bool({"-h", "--help"} & set(rest))
-    for name, choices in (("preset", preset_names()), ("cluster", list(CLUSTERS))):
-        if getattr(known, name) is None and not is_help:
-            raise ConfigError(f"--{name} is missing: give one of {', '.join(choices)}")
-    for name, allowed in (("stage", list(STAGES)), ("search", ["True", "False"])):
-        if getattr(known, name) not in allowed:
-            raise ConfigError(f"--{name} must be one of {', '.join(allowed)}, found {getattr(known, name)}")
-    if known.gpus is not None and (not known.gpus.isdigit() or int(known.gpus) < 1):
-        raise ConfigError(f"--gpus must be a whole number of at least 1, found {known.gpus}")
+    if known.json is not None and (known.json.is_dir() or not known.json.parent.is_dir()):
+        raise ConfigError(f"--json must be a file in a folder that exists, found {known.json}")
     kind, task = STAGES[known.stage]
-    run = load_preset(known.preset, known.stage, kind) if known.preset is not None else kind()
-    gpus = None if known.gpus is None else int(known.gpus)
-    cluster = named_cluster(known.cluster, gpus) if known.cluster is not None else Cluster()
+    run = kind() if known.preset is None else load_preset(known.preset, known.stage, kind)
+    cluster = Cluster() if known.cluster is None else named_cluster(known.cluster, known.gpus)
     options: Any = make_dataclass(
         "Options",
         [
@@ -89,8 +79,7 @@ def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
         ],
     )
     parsed = parse_options(options, rest, options(run, cluster), _USAGE)
-    json_config = load_deepspeed_json(known.deepspeed_config) if known.deepspeed_config is not None else {}
+    json_config = {} if known.deepspeed_config is None else load_deepspeed_json(known.deepspeed_config)
     device = "cpu" if known.cluster == "cpu" else "cuda"
-    return PlanCommand(
-        task.planned(parsed.run), parsed.cluster, json_config, device, known.search == "True", known.json
-    )
+    is_search = known.search == "True"
+    return PlanCommand(task.planned(parsed.run), parsed.cluster, json_config, device, is_search, known.json)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from dalle_ds.optim.adamw import CHUNK, CHUNK_ON_GPU
 from dalle_ds.planning.layout import REPLICA_BUCKET, REUSE_STEPS, STAGE_0_BUCKET, Layout
-from dalle_ds.planning.model import Stage, compressed_shards, touched, updated_by_group
+from dalle_ds.planning.model import Stage
 
 MOMENTS = ("between", "loss", "backward", "reduce", "step")
 """Between updates; in the forward pass of the last micro-batch; in its backward pass; once all gradients are there; in the
@@ -29,25 +29,20 @@ CHUNKED_TENSORS = 5
 
 @dataclass(frozen=True)
 class Use:
-    """Bytes of one kind on one process."""
+    """Bytes of one kind on one process: on the device at each of `MOMENTS`, and in main memory, where that is another, at all
+    times."""
 
     kind: str
-    """What they hold."""
     between: int = 0
     loss: int = 0
     backward: int = 0
     reduce: int = 0
     step: int = 0
     host: int = 0
-    """In main memory, where that is another; at all times."""
 
     def at(self, moment: str) -> int:
         """On the device at one of `MOMENTS`."""
         return int(getattr(self, moment))
-
-
-def _always(kind: str, size: int, *, host: int = 0) -> Use:
-    return Use(kind, size, size, size, size, size, host)
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,10 @@ def stage_memory(stage: Stage, layout: Layout, device: str) -> Memory:
     return Memory(tuple(uses))
 
 
+def _always(kind: str, size: int, *, host: int = 0) -> Use:
+    return Use(kind, size, size, size, size, size, host)
+
+
 class _Held:
     """The kinds of uses."""
 
@@ -98,21 +97,18 @@ class _Held:
         self.stage, self.update, self.parameters = stage, stage.update, stage.parameters
         self.layout, self.device = layout, device
         self.count, self.largest = self.parameters.count, max(self.parameters.sizes)
-        self.owned_of = updated_by_group(self.parameters, layout.zero_stage, layout.shards)
-        self.owned = sum(self.owned_of)
-        """Elements that this process updates."""
-        self.compressed = compressed_shards(self.parameters, layout)
+        self.owned = sum(stage.updated)  # elements that this process updates
+        self.compressed = sum(shard.numel for shard in stage.compressed)
         self.sums_in_fp32 = layout.precision == "bf16" and layout.accumulate_bytes == 4
         self.is_bf16_stage_1 = layout.zero_stage == 1 and self.sums_in_fp32 and not layout.offload_optimizer
+        # Elements of the weights that ZeRO-3 does not always have gathered, and bytes of those that it has.
         self.large = sum(size for size in self.parameters.sizes if size > layout.buffers.persistent)
-        """Elements of the weights that ZeRO-3 does not always have gathered."""
         self.gathers = layout.zero_stage == 3 and layout.shards > 1
         self.persistent = layout.weight_bytes * (self.count - self.large) if self.gathers else 0
-        """Bytes of the small weights that ZeRO-3 always has gathered."""
 
     def uses(self) -> Iterator[Use]:
-        layout, update, off = self.layout, self.update, self.layout.offload_optimizer
-        number, stage = layout.weight_bytes, layout.zero_stage
+        layout, update, number, stage = self.layout, self.update, self.layout.weight_bytes, self.layout.zero_stage
+        off = layout.offload_optimizer
 
         def of_optimizer(kind: str, size: int, more_on_host: int = 0) -> Use:
             return _always(kind, 0, host=size + more_on_host) if off else _always(kind, size)
@@ -126,27 +122,25 @@ class _Held:
         # Those that are updated, where they are not the same. Offloaded, they are there in the model's type too, on their
         # way back.
         is_same = layout.precision != "bf16" if stage == 0 else stage == 3 and not off and number == layout.master_bytes
-        master = 0 if is_same else layout.master_bytes * self.owned
-        yield of_optimizer("fp32 weights", master, number * self.owned if stage < 3 else 0)
-        groups = zip(self.parameters.groups, self.owned_of, strict=True)
+        master = layout.master_bytes * self.owned
+        yield of_optimizer("fp32 weights", 0 if is_same else master, number * self.owned if stage < 3 else 0)
+        groups = zip(self.parameters.groups, self.stage.updated, strict=True)
         moments = sum(n * (4 if group[0].has_small_moments else 2 * layout.master_bytes) for group, n in groups)
         yield of_optimizer("Adam's moments", moments)
-        average = 0 if layout.average == "none" else layout.master_bytes * self.owned
+        average = 0 if layout.average == "none" else master
         if layout.average == "cpu":  # with a landing place of the same size
             yield _always("average", 0, host=2 * average)
         else:
             yield of_optimizer("average", average)
         if layout.saves_beside:
-            size = moments + layout.master_bytes * self.owned + average
+            size = moments + master + average
             if stage == 0:  # of those that have the same, each writes some
                 size //= layout.shards
-            size += 4 * sum(shard.numel for shard in self.compressed)
-            yield _always("copy for a checkpoint", 0, host=size)
+            yield _always("copy for a checkpoint", 0, host=size + 4 * self.compressed)
         yield self.gradients()
         # PowerSGD's errors, and the fixed random matrices that its first factors are made with.
-        each = 2 if layout.powersgd.storage == "1-6-9" else 4
-        errors = each * sum(shard.numel for shard in self.compressed)
-        fixed = 4 * sum(shard.parts * shard.long * shard.rank for shard in self.compressed)
+        errors = (2 if layout.powersgd.storage == "1-6-9" else 4) * self.compressed
+        fixed = 4 * sum(shard.parts * shard.long * shard.rank for shard in self.stage.compressed)
         yield _always("PowerSGD", fixed + (0 if off else errors), host=errors if off else 0)
         yield self.reduction()
         yield self.gathered()
@@ -168,7 +162,7 @@ class _Held:
         if self.is_bf16_stage_1:
             sums = 4 * self.owned * layout.shards
             before += sums
-            return Use(name, sums, before, max(before, sums), sums + whole, sums + whole)
+            return Use(name, sums, before, before, sums + whole, sums + whole)
         host = 4 * self.owned if layout.offload_optimizer else 0
         if layout.zero_stage == 3:
             sums = layout.accumulate_bytes * self.owned
@@ -179,7 +173,7 @@ class _Held:
             sums = 4 * self.owned
             before = sums if self.update.backwards > 1 else 0
             return Use(name, 0, before, before, sums + one, sums, host)
-        pieces = 0 if layout.offload_optimizer else layout.weight_bytes * touched(self.parameters, layout.shards)
+        pieces = 0 if layout.offload_optimizer else layout.weight_bytes * self.parameters.touched(layout.shards)
         if layout.zero_stage == 1:
             return Use(name, 0, before, before, whole + pieces, pieces, host)
         before = pieces if self.update.backwards > 1 else 0
@@ -190,7 +184,7 @@ class _Held:
         layout, name, number = self.layout, "reduction buckets", self.layout.weight_bytes
         crossing = 0
         if layout.replicas > 1:  # as it is: of two buckets, one behind the other
-            plain = self.owned - sum(shard.numel for shard in self.compressed)
+            plain = self.owned - self.compressed
             piece = self.largest if layout.zero_stage < 3 else -(-self.largest // layout.shards)
             crossing = 4 * min(plain, 2 * max(REPLICA_BUCKET, piece))
         if layout.zero_stage == 0 or self.is_bf16_stage_1:
@@ -237,9 +231,9 @@ class _Held:
         if layout.zero_stage == 0:
             flat = 4 * self.count if layout.precision == "bf16" else 0
         elif not self.is_bf16_stage_1 and not layout.offload_optimizer:
-            flat = 4 * max(self.owned_of)  # one group's
-        groups = list(zip(self.parameters.groups, self.owned_of, strict=True))
+            flat = 4 * max(self.stage.updated)  # one group's
         has_small_weights = layout.master_bytes < 4
+        groups = zip(self.parameters.groups, self.stage.updated, strict=True)
         converted = [owned for group, owned in groups if has_small_weights or group[0].has_small_moments]
         tensors = CHUNKED_TENSORS if has_small_weights else CHUNKED_TENSORS - 1
         on_host = layout.offload_optimizer or self.device == "cpu"

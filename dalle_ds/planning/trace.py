@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dalle_ds.meta import planned_for
+from dalle_ds.meta import PLANNED_DEVICE
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention that keeps no scores, and has shapes for "meta" tensors; those of CUDA keep as much."""
@@ -26,8 +26,7 @@ BACKWARD_PRODUCTS = 5
 """Matrix products over the scores in its backward pass, of which one makes them again; forward there are two."""
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """A kind of collective."""
 
     axis: str
@@ -39,18 +38,14 @@ class Exchange:
 class Work:
     """What is computed and exchanged."""
 
-    flops: Counter[torch.dtype] = field(default_factory=Counter)
-    """By the type of the factors."""
-    exchanged: Counter[Exchange] = field(default_factory=Counter)
-    """Bytes."""
-    exchanges: Counter[Exchange] = field(default_factory=Counter)
-    """How often."""
+    flops: Counter[torch.dtype] = field(default_factory=Counter)  # by the type of the factors
+    exchanged: Counter[Exchange] = field(default_factory=Counter)  # bytes
+    exchanges: Counter[Exchange] = field(default_factory=Counter)  # how often
 
-    def add(self, other: Work, times: int = 1) -> Work:
-        """Take in other work, so many times; returns itself."""
+    def add(self, other: Work, times: int) -> None:
+        """Take in other work, so many times."""
         for entry in fields(self):
             getattr(self, entry.name).update({key: times * n for key, n in getattr(other, entry.name).items()})
-        return self
 
 
 class Trace(TorchDispatchMode):
@@ -58,10 +53,8 @@ class Trace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        """Bytes of the tensors that were made meanwhile, and still exist."""
-        self.peak = 0
-        """The most of them at a time; to be set to `live` where counting begins anew."""
+        self.live = 0  # bytes of the tensors that were made meanwhile, and still exist
+        self.peak = 0  # the most of them at a time; to be set to `live` where counting begins anew
         self.work = Work()
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -82,7 +75,7 @@ class Trace(TorchDispatchMode):
         for tensor in _tensors(result):
             self._note(tensor, counted=is_made and tensor.is_meta)
         self.peak = max(self.peak, self.live)
-        formula = _FLOPS.get(func._overloadpacket)
+        formula = _FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.work.flops[_computed_in(inputs[0].dtype)] += formula(*args, **kwargs, out_val=result)
         return result
@@ -117,8 +110,8 @@ def _attention_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
     return 2 * 2 * int(torch.Size(batch).numel()) * length * key.shape[2] * depth
 
 
+# Beside those of `flop_registry`, which operators of our own join as they are imported.
 _FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
     _FUSED: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda _, query, key, *rest, **options: _attention_flops(query, key) * BACKWARD_PRODUCTS // 2
@@ -150,22 +143,22 @@ def _attention(
 @contextmanager
 def on_meta(device: str) -> Iterator[None]:
     """Let "meta" tensors stand for those of a type of device, "cuda" or "cpu"."""
-    with planned_for(device), _OnMeta():
-        yield
+    token = PLANNED_DEVICE.set(device)
+    try:
+        with _OnMeta():
+            yield
+    finally:
+        PLANNED_DEVICE.reset(token)
 
 
 @dataclass(frozen=True)
 class Pass:
     """A forward and a backward pass of one layer and one micro-batch; bytes beside its inputs and weights."""
 
-    kept: int
-    """From the forward to the backward pass, the outputs included."""
-    forward: int
-    """The most in the forward pass."""
-    backward: int
-    """The most in the backward pass, its weights' gradients one at a time included."""
-    work: Work
-    """Of both passes, with what is computed again."""
+    kept: int  # from the forward to the backward pass, the outputs included
+    forward: int  # the most in the forward pass
+    backward: int  # the most in the backward pass, its weights' gradients one at a time included
+    work: Work  # of both passes, with what is computed again
     outputs: tuple[Tensor, ...]
 
 

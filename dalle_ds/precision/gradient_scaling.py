@@ -90,7 +90,7 @@ class GradientScales:
     def _lowest(self) -> float:
         return self.replicas * 2.0**self.config.min_log2
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For the metrics: the scale of every block."""
         return {f"gradient_scale/{block}": scale for block, scale in enumerate(self.scales)}
 

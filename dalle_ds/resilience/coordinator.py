@@ -4,14 +4,65 @@ from __future__ import annotations
 
 import selectors
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .failures import KINDS, Failure, FailureClassifier, Position, behind, log_line
-from .messages import Channel, Message, Settings, show
+from .messages import KINDS, Channel, Failure, Message, Position, Settings, log_line, show
 from .processes import STACKS_SECONDS, TrainingProcess
 
 EXIT_GRACE = 5.0
 """Seconds that a training process gets to end by itself before it is killed."""
+GRACE_PERIOD = 2.0
+"""Seconds to wait, after an error, for the reports of other ranks."""
+SAME_TIME = 1.0
+"""Seconds by which the pulses of processes that work in lockstep may differ."""
+
+
+class FailureClassifier:
+    """Finds the root cause among the failures of several ranks. Times are in seconds of the caller's clock.
+
+    Args:
+        timeout: after which a silent host is known to be lost; a rank is disconnected from it before.
+    """
+
+    def __init__(self, world_size: int, timeout: float) -> None:
+        self._delays = {"error": GRACE_PERIOD, "interrupted": GRACE_PERIOD, "disconnected": timeout + GRACE_PERIOD}
+        self._world_size = world_size
+        self._failures: dict[int, Failure] = {}
+        self._due = float("inf")
+
+    def add(self, rank: int, failure: Failure, now: float) -> None:
+        """Take a report; of one rank, the first in the order of `KINDS` counts."""
+        known = self._failures.get(rank, failure)
+        self._failures[rank] = min(known, failure, key=_order)
+        everyone = len(self._failures) == self._world_size
+        self._due = min(self._due, now + (0.0 if everyone else self._delays.get(failure.kind, 0.0)))
+
+    def is_due(self, now: float) -> bool:
+        """Whether no report that is still to come would change the root cause."""
+        return now >= self._due
+
+    def root_cause(self) -> tuple[int | None, Failure]:
+        """The rank and its failure, the earliest of one class; None for the rank where all report the same."""
+        rank, failure = min(self._failures.items(), key=lambda item: _order(item[1]))
+        texts = [other.text for other in self._failures.values()]
+        alike = 1 < len(texts) == self._world_size and set(texts) == {failure.text}
+        return (None if alike else rank), failure
+
+
+def _order(failure: Failure) -> int:
+    return KINDS.index(failure.kind)
+
+
+def behind(positions: Mapping[int, Position]) -> list[int]:
+    """The ranks that hold up the others: those with the fewest steps; of these, those that wait for no other process; where
+    that tells nothing, those with the oldest pulse."""
+    least = min((position.step, position.waits) for position in positions.values())
+    late = [rank for rank, position in positions.items() if (position.step, position.waits) == least]
+    if len(late) < len(positions):
+        return late
+    oldest = max(position.idle for position in positions.values())
+    return [rank for rank, position in positions.items() if position.idle > oldest - SAME_TIME]
 
 
 @dataclass(eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +75,14 @@ class Rollback:
     skip_to: int  # the first place behind
 
 
+@dataclass(frozen=True)
 class Rollbacks:
     """All times that a run went back, kept in `RUN_DIR/rollbacks.json`.
 
     The data of update n, from 0, are those at a place in the order of the data: place n, as long as nothing was left out.
-
-    Args:
-        events: first to last.
     """
 
-    def __init__(self, events: Sequence[Rollback] = ()) -> None:
-        self.events = tuple(events)
+    events: tuple[Rollback, ...] = ()  # first to last
 
     @classmethod
     def read(cls, file: Path) -> Rollbacks:
@@ -98,7 +94,7 @@ class Rollbacks:
         if not file.exists():
             return cls()
         try:
-            events = [Rollback(**event) for event in parse_json(file.read_bytes())]
+            events = tuple(Rollback(**event) for event in parse_json(file.read_bytes()))
             if not all(type(number) is int for event in events for number in dataclasses.astuple(event)):
                 raise ValueError("it has something else than whole numbers")
             return cls(events)
@@ -118,7 +114,7 @@ class Rollbacks:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be written: {error}") from error
 
-    def place(self, update: int) -> int:
+    def data_step(self, update: int) -> int:
         """Where the data of an update lie in the order of the data, both counted from 0."""
         place, done = update, 0
         for start, end in sorted((event.skip_from, event.skip_to) for event in self.events):
@@ -130,8 +126,8 @@ class Rollbacks:
 
     def after(self, from_update: int, to_update: int) -> Rollbacks:
         """These and one more, from `from_update` updates to `to_update`: the data between are left out from now on."""
-        event = Rollback(from_update, to_update, self.place(to_update), self.place(from_update - 1) + 1)
-        return Rollbacks([*self.events, event])
+        event = Rollback(from_update, to_update, self.data_step(to_update), self.data_step(from_update - 1) + 1)
+        return Rollbacks((*self.events, event))
 
     def in_a_row(self, to_update: int) -> int:
         """How often the run went back without getting beyond where it had gone wrong, if it now goes to `to_update`."""

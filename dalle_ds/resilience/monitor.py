@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .coordinator import EXIT_GRACE, Coordinator
-from .failures import EXIT_REQUEUE, Failure, Position, log_line
-from .messages import Channel, Message, Settings, show
+from .messages import EXIT_REQUEUE, Channel, Failure, Message, Position, Settings, log_line, show
 from .processes import SIGNALS, Clock, Launchers, Progress, Stacks, TrainingProcess, main_thread, resident_bytes
 
 TICK = 0.5

@@ -11,7 +11,7 @@ import struct
 import time
 from pathlib import Path, PurePath
 
-from .failures import Failure, Position
+from .messages import Failure, Position
 
 SUSPENSION = 5.0
 """Seconds between two looks at the clock from which on the monitor was suspended, maybe with all others."""

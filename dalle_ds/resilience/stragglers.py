@@ -15,8 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup, Work
@@ -31,8 +30,7 @@ QUIET_INTERVALS = 10
 _COLLECTIVES = ("reduce", "gather", "scatter", "broadcast", "barrier", "alltoall", "all_to_all")
 
 
-@dataclass(frozen=True)
-class RankTimes:
+class RankTimes(NamedTuple):
     """Seconds per update of one rank."""
 
     host: str
@@ -42,15 +40,12 @@ class RankTimes:
     compute: float  # of that, neither waiting for data nor in collectives
 
 
-@dataclass(frozen=True)
-class Straggler:
+class Straggler(NamedTuple):
     """The rank that an update waits for."""
 
     rank: int
-    ratio: float
-    """The step time, over what it would be if this rank were like the median one."""
-    cause: str
-    """"data" or "compute", whichever it spends more of the difference on."""
+    ratio: float  # the step time, over what it would be if this rank were like the median one
+    cause: str  # "data" or "compute", whichever it spends more of the difference on
 
 
 class Stragglers:
@@ -77,7 +72,7 @@ class Stragglers:
         yield
         if self._every:
             self._data.append(time.perf_counter() - began)
-            if -(step + 1) % self._every < TIMED_UPDATES:
+            if self._is_timed(step + 1):
                 self._timer.start()
 
     def after(self, step: int, seconds: float) -> dict[str, float]:
@@ -93,7 +88,7 @@ class Stragglers:
         if not self._every:
             return {}
         self._updates.append(seconds)
-        if self._timer.running:
+        if self._is_timed(step):
             self._compute.append(max(0.0, seconds - self._data[-1] - self._timer.stop()))
         if step % self._every:
             return {}
@@ -107,15 +102,20 @@ class Stragglers:
             self._report(step, found, everyone[found.rank].host)
         return {"straggler_rank": float(found.rank), "straggler_ratio": found.ratio}
 
+    def _is_timed(self, step: int) -> bool:
+        return -step % self._every < TIMED_UPDATES
+
     def _report(self, step: int, found: Straggler, host: str) -> None:
+        who = found.rank, found.cause
         if found.ratio < self._config.straggler_ratio:
             self._named = None
             return
         self._quiet -= 1
-        if self._named == (found.rank, found.cause) and self._quiet > 0:
-            return
-        self._named, self._quiet = (found.rank, found.cause), QUIET_INTERVALS
-        self._say(f"straggler rank={found.rank} host={host} step={step} ratio={found.ratio:.2f} cause={found.cause}")
+        if self._named != who or self._quiet <= 0:
+            self._named, self._quiet = who, QUIET_INTERVALS
+            self._say(
+                f"straggler rank={found.rank} host={host} step={step} ratio={found.ratio:.2f} cause={found.cause}"
+            )
 
 
 def find_straggler(times: Sequence[RankTimes]) -> Straggler:
@@ -134,20 +134,14 @@ def find_straggler(times: Sequence[RankTimes]) -> Straggler:
 
 
 class CollectiveTimer:
-    """How long this process is in collectives. While it runs, it stands in for those calls of torch's process groups."""
+    """How long this process is in collectives. From `start` to `stop`, it stands in for those calls of torch's groups."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._originals: list[tuple[type, str, Any]] = []
         self._seconds = 0.0
 
-    @property
-    def running(self) -> bool:
-        """Whether it was started."""
-        return bool(self._originals)
-
     def start(self) -> None:
-        """Begin at 0."""
         self._seconds = 0.0
         names = [name for name in vars(ProcessGroup) if any(part in name for part in _COLLECTIVES)]
         for owner, name in [(Work, "wait"), *((ProcessGroup, name) for name in names)]:
@@ -155,7 +149,7 @@ class CollectiveTimer:
             setattr(owner, name, self._timed(getattr(owner, name)))
 
     def stop(self) -> float:
-        """End; the seconds since `start` that passed in collectives."""
+        """The seconds since `start` that passed in collectives."""
         for owner, name, original in self._originals:
             setattr(owner, name, original)
         self._originals.clear()

@@ -1,17 +1,9 @@
 """A training process's side of its monitor: `Watch`, a context around all that the processes of a run do together.
 
 A collective does not end by itself where one process is missing: it waits, up to its timeout, while the GPUs are paid for.
-Launchers end what they started themselves, on one machine, and name no rank. The monitors (`monitor.py`) see
-
-    a training process end without a word    at once: their connection breaks
-    an error that it raises                  told by the training process itself
-    it being stopped (SIGSTOP)               after `TIMEOUT`; not by a debugger, nor together with its monitor
-    the host of another one vanish           after `TIMEOUT`: its monitor sends no sign of life
-    it hanging                               after `watch.hang_minutes` without a pulse, or after the timeout of a collective
-    its launcher go                          at once; it is asked to stop behind a checkpoint, or ended
-
-One line tells failure class, rank, host and last step (`failures.py`), and all processes end: with status 1 if one of them
-raised an error, with `EXIT_REQUEUE` if they only need to be started again. One that does not end by itself is killed.
+Launchers end what they started themselves, on one machine, and name no rank. The monitors (`monitor.py`) see more: one line
+tells failure class (`messages.py`), rank, host and last step, and all processes end, with status 1 if one of them raised an
+error, with `EXIT_REQUEUE` if they only need to be started again. One that does not end by itself is killed.
 """
 
 from __future__ import annotations
@@ -41,12 +33,12 @@ from torch.distributed import distributed_c10d
 from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.errors import Interrupted, TrainingError
 from dalle_ds.parallel.mesh import Mesh
-from dalle_ds.resilience.failures import EXIT_REQUEUE, Failure, Position, log_line
-from dalle_ds.resilience.messages import Channel, Settings, show
+from dalle_ds.resilience.messages import EXIT_REQUEUE, Channel, Failure, Position, Settings, log_line, show
 from dalle_ds.resilience.processes import SIGNALS, Progress
 
 TIMEOUT = 30.0
-"""Seconds without a sign of life from a monitor after which its process is lost, and for which a process may be stopped."""
+"""Seconds without a sign of life from a monitor after which its process is lost, and for which a process may be stopped
+(SIGSTOP, not by a debugger)."""
 STALLED = 0.75
 """Share of `watch.collective_minutes` without a pulse after which another process's crash may be the consequence."""
 MAX_TRACEBACK = 20_000  # characters
@@ -170,10 +162,10 @@ class Watch:
             heartbeat=config.heartbeat_seconds,
             logs=None if self._logs is None else str(self._logs),
         )
-        files = (settings.progress, settings.stacks, settings.channel, settings.coordinator, settings.listener)
         # Neither the user's settings of Python nor site-packages: it starts at once and is small.
         command = [sys.executable, "-I", "-S", "-c", _MONITOR, str(Path(__file__).parents[1])]
-        keep = [file for file in files if file is not None]
+        keep = [settings.progress, settings.stacks, settings.channel, settings.coordinator]
+        keep += [] if settings.listener is None else [settings.listener]
         # Until the monitor can take them, signals wait.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGUSR2))
         try:
@@ -240,9 +232,9 @@ def is_about_communication(error: BaseException | None) -> bool:
 def _listen(world_size: int) -> socket.socket:
     if world_size == 1:
         return socket.create_server(("127.0.0.1", 0))
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=world_size, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=world_size)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=world_size, dualstack_ipv6=both)
 
 
 def _memory_file(name: str) -> IO[bytes]:

@@ -1,12 +1,10 @@
 """Generating images from captions, choosing among them, completing them."""
 
-from dalle_ds.sampling.candidates import Ranking, rank_candidates
-from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes, score
+from dalle_ds.sampling.candidates import ClipReranker, Ranking, Reranker, rank_candidates
+from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_codes, score
 from dalle_ds.sampling.completion import default_rows, kept_rows_mask
-from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
-from dalle_ds.sampling.rerank import ClipReranker, Reranker
 
 __all__ = [
     "ClipReranker",

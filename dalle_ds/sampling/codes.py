@@ -1,4 +1,4 @@
-"""Drawing image codes for captions, and the likelihood of codes under captions.
+"""Sampling image codes for captions, and the likelihood of codes under captions.
 
 An image is a function of (seed, its number, its caption): its random numbers are drawn ahead on the CPU, and nothing
 that it shares a batch with may reach it. The second part needs care. A matrix multiplication with 1 row and one with 4
@@ -10,6 +10,8 @@ products of as many rows as are measured to give the same bits on CPUs. On GPUs 
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,9 @@ from torch import Tensor
 
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.cache import KVCache, bytes_per_prompt, bytes_per_row
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, decoding_device, new_cache, prefill
-from dalle_ds.nn.attention.decoding import ROWS
-from dalle_ds.sampling.draw import Sampling, candidate_uniforms, draw, guide
+from dalle_ds.nn.attention.decoding import ROWS, KVCache, bytes_per_prompt, bytes_per_row
 
 CPU_BUDGET = 2**30
 """Bytes that images in the making may take on a CPU, where `batch_size` is not given."""
@@ -33,32 +33,98 @@ GPU_SHARE = 0.5
 """The same on a GPU, as a share of what is free."""
 
 
+# --- from logits to a code
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are sampled. The defaults sample from the model's distribution as it is (DALL·E §2.6)."""
+
+    temperature: float = 1.0
+    """The logits are divided by it; 0 takes the likeliest code always."""
+    top_k: int | None = None
+    """Sample among the k likeliest codes only."""
+    top_p: float | None = None
+    """Sample among the fewest likeliest codes that have this probability together, after temperature and top_k."""
+    guidance: float = 1.0
+    """Classifier-free guidance g: logits = unconditional + g · (conditional − unconditional). 1 is off; more needs a model
+    trained with loader.caption_dropout."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature must be 0 (the likeliest code always) or greater, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, or left out to allow every code, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1], or be left out to allow every code, found {self.top_p}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ConfigError(f"guidance must be 0 (ignore the prompt), 1 (off) or greater, found {self.guidance}")
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Logits of classifier-free guidance, of the shape of both arguments."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """(B, V) logits with all but the `top_k` greatest of each row at −∞; ties with the last of them stay."""
+    smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < smallest_kept, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """(B, V) logits with all at −∞ but the fewest greatest of each row whose probabilities sum to `top_p` or more."""
+    descending, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = descending.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # 0 for the greatest, which therefore stays
+    dropped = before >= top_p
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """One code per row, decided by the row's logits and its uniform number alone.
+
+    Args:
+        logits: (B, V) fp32 or fp64, after guidance; where they are NaN, any code may come out.
+        uniforms: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64.
+    """
+    if sampling.temperature < torch.finfo(logits.dtype).tiny:  # 0, or would be taken for it
+        return logits.argmax(dim=-1)
+    if sampling.temperature != 1:
+        # The greatest becomes 0, so that a low temperature does not make it infinite.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = keep_top_p(logits, sampling.top_p)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Below the total even where the product rounds up to it, so that the code found has a probability above 0.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def candidate_uniforms(tokens: tuple[int, ...], seed: int, candidate: int, count: int) -> Tensor:
+    """The uniform numbers that decide image `candidate` of a caption under `seed`: (count,) float64 on the CPU."""
+    digest = hashlib.sha256(repr((seed, candidate, tokens)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+# --- images of captions
+
+
 @dataclass(frozen=True)
 class Progress:
-    """Images in the making, given out whenever a row of codes of them is complete."""
+    """Images of one batch: in the making, given out whenever a row of codes of them is complete, or whole."""
 
     images: tuple[tuple[int, int], ...]
     """(caption, candidate) indices of each."""
     codes: Tensor
-    """(pictures, codes so far) int64 on the CPU, a copy."""
-
-
-class Drawn(NamedTuple):
-    """Images that were drawn in one batch."""
-
-    images: tuple[tuple[int, int], ...]
-    """(caption, number) of each."""
-    codes: Tensor
-    """(pictures, W²) int64 on the CPU."""
-
-
-class Prompt(NamedTuple):
-    """What an image continues."""
-
-    text: tuple[int, ...]
-    """T tokens, −1 where padded."""
-    given: tuple[int, ...]
-    """The image's first codes; none where it is drawn from the beginning."""
+    """(images, codes so far) int64 on the CPU, a copy."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +176,8 @@ def sample_codes(model: Dalle, text: Tensor, request: SamplingRequest) -> Tensor
 @torch.no_grad()
 def sample_batches(
     model: Dalle, text: Tensor, images: Sequence[tuple[int, int]], request: SamplingRequest
-) -> Iterator[Drawn]:
-    """Sample any images of any captions, batch after batch: no more memory is taken than one batch needs.
+) -> Iterator[Progress]:
+    """Sample any images of any captions, whole batch after batch: no more memory is taken than one batch needs.
 
     Args:
         text: as in `sample_codes`, whose errors are raised when the first batch is asked for.
@@ -129,16 +195,25 @@ def sample_batches(
         fewest = min(Counter(caption for caption, _ in images).values())
         batch_size = images_at_once(model, fewest, guided=request.sampling.guidance != 1)
     batch_size = even_batches(len(images), batch_size)
-    batches = _Batches(model, request.sampling, rows=-(-batch_size // ROWS) * ROWS)
+    sampler = _Sampler(model, prompts, request, rows=-(-batch_size // ROWS) * ROWS)
     for start in range(0, len(images), batch_size):
         batch = tuple(images[start : start + batch_size])
-        yield Drawn(batch, batches.draw(batch, prompts, index(request.seed), request.on_row))
+        yield Progress(batch, sampler.sample(batch))
 
 
-def _prompts(config: DalleConfig, text: Tensor, given: Tensor | None) -> list[Prompt]:
+class _Prompt(NamedTuple):
+    """What an image continues."""
+
+    text: tuple[int, ...]
+    """T tokens, −1 where padded."""
+    given: tuple[int, ...]
+    """The image's first codes; none where it is sampled from the beginning."""
+
+
+def _prompts(config: DalleConfig, text: Tensor, given: Tensor | None) -> list[_Prompt]:
     """One for every caption."""
     if given is None:
-        return [Prompt(tuple(row), ()) for row in text.tolist()]
+        given = torch.zeros(len(text), 0, dtype=torch.int64)
     if given.dim() != 2 or len(given) != len(text) or given.shape[1] > config.image_len or given.dtype != torch.int64:
         raise DataError(
             f"given codes must be int64 of shape ({len(text)}, n) with n of at most {config.image_len}, found {given.dtype} "
@@ -148,68 +223,69 @@ def _prompts(config: DalleConfig, text: Tensor, given: Tensor | None) -> list[Pr
         raise DataError(
             f"given codes must lie in [0, {config.image_vocab - 1}], found values from {given.min()} to {given.max()}"
         )
-    return [Prompt(tuple(row), tuple(codes)) for row, codes in zip(text.tolist(), given.tolist(), strict=True)]
+    return [_Prompt(tuple(row), tuple(codes)) for row, codes in zip(text.tolist(), given.tolist(), strict=True)]
 
 
-class _Batches:
-    """Draws batch after batch of `rows` images; what one has prepared serves the next.
+class _Sampler:
+    """Samples batch after batch of `rows` images; what one has prepared serves the next.
 
     With guidance, each image takes two rows of the same batch, one under its caption and one under the empty one, so that
     both share each reading of the weights. What is given of an image is given to both.
     """
 
-    def __init__(self, model: Dalle, sampling: Sampling, rows: int) -> None:
+    def __init__(self, model: Dalle, prompts: Sequence[_Prompt], request: SamplingRequest, rows: int) -> None:
         self.model = model
-        self.sampling = sampling
+        self.prompts = prompts
+        self.request = request
         self.rows = rows
-        self.guided = sampling.guidance != 1
-        self.empty = (PADDING,) * model.config.text_len
         self.weights = DecodingWeights(model)
         self.cache: KVCache | None = None
-        self.prefixes: dict[Prompt, tuple[KVCache, Tensor]] = {}
+        self.prefixes: dict[_Prompt, tuple[KVCache, Tensor]] = {}
 
-    def draw(
-        self,
-        pictures: tuple[tuple[int, int], ...],
-        prompts: Sequence[Prompt],
-        seed: int,
-        on_row: Callable[[Progress], None] | None,
-    ) -> Tensor:
-        """Codes (pictures, W²) of at most `rows` images."""
-        config, device = self.model.config, self.weights.device
-        count = len(pictures)
-        of_rows = [*(prompts[caption] for caption, _ in pictures), *[prompts[pictures[0][0]]] * (self.rows - count)]
+    def sample(self, images: tuple[tuple[int, int], ...]) -> Tensor:
+        """Codes (images, W²) of at most `rows` images."""
+        config, request, device = self.model.config, self.request, self.weights.device
+        guided = request.sampling.guidance != 1
+        count = len(images)
+        of_rows = [
+            *(self.prompts[caption] for caption, _ in images),
+            *[self.prompts[images[0][0]]] * (self.rows - count),
+        ]
         codes = torch.zeros(self.rows, config.image_len, dtype=torch.int64, device=device)
         first = len(of_rows[0].given)
         codes[:, :first] = torch.tensor([prompt.given for prompt in of_rows], device=device)
         if first == config.image_len:
             return codes[:count].cpu()
-        empties = [Prompt(self.empty, prompt.given) for prompt in of_rows] if self.guided else []
+        empties = [_Prompt((PADDING,) * config.text_len, prompt.given) for prompt in of_rows] if guided else []
         logits, cache = self._start([*of_rows, *empties])
+        seed = index(request.seed)
         uniforms = torch.stack(
-            [candidate_uniforms(prompts[caption].text, seed, number, config.image_len) for caption, number in pictures]
+            [
+                candidate_uniforms(self.prompts[caption].text, seed, number, config.image_len)
+                for caption, number in images
+            ]
         ).to(device)
         for step in range(first, config.image_len):
             if step > first:
                 last = codes[:, step - 1]
-                logits = self.weights.step(last.repeat(2) if self.guided else last, step - 1, cache)
-            # Of rows without an image, codes that are drawn stay 0.
+                logits = self.weights.step(last.repeat(2) if guided else last, step - 1, cache)
+            # Of rows without an image, codes that are sampled stay 0.
             mixed = logits[:count]
-            if self.guided:
-                mixed = guide(mixed, logits[self.rows : self.rows + count], self.sampling.guidance)
-            codes[:count, step] = draw(mixed, uniforms[:, step], self.sampling)
+            if guided:
+                mixed = guide(mixed, logits[self.rows : self.rows + count], request.sampling.guidance)
+            codes[:count, step] = sample(mixed, uniforms[:, step], request.sampling)
             if (step + 1) % config.grid == 0:
                 if mixed.isnan().any():
                     raise DataError(
                         "the model's logits are not numbers: its weights or sampling.guidance are too large for its dtype, or "
                         "its training has diverged"
                     )
-                if on_row is not None:
-                    on_row(Progress(pictures, codes[:count, : step + 1].to("cpu", copy=True)))
+                if request.on_row is not None:
+                    request.on_row(Progress(images, codes[:count, : step + 1].to("cpu", copy=True)))
         return codes[:count].cpu()
 
-    def _start(self, prompts: Sequence[Prompt]) -> tuple[Tensor, KVCache]:
-        """(rows, image_vocab) logits of the first code to draw, and a cache whose rows continue `prompts`."""
+    def _start(self, prompts: Sequence[_Prompt]) -> tuple[Tensor, KVCache]:
+        """(rows, image_vocab) logits of the first code to sample, and a cache whose rows continue `prompts`."""
         distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         prompt_of_row = tuple(distinct[prompt] for prompt in prompts)
         # What is no longer needed is given back before more is taken.
@@ -225,7 +301,7 @@ class _Batches:
         self.cache.load([self.prefixes[prompt][0] for prompt in distinct])
         return torch.cat([self.prefixes[prompt][1] for prompt in prompts]), self.cache
 
-    def _prefill(self, prompt: Prompt) -> tuple[KVCache, Tensor]:
+    def _prefill(self, prompt: _Prompt) -> tuple[KVCache, Tensor]:
         cache = new_cache(self.model, 1)
         text = torch.tensor([prompt.text], device=self.weights.device)
         given = torch.tensor([prompt.given], device=self.weights.device) if prompt.given else None
@@ -240,28 +316,23 @@ def even_batches(count: int, most: int) -> int:
 
 def images_at_once(model: Dalle, num: int, *, guided: bool) -> int:
     """How many images fit in the memory set aside for them, where each prompt has `num`: a multiple of `ROWS`."""
-    device = decoding_device(model)
+    config, device = model.config, decoding_device(model)
     if device.type == "cpu":
         budget = CPU_BUDGET
     else:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = int((torch.cuda.mem_get_info(device)[0] + reusable) * GPU_SHARE)
-    picture, prompt = bytes_per_image(model.config, model.weights_dtype, guided=guided)
-    fit = (budget - prompt) // picture  # of one prompt
+    row = sum(bytes_per_row(config, model.weights_dtype).values())
+    # Logits in fp32, and from them probabilities in fp32, their sums in fp64, and a few more of either when filtered.
+    image = (2 if guided else 1) * (row + 32 * config.image_vocab)
+    # A prompt's text lies in the batch's cache and in its own of one row, from which the batch's is loaded.
+    prompt = 2 * bytes_per_prompt(config, model.weights_dtype) + row
+    fit = (budget - prompt) // image  # of one prompt
     if fit > num:
-        fit = int((budget - prompt) / (picture + prompt / num))  # the first prompt may have begun in the batch before
-    if model.tensor.size > 1:  # all processes of a group must draw the same batches
+        fit = int((budget - prompt) / (image + prompt / num))  # the first prompt may have begun in the batch before
+    if model.tensor.size > 1:  # all processes of a group must sample the same batches
         fit = -int(model.tensor.max_(torch.tensor([-fit], device=device)))
     return max(1, fit // ROWS) * ROWS
-
-
-def bytes_per_image(config: DalleConfig, dtype: torch.dtype, *, guided: bool) -> tuple[int, int]:
-    """Bytes that each image in the making takes, and each prompt beside its images."""
-    row, prompt = sum(bytes_per_row(config, dtype).values()), bytes_per_prompt(config, dtype)
-    # Logits in fp32, and from them probabilities in fp32, their sums in fp64, and a few more of either when filtered.
-    logits = 32 * config.image_vocab
-    # A prompt's text lies in the batch's cache and in its own of one row, from which the batch's is loaded.
-    return (2 if guided else 1) * (row + logits), 2 * prompt + row
 
 
 @torch.no_grad()

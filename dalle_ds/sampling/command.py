@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
@@ -20,15 +25,11 @@ from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import is_text
 from dalle_ds.precision.rates import DTYPES, choose_precision
-from dalle_ds.sampling.candidates import Ranking, rank_candidates
-from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
+from dalle_ds.sampling.candidates import ClipReranker, Ranking, Scores, rank_candidates
+from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_codes
 from dalle_ds.sampling.completion import open_image, top_rows
-from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
-from dalle_ds.sampling.progress import DrawingProgress
-from dalle_ds.sampling.rerank import ClipReranker
-from dalle_ds.sampling.scores import Scores
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -58,6 +59,8 @@ _OURS = re.compile(r"pictures\.json|[0-9]{5,}-[0-9]{3,}\.png")
 """What such a folder has in it; one with anything else is not replaced."""
 KEEP = 8
 """Images that are kept of each prompt's candidates where nobody says."""
+SECONDS_BETWEEN_LINES = 10.0
+"""How often sampling whose output is no terminal prints a line."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +73,28 @@ class GenerateOptions:
     """PNG file to write, a row for each prompt. A name without a suffix is a folder instead: one PNG for each image, and
     pictures.json, which tells their captions."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """What to draw; given again, another row of images."""
+    """What to show; given again, another row of images."""
     prompts: str | None = None
     """Text file with a prompt on each line, besides those of --prompt."""
     num: Annotated[int, tyro.conf.arg(aliases=["--num_images_per_prompt", "--pictures"])] = 8
     """Images for each prompt. The deepspeed command refuses --num as an unclear one of its own: give it the longer name."""
     seed: int = 0
     """Image i of a prompt depends on the seed, i and the prompt only."""
-    temperature: float = 1.0
-    """The logits are divided by it; 0 takes the likeliest code always."""
-    top_k: int | None = None
-    """Draw among the k likeliest codes only."""
-    top_p: float | None = None
-    """Draw among the fewest likeliest codes that have this probability together."""
-    guidance: float = 1.0
-    """Classifier-free guidance; 1 is off. More needs a model trained with loader.caption_dropout."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """--temperature, --top_k, --top_p, --guidance."""
     rerank: str | None = None
     """Run directory of launchers/train_clip.py, or an exported CLIP: keep those of --num images that fit best."""
     keep: int | None = None
     """Images to keep for each prompt, best first; 8 by default, or --num if that is less."""
     scores: str | None = None
     """JSON file of the scores of all images, by default beside OUT. Given again with larger --num or --keep, or other
-    prompts, only what is missing is drawn and scored."""
+    prompts, only what is missing is sampled and scored."""
     init_image: str | None = None
-    """An image to complete: the codes of its top rows are kept, the rest is drawn."""
+    """An image to complete: the codes of its top rows are kept, the rest is sampled."""
     init_rows: int | None = None
     """Rows of its codes to keep; by default the paper's share, 15 of 32."""
     batch_size: int | None = None
-    """Images drawn at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
+    """Images sampled at once, best a multiple of 4; by default as many as fit in 1 GiB, or in half of a GPU's free memory."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -121,8 +118,8 @@ class GenerateOptions:
         if not is_file and out.is_dir() and not _is_ours(out):
             raise ConfigError(f"out={self.out} is a folder with other things in it: name a new one")
         if not self.prompt and self.prompts is None:
-            raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one on each line")
-        self.request(1, None, None)  # refuses what is out of range
+            raise ConfigError("nothing to generate: give --prompt TEXT, or --prompts FILE with one on each line")
+        SamplingRequest(self.num, batch_size=self.batch_size)  # refuses what is out of range
         if self.init_rows is not None and self.init_image is None:
             raise ConfigError(f"init_rows={self.init_rows} keeps rows of an image: name it with --init_image")
         for name, value in (("keep", self.keep), ("scores", self.scores)):
@@ -150,69 +147,112 @@ class GenerateOptions:
                 raise DataError(f"the prompt {prompt!r} has bytes that are no UTF-8: write it in this encoding")
         return [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
 
-    @property
-    def sampling(self) -> Sampling:
-        """How codes are drawn."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.guidance)
 
-    def request(self, prompts: int, given: Tensor | None, on_row: Callable[[Progress], None] | None) -> SamplingRequest:
-        """What is asked of the transformer; all prompts' images begin with the codes `given` (n,)."""
-        codes = None if given is None else given.expand(prompts, -1)
-        return SamplingRequest(self.num, self.seed, self.sampling, codes, self.batch_size, on_row)
-
-
-def draw_to_file(options: GenerateOptions) -> list[Path]:
-    """Draw what was asked for and write it; returns the files, on the first of several processes only.
+def generate_to_file(options: GenerateOptions) -> list[Path]:
+    """Generate what was asked for and write it; returns the files, on the first of several processes only.
 
     Raises:
         ConfigError, DataError, CheckpointError: as `TextToImage` and `Scores`.
     """
     options.check()
-    prompts = options.all_prompts()
+    prompts, out = options.all_prompts(), Path(options.out)
     tensor = Mesh.tensor_group(options.device)
-    options = replace(
-        options, dtype=choose_precision(options.dtype, Mesh(tensor.rank, tensor.size, _first_device(options)))
-    )
-    pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[options.dtype], tensor=tensor)
+    # Of those that auto spreads a transformer over, one that computes.
+    device = torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    dtype = choose_precision(options.dtype, Mesh(tensor.rank, tensor.size, device))
+    pipe = TextToImage.from_pretrained(options.model, options.device, DTYPES[dtype], tensor=tensor)
     grid = pipe.model.config.grid
-    init, given = _initial(pipe, options)
+    init = given = None
+    if options.init_image is not None:
+        init = open_image(options.init_image, pipe.dvae.config.image_size)
+        given = top_rows(pipe.dvae, init, options.init_rows)
     rows_given = 0 if given is None else len(given) // grid
-    pictures: Iterable[list[Image.Image]]
+    rerank = scores = None
+    to_sample = len(prompts) * options.num
+    if options.rerank is not None:
+        from dalle_ds.models.clip import Clip
+
+        rerank = ClipReranker(Clip.from_pretrained(options.rerank, pipe.device))
+        path = out.with_suffix(".json") if options.scores is None else Path(options.scores)
+        scores = Scores.open(path, _origin(pipe, options, dtype, rerank, given))
+        to_sample = sum(max(0, options.num - len(scores.known.get(prompt, ()))) for prompt in prompts)
     rankings: list[Ranking] | None = None
-    files = [Path(options.out)]
-    if options.rerank is None:
-        with DrawingProgress(
-            grid, len(prompts) * options.num, given_rows=rows_given, enabled=tensor.rank == 0
-        ) as progress:
-            codes = sample_codes(pipe.model, pipe.encode(prompts), options.request(len(prompts), given, progress))
-        if tensor.rank > 0:
-            return []  # all have drawn the same
-        pictures = (pipe.decode(of_prompt) for of_prompt in codes)  # a folder takes those of one prompt after another
+    images: Iterable[list[Image.Image]]
+    with show_progress(grid, to_sample, given_rows=rows_given, enabled=tensor.rank == 0) as on_row:
+        codes = None if given is None else given.expand(len(prompts), -1)
+        request = SamplingRequest(options.num, options.seed, options.sampling, codes, options.batch_size, on_row)
+        if rerank is None or scores is None:
+            # A folder takes the images of one prompt after another.
+            images = map(pipe.decode, sample_codes(pipe.model, pipe.encode(prompts), request))
+        else:
+            rankings = _rank(pipe, prompts, request, rerank, scores, options.keep)
+            images = [[one.image for one in ranking.kept] for ranking in rankings]
+    if tensor.rank > 0:
+        return []  # all have sampled the same
+    if out.suffix:
+        _write_sheet(out, prompts, images, rankings, init, f"given: {rows_given} of {grid} rows")
     else:
-        rankings, scores = _ranked(pipe, options, prompts, given)
-        if tensor.rank > 0:
-            return []
-        files.append(scores.path)
-        pictures = [[one.image for one in ranking.kept] for ranking in rankings]
-    if not files[0].suffix:
-        _write_folder(files[0], prompts, pictures, rankings)
-        return files
-    notes = None
+        _write_folder(out, prompts, images, rankings)
+    return [out] if scores is None else [out, scores.path]
+
+
+def _origin(
+    pipe: TextToImage, options: GenerateOptions, dtype: str, rerank: ClipReranker, given: Tensor | None
+) -> dict[str, Any]:
+    """All that the scores of a prompt's candidates depend on."""
+    return {
+        **pipe.fingerprints(),
+        "clip": rerank.clip.fingerprint,
+        "dtype": dtype,
+        # Other arithmetic adds up in another order, and sooner or later samples another code.
+        "device": f"auto, {pipe.device.type}" if options.device == "auto" else pipe.device.type,
+        "processes": pipe.model.tensor.size,
+        "seed": options.seed,
+        **asdict(options.sampling),
+        "given_codes": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
+    }
+
+
+def _rank(
+    pipe: TextToImage,
+    prompts: Sequence[str],
+    request: SamplingRequest,
+    rerank: ClipReranker,
+    scores: Scores,
+    keep: int | None,
+) -> list[Ranking]:
+    """Sample and score what the file of scores lacks, and keep it up to date."""
+    keep = min(KEEP, request.num) if keep is None else keep
+
+    def keep_scores(rankings: Sequence[Ranking]) -> None:
+        scores.update(rankings, keep)
+        if pipe.model.tensor.rank == 0:
+            scores.write()
+
+    rankings = rank_candidates(pipe, prompts, request, rerank, keep=keep, known=scores.known, on_scores=keep_scores)
+    keep_scores(rankings)
+    return rankings
+
+
+def _write_sheet(
+    path: Path,
+    prompts: Sequence[str],
+    images: Iterable[list[Image.Image]],
+    rankings: Sequence[Ranking] | None,
+    init: Image.Image | None,
+    given: str,
+) -> None:
+    """A row for each prompt; first the image that was completed, if any, of which `given` says how much was."""
+    rows = list(images)
+    notes: list[list[str]] = [[] for _ in prompts]
     if rankings is not None:
         notes = [[f"{one.score:.3f}  #{one.number}" for one in ranking.kept] for ranking in rankings]
     if init is not None:
-        pictures = [[init, *of_prompt] for of_prompt in pictures]
-        first = f"given: {rows_given} of {grid} rows"
-        notes = [[first, *(notes[row] if notes else [])] for row in range(len(prompts))]
+        rows = [[init, *of_prompt] for of_prompt in rows]
+        notes = [[given, *of_prompt] for of_prompt in notes]
     buffer = io.BytesIO()
-    image_grid(list(zip(prompts, pictures, strict=True)), notes=notes).save(buffer, format="PNG")
-    write_bytes(files[0], buffer.getvalue())
-    return files
-
-
-def _first_device(options: GenerateOptions) -> torch.device:
-    """One that computes, of those that auto spreads a transformer over."""
-    return torch.device("cpu" if options.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    image_grid(list(zip(prompts, rows, strict=True)), notes=notes).save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def _is_ours(folder: Path) -> bool:
@@ -222,72 +262,55 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _write_folder(
-    folder: Path, prompts: Sequence[str], pictures: Iterable[Sequence[Image.Image]], rankings: Sequence[Ranking] | None
+    folder: Path, prompts: Sequence[str], images: Iterable[Sequence[Image.Image]], rankings: Sequence[Ranking] | None
 ) -> None:
     """One file for each image, and the list of them."""
     entries: list[dict[str, Any]] = []
     with built_beside(folder) as partial:
-        for row, (prompt, of_prompt) in enumerate(zip(prompts, pictures, strict=True)):
-            for place, picture in enumerate(of_prompt):
+        for row, (prompt, of_prompt) in enumerate(zip(prompts, images, strict=True)):
+            for place, image in enumerate(of_prompt):
                 entry: dict[str, Any] = {"caption": prompt, "picture": f"{row:05}-{place:03}.png", "number": place}
                 if rankings is not None:
                     kept = rankings[row].kept[place]
                     entry |= {"number": kept.number, "score": kept.score}
-                picture.save(partial / entry["picture"])
+                image.save(partial / entry["picture"])
                 entries.append(entry)
         write_json(partial / LIST_NAME, entries)
 
 
-def _initial(pipe: TextToImage, options: GenerateOptions) -> tuple[Image.Image | None, Tensor | None]:
-    """The image to complete as the models see it, and the codes (n,) that are kept of it."""
-    if options.init_image is None:
-        return None, None
-    init = open_image(options.init_image, pipe.dvae.config.image_size)
-    return init, top_rows(pipe.dvae, init, options.init_rows)
+@contextmanager
+def show_progress(
+    grid: int, images: int, *, given_rows: int = 0, enabled: bool = True, console: Console | None = None
+) -> Iterator[Callable[[Progress], None]]:
+    """Show how many codes are sampled, by a bar on a terminal, a line now and then elsewhere; gives what to pass as `on_row`.
 
+    Args:
+        grid: codes in a row of an image.
+        images: how many are to be sampled; should there be more, the total grows with them.
+        given_rows: rows of each that are given and not sampled.
+        enabled: False says nothing, for processes beside the first.
+    """
+    console = console or Console(soft_wrap=True)
+    codes = done = 0
+    total, each = images, grid * (grid - given_rows)
+    started = printed = time.monotonic()
+    columns = TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+        task = bar.add_task("", total=total * each, status="")
 
-def _ranked(
-    pipe: TextToImage, options: GenerateOptions, prompts: Sequence[str], given: Tensor | None
-) -> tuple[list[Ranking], Scores]:
-    """Draw and score what the file of scores lacks, and keep it up to date."""
-    from dalle_ds.models.clip import Clip
+        def on_row(progress: Progress) -> None:
+            nonlocal codes, done, total, printed
+            count, now = len(progress.images), time.monotonic()
+            total = max(total, done + count)
+            codes += count * grid
+            if progress.codes.shape[1] == grid**2:
+                done += count
+            rate = codes / max(now - started, 1e-9)
+            status = f"{done}/{total} images, {rate:,.0f} codes/s"
+            bar.update(task, total=total * each, completed=codes, status=status)
+            if enabled and not console.is_terminal and now - printed >= SECONDS_BETWEEN_LINES:
+                printed = now
+                left = max(0, total * each - codes) / rate
+                console.print(f"sampling: {status}, {left:.0f} s left", highlight=False)
 
-    assert options.rerank is not None
-    reranker = ClipReranker(Clip.from_pretrained(options.rerank, pipe.device))
-    path = Path(options.out).with_suffix(".json") if options.scores is None else Path(options.scores)
-    scores = Scores.open(path, _origin(pipe, options, reranker, given))
-    is_first = pipe.model.tensor.rank == 0
-    known = scores.known
-    missing = sum(max(0, options.num - len(known.get(prompt, ()))) for prompt in prompts)
-    grid = pipe.model.config.grid
-    keep = min(KEEP, options.num) if options.keep is None else options.keep
-
-    def keep_scores(rankings: Sequence[Ranking]) -> None:
-        scores.update(rankings, keep)
-        if is_first:
-            scores.write()
-
-    rows_given = 0 if given is None else len(given) // grid
-    with DrawingProgress(grid, missing, given_rows=rows_given, enabled=is_first) as progress:
-        request = options.request(len(prompts), given, progress)
-        rankings = rank_candidates(pipe, prompts, request, reranker, keep=keep, known=known, on_scores=keep_scores)
-    keep_scores(rankings)
-    return rankings, scores
-
-
-def _origin(
-    pipe: TextToImage, options: GenerateOptions, reranker: ClipReranker, given: Tensor | None
-) -> dict[str, Any]:
-    """All that the scores of a prompt's candidates depend on."""
-    codes = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()
-    return {
-        **pipe.fingerprints(),
-        "clip": reranker.fingerprint,
-        "dtype": options.dtype,
-        # Other arithmetic adds up in another order, and sooner or later draws another code.
-        "device": f"auto, {pipe.device.type}" if options.device == "auto" else pipe.device.type,
-        "processes": pipe.model.tensor.size,
-        "seed": options.seed,
-        **asdict(options.sampling),
-        "given_codes": codes,
-    }
+        yield on_row

@@ -1,4 +1,4 @@
-"""Completing an image: the codes of its top rows are kept, the rest is drawn for a prompt (DALL·E §3.3)."""
+"""Completing an image: the codes of its top rows are kept, the rest is sampled for a prompt (DALL·E §3.3)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def open_image(image: str | Path | Image.Image, size: int) -> Image.Image:
     Raises:
         DataError: a file that cannot be read, or is no image; an image whose pixels are floats.
     """
-    # `datasets` is not loaded to draw from prompts alone
+    # `datasets` is not loaded to sample for prompts alone
     from dalle_ds.data.images import center_crop_resize, decode_image
 
     if isinstance(image, Image.Image):

@@ -17,7 +17,7 @@ from dalle_ds.errors import DataError
 def to_pil_images(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) floats in [0, 1] → B RGB images."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 INK = (40, 40, 40)
@@ -35,7 +35,7 @@ def image_grid(
     font_size: int = 14,
     margin: int = 12,
 ) -> Image.Image:
-    """Draw rows of images, each row with its label at the left.
+    """A sheet of rows of images, each row with its label at the left.
 
     Args:
         rows: (label, images) pairs; rows may differ in length. Labels of any length are wrapped. A character that no font
@@ -53,48 +53,46 @@ def image_grid(
     Raises:
         DataError: no images at all.
     """
-    columns = max((len(pictures) for _, pictures in rows), default=0)
+    columns = max((len(images) for _, images in rows), default=0)
     if columns == 0:
         raise DataError("an image grid needs at least one image")
     font = LabelFont(font_size)
-    line_height = round(font_size * 1.35)
     labels = [_wrap(label, font, label_width) for label, _ in rows]
     heading = [_wrap(title, font, cell) for title in (titles or [])[:columns]]
 
     left = margin + (label_width + margin if any(labels) else 0)
-    top = margin + (max(map(len, heading)) * line_height + margin // 2 if any(heading) else 0)
+    top = margin + (max(map(len, heading)) * font.line_height + margin // 2 if any(heading) else 0)
     below = [[_wrap(note, font, cell) for note in of_row] for of_row in (notes or [[] for _ in rows])]
-    feet = [max(map(len, of_row), default=0) * line_height for of_row in below]
-    heights = [max(cell, len(lines) * line_height) for lines in labels]
+    feet = [max(map(len, of_row), default=0) * font.line_height for of_row in below]
+    heights = [max(cell, len(lines) * font.line_height) for lines in labels]
     size = (left + columns * (cell + margin), top + sum(heights) + sum(feet) + margin * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for column, lines in enumerate(heading):
-        _write(pen, lines, (left + column * (cell + margin), margin), font, line_height, FAINT)
-    for (_, pictures), lines, height, of_row, foot in zip(rows, labels, heights, below, feet, strict=True):
-        _write(pen, lines, (margin, top + (height - len(lines) * line_height) // 2), font, line_height, INK)
-        for column, picture in enumerate(pictures):
-            fitted = _fit(picture, cell)
+        font.write(pen, (left + column * (cell + margin), margin), lines, FAINT)
+    for (_, images), lines, height, of_row, foot in zip(rows, labels, heights, below, feet, strict=True):
+        font.write(pen, (margin, top + (height - len(lines) * font.line_height) // 2), lines, INK)
+        for column, image in enumerate(images):
+            fitted = _fit(image, cell)
             x = left + column * (cell + margin) + (cell - fitted.width) // 2
             sheet.paste(fitted, (x, top + (height - fitted.height) // 2))
-        for column, note in enumerate(of_row[: len(pictures)]):
-            corner = (left + column * (cell + margin), top + (height + cell) // 2)
-            _write(pen, note, corner, font, line_height, FAINT)
+        for column, note in enumerate(of_row[: len(images)]):
+            font.write(pen, (left + column * (cell + margin), top + (height + cell) // 2), note, FAINT)
         top += height + foot + margin
     return sheet
 
 
-def _fit(picture: Image.Image, cell: int) -> Image.Image:
+def _fit(image: Image.Image, cell: int) -> Image.Image:
     """The image on white, no larger than `cell` × `cell`."""
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    picture = picture.convert("RGB")
-    longest = max(picture.size)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    longest = max(image.size)
     if longest > cell:
-        smaller = (max(1, picture.width * cell // longest), max(1, picture.height * cell // longest))
-        return picture.resize(smaller, Image.Resampling.LANCZOS)
+        smaller = (max(1, image.width * cell // longest), max(1, image.height * cell // longest))
+        return image.resize(smaller, Image.Resampling.LANCZOS)
     factor = cell // longest
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 class LabelFont:
@@ -107,17 +105,21 @@ class LabelFont:
     def __init__(self, size: int) -> None:
         self._size = size
         self._ascent = _font(0, size).getmetrics()[0]
+        self.line_height = round(size * 1.35)
 
     def getlength(self, text: str) -> float:
         """Width in pixels of a line of text."""
         return sum(font.getlength(run) for run, font in self._runs(text))
 
-    def write(self, pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, ink: tuple[int, int, int]) -> None:
-        """Draw a line of text whose top left corner is `corner`."""
-        x, baseline = float(corner[0]), corner[1] + self._ascent
-        for run, font in self._runs(text):
-            pen.text((x, baseline), run, fill=ink, font=font, anchor="ls")
-            x += font.getlength(run)
+    def write(
+        self, pen: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], ink: tuple[int, int, int]
+    ) -> None:
+        """Write lines of text, the top left corner of the first at `corner`."""
+        for index, line in enumerate(lines):
+            x, baseline = float(corner[0]), corner[1] + index * self.line_height + self._ascent
+            for run, font in self._runs(line):
+                pen.text((x, baseline), run, fill=ink, font=font, anchor="ls")
+                x += font.getlength(run)
 
     def _runs(self, text: str) -> list[tuple[str, ImageFont.FreeTypeFont]]:
         """The text in pieces of one font each."""
@@ -163,18 +165,6 @@ def _drawable(text: str) -> str:
         elif unicodedata.category(character) not in ("Cf", "Mn"):
             shown.append(f"[U+{ord(character):04X}]")
     return "".join(shown)
-
-
-def _write(
-    pen: ImageDraw.ImageDraw,
-    lines: Sequence[str],
-    corner: tuple[int, int],
-    font: LabelFont,
-    line_height: int,
-    ink: tuple[int, int, int],
-) -> None:
-    for index, line in enumerate(lines):
-        font.write(pen, (corner[0], corner[1] + index * line_height), line, ink)
 
 
 def _wrap(text: str, font: LabelFont, width: int) -> list[str]:

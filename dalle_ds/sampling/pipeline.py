@@ -20,13 +20,11 @@ from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, fingerprint
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parsing import parse_json
-from dalle_ds.sampling.candidates import rank_candidates
-from dalle_ds.sampling.codes import Progress, SamplingRequest, sample_codes
+from dalle_ds.sampling.candidates import Reranker, rank_candidates
+from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_codes
 from dalle_ds.sampling.completion import open_image, top_rows
-from dalle_ds.sampling.draw import Sampling
 from dalle_ds.sampling.grid import to_pil_images
 from dalle_ds.sampling.placement import load_spread
-from dalle_ds.sampling.rerank import Reranker
 from dalle_ds.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -92,11 +90,11 @@ class TextToImage:
             dtype: of the transformer's weights, fp32, bf16 or fp16; the dVAE stays in fp32.
             max_memory: as in `load_spread`, for "auto" only.
             tensor: the processes that divide the transformer's layers. Each has a `TextToImage` of its own, all of which must
-                be asked for the same at the same time, and draw the same.
+                be asked for the same at the same time, and sample the same.
 
         Raises:
             CheckpointError: something is missing or does not belong together.
-            ConfigError: `device` or `dtype` is none that images can be drawn with here.
+            ConfigError: `device` or `dtype` is none that images can be sampled with here.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, found {dtype}")
@@ -127,15 +125,8 @@ class TextToImage:
 
         Of a transformer that was read from a file, the weights in that file count, whatever dtype they are used in.
         """
-        if self.folder is None:
-            of_weights = fingerprint(self.model.state_dict())
-        else:
-            of_weights = fingerprint(_StoredWeights(self.folder / WEIGHTS_NAME))
-        return {
-            "transformer": of_weights,
-            "dvae": self.dvae.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
-        }
+        weights = self.model.state_dict() if self.folder is None else _StoredWeights(self.folder / WEIGHTS_NAME)
+        return {"transformer": fingerprint(weights), **self._parts()}
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write what `from_pretrained` reads into folder `path`, whole or not at all.
@@ -147,25 +138,27 @@ class TextToImage:
             raise CheckpointError(
                 "a transformer that device=auto spread over several places cannot be written: copy the folder it came from"
             )
-        parts = {"tokenizer": self.tokenizer.fingerprint, "dvae": self.dvae.fingerprint}
         try:
             with built_beside(Path(path)) as partial:
                 self.model.save_pretrained(partial)
                 self.dvae.save_pretrained(partial / DVAE_NAME)
                 self.tokenizer.save(partial / TOKENIZER_NAME)
-                write_json(partial / PARTS_NAME, parts)
+                write_json(partial / PARTS_NAME, self._parts())
         except OSError as error:
             raise CheckpointError(f"could not write the model to {path}: {error}; free some space") from error
 
+    def _parts(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer.fingerprint, "dvae": self.dvae.fingerprint}
+
     def _check_parts(self, folder: Path) -> None:
-        """Refuse a tokenizer or dVAE that the transformer was not trained with: it would draw noise without a word."""
+        """Refuse a tokenizer or dVAE that the transformer was not trained with: it would generate noise without a word."""
         if not (folder / PARTS_NAME).is_file():
             return
         try:
             parts = dict(parse_json((folder / PARTS_NAME).read_bytes()))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{folder / PARTS_NAME} cannot be read: export the model again") from error
-        for name, found in (("tokenizer", self.tokenizer.fingerprint), ("dvae", self.dvae.fingerprint)):
+        for name, found in self._parts().items():
             if parts.get(name) != found:
                 raise CheckpointError(
                     f"the {name} in {folder} is not the one that the transformer was trained with (fingerprint "
@@ -252,13 +245,13 @@ def _usable(device: str | torch.device) -> torch.device:
     """The device of that name.
 
     Raises:
-        ConfigError: there is none here, or images are not drawn on such.
+        ConfigError: there is none here, or images are not sampled on such.
     """
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device must be cpu, cuda, cuda:1 and so on, or auto, found {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be cpu, cuda, cuda:1 and so on, or auto, found {device!r}")
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -43,7 +43,13 @@ def load_spread(
         raise ConfigError("device=auto needs accelerate: pip install 'dalle-ds[large]'") from error
     folder = export_folder(path)
     config = load_config(folder, "transformer", DalleConfig)
-    check_shapes(lambda: Dalle(config), config, _shapes(folder), folder)
+    try:
+        file = safe_open(folder / WEIGHTS_NAME, framework="pt")
+        names = file.keys()
+        weights = {name: torch.empty(file.get_slice(name).get_shape(), dtype=dtype, device="meta") for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the model in {folder} cannot be read: {error}; export it again") from error
+    check_shapes(lambda: Dalle(config), config, weights, folder)
     with torch.device("meta"):
         model = Dalle(config).to(dtype).eval()
     blocks = sorted({type(block).__name__ for block in model.blocks})
@@ -54,37 +60,21 @@ def load_spread(
     if not max_memory:
         room = {place: size if place == "cpu" else int(size * GPU_SHARE) for place, size in room.items()}
     places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=blocks, dtype=dtype)
-    weights, in_file = {}, {}
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (a file is not a dict)
-            place = _place(name, places)
-            if place == "disk":
-                shape = torch.empty(file.get_slice(name).get_shape(), dtype=dtype, device="meta")
-                weights[name] = shape
-                in_file[name] = {
-                    "safetensors_file": str(folder / WEIGHTS_NAME),
-                    "weight_name": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                }
-            else:
-                weights[name] = file.get_tensor(name).to(device=place, dtype=dtype)
-    try:
-        model.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit the model: {error}") from error
+    in_file = {}
+    for name in names:
+        place = _place(name, places)
+        if place == "disk":
+            in_file[name] = {
+                "safetensors_file": str(folder / WEIGHTS_NAME),
+                "weight_name": name,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
+        else:
+            weights[name] = file.get_tensor(name).to(device=place, dtype=dtype)
+    model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False)
     main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
     return dispatch_model(model, places, main_device=main, offload_index=in_file or None, force_hooks=len(places) > 1)
-
-
-def _shapes(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of an exported model, without their contents."""
-    try:
-        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-            names = file.keys()
-            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the model in {folder} cannot be read: {error}; export it again") from error
 
 
 def _place(name: str, places: Mapping[str, int | str]) -> int | str:

@@ -1,9 +1,10 @@
-"""What the Trainer asks of a task."""
+"""What the Trainer asks of a task, and two capabilities that a task may have besides."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,31 +13,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_ds.config import Run
+from dalle_ds.config import Run, ScalingConfig, SharpnessConfig
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
-from dalle_ds.data.mixture import Mixture
+from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.optim import decay_groups
-from dalle_ds.parallel import Mesh
-
-
-def training_flops(build: Callable[[], nn.Module], forward: Callable[[nn.Module], Any]) -> float:
-    """FLOPs of `forward` and its backward pass, which takes twice as many.
-
-    Args:
-        build: makes the model; called with the meta device as default.
-        forward: calls it, on inputs of the meta device.
-    """
-    with torch.device("meta"):
-        model = build()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            forward(model)
-    return 3.0 * counter.get_total_flops()
-
+from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
+from dalle_ds.parallel.peers import ALONE, Peers
+from dalle_ds.parallel.stages import PipelineLayer
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Metrics = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+"""What a model gives by name: (n, …) one entry per row, or () the same for all rows."""
 
 
 class Task(ABC, Generic[RunConfig]):
@@ -149,7 +139,7 @@ class Task(ABC, Generic[RunConfig]):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        """Training loss of a micro-batch and figures to report.
+        """Training loss of a micro-batch and metrics to report.
 
         Args:
             model: the DeepSpeed engine, or the plain model.
@@ -163,7 +153,7 @@ class Task(ABC, Generic[RunConfig]):
         """
 
     def digest(self, sums: Metrics) -> dict[str, float]:
-        """Figures from the vectors among the metrics of `loss`, summed over the whole batch."""
+        """Metrics from the vectors among those of `loss`, summed over the whole batch."""
         return {}
 
     @abstractmethod
@@ -173,11 +163,11 @@ class Task(ABC, Generic[RunConfig]):
 
     @abstractmethod
     def summarize(self, sums: Metrics) -> dict[str, float]:
-        """Validation figures from the added-up sums of `evaluate`."""
+        """Validation metrics from the added-up sums of `evaluate`."""
 
     @abstractmethod
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
-        """An image that shows what the plain, averaged model can do, drawn from a few rows of validation data."""
+        """An image that shows what the plain, averaged model can do, made from a few rows of validation data."""
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -189,7 +179,11 @@ class Task(ABC, Generic[RunConfig]):
 
     def flops_per_sample(self) -> float:
         """FLOPs that one sample needs, forward and backward, for the utilization that is shown."""
-        return training_flops(self.build_model, lambda model: self.loss(model, self.batch_spec(1), 0))
+        with torch.device("meta"):
+            model = self.build_model()
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self.loss(model, self.batch_spec(1), 0)
+        return 3.0 * counter.get_total_flops()  # the backward pass takes twice as many as the forward pass
 
     def describe(self) -> list[str]:
         """Lines for the user at the start of a run."""
@@ -198,6 +192,83 @@ class Task(ABC, Generic[RunConfig]):
     def items_per_sample(self) -> tuple[str, int]:
         """What throughput counts besides samples: ("tokens", tokens in a sample)."""
         return "pixels", 0
+
+
+class ModelParallelTask(Task[RunConfig]):
+    """A task whose model is a row of residual blocks: tensor groups and pipelines divide it (DALL·E §2.5), and gradients are
+    scaled in each block by itself (§2.4)."""
+
+    @abstractmethod
+    def build_model(self, tensor: TensorGroup = WHOLE) -> nn.Module:
+        """The model, or this process's part of it in a tensor group."""
+
+    @abstractmethod
+    def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
+        """The layers of `build_model`'s model."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the first of `pipeline_layers` takes of a batch."""
+
+    @property
+    @abstractmethod
+    def scaling(self) -> ScalingConfig:
+        """Gradient scales of `resblocks` in fp16."""
+
+    @abstractmethod
+    def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Those residual blocks that this process's model has; each has its `number` and `use(BranchPrecision)`."""
+
+    @property
+    @abstractmethod
+    def resblock_count(self) -> int:
+        """Residual blocks of the whole model."""
+
+    @abstractmethod
+    def check_division(self, mesh: Mesh) -> None:
+        """Raise a `ConfigError` where the model cannot be divided so."""
+
+    def check_layout(self, mesh: Mesh, micro_batch: int, precision: str) -> None:
+        self.check_division(mesh)
+        if self.scaling.in_fp32 and precision != "fp32":
+            raise ConfigError(
+                f"scaling.in_fp32 is for fp32 runs, and this is {precision}: leave it out, or give a DeepSpeed JSON for fp32"
+            )
+
+
+class ContrastiveTask(Task[RunConfig]):
+    """A task whose loss compares all rows of an update with each other, on all processes and in all micro-batches.
+
+    It is in two parts: what the model makes of each row by itself, and the loss of all rows together. How many processes and
+    micro-batches make up an update changes neither loss nor gradients (`CachedStrategy` in `training/strategies.py`).
+    """
+
+    @cached_property
+    def validation_rows(self) -> int:
+        """Rows of one validation, which are compared with each other."""
+        return min(self.run.report.validation_rows, len(self.samples("validation")))
+
+    @property
+    def sharpness(self) -> SharpnessConfig | None:
+        """Sharpness-aware minimization; None for a task, or a run, without."""
+        return None
+
+    @abstractmethod
+    def embed(self, model: nn.Module, batch: Batch) -> Outputs:
+        """What the loss takes of the rows of a micro-batch, each of which depends on that row alone."""
+
+    @abstractmethod
+    def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
+        """Loss of an update, of which `outputs` are this process's rows, and metrics to report. Collective.
+
+        Returns:
+            () loss and detached metrics. Those that are () are averaged over processes, as are the loss and gradients; vectors
+            are summed and given to `digest`.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        """Of a micro-batch that is all of its update, on the only process."""
+        return self.loss_of(self.embed(model, batch))
 
 
 def numbered(name: str, fingerprints: Sequence[str]) -> dict[str, str]:

@@ -19,16 +19,16 @@ from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.sampling.grid import image_grid, to_pil_images
-from dalle_ds.tasks.base import Batch, Metrics, Samples
-from dalle_ds.tasks.embeddings import at_places, collapse, spread
-from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
+from dalle_ds.tasks.base import Batch, ContrastiveTask, Metrics, Outputs, Samples
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
 PREVIEW_MATCHES = 4
 RECALLS = (1, 5, 10)
+COLLAPSED = 0.01
+"""Mean of 1 − cosine over pairs of embeddings below which they are all but the same."""
 
 
-class ClipTask(WholeBatchTask[ClipRun]):
+class ClipTask(ContrastiveTask[ClipRun]):
     """Maximizes the similarity of images and their own captions, relative to that with all others of the batch.
 
     Raises:
@@ -127,12 +127,13 @@ class ClipTask(WholeBatchTask[ClipRun]):
         return {f"{name}_spread": spread(sums[f"{name}_sum"] / sums["rows"]) for name in ("image", "text")}
 
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Metrics:
-        """Embeddings of these rows; see `at_places`."""
+        """Embeddings of these rows, each at its row's place among the zeros of all others: added up, those of all."""
         output = model(batch["image"], batch["text"])
         valid = batch["valid"]
         sums = {"count": valid.sum(), "scale": output.scale * valid.sum()}
         for name, rows in (("image", output.image_embeddings), ("text", output.text_embeddings)):
-            sums[name] = at_places(rows, batch, self.validation_rows)
+            whole = rows.new_zeros(self.validation_rows, rows.shape[1])
+            sums[name] = whole.index_add(0, batch["place"], rows * valid[:, None])
         return sums
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
@@ -143,21 +144,21 @@ class ClipTask(WholeBatchTask[ClipRun]):
         """
         scale = sums["scale"] / sums["count"]
         logits = contrastive_logits(sums["image"], sums["text"], scale)
-        figures = {"loss": float(logits.loss()), "scale": float(scale)}
+        metrics = {"loss": float(logits.loss()), "scale": float(scale)}
         for name, similarities in (("recall", logits.text), ("image_recall", logits.image)):
-            figures |= {f"{name}@{k}": value for k, value in recalls(similarities).items()}
-        return figures | {f"{name}_spread": spread(sums[name].mean(dim=0)) for name in ("image", "text")}
+            metrics |= {f"{name}@{k}": value for k, value in recalls(similarities).items()}
+        return metrics | {f"{name}_spread": spread(sums[name].mean(dim=0)) for name in ("image", "text")}
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         """Captions, each with its own image and those of the batch that are most similar to it."""
         clip = cast(Clip, model)
         # The model may have moved to another type; what it is given follows.
         similarities = clip.embed_texts(batch["text"]) @ clip.embed_images(batch["image"]).T
-        pictures = to_pil_images(batch["image"])
-        best = similarities.topk(min(PREVIEW_MATCHES, len(pictures)), dim=1).indices.tolist()
+        images = to_pil_images(batch["image"])
+        best = similarities.topk(min(PREVIEW_MATCHES, len(images)), dim=1).indices.tolist()
         captions = [self.tokenizer.decode(row.tolist()) for row in batch["text"]]
         rows = [
-            (caption, [pictures[number], *(pictures[found] for found in matches)])
+            (caption, [images[number], *(images[found] for found in matches)])
             for number, (caption, matches) in enumerate(zip(captions, best, strict=True))
         ]
         return image_grid(rows, titles=["its own", *(f"match {n + 1}" for n in range(PREVIEW_MATCHES))], cell=64)
@@ -171,9 +172,12 @@ class ClipTask(WholeBatchTask[ClipRun]):
         if step < self.run.optim.warmup_steps:
             return None
         for name in ("image", "text"):
-            alarm = collapse(metrics[f"{name}_spread"], f"{name} embeddings")
-            if alarm is not None:
-                return alarm
+            found = metrics[f"{name}_spread"]
+            if not found >= COLLAPSED:  # NaN, too
+                return (
+                    f"{name} embeddings are collapsing: on average, 1 − cosine of two of them is {found:.2g}; lower optim.lr, "
+                    "or raise optim.warmup_steps"
+                )
         if metrics["scale"] >= LARGEST_SCALE:
             return (
                 f"cosines are scaled by {LARGEST_SCALE:.0f}, the most that is allowed: the pairs are learned by heart, or "
@@ -192,6 +196,11 @@ class ClipTask(WholeBatchTask[ClipRun]):
                 f"sharpness-aware: each {pairs:,} pairs take their gradient {self.sharpness.rho:g} away from the weights"
             )
         return lines
+
+
+def spread(mean: Tensor) -> float:
+    """Mean of 1 − cosine over all pairs of rows of length 1, whose mean is given, (D,)."""
+    return 1 - float(mean.square().sum())
 
 
 def recalls(similarities: Tensor) -> dict[int, float]:

@@ -18,7 +18,7 @@ from dalle_ds.optim import gumbel_temperature, kl_weight
 from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.tasks.base import Batch, Metrics, Samples, Task
 
-PREVIEW_PICTURES = 12
+PREVIEW_IMAGES = 12
 
 
 class DvaeTask(Task[DvaeRun]):
@@ -90,14 +90,14 @@ class DvaeTask(Task[DvaeRun]):
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
         config = self.run.model
-        figures = {name: float(sums[name] / sums["count"]) for name in ("psnr", "nll", "kl")}
+        metrics = {name: float(sums[name] / sums["count"]) for name in ("psnr", "nll", "kl")}
         values_per_code = 3 * config.factor**2
-        figures["elb"] = -(figures["nll"] * values_per_code + figures["kl"])
-        return figures | _usage(sums["histogram"])
+        metrics["elb"] = -(metrics["nll"] * values_per_code + metrics["kl"])
+        return metrics | _usage(sums["histogram"])
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         vae = cast(DiscreteVAE, model)
-        images = batch["image"][:PREVIEW_PICTURES]
+        images = batch["image"][:PREVIEW_IMAGES]
         restored = vae.decode(vae.encode(images))
         return image_grid([("images", to_pil_images(images)), ("reconstructions", to_pil_images(restored))])
 

@@ -24,15 +24,14 @@ from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import image_grid, to_pil_images
-from dalle_ds.tasks.base import Batch, Metrics, Samples, numbered
-from dalle_ds.tasks.layered import LayeredTask
+from dalle_ds.tasks.base import Batch, Metrics, ModelParallelTask, Samples, numbered
 from dalle_ds.text.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 6
 PREVIEW_SAMPLES = 4
 
 
-class TransformerTask(LayeredTask[TransformerRun]):
+class TransformerTask(ModelParallelTask[TransformerRun]):
     """Maximizes the likelihood of captions and of the codes of their images, with weights 1/8 and 7/8.
 
     Raises:
@@ -213,8 +212,8 @@ class TransformerTask(LayeredTask[TransformerRun]):
         grid = self.run.model.grid
         captions = [self.tokenizer.decode(row.tolist()) for row in text]
         restored = to_pil_images(self.dvae.decode(codes.view(-1, grid, grid)))
-        drawn = pipeline.generate(captions, num=PREVIEW_SAMPLES, seed=self.run.seed)
-        rows = [(caption, [real, *fake]) for caption, real, fake in zip(captions, restored, drawn, strict=True)]
+        samples = pipeline.generate(captions, num=PREVIEW_SAMPLES, seed=self.run.seed)
+        rows = [(caption, [real, *fake]) for caption, real, fake in zip(captions, restored, samples, strict=True)]
         return image_grid(rows, titles=["reconstruction", *["sample"] * PREVIEW_SAMPLES])
 
     def export(self, model: nn.Module, folder: Path) -> None:

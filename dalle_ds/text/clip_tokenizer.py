@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from dalle_ds.config import PADDING, ClipConfig
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import write_text
 from dalle_ds.parsing import parse_json
-from dalle_ds.text.tokenizer import Tokenizer
+from dalle_ds.text.tokenizer import Tokenizer, checked, valid_unicode
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 VOCABULARY_NAME = "vocab.json"
@@ -42,34 +42,11 @@ _NAMES = (SENTENCEPIECE_NAME, MERGES_NAME, "tokenizer.json")
 Merge = tuple[str, str]
 
 
-class Pieces(Protocol):
-    """A vocabulary: `Tokenizer`, or CLIP's own, `BytePairs`."""
-
-    vocab_size: int
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that its tokens depend on."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens in [0, vocab_size)."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of tokens."""
-        ...
-
-    def save(self, path: str | Path) -> None:
-        """Write its file."""
-        ...
-
-
 class ClipTokenizer:
     """Captions to rows of tokens, each with a start and an end token.
 
     Args:
-        pieces: the vocabulary.
+        pieces: the vocabulary, one of DALL·E's kind or of CLIP's.
         start: token that begins every caption; None is the first one behind the vocabulary.
         end: token that ends every caption; None is the one behind `start`.
 
@@ -77,7 +54,7 @@ class ClipTokenizer:
         ConfigError: `start` or `end` is a token of the vocabulary, or they are the same.
     """
 
-    def __init__(self, pieces: Pieces, *, start: int | None = None, end: int | None = None) -> None:
+    def __init__(self, pieces: Tokenizer | BytePairs, *, start: int | None = None, end: int | None = None) -> None:
         self.pieces = pieces
         self.start = pieces.vocab_size if start is None else start
         self.end = self.start + 1 if end is None else end
@@ -187,7 +164,7 @@ class BytePairs:
 
     def __init__(self, merges: Iterable[Merge]) -> None:
         self._merges = list(merges)
-        alphabet = _alphabet()
+        alphabet = sorted(_byte_characters())  # the visible bytes, then the others
         self._pieces = [*alphabet, *(character + _END for character in alphabet)]
         known = set(self._pieces)
         for number, (left, right) in enumerate(self._merges, start=1):
@@ -215,8 +192,12 @@ class BytePairs:
         path = Path(path)
         try:
             content = _read(path)
-            merges = _json_merges(content) if path.suffix == ".json" else _text_merges(content)
-            return cls(merges)
+            if path.suffix != ".json":
+                return cls(_text_merges(content))
+            merges, vocabulary = _json_merges(content)
+            pieces = cls(merges)
+            check_vocabulary(pieces, vocabulary)
+            return pieces
         except OSError as error:
             raise CheckpointError(f"tokenizer {path} cannot be read: {error.strerror or error}") from error
         except (ValueError, EOFError, zlib.error) as error:
@@ -258,31 +239,22 @@ class BytePairs:
         Raises:
             DataError: an id that is no token.
         """
-        parts = []
-        for token in map(int, ids):
-            if not 0 <= token < self.vocab_size:
-                raise DataError(f"token {token} is outside the tokenizer's vocabulary of {self.vocab_size:,}")
-            parts.append(self._pieces[token])
         bytes_of = {character: byte for byte, character in enumerate(_byte_characters())}
-        words = "".join(parts).split(_END)
+        words = "".join([self._pieces[token] for token in checked(ids, self.vocab_size)]).split(_END)
         return " ".join(
             bytes(bytes_of[character] for character in word).decode(errors="replace") for word in words
         ).strip()
 
 
 def clean(text: str) -> str:
-    """A caption as CLIP's tokenizers see it: mended by ftfy, HTML entities replaced (twice), lower case, single spaces.
-
-    Lone surrogates, which broken JSON yields and UTF-8 cannot hold, become "?" first.
-    """
+    """A caption as CLIP's tokenizers see it: mended by ftfy, HTML entities replaced (twice), lower case, single spaces."""
     try:
         import ftfy
     except ImportError as error:
         raise ConfigError(_MISSING) from error
-    valid = text if text.isascii() else text.encode(errors="replace").decode()
-    mended = html.unescape(html.unescape(ftfy.fix_text(valid)))
+    mended = html.unescape(html.unescape(ftfy.fix_text(valid_unicode(text))))
     # An entity can stand for a surrogate too.
-    return re.sub(r"\s+", " ", mended.encode(errors="replace").decode()).strip().lower()
+    return re.sub(r"\s+", " ", valid_unicode(mended)).strip().lower()
 
 
 def _model(vocabulary: dict[str, int], merges: list[Merge]) -> Any:
@@ -313,11 +285,6 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]
 
 
-def _alphabet() -> list[str]:
-    """These characters in the order of their tokens: the visible bytes, then the others."""
-    return sorted(_byte_characters())
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -338,8 +305,8 @@ def _text_merges(content: str) -> list[Merge]:
     return [_pair(line.split(" "), number) for number, line in enumerate(lines[1 : _MOST_MERGES + 1], start=1) if line]
 
 
-def _json_merges(content: str) -> list[Merge]:
-    """Of a tokenizer of Hugging Face's `tokenizers`, if its tokens are those that we would give."""
+def _json_merges(content: str) -> tuple[list[Merge], dict[str, Any]]:
+    """Of a tokenizer of Hugging Face's `tokenizers`; and its vocabulary."""
     description = parse_json(content)
     model = description.get("model") if isinstance(description, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != _END:
@@ -347,11 +314,8 @@ def _json_merges(content: str) -> list[Merge]:
     rows, vocabulary = model.get("merges"), model.get("vocab")
     if not isinstance(rows, list) or not isinstance(vocabulary, dict):
         raise CheckpointError("its model has no merges or no vocab")
-    merges = [
-        _pair(row.split(" ") if isinstance(row, str) else row, number) for number, row in enumerate(rows, start=1)
-    ]
-    check_vocabulary(BytePairs(merges), vocabulary)
-    return merges
+    pairs = (row.split(" ") if isinstance(row, str) else row for row in rows)
+    return [_pair(pair, number) for number, pair in enumerate(pairs, start=1)], vocabulary
 
 
 def _pair(parts: Any, number: int) -> Merge:

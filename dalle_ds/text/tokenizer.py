@@ -156,7 +156,7 @@ class Tokenizer:
 
     def normalize(self, text: str) -> str:
         """`text` as the model sees it, which is also what `decode(encode(text))` gives back."""
-        return self._processor.normalize(_valid_unicode(text)).replace(_SPACE, " ")
+        return self._processor.normalize(valid_unicode(text)).replace(_SPACE, " ")
 
     def encode(
         self,
@@ -180,21 +180,14 @@ class Tokenizer:
         if not 0.0 <= dropout <= 1.0:
             raise ConfigError(f"BPE dropout must lie in [0, 1], found {dropout}")
         if dropout == 0.0:
-            tokens: list[int] = self._processor.encode(_valid_unicode(text))
+            tokens: list[int] = self._processor.encode(valid_unicode(text))
         elif rng is None:
             raise ConfigError(f"BPE dropout of {dropout} needs an rng, found none: pass np.random.default_rng(seed)")
         else:
             tokens = self._encode_with_dropout(text, _coin_flips(rng, dropout))
         return tokens[:max_tokens]
 
-    def encode_padded(
-        self,
-        texts: Sequence[str],
-        text_len: int = 256,
-        *,
-        dropout: float = 0.0,
-        rng: np.random.Generator | None = None,
-    ) -> tuple[Tensor, int]:
+    def encode_padded(self, texts: Sequence[str], text_len: int = 256) -> tuple[Tensor, int]:
         """Tokens of a batch of captions, cut off or padded to one length.
 
         Returns:
@@ -203,7 +196,7 @@ class Tokenizer:
         batch = np.full((len(texts), text_len), PADDING, dtype=np.int64)
         truncated = 0
         for row, text in zip(batch, texts, strict=True):
-            tokens = self.encode(text, dropout=dropout, rng=rng)
+            tokens = self.encode(text)
             truncated += len(tokens) > text_len
             row[: len(tokens)] = tokens[:text_len]
         return torch.from_numpy(batch), truncated
@@ -214,16 +207,12 @@ class Tokenizer:
         Raises:
             DataError: an id that is neither -1 nor a token.
         """
-        tokens = [int(token) for token in ids if token != PADDING]
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise DataError(f"token {token} is outside the tokenizer's vocabulary of {self.vocab_size:,}")
-        text: str = self._processor.decode(tokens)
+        text: str = self._processor.decode(checked((token for token in ids if token != PADDING), self.vocab_size))
         return text
 
     def _encode_with_dropout(self, text: str, skips: Iterator[bool]) -> list[int]:
         tokens: list[int] = []
-        for segment in _SEGMENT.findall(self._processor.normalize(_valid_unicode(text))):
+        for segment in _SEGMENT.findall(self._processor.normalize(valid_unicode(text))):
             if len(segment) > 1:
                 tokens += self._merge_with_dropout(segment, skips)
             elif (token := self._characters.get(segment)) is not None:
@@ -272,13 +261,22 @@ class Tokenizer:
         return [merges[piece] if len(piece) > 1 else self._characters[piece] for piece in pieces if piece]
 
 
+def checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Tokens as integers; DataError where one is outside the vocabulary."""
+    tokens = [int(token) for token in ids]
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise DataError(f"token {token} is outside the tokenizer's vocabulary of {vocab_size:,}")
+    return tokens
+
+
 def _coin_flips(rng: np.random.Generator, probability: float) -> Iterator[bool]:
     """Endless independent draws that are True with `probability`."""
     while True:
         yield from (rng.random(64) < probability).tolist()
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """`text` with lone surrogates, which broken JSON yields and UTF-8 cannot hold, replaced by "?"."""
     return text if text.isascii() else text.encode(errors="replace").decode()
 
@@ -299,7 +297,7 @@ def _count(captions: Iterable[str], words_in_memory: int = _WORDS_IN_MEMORY) -> 
     characters: Counter[str] = Counter()
     for caption in captions:
         number += 1
-        for segment in _SEGMENT.findall(normalizer.normalize(_valid_unicode(caption))):
+        for segment in _SEGMENT.findall(normalizer.normalize(valid_unicode(caption))):
             (words if segment[0] in ascii_lowercase else characters)[segment] += 1
         if len(words) > words_in_memory:
             words = Counter(dict(_by_frequency(words)[: words_in_memory // 2]))

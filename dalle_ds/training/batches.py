@@ -7,22 +7,20 @@ from typing import Any
 
 from dalle_ds.config import Run
 from dalle_ds.data import BatchLoader, Mixture, evaluation_batches
-from dalle_ds.data.faults import FaultLog
+from dalle_ds.data.faults import FaultLog, WorkerError
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.mesh import share_tensors
 from dalle_ds.tasks import Batch, Task
 
 PREVIEW_ROWS = 16
+LOADER_TRIES = 3
+"""Starts of loader processes for one update, before it is given up."""
 
 
 class Batches:
-    """Training, validation and preview batches of a task.
+    """Training, validation and preview batches of a task, of `micro_batch` rows for each rank.
 
-    Args:
-        micro_batch: rows of one batch of one rank.
-
-    Raises:
-        DataError: a split is missing. That of validation may be empty: data of one image, or of --validation 0.
+    DataError where a split is missing. That of validation may be empty: data of one image, or of --validation 0.
     """
 
     def __init__(self, task: Task[Any], run: Run, micro_batch: int, mesh: Mesh) -> None:
@@ -30,18 +28,60 @@ class Batches:
         self.validation_samples = task.samples("validation")
         self.faults = FaultLog()
         """What could not be read of training batches, on this process."""
-        self._task = task
-        self._run = run
-        self._micro_batch = micro_batch
-        self._mesh = mesh
+        self._task, self._run, self._micro_batch, self._mesh = task, run, micro_batch, mesh
+        self._next_step: int | None = None
+        self._stream: Iterator[Batch] = iter(())
+
+    def next_update(self, data_step: int, count: int, pulse: Callable[[], None]) -> list[Batch]:
+        """This rank's micro-batches, `count` of them, of the update whose data lie at `data_step`; collective as `train`.
+
+        `pulse` is called before each is waited for.
+        """
+        if data_step != self._next_step:
+            self._stream = self.train(data_step)
+        self._next_step = data_step + 1
+        for tries_left in reversed(range(LOADER_TRIES)):
+            try:
+                found = []
+                for _ in range(count):
+                    pulse()
+                    found.append(next(self._stream))
+                return found
+            except WorkerError as error:
+                # Processes that share a model's batches may have had some of these already.
+                if tries_left == 0 or self._mesh.size("model") > 1:
+                    raise
+                print(f"rank {self._mesh.rank}: {error}; others take their place", flush=True)
+                self._stream = self.train(data_step)
+        raise AssertionError
 
     def train(self, start_step: int) -> Iterator[Batch]:
         """This rank's micro-batches from update `start_step` on, endless; collective among the processes of a model."""
-        return self._shared(lambda: self._loaded(start_step))
+
+        def load() -> Iterable[Batch]:
+            loader = BatchLoader(
+                self.train_samples,
+                seed=self._run.seed,
+                batch_size=self._run.train.batch_size,
+                micro_batch=self._micro_batch,
+                rank=self._mesh.index("data"),
+                world_size=self._mesh.size("data"),
+                start_step=start_step,
+                workers=self._run.loader.workers,
+            )
+            loader.faults = self.faults
+            return loader
+
+        return self._shared(load)
 
     def validation(self) -> Iterator[Batch]:
         """This rank's part of the validation rows; collective as `train`."""
-        return self._shared(self._evaluated)
+        rank, world_size = self._mesh.index("data"), self._mesh.size("data")
+        rows = self._run.report.validation_rows
+        samples, micro_batch = self.validation_samples, self._micro_batch
+        return self._shared(
+            lambda: evaluation_batches(samples, micro_batch, rank=rank, world_size=world_size, rows=rows)
+        )
 
     def check_unchanged(self) -> None:
         """Raise a `DataChangedError` where the data is not what the run began with."""
@@ -61,29 +101,6 @@ class Batches:
                 self._run.corpora, train.shares, train.corpora, validation.corpora, strict=True
             )
         ]
-
-    def _loaded(self, start_step: int) -> Iterable[Batch]:
-        loader = BatchLoader(
-            self.train_samples,
-            seed=self._run.seed,
-            batch_size=self._run.train.batch_size,
-            micro_batch=self._micro_batch,
-            rank=self._mesh.index("data"),
-            world_size=self._mesh.size("data"),
-            start_step=start_step,
-            workers=self._run.loader.workers,
-        )
-        loader.faults = self.faults
-        return loader
-
-    def _evaluated(self) -> Iterable[Batch]:
-        return evaluation_batches(
-            self.validation_samples,
-            self._micro_batch,
-            rank=self._mesh.index("data"),
-            world_size=self._mesh.size("data"),
-            rows=self._run.report.validation_rows,
-        )
 
     def _shared(self, read: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
         """Batches made ready by the first of the processes that hold parts of one model, on all of them.

@@ -22,7 +22,7 @@ from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.layered import LayeredTask
+from dalle_ds.tasks.base import ModelParallelTask
 
 
 def build_engine(
@@ -35,13 +35,8 @@ def build_engine(
 ) -> Any:
     """A DeepSpeed engine around a new model and its AdamW, on the mesh's device. Collective.
 
-    The engine does not clip (`MasterGradients`); its `client_optimizer` is the AdamW.
-
-    Args:
-        seed: of random rounding.
-
-    Raises:
-        ConfigError: DeepSpeed refuses its configuration.
+    The engine does not clip (`MasterGradients`); its `client_optimizer` is the AdamW, which rounds at random by `seed`.
+    ConfigError where DeepSpeed refuses its configuration.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch is about to change; nothing that a user could mend.
@@ -100,7 +95,7 @@ def _keep_one_copy(optimizer: Any) -> None:
 
 def build_part(task: Task[Any], mesh: Mesh) -> nn.Module:
     """What this process trains of a task's model."""
-    if not isinstance(task, LayeredTask):
+    if not isinstance(task, ModelParallelTask):
         return task.build_model()
     if mesh.size("pipe") == 1:
         return task.build_model(mesh.tensor)
@@ -112,7 +107,7 @@ def build_part(task: Task[Any], mesh: Mesh) -> nn.Module:
 def scale_gradients(task: Task[Any], model: nn.Module, precision: str, mesh: Mesh) -> GradientScales | None:
     """Give every residual block of a process's model a gradient scale, and in "fp16" that arithmetic; None where gradients are
     not scaled."""
-    if not isinstance(task, LayeredTask) or not (precision == "fp16" or task.scaling.in_fp32):
+    if not isinstance(task, ModelParallelTask) or not (precision == "fp16" or task.scaling.in_fp32):
         return None
     dtype = torch.float16 if precision == "fp16" else torch.float32
     scales = GradientScales(task.scaling, task.resblock_count, mesh.size("data"), mesh.device)

@@ -5,7 +5,7 @@ One tensor is in memory at a time, and neither DeepSpeed nor a GPU is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +29,7 @@ Weights = Literal["average", "raw"]
 
 
 def read_run(path: Path) -> tuple[str, Run]:
-    """The stage and the configuration of the run in folder `path`.
-
-    Raises:
-        CheckpointError: there is no run, or one of an unknown stage.
-    """
+    """The stage and the configuration of the run in folder `path`; CheckpointError where there is none of a known stage."""
     stage, values = read_config(path)
     if stage not in STAGES:
         raise CheckpointError(f"{path} holds a run of stage {stage!r}: this version knows {', '.join(STAGES)}")
@@ -76,12 +72,17 @@ def export_checkpoint(
         raise CheckpointError(f"the run in {path} has {what}: it has {', '.join(kept) or 'none yet'}")
     require_whole(checkpoint)
     state = load_state(checkpoint)
-    _check_parts(task, state["identity"])
+    for name in ("dvae", "tokenizer"):  # of which the export has copies
+        part = getattr(task, name, None)
+        if part is not None and part.fingerprint != state["identity"].get(name):
+            raise CheckpointError(
+                f"the {name} at {getattr(run, name)} is not the one that the run began with: put that one back there"
+            )
     has_average = run.train.average_decay is not None and state["step"] >= run.train.average_every
     if weights == "average" and not has_average:
         raise ConfigError(f"{checkpoint} has no average of the weights yet: leave --weights out, or give raw")
     kind = AVERAGE if has_average and weights != "raw" else WEIGHT
-    index = Index.open(checkpoint / TENSORS_NAME)
+    index = Index(checkpoint / TENSORS_NAME)
     folder = Path(out) if out is not None else directory.export
     if folder.exists() and not (folder / WEIGHTS_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ConfigError(f"--out {folder} is there already, and no exported model: name a new folder")
@@ -117,13 +118,3 @@ def _stored_model(task: Task[Any], index: Index, kind: str, dtype: torch.dtype) 
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]
     return model
-
-
-def _check_parts(task: Task[Any], identity: Mapping[str, str]) -> None:
-    """Refuse a dVAE or tokenizer that are not those that the run learned from."""
-    for name in ("dvae", "tokenizer"):
-        part = getattr(task, name, None)
-        if part is not None and part.fingerprint != identity.get(name):
-            raise CheckpointError(
-                f"the {name} at {getattr(task.run, name)} is not the one that the run began with: put that one back there"
-            )

@@ -45,8 +45,7 @@ class Command(Generic[RunConfig]):
 def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | None = None) -> Command[RunConfig]:
     """Parse `--deepspeed_config FILE --preset NAME [--device D] [--section.field value …]`.
 
-    Raises:
-        ConfigError: no or an unknown preset, no DeepSpeed JSON, or a value that cannot work.
+    ConfigError where there is no or an unknown preset, no DeepSpeed JSON, or a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -78,13 +77,9 @@ def train(
     kind: type[RunConfig],
     make_task: Callable[[RunConfig], Task[RunConfig]],
     stage: str,
-    check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] | None = None,
+    check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] = lambda *_: None,
 ) -> None:
-    """Run a training launcher: parse the command line, join the other processes, train to the end.
-
-    Args:
-        check_plan: as `Trainer` takes it.
-    """
+    """Run a training launcher: parse the command line, join the other processes, train to the end."""
     command = parse_command(kind, stage)
     run = command.run
     with StopSignals(quiet=os.environ.get("RANK", "0") != "0") as signals:
@@ -92,7 +87,7 @@ def train(
         interrupted: Interrupted | None = None
         with Watch(mesh, explain, run.watch, Path(run.run_dir) / "logs", signals.request) as watch:
             # Imports DeepSpeed, which takes seconds and picks a device: mistakes on the command line are told before.
-            from dalle_ds.training.loop import LONG_MINUTES
+            from dalle_ds.training.loop import LONG_TIMEOUT
             from dalle_ds.training.trainer import Trainer
 
             try:
@@ -102,9 +97,9 @@ def train(
                 trainer.fit()
             except Interrupted as stopped:
                 interrupted = stopped
-            watch.pulse(run.steps, "leaving", LONG_MINUTES)
-            with mesh.patience(LONG_MINUTES):  # its end is a barrier: all are done before anyone leaves the watch
-                pass
+            watch.pulse(run.steps, "leaving", LONG_TIMEOUT)
+            with mesh.extended_timeout(LONG_TIMEOUT):
+                pass  # its end is a barrier: all are done before anyone leaves the watch
         # Launchers end all processes when one has ended: none does before all have left.
         mesh.barrier()
         mesh.stop()

@@ -1,58 +1,49 @@
-"""The training loop: updates, and what is reported, validated, saved and drawn between them."""
+"""The training loop: updates, and what is reported, validated, saved and previewed between them."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from dalle_ds.config import Run
 from dalle_ds.config.deepspeed import EngineConfig
-from dalle_ds.data.faults import BadSampleBudget, WorkerError
+from dalle_ds.data.faults import BadSampleBudget
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
-from dalle_ds.jsonl import LineFile
-from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision import GradientScales
-from dalle_ds.resilience.guard import Guard, Rollbacks
+from dalle_ds.resilience.guard import Rollbacks
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, CheckpointScheduler, RetentionPolicy
+from dalle_ds.training.checkpoints.content import TrainState, load_state
+from dalle_ds.training.checkpoints.saver import CheckpointScheduler
 from dalle_ds.training.numerics import NumericsReport
-from dalle_ds.training.passes import passes_of
 from dalle_ds.training.randomness import seed_update
-from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.step import COUNTED, TrainStep
+from dalle_ds.training.strategies import strategy_for
 from dalle_ds.training.tracking import Tracker
-from dalle_ds.training.zero_state import MasterWeights
 
 STEPS_BETWEEN_ALARMS = 500
 STEPS_BETWEEN_SKIP_ALARMS = 50
-LOADER_TRIES = 3
-"""Starts of loader processes for one update, before it is given up."""
 MOST_LINES = 20
 """On data that could not be read, at a time."""
-LONG_MINUTES = 120.0
-"""What validation, drawing and writing to slow disks may take while other processes wait, beyond what updates may."""
-
-
-class Pulse(Protocol):
-    """`Watch.pulse`."""
-
-    def __call__(self, step: int, phase: str, minutes: float = 0.0) -> None:
-        """Say what comes now, and how long it may take if it takes long."""
-        ...
+LONG_TIMEOUT = 120.0
+"""Minutes that validation, previews and writing to slow disks may take while other processes wait, beyond what updates may."""
+EVENTS = {
+    "skipped": "rows that could not be read",
+    "truncated": "captions cut",
+    "skipped_updates": "updates left out",
+    "failed_saves": "checkpoints that could not be written",
+}
+"""What a run counts, for the user."""
 
 
 @dataclass(frozen=True)
@@ -66,105 +57,49 @@ class RunContext:
     directory: RunDirectory
     batches: Batches
     signals: StopSignals
-    """Says whether to stop."""
-    pulse: Pulse
-    """Is told what this process is about to do."""
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """What training changes, besides the weights and moments that the engine holds."""
-
-    engine: Any
-    weights: MasterWeights
-    average: WeightAverage | None
-    learning_rate: LearningRate
-    scales: GradientScales | None
-    guard: Guard
-    replicas: ReplicaReduction | None
-
-    def load(self, checkpoint: Path, state: dict[str, Any], mesh: Mesh) -> None:
-        """Put everything back to where a checkpoint was written; `state` is what `load_state` returns of it. Collective."""
-        optimizer = self.engine.client_optimizer
-        load_checkpoint(checkpoint, self.weights, optimizer, mesh, average=self.average, errors=self.replicas)
-        # DeepSpeed's count of updates, by which its profiler and its monitors go.
-        self.engine.global_steps = state["step"]
-        self.learning_rate.load_state_dict(state["learning_rate"])
-        if self.scales is not None and state["scales"] is not None:
-            self.scales.load_state_dict(state["scales"])
-        self.guard.load_state_dict(state["guard"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights, moments and average."""
-        return {
-            "learning_rate": self.learning_rate.state_dict(),
-            "scales": None if self.scales is None else self.scales.state_dict(),
-            "guard": self.guard.state_dict(),
-        }
+    pulse: Callable[..., None]
+    """`Watch.pulse`: is told what this process is about to do."""
 
 
 class Loop:
-    """One `fit`: what lives from the first update to the last.
-
-    Args:
-        state: what a checkpoint keeps besides weights and optimizer; the loop begins at its "step".
-    """
+    """One `fit`: what lives from the first update to the last, beginning at the "step" of a checkpoint's `state`."""
 
     def __init__(
-        self, setup: RunContext, trained: TrainState, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
+        self, context: RunContext, trained: TrainState, tracker: Tracker, state: dict[str, Any], rollbacks: Rollbacks
     ) -> None:
-        self.run, self.mesh, self.task, self.config = setup.run, setup.mesh, setup.task, setup.config
-        self.directory, self.batches, self.signals = setup.directory, setup.batches, setup.signals
-        self._setup = setup
+        self.run, self.mesh, self.task, self.config = context.run, context.mesh, context.task, context.config
+        self.directory, self.batches, self.signals = context.directory, context.batches, context.signals
         self.trained, self.tracker, self.rollbacks = trained, tracker, rollbacks
-        self.engine, self.weights, self.average = trained.engine, trained.weights, trained.average
+        self.engine, self.weights, self.average = trained.engine, trained.tensors.weights, trained.tensors.average
+        self._pulse = context.pulse
         self._begin_at(state)
         self._alarmed = -STEPS_BETWEEN_ALARMS
-        self._place: int | None = None
         self._skipped_in_a_row = 0
         self._stopping = False
         self._untold = 0
-        self._passes = passes_of(self.task, self.engine, self.mesh)
         self._minutes = 0.0
         """What waiting for data and one update may take, where that is more than usual."""
-        self._passes.pulse = lambda: self._setup.pulse(self.step, "step", self._minutes)
-        every = self.run.report.numerics_every
-        self._numerics_lines = LineFile(self.directory.numerics_file) if every and self.mesh.is_main else None
+        self._strategy = strategy_for(self.task, self.engine, self.mesh)
+        self._strategy.pulse = lambda: self._pulse(self.step, "step", self._minutes)
+        numerics = None
+        if every := self.run.report.numerics_every:
+            lines = tracker.open(self.directory.numerics_file)
+            numerics = NumericsReport(lines, every, self.mesh, trained.scales)
         self._train_step = TrainStep(
-            self.task,
-            self.engine,
-            self._passes,
+            self._strategy,
             self.mesh,
             self.run.optim,
             scales=trained.scales,
             average=self.average,
-            numerics=NumericsReport(self._numerics_lines, every, self.mesh, trained.scales) if every else None,
-            replicas=trained.replicas,
+            numerics=numerics,
+            replicas=trained.tensors.replicas,
         )
-        report, replicas = self.run.report, trained.replicas
-        saver = AsyncCheckpointer(
-            self.directory.checkpoints,
-            self.weights,
-            self.engine.client_optimizer,
-            self.mesh,
-            RetentionPolicy(report.keep_checkpoints, report.keep_every),
-            average=self.average,
-            errors=replicas,
-            background=report.background_saves,
-            before_completing=self._sync_lines,
-        )
-        self._saving = CheckpointScheduler(
-            saver,
-            self.run,
-            self.mesh,
-            exactly=replicas is not None and replicas.compresses,
-            say=self.tracker.say,
-            long=lambda: self._long("saving"),
-        )
+        folder, long = self.directory.checkpoints, partial(self._long, "saving")
+        self._saving = CheckpointScheduler(folder, trained.tensors, self.run, self.mesh, tracker, long)
         self._saving.begin_at(self.step)
         self._saving.failures = self.counts.get("failed_saves", 0)
         self._unreadable = BadSampleBudget(self.run.loader.max_unreadable, self.batches.faults, self.run.data)
-        self._stragglers = Stragglers(self.mesh, self.run.watch, lambda line: self.tracker.say(line, style="yellow"))
+        self._stragglers = Stragglers(self.mesh, self.run.watch, lambda line: tracker.say(line, style="yellow"))
 
     def _begin_at(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -174,9 +109,8 @@ class Loop:
     def run_to_end(self) -> None:
         """All remaining updates, with their checkpoints and reports, and the export.
 
-        Raises:
-            Interrupted: the run was told to stop, and has written a checkpoint.
-            DataError: too much of the data cannot be read, or it has changed.
+        Interrupted where the run was told to stop, and has written a checkpoint; DataError where too much of the data cannot
+        be read, or it has changed.
         """
         run, report = self.run, self.run.report
         for samples in (self.batches.train_samples, self.batches.validation_samples):
@@ -185,39 +119,39 @@ class Loop:
         self.engine.train()
         if self.state["validation_is_due"]:
             self._validate()
-        seconds: list[float] = []  # of the updates since the last report, waiting for data included
-        waited: list[float] = []
-        slowest: dict[str, float] = {}
         first = self.step
+        # Of the updates since the last report: seconds, and of these waiting for data.
+        times: list[tuple[float, float]] = []
+        slowest: dict[str, float] = {}
         while self.step < run.steps:
             began = time.perf_counter()
             # The first update starts loaders, compiles, and connects processes.
-            self._minutes = LONG_MINUTES if self.step == first else 0.0
+            self._minutes = LONG_TIMEOUT if self.step == first else 0.0
+            pulse = partial(self._pulse, self.step, "waiting for data", self._minutes)
             with self._stragglers.waiting(self.step):
-                batches = self._next_batches()
-            waited.append(time.perf_counter() - began)
-            self._setup.pulse(self.step, "step", self._minutes)
+                batches = self.batches.next_update(self.rollbacks.data_step(self.step), self.config.accumulation, pulse)
+            waited = time.perf_counter() - began
+            self._pulse(self.step, "step", self._minutes)
             metrics, lost = self._update(batches)
-            seconds.append(time.perf_counter() - began)
+            times.append((time.perf_counter() - began, waited))
             self.step += 1
-            slowest |= self._stragglers.after(self.step, seconds[-1])
+            slowest |= self._stragglers.after(self.step, times[-1][0])
             if self.step == first + 1:
                 # Until here, processes load, compile and connect, each at its own pace.
                 self.mesh.set_timeout(run.watch.collective_minutes)
             if lost:
                 self._roll_back(metrics)
-                seconds.clear()
-                waited.clear()
+                times.clear()
                 self._stop_if_told()
                 continue
             last = self.step == run.steps
             if self.step % report.log_every == 0 or last:
                 self._tell_unreadable()
-                metrics |= slowest | {"data_seconds": sum(waited) / len(waited)}
+                seconds, data_seconds = (sum(column) / len(times) for column in zip(*times, strict=True))
+                metrics |= slowest | {"data_seconds": data_seconds}
+                self.tracker.log(self.step, metrics, seconds)
                 slowest.clear()
-                self.tracker.log(self.step, metrics, sum(seconds) / len(seconds))
-                seconds.clear()
-                waited.clear()
+                times.clear()
             self._raise_alarm(metrics)
             validates = last or bool(report.validate_every and self.step % report.validate_every == 0)
             if validates and not self._stopping:
@@ -225,7 +159,7 @@ class Loop:
             self._save_if_due(last, validation_is_due=validates and self._stopping)
             self._stop_if_told()
             if not last and report.preview_every and self.step % report.preview_every == 0:
-                with self._long("drawing"):
+                with self._long("previewing"):
                     model = self._plain_model()
                 self._preview(model)
         self._finish()
@@ -233,8 +167,8 @@ class Loop:
     @contextmanager
     def _long(self, phase: str) -> Iterator[None]:
         """Something that may take much longer than an update. Collective."""
-        self._setup.pulse(self.step, phase, LONG_MINUTES)
-        with self.mesh.patience(LONG_MINUTES):
+        self._pulse(self.step, phase, LONG_TIMEOUT)
+        with self.mesh.extended_timeout(LONG_TIMEOUT):
             yield
 
     def _stop_if_told(self) -> None:
@@ -246,7 +180,7 @@ class Loop:
             )
 
     def _finish(self) -> None:
-        """Export the averaged model and draw the last preview from it."""
+        """Export the averaged model and make the last preview with it."""
         directory = self.directory
         with self._long("exporting"):
             model = self._plain_model()
@@ -255,63 +189,57 @@ class Loop:
         self._preview(model)
         if model is not None:
             directory.mark_exported(self.step)
+            counts = {EVENTS[name]: count for name, count in self.counts.items()}
+            counts["times back to a checkpoint"] = len(self.rollbacks.events)
+            counts["restarts"] = directory.starts() - 1
+            told = [f"{count:,} {what}" for what, count in counts.items() if count > 0]
             self.tracker.say(f"exported to {directory.export}")
-            self.tracker.say(self._summary())
+            self.tracker.say(f"done: {self.step:,} updates, {', '.join(told) or 'without any disturbance'}")
         self.mesh.barrier()
 
-    def _summary(self) -> str:
-        """What the run went through, for the user."""
-        words = {
-            "skipped": "rows that could not be read",
-            "truncated": "captions cut",
-            "skipped_updates": "updates left out",
-            "failed_saves": "checkpoints that could not be written",
-        }
-        counts = {words[name]: count for name, count in self.counts.items() if count}
-        counts["times back to a checkpoint"] = len(self.rollbacks.events)
-        counts["restarts"] = self.directory.starts() - 1
-        told = [f"{count:,} {what}" for what, count in counts.items() if count > 0]
-        return f"done: {self.step:,} updates, {', '.join(told) or 'without any disturbance'}"
+    # --- an update
 
     def _update(self, micro_batches: list[Batch]) -> tuple[dict[str, float], bool]:
-        """Make an update; returns its figures and whether the run should go back from here."""
+        """Make an update; returns its metrics and whether the run should go back from here."""
         step, learning_rate = self.step, self.trained.learning_rate
         seed_update(self.run.seed, step, self.mesh.index("data"))
         # What the processes tell each other with every update: whether one was told to stop, and how far saving is.
         flags = [int(self.signals.requested is not None), *self._saving.flags()]
         result = self._train_step.run(micro_batches, step, learning_rate.at(step), flags)
+        metrics, finite, applied = result.metrics, result.decision.finite, result.decision.applied
         stop, *saving = map(round, result.flags)
         self._stopping |= stop > 0
         self._saving.note(saving)
-        loss = result.metrics["loss"]
         if self.average is not None:
             self.average.update(step)
-        if result.decision.finite:
-            learning_rate.observe(step, loss)
+        if finite:
+            learning_rate.observe(step, metrics["loss"])
         else:
-            norm = result.metrics["grad_norm"]
-            sentence = f"update {step + 1} is left out: loss {loss:.4g}, gradient norm {norm:.4g}"
-            if "powersgd_overflows" in result.metrics:
-                sentence += (
-                    "; a factor of PowerSGD left its format: lower powersgd.p_scale_log2 or powersgd.q_scale_log2"
-                )
-            self.tracker.say(sentence, style="yellow")
-        lost = self.trained.guard.observe(loss, result.decision.finite, result.decision.applied)
-        self._skipped_in_a_row = 0 if result.decision.applied else self._skipped_in_a_row + 1
+            self._tell_left_out(metrics)
+        lost = self.trained.guard.observe(metrics["loss"], finite, applied)
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if self._skipped_in_a_row and self._skipped_in_a_row % STEPS_BETWEEN_SKIP_ALARMS == 0:
-            self.tracker.say(
-                f"ALARM at step {step + 1}: the last {self._skipped_in_a_row} updates were all skipped; where gradient scales "
-                "fall (gradient_scale in the metrics), begin with a lower scaling.initial_log2",
-                style="bold red",
+            self.tracker.alarm(
+                f"the last {self._skipped_in_a_row} updates were all skipped; where gradient scales fall (gradient_scale in "
+                "the metrics), begin with a lower scaling.initial_log2",
+                step + 1,
             )
-        self._count_unreadable(result.metrics)
-        return self._counted(result.metrics, result.decision.applied), lost
-
-    def _count_unreadable(self, figures: dict[str, float]) -> None:
-        """End a run of which too much cannot be read; all processes know the same count."""
-        skipped = round(figures.get("skipped", 0))
+        skipped = round(metrics.get("skipped", 0))
         self._untold += skipped
-        self._unreadable.observe(self.run.train.batch_size + skipped, skipped)
+        self._unreadable.observe(self.run.train.batch_size + skipped, skipped)  # all processes know the same count
+        # In place of an update's counts, the run's totals, where there is anything to tell.
+        new = {name: round(metrics.pop(name)) for name in COUNTED if name in metrics}
+        for name, count in (new | {"skipped_updates": int(not applied)}).items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        return metrics | {f"{name}_total": float(count) for name, count in self.counts.items() if count}, lost
+
+    def _tell_left_out(self, metrics: dict[str, float]) -> None:
+        line = (
+            f"update {self.step + 1} is left out: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
+        )
+        if "powersgd_overflows" in metrics:
+            line += "; a factor of PowerSGD left its format: lower powersgd.p_scale_log2 or powersgd.q_scale_log2"
+        self.tracker.say(line, style="yellow")
 
     def _tell_unreadable(self) -> None:
         """A line for each place that could not be read, whichever process found it. Collective if there is any."""
@@ -326,45 +254,22 @@ class Loop:
         if len(lines) > MOST_LINES:
             self.tracker.say(f"and {len(lines) - MOST_LINES:,} more", style="yellow")
 
-    def _next_batches(self) -> list[Batch]:
-        """The micro-batches of the next update."""
-        place = self.rollbacks.place(self.step)
-        if place != self._place:
-            self._stream = self.batches.train(place)
-        self._place = place + 1
-        for tries in itertools.count(1):
-            try:
-                return [self._next_batch() for _ in range(self.config.accumulation)]
-            except WorkerError as error:
-                # Processes that share a model's batches may have had some of these already.
-                if tries == LOADER_TRIES or self.mesh.size("model") > 1:
-                    raise
-                print(f"rank {self.mesh.rank}: {error}; others take their place", flush=True)
-                self._stream = self.batches.train(place)
-        raise AssertionError
-
-    def _next_batch(self) -> Batch:
-        self._setup.pulse(self.step, "waiting for data", self._minutes)
-        return next(self._stream)
-
-    def _counted(self, figures: dict[str, float], applied: bool) -> dict[str, float]:
-        """`figures` with counts replaced by the run's totals, where there is anything to tell."""
-        new = {name: round(figures.pop(name)) for name in COUNTED if name in figures}
-        for name, count in (new | {"skipped_updates": int(not applied)}).items():
-            self.counts[name] = self.counts.get(name, 0) + count
-        return figures | {f"{name}_total": float(count) for name, count in self.counts.items() if count}
+    def _raise_alarm(self, metrics: dict[str, float]) -> None:
+        sentence = self.task.alarm(metrics, self.step)
+        if sentence is not None and self.step - self._alarmed >= STEPS_BETWEEN_ALARMS:
+            self._alarmed = self.step
+            self.tracker.alarm(sentence, self.step)
 
     def _roll_back(self, metrics: dict[str, float]) -> None:
         """Go back to the newest checkpoint and leave out the data that followed it. Collective.
 
-        Raises:
-            TrainingError: there is no checkpoint, or going back has not helped.
+        TrainingError where there is no checkpoint, or going back has not helped.
         """
         went_wrong = self.step
         what = (
             f"{self.trained.guard.bad_in_a_row} updates in a row went wrong, up to update {went_wrong} with a loss of "
+            f"{metrics['loss']:.4g} and a gradient norm of {metrics['grad_norm']:.4g}"
         )
-        what += f"{metrics['loss']:.4g} and a gradient norm of {metrics['grad_norm']:.4g}"
         advice = (
             "look at the data of these updates; resume with a lower rate (--optim.halve_at and the checkpoint's step), or "
             "begin a new run with a lower optim.lr or a longer optim.warmup_steps"
@@ -388,30 +293,14 @@ class Loop:
             self.trained.load(checkpoint, state, self.mesh)
         self._begin_at({**self.state, **state, "layout": self.state["layout"]})
         self._saving.begin_at(self.step)
-        self.mesh.decide(self._rewind_lines)
+        self.mesh.decide(lambda: self.directory.drop_metrics_after(self.step))
+        self.tracker.reopen()
         self.tracker.say(
             f"WENT BACK to step {self.step}: {what}; the data of the {went_wrong - self.step} updates since are left out",
             style="bold red",
         )
 
-    def _rewind_lines(self) -> None:
-        self.directory.drop_metrics_after(self.step)
-        self.tracker.reopen()
-        if self._numerics_lines is not None:
-            self._numerics_lines.reopen()
-
-    def _sync_lines(self) -> None:
-        """What was recorded up to a checkpoint is there when it is."""
-        self.tracker.sync()
-        if self._numerics_lines is not None:
-            self._numerics_lines.sync()
-
-    def _raise_alarm(self, metrics: dict[str, float]) -> None:
-        step = self.step
-        sentence = self.task.alarm(metrics, step)
-        if sentence is not None and step - self._alarmed >= STEPS_BETWEEN_ALARMS:
-            self._alarmed = step
-            self.tracker.say(f"ALARM at step {step}: {sentence}", style="bold red")
+    # --- between updates
 
     @contextmanager
     def _averaged(self) -> Iterator[Callable[..., Any]]:
@@ -423,7 +312,7 @@ class Loop:
         self.engine.eval()
         # No `finally`: after an error on one rank, the others are in another collective than the swap back would be.
         with torch.no_grad():
-            yield self._passes.model
+            yield self._strategy.model
         self.engine.train()
         if average is not None:
             average.swap()
@@ -439,9 +328,9 @@ class Loop:
                 skipped = skipped + batch["skipped"].sum()
                 for name, value in self.task.evaluate(model, batch).items():
                     sums[name] = sums[name] + value if name in sums else value
-        figures = self.task.summarize({name: self.mesh.sum(value) for name, value in sums.items()})
-        self.tracker.log(self.step, {f"validation/{name}": value for name, value in figures.items()})
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        metrics = self.task.summarize({name: self.mesh.sum(value) for name, value in sums.items()})
+        self.tracker.log(self.step, {f"validation/{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         lost = int(self.mesh.sum(skipped))
         unread = f"; for {lost:,} rows that could not be read, others stood in" if lost else ""
         self.tracker.say(f"validation at step {self.step}: {shown}{unread}")
@@ -469,7 +358,7 @@ class Loop:
             raise CheckpointError(
                 f"{saved.failure}; see to the disk and start the run again: it goes on from the last complete checkpoint"
             )
-        self.tracker.say(f"ALARM: {saved.failure}; the run goes on from the last complete checkpoint", style="bold red")
+        self.tracker.alarm(f"{saved.failure}; the run goes on from the last complete checkpoint")
 
     def _plain_model(self) -> nn.Module | None:
         """The model with averaged weights, fp32 on the CPU and outside DeepSpeed, on the main rank; None elsewhere.
@@ -483,14 +372,14 @@ class Loop:
         return model.eval()
 
     def _preview(self, model: nn.Module | None) -> None:
-        """Draw with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
-        with self._long("drawing"):
+        """Preview with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
+        with self._long("previewing"):
             if model is not None and len(self.batches.validation_samples) > 0:
                 path = self.directory.samples / f"step-{self.step}.png"
                 dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
                 try:
                     with torch.no_grad():
-                        picture = self.task.preview(model.to(self.mesh.device, dtype), self.batches.preview())
-                    picture.save(path)
+                        image = self.task.preview(model.to(self.mesh.device, dtype), self.batches.preview())
+                    image.save(path)
                 except (OSError, torch.OutOfMemoryError, DalleError) as error:
                     self.tracker.say(f"the preview {path} could not be made: {error}", style="red")

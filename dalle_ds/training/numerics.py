@@ -37,8 +37,8 @@ def exponent_counts(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def exponent_report(counts: Tensor) -> dict[str, Any]:
-    """Counts as `exponent_counts` returns them, JSON-able: exponent → elements, where there are any."""
-    *finite, zero, nonfinite = (int(count) for count in counts)
+    """What `exponent_counts` returns, JSON-able: exponent → elements, where there are any."""
+    *finite, zero, nonfinite = counts.tolist()
     exponents = {str(exponent): count for exponent, count in enumerate(finite, LOWEST) if count}
     return {"exponents": exponents, "zero": zero, "nonfinite": nonfinite}
 
@@ -53,27 +53,21 @@ class NumericsReport:
 
     Args:
         lines: gets them, on the main process; None elsewhere.
-        every: updates between lines.
-        mesh: the processes that share the gradients.
-        scales: of the residual blocks, if there are any.
     """
 
     def __init__(self, lines: LineFile | None, every: int, mesh: Mesh, scales: GradientScales | None) -> None:
-        self._lines = lines
-        self._every = every
-        self._mesh = mesh
-        self._scales = scales
+        self._lines, self._every, self._mesh, self._scales = lines, every, mesh, scales
 
     def note(self, step: int, gradients: MasterGradients, layout: GroupLayout) -> None:
         """Look at the gradients of update `step`, counted from 0, if it is one to look at. Collective."""
         if (step + 1) % self._every:
             return
         groups = gradients.groups()
-        own = [block for block, is_counted in zip(layout.own_blocks, layout.counted, strict=True) if is_counted]
-        counted = [group for group, is_counted in zip(groups, layout.counted, strict=True) if is_counted]
+        owners = [layout.blocks[number] for number in layout.numbers]
         report = {}
         for block in dict.fromkeys(layout.blocks):
-            pieces = [piece for group, of in zip(counted, own, strict=True) if of == block for piece in group]
+            own = zip(groups, owners, layout.counted, strict=True)
+            pieces = [piece for group, owner, is_counted in own if is_counted and owner == block for piece in group]
             counts = self._mesh.sum(exponent_counts(pieces).to(self._mesh.device), "world")
             entry = exponent_report(counts)
             if self._scales is not None and block is not None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_update(seed: int, step: int, index: int) -> None:
     """Seed all global generators (Python, NumPy, PyTorch on the CPU and this process's GPU) for an update of one process.
 
-    What is drawn in an update then depends on nothing that came before it, and there are no generators to be saved.
-
-    Args:
-        seed: of the run.
-        step: update, counted from 0.
-        index: the process's place among those that see different data; parts of one model draw alike.
+    What is drawn in an update then depends on nothing that came before it, and there are no generators to be saved. `index` is
+    the process's place among those that see different data; parts of one model draw alike.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
@@ -29,21 +25,14 @@ def seed_update(seed: int, step: int, index: int) -> None:
         torch.cuda.manual_seed(number)
 
 
-@dataclass(frozen=True)
-class Generators:
-    """Where PyTorch's global generators, on the CPU and this process's GPU, were at some moment."""
+def generator_states() -> tuple[Tensor, Tensor | None]:
+    """Where PyTorch's global generators are, on the CPU and this process's GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
-    cpu: torch.Tensor
-    gpu: torch.Tensor | None
 
-    @classmethod
-    def now(cls) -> Generators:
-        """Where they are."""
-        gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        return cls(torch.default_generator.get_state(), gpu)
-
-    def restore(self) -> None:
-        """Draw again what was drawn from then on."""
-        torch.default_generator.set_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu)
+def draw_again_from(states: tuple[Tensor, Tensor | None]) -> None:
+    """Draw again what was drawn from then on."""
+    cpu, gpu = states
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)

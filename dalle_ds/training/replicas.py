@@ -34,19 +34,11 @@ class ReplicaReduction:
     A shard of fused queries, keys and values counts as three matrices, each of as many rows as a shard of one of the three
     would have: so none has rows of two of them.
 
-    Args:
-        engine: from `build_engine`.
-        gradients: the engine's.
-        mesh: divided as the engine is.
-        config: compression.
-        seed: of PowerSGD's random matrices.
-
-    Raises:
-        ConfigError: compression of a model without matrices that can be compressed. (`resolve` refuses what else cannot be.)
+    ConfigError where nothing of a model can be compressed. (`resolve` refuses what else cannot be.)
     """
 
-    def __init__(self, engine: Any, gradients: MasterGradients, mesh: Mesh, config: PowerSGDConfig, seed: int) -> None:
-        self._gradients, self._mesh = gradients, mesh
+    def __init__(self, engine: Any, mesh: Mesh, config: PowerSGDConfig, seed: int) -> None:
+        self._gradients, self._mesh = MasterGradients(engine), mesh
         self._left_whole: list[str] = []
         self._compressor = self._compress(engine, config, seed) if config.enabled else None
 
@@ -61,12 +53,15 @@ class ReplicaReduction:
             for piece, parameter in enumerate(chain.from_iterable(self._parameters))
             if blocks[self._group_of[piece]] is not None and len(parameter.ds_shape) == 2 and parameter.requires_grad
         }
-        self._rank = self._rank_of(list(matrices.values()), config)
-        shards = []
-        for piece, parameter in matrices.items():
-            shard = self._shard(names[id(parameter)], piece, parameter, blocks[self._group_of[piece]])
-            if shard is not None:
-                shards.append(shard)
+        # The rank is that of a whole matrix, for all processes that divide a replica to share out. Rows of these matrices are
+        # as long as the residual stream is wide, or a part of it.
+        width = max((matrix.ds_shape[1] for matrix in matrices.values()), default=1)
+        self._rank = config.rank or paper_rank(width, mesh.size("shard") * mesh.size("tensor"))
+        found = [
+            self._shard(names[id(parameter)], piece, parameter, blocks[self._group_of[piece]])
+            for piece, parameter in matrices.items()
+        ]
+        shards = [shard for shard in found if shard is not None]
         if not shards:
             raise ConfigError(
                 "powersgd.enabled compresses weight matrices of residual blocks, and this model has none that the processes "
@@ -100,9 +95,8 @@ class ReplicaReduction:
         owners = [self._group_of[number] for number in self._plain]
         owners += [self._group_of[shard.piece] for shard in self._compressor.shards]
         squares = torch.zeros(len(self._parameters), device=compressed.device)
-        return squares.index_add_(
-            0, torch.tensor(owners, device=compressed.device), torch.cat([norms.square(), compressed])
-        )
+        numbers = torch.tensor(owners, device=compressed.device)
+        return squares.index_add_(0, numbers, torch.cat([norms.square(), compressed]))
 
     @property
     def compresses(self) -> bool:
@@ -140,14 +134,6 @@ class ReplicaReduction:
         if self._left_whole:
             lines.append(f"not compressed: {'; '.join(self._left_whole)}")
         return lines
-
-    def _rank_of(self, matrices: Sequence[Any], config: PowerSGDConfig) -> int:
-        """Rank of a whole matrix, which all processes that divide a replica can share out."""
-        divisor = self._mesh.size("shard") * self._mesh.size("tensor")
-        if config.rank is not None:
-            return config.rank
-        # Rows of these matrices are as long as the residual stream is wide, or a part of it.
-        return paper_rank(max((matrix.ds_shape[1] for matrix in matrices), default=1), divisor)
 
     def _shard(self, name: str, piece: int, parameter: Any, block: int) -> MatrixShard | None:
         """This process's shard of a parameter; None, and a note for the user, where it is not made of whole rows."""
@@ -191,8 +177,7 @@ class ReplicaReduction:
         in_turns(self._average_bucket(bucket) for bucket in buckets)
 
     def _average_bucket(self, pieces: list[Tensor]) -> Generator[None, None, None]:
-        device = self._mesh.device
-        first = pieces[0]
+        device, first = self._mesh.device, pieces[0]
         is_ready = len(pieces) == 1 and first.is_contiguous()
         is_ready = is_ready and first.dtype == torch.float32 and first.device == device
         flat = (
@@ -213,8 +198,6 @@ def broadcast_start(weights: MasterWeights, mesh: Mesh) -> None:
 
     DeepSpeed sees to this within a replica only.
     """
-    if mesh.size("replica") == 1:
-        return
     source = mesh.ranks("replica")[0]
     for shard in weights.shards:
         crossing = shard.detach().to(mesh.device)

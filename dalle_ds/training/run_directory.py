@@ -58,11 +58,12 @@ _STEP_NAME = "step.json"
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The stage and the configuration, as plain values, of the run in folder `path`.
+    """The stage and the configuration, as plain values, of the run in folder `path`; CheckpointError where there is no run."""
+    saved = _read_config_file(path)
+    return saved["stage"], saved["run"]
 
-    Raises:
-        CheckpointError: there is no run.
-    """
+
+def _read_config_file(path: Path) -> dict[str, Any]:
     file = path / _CONFIG_NAME
     try:
         saved = parse_yaml(file.read_text())
@@ -70,15 +71,11 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{file} cannot be read: name another --run_dir") from error
     if not (isinstance(saved, dict) and isinstance(saved.get("stage"), str) and isinstance(saved.get("run"), dict)):
         raise CheckpointError(f"{file} is not a run's configuration: name another --run_dir")
-    return saved["stage"], saved["run"]
+    return saved
 
 
 def run_of(kind: type[RunKind], saved: dict[str, Any], where: str) -> RunKind:
-    """A run's configuration from the plain values that `read_config` returns.
-
-    Raises:
-        ConfigError: as `from_dict`.
-    """
+    """A run's configuration from the plain values that `read_config` returns; ConfigError as from `from_dict`."""
     used = dict(flatten(to_dict(kind())))
     kept = dict(saved)
     for name in _TAKEN_ONCE:
@@ -102,15 +99,13 @@ def _with_pairs(saved: dict[str, Any]) -> dict[str, Any]:
 def kept_precision(path: Path) -> Choice | None:
     """The precision that the run in folder `path` began in, whatever it was chosen by; None where there is no run yet.
 
-    Raises:
-        CheckpointError: its configuration cannot be read.
+    CheckpointError where its configuration cannot be read.
     """
-    file = path / _CONFIG_NAME
-    if not file.exists():
+    if not (path / _CONFIG_NAME).exists():
         return None
-    read_config(path)  # says what is wrong with it
+    saved = _read_config_file(path)
     try:
-        kept = parse_yaml(file.read_text())["precision"]
+        kept = saved["precision"]
         return Choice(_PRECISION[kept["chosen"]], str(kept["why"]))
     except (KeyError, TypeError):  # it was stated
         pass
@@ -123,11 +118,6 @@ def kept_precision(path: Path) -> Choice | None:
 class RunDirectory:
     """A run's folder on this process's side; only the main process writes.
 
-    Args:
-        path: the folder; made where it does not exist.
-        stage: the task's name, kept in `config.yaml`.
-        run: the run's configuration.
-
     Raises:
         CheckpointError: `path` holds a run of another stage or configuration (with the differences), or something else.
     """
@@ -135,51 +125,24 @@ class RunDirectory:
     def __init__(self, path: str | Path, stage: str, run: Run) -> None:
         if not str(path):
             raise ConfigError("--run_dir is missing: name the folder of this run")
-        self.path = Path(path)
-        self.stage = stage
-        self.run = run
+        self.path = path = Path(path)
+        self.stage, self.run = stage, run
+        self.config_file = path / _CONFIG_NAME
+        """The configuration that the run was started with."""
+        self.metrics_file = path / "metrics.jsonl"
+        self.numerics_file = path / "numerics.jsonl"
+        """Histograms of gradients."""
+        self.starts_file = path / "starts.jsonl"
+        """When and where the run was started."""
+        self.rollbacks_file = path / "rollbacks.json"
+        """When the run went back to a checkpoint, and the data that it left out since."""
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self.samples = path / "samples"
+        """Preview images."""
+        self.export = path / "export"
+        """The exported model."""
         self._lock: IO[str] | None = None
         self._check()
-
-    @property
-    def config_file(self) -> Path:
-        """The configuration that the run was started with."""
-        return self.path / _CONFIG_NAME
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def numerics_file(self) -> Path:
-        """Histograms of gradients, one JSON object per line."""
-        return self.path / "numerics.jsonl"
-
-    @property
-    def starts_file(self) -> Path:
-        """When and where the run was started, one JSON object per line."""
-        return self.path / "starts.jsonl"
-
-    @property
-    def rollbacks_file(self) -> Path:
-        """When the run went back to a checkpoint, and the data that it left out since."""
-        return self.path / "rollbacks.json"
-
-    @property
-    def checkpoints(self) -> CheckpointFolder:
-        """Holds `step-N/` folders."""
-        return CheckpointFolder(self.path / "checkpoints")
-
-    @property
-    def samples(self) -> Path:
-        """Preview images."""
-        return self.path / "samples"
-
-    @property
-    def export(self) -> Path:
-        """The exported model."""
-        return self.path / "export"
 
     def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -204,21 +167,18 @@ class RunDirectory:
         }
         if changed:
             lines = "\n".join(f"  {name}: {was!r} in the run, {now!r} now" for name, (was, now) in changed.items())
-            options = [
-                word
-                for name, (was, _) in changed.items()
-                for word in (f"--{name}", *(was if isinstance(was, list) else [was]))
-            ]
+            words: list[Any] = []
+            for name, (was, _) in changed.items():
+                words += [f"--{name}", *(was if isinstance(was, list) else [was])]
             raise CheckpointError(
                 f"--run_dir {self.path} was started with another configuration:\n{lines}\nname a new folder, or resume it by "
-                f"adding {' '.join(shlex.quote(str(word)) for word in options)}"
+                f"adding {shlex.join(map(str, words))}"
             )
 
     def claim(self) -> None:
         """Make the folder and take its lock. Main process only.
 
-        Raises:
-            CheckpointError: another process trains in it, or it cannot be written.
+        CheckpointError where another process trains in it, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -239,12 +199,8 @@ class RunDirectory:
         """Write the configuration and what the run learns from, make the folders and remove what killed runs left unfinished.
         Main process only.
 
-        Args:
-            identity: fingerprints, which later starts must find again.
-            precision: what "auto" stands for, to be kept by later starts; None where precision is stated.
-
-        Raises:
-            CheckpointError: it cannot be written.
+        `identity` are fingerprints, which later starts must find again; `precision` is what "auto" stands for, which they
+        keep, and None where it is stated. CheckpointError where something cannot be written.
         """
         try:
             # First: a folder with anything else in it and no configuration is not taken for a run's.
@@ -263,25 +219,15 @@ class RunDirectory:
                 unfinished.unlink(missing_ok=True)
 
     def identity(self) -> dict[str, str] | None:
-        """What `write_config` was given at the run's start; None in a new run.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        found: dict[str, str] | None = self._read_json(_IDENTITY_NAME, dict)
-        return found
+        """What `write_config` was given at the run's start; None in a new run. CheckpointError where it cannot be read."""
+        return self._read_json(_IDENTITY_NAME, dict)
 
     def wandb_id(self) -> str | None:
         """The run's name at Weights & Biases, from its first start on."""
-        found: str | None = self._read_json(_WANDB_NAME, str)
-        return found
+        return self._read_json(_WANDB_NAME, str)
 
     def keep_wandb_id(self, run_id: str | None) -> None:
-        """Keep it for the next start, which may come before the first checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Keep it for the next start, which may come before the first checkpoint; CheckpointError where that fails."""
         if run_id is not None and run_id != self.wandb_id():
             try:
                 write_json(self.path / _WANDB_NAME, run_id)
@@ -301,11 +247,9 @@ class RunDirectory:
         return content
 
     def note_start(self, step: int, processes: str) -> None:
-        """Add a line to the list of the run's starts; not being able to is no reason not to start.
+        """Add a line to the list of the run's starts: updates done, and in words how the work is divided.
 
-        Args:
-            step: updates done before.
-            processes: how the work is divided, in words.
+        Not being able to is no reason not to start.
         """
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         with suppress(OSError):
@@ -339,14 +283,8 @@ class RunDirectory:
             self._lock = None
 
     def drop_metrics_after(self, step: int, *, unvalidated: bool = False) -> None:
-        """Forget the metrics of updates beyond `step`, which the run will do again.
-
-        Args:
-            unvalidated: forget what is there of the validation at `step`, too.
-
-        Raises:
-            CheckpointError: a file cannot be written.
-        """
+        """Forget the metrics of updates beyond `step`, which the run will do again, and if it is `unvalidated`, of the
+        validation at `step`; CheckpointError where a file cannot be written."""
 
         def stays(record: dict[str, Any]) -> bool:
             again = unvalidated and record["step"] == step and any(name.startswith("validation/") for name in record)

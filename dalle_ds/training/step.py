@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +13,14 @@ from dalle_ds.config import OptimConfig
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
-from dalle_ds.tasks import Batch, Metrics, Task
+from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.training.numerics import NumericsReport
-from dalle_ds.training.passes import Passes
 from dalle_ds.training.replicas import ReplicaReduction
+from dalle_ds.training.strategies import StepStrategy
 from dalle_ds.training.zero_state import GroupLayout, MasterGradients
 
 COUNTED = ("skipped", "truncated")
 """Parts of a batch that count events: rows that could not be read, captions that were cut."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What all processes know of an update's loss and gradients."""
-
-    loss: float
-    """Mean over the whole batch."""
-    squares: Sequence[float]
-    """Squared gradient norm of every parameter group of the model: not finite where the gradient is not; infinite where a
-    compressed gradient was finite and its factors are not."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +44,8 @@ class Decision:
 
 
 def decide(
-    statistics: Statistics,
+    loss: float,
+    squares: Sequence[float],
     blocks: Sequence[int | None],
     *,
     clip: float | None = None,
@@ -70,17 +59,20 @@ def decide(
     concerned are told apart, so that their scales can be lowered and, with `skips_blocks`, all other blocks updated.
 
     Args:
+        loss: mean over the whole batch.
+        squares: squared gradient norm of every parameter group of the model: not finite where the gradient is not; infinite
+            where a compressed gradient was finite and its factors are not.
         blocks: the residual block of every parameter group of the model, or None.
         clip: the largest global norm; None does not clip.
         at_floor: whether the gradient scale of a block cannot be lowered; None where gradients are not scaled.
         skips_blocks: whether a block that overflowed is left out instead of the update.
         compresses: whether gradients crossed as factors, whose own overflow no gradient scale is to blame for.
     """
-    broken = {group for group, square in enumerate(statistics.squares) if not math.isfinite(square)}
-    factors_broken = {group for group in broken if compresses and math.isinf(statistics.squares[group])}
+    broken = {group for group, square in enumerate(squares) if not math.isfinite(square)}
+    factors_broken = {group for group in broken if compresses and math.isinf(squares[group])}
     concerned = {blocks[group] for group in broken - factors_broken}
     overflowed = frozenset(block for block in concerned if block is not None)
-    finite = math.isfinite(statistics.loss) and not factors_broken
+    finite = math.isfinite(loss) and not factors_broken
     if at_floor is None:
         finite = finite and not broken
     else:
@@ -88,7 +80,7 @@ def decide(
     skipped: frozenset[int] = frozenset()
     if broken and finite and skips_blocks:
         skipped = frozenset(group for group, block in enumerate(blocks) if block in overflowed)
-    norm = math.sqrt(sum(square for group, square in enumerate(statistics.squares) if group not in skipped))
+    norm = math.sqrt(sum(square for group, square in enumerate(squares) if group not in skipped))
     return Decision(
         applied=finite and broken <= skipped and len(skipped) < len(blocks),
         finite=finite,
@@ -114,37 +106,26 @@ class StepResult:
 class TrainStep:
     """Makes updates on an engine.
 
-    Args:
-        task: turns batches into losses.
-        engine: from `build_engine`.
-        passes: the engine's.
-        mesh: the processes of the run.
-        optim: clipping.
-        scales: of the residual blocks, and what to skip; None where gradients are not scaled.
-        average: told before weights change.
-        numerics: asked for histograms of gradients.
-        replicas: averages gradients over replicas; None where there is one.
+    `scales` are those of the residual blocks, and None where gradients are not scaled; `average` is told before weights
+    change; `replicas` is None where there is one.
     """
 
     def __init__(
         self,
-        task: Task[Any],
-        engine: Any,
-        passes: Passes,
+        strategy: StepStrategy,
         mesh: Mesh,
         optim: OptimConfig,
         *,
-        scales: GradientScales | None,
-        average: WeightAverage | None,
-        numerics: NumericsReport | None,
-        replicas: ReplicaReduction | None,
+        scales: GradientScales | None = None,
+        average: WeightAverage | None = None,
+        numerics: NumericsReport | None = None,
+        replicas: ReplicaReduction | None = None,
     ) -> None:
-        self._task, self._passes, self._mesh, self._optim = task, passes, mesh, optim
-        self._scales, self._average, self._numerics = scales, average, numerics
-        self._engine = engine
-        self._optimizer: AdamW = engine.client_optimizer
-        self._gradients = MasterGradients(engine)
-        self._replicas = replicas
+        self._task, self._engine, self._strategy = strategy.task, strategy.engine, strategy
+        self._mesh, self._optim = mesh, optim
+        self._scales, self._average, self._numerics, self._replicas = scales, average, numerics, replicas
+        self._optimizer: AdamW = self._engine.client_optimizer
+        self._gradients = MasterGradients(self._engine)
         self._layout = GroupLayout(self._optimizer.param_groups, self._gradients.sharded, mesh)
 
     def run(self, micro_batches: Sequence[Batch], step: int, rate: float, flags: Sequence[float] = ()) -> StepResult:
@@ -153,18 +134,19 @@ class TrainStep:
         Args:
             flags: numbers to add up over all processes on the way, as many on each; they change nothing here.
         """
-        self._set_shares(micro_batches)
+        self._set_loss_scales(micro_batches)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        reported = self._passes.backward(micro_batches, step)
-        for batch, metrics in zip(micro_batches, reported, strict=True):
-            metrics |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
+        reported = self._strategy.backward(micro_batches, step)
+        for batch, own in zip(micro_batches, reported, strict=True):
+            own |= {name: batch[name].sum().float() for name in COUNTED if name in batch}
         squares_here = self._gradients.squared_norms() if self._replicas is None else self._replicas.reduce()
         found, squares, agreed = self._agree(reported, squares_here, flags)
         if self._numerics is not None:
             self._numerics.note(step, self._gradients, self._layout)
         decision = decide(
-            Statistics(found["loss"], squares),
+            found["loss"],
+            squares,
             self._layout.blocks,
             clip=self._optim.clip,
             at_floor=None if self._scales is None else self._scales.at_floor,
@@ -172,17 +154,21 @@ class TrainStep:
             compresses=self._replicas is not None and self._replicas.compresses,
         )
         self._apply(decision)
-        return StepResult(found | {"lr": rate} | self._told(decision), decision, agreed)
+        metrics = found | {"lr": rate, "grad_norm": decision.grad_norm}
+        if decision.applied:
+            metrics["grad_norm_clipped"] = decision.grad_norm * decision.clip_factor
+        if decision.compression_overflows:
+            metrics["powersgd_overflows"] = float(decision.compression_overflows)
+        if self._scales is not None:
+            metrics |= self._scales.metrics()
+        return StepResult(metrics, decision, agreed)
 
     def _apply(self, decision: Decision) -> None:
-        """Change weights, moments, gradient scales and compression's error sums as decided. Collective."""
+        """Change weights, moments, gradient scales and compression's error-feedback buffers as decided. Collective."""
         # Of the groups that this process has, those whose gradients are used and not.
-        used = {
-            own
-            for own, number in enumerate(self._layout.numbers)
-            if decision.applied and number not in decision.skipped_groups
-        }
-        unused = set(range(len(self._layout.numbers))) - used
+        groups = set(range(len(self._layout.numbers)))
+        unused = {own for own in groups if self._layout.numbers[own] in decision.skipped_groups}
+        unused = unused if decision.applied else groups
         if self._replicas is not None:
             self._replicas.restore_error_feedback(unused)
         self._gradients.clear(unused)
@@ -190,29 +176,20 @@ class TrainStep:
             self._gradients.scale(decision.clip_factor)
         if self._average is not None:
             self._average.before_step()
-        with self._optimizer.updating(used, gradient_bound=decision.grad_norm * decision.clip_factor):
-            self._passes.step()
+        with self._optimizer.updating(groups - unused, gradient_bound=decision.grad_norm * decision.clip_factor):
+            self._strategy.step()
         overflow = getattr(self._engine.optimizer, "overflow", False)
         assert not (decision.applied and overflow), "DeepSpeed left out a good update"
         if self._scales is not None:
             self._scales.update(decision.overflowed_blocks, decision.applied)
 
-    def _told(self, decision: Decision) -> dict[str, float]:
-        """Metrics of a decision that was applied."""
-        metrics = {"grad_norm": decision.grad_norm}
-        if decision.applied:
-            metrics["grad_norm_clipped"] = decision.grad_norm * decision.clip_factor
-        if decision.compression_overflows:
-            metrics["powersgd_overflows"] = float(decision.compression_overflows)
-        return metrics | ({} if self._scales is None else self._scales.figures())
-
-    def _set_shares(self, micro_batches: Sequence[Batch]) -> None:
-        """Give each micro-batch its share in the mean over the whole batch; see `Task.loss`."""
+    def _set_loss_scales(self, micro_batches: Sequence[Batch]) -> None:
+        """Give each micro-batch what its loss counts in the mean over the whole batch; see `Task.loss`."""
         own = torch.stack([self._task.num_items(batch).float() for batch in micro_batches])
         total = self._mesh.sum(own.sum()).clamp_min(1)
         count = len(micro_batches) * self._mesh.size("data")
-        for batch, weight in zip(micro_batches, own, strict=True):
-            batch["loss_scale"] = weight * count / total
+        for batch, num_items in zip(micro_batches, own, strict=True):
+            batch["loss_scale"] = num_items * count / total
 
     def _agree(
         self, reported: list[Metrics], squares_here: Tensor, flags: Sequence[float]
@@ -225,8 +202,8 @@ class TrainStep:
         own = [torch.stack([m[name].float() for m in reported]).sum(0).flatten() for name in reported[0]]
         own = [part / self._mesh.size("model") for part in own]  # all processes of a model have the same
         squares = self._layout.spread(squares_here)
-        # To the host in one piece: a GPU is waited for once.
-        # Filled in on the device: a copy to it would wait for the backward pass.
+        # To the host in one piece: a GPU is waited for once. Flags are filled in on the device: a copy to it would wait for
+        # the backward pass.
         flagged = torch.stack([squares.new_full((), flag) for flag in flags]) if flags else squares.new_empty(0)
         sizes = [part.numel() for part in [*own, squares, flagged]]
         *parts, flagged = self._mesh.sum(torch.cat([*own, squares, flagged]), "world").cpu().split(sizes)

@@ -20,16 +20,14 @@ from dalle_ds.resilience.guard import Guard, Rollbacks
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
-from dalle_ds.training.checkpoints.content import load_state
+from dalle_ds.training.checkpoints.content import TrainedTensors, TrainState, load_state
 from dalle_ds.training.checkpoints.folder import choose_checkpoint
 from dalle_ds.training.engine import build_engine, build_part, scale_gradients
-from dalle_ds.training.loop import LONG_MINUTES, Loop, Pulse, RunContext, TrainState
+from dalle_ds.training.loop import LONG_TIMEOUT, Loop, RunContext
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
 from dalle_ds.training.tracking import Tracker
-from dalle_ds.training.zero_state import MasterGradients, MasterWeights
-
-CheckPlan = Callable[[Task[Any], EngineConfig, Mesh], None]
+from dalle_ds.training.zero_state import MasterWeights
 
 
 class Trainer:
@@ -39,12 +37,9 @@ class Trainer:
     or the ZeRO stage, up to rounding; a resumed run continues bit for bit.
 
     Args:
-        make_task: builds the task from its run configuration.
-        run: what to train.
         json_config: the DeepSpeed JSON's content.
-        mesh: the processes that take part.
         signals: says when to stop; None never does.
-        pulse: is told what this process is about to do (`Watch.pulse`).
+        pulse: `Watch.pulse`: is told what this process is about to do.
         check_plan: refuses a task that does not fit this engine and mesh, before a model is built.
 
     Raises:
@@ -59,12 +54,12 @@ class Trainer:
         mesh: Mesh,
         *,
         signals: StopSignals | None = None,
-        pulse: Pulse | None = None,
-        check_plan: CheckPlan | None = None,
+        pulse: Callable[..., None] = lambda *_: None,
+        check_plan: Callable[[Task[Any], EngineConfig, Mesh], None] = lambda *_: None,
     ) -> None:
         self.run = run
         self.signals = signals or StopSignals()
-        self.pulse = pulse or (lambda step, phase, minutes=0.0: None)
+        self.pulse = pulse
         self.mesh = mesh = mesh.divide(run.parallel)
         self.choice: Choice | None = None
         if is_auto(json_config, run):
@@ -76,8 +71,7 @@ class Trainer:
         # One process looks, since disks may show several ones different things at one time.
         self.directory: RunDirectory = mesh.decide(lambda: RunDirectory(run.run_dir, self.task.name, run))
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
-        if check_plan is not None:
-            check_plan(self.task, self.config, mesh)
+        check_plan(self.task, self.config, mesh)
         mesh.decide(self.directory.claim)
         self.checkpoint: Path | None = choose_checkpoint(self.directory.checkpoints, mesh)
         self.state = self._load_state()
@@ -90,15 +84,11 @@ class Trainer:
 
     def _load_state(self) -> dict[str, Any]:
         identity = self.task.identity()
-        replicas, stages, shards, parts = self.mesh.sizes
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         layout = {
             "precision": self.config.precision,
             "processes": self.mesh.world_size,
-            "replicas": replicas,
-            "pipe": stages,
-            "shards": shards,
-            "tensor": parts,
+            **dict(zip(("replicas", "pipe", "shards", "tensor"), self.mesh.sizes, strict=True)),
             "zero_stage": self.config.zero_stage,
             "offload": offload.get("device", "none"),
             "micro_batch": self.config.micro_batch,
@@ -122,8 +112,6 @@ class Trainer:
                         f"the run in {self.directory.path} began with another {name} ({str(known.get(name))[:12]}, now "
                         f"{found[:12]}): resume it with the one it began with, or name a new --run_dir"
                     )
-        if self.checkpoint is None:
-            return fresh
         wrote = state["layout"]
         if wrote["precision"] != layout["precision"]:
             raise CheckpointError(
@@ -139,7 +127,7 @@ class Trainer:
         return {**fresh, **state, "layout": layout, "version": dalle_ds.__version__}
 
     def fit(self) -> None:
-        """Train to `run.steps` updates, then validate, draw a preview and export; all of it is skipped where it is done.
+        """Train to `run.steps` updates, then validate, make a preview and export; all of it is skipped where it is done.
 
         Raises:
             Interrupted: a signal told the run to stop, which it did behind a checkpoint.
@@ -151,9 +139,9 @@ class Trainer:
                 print(f"{self.directory.path} is done: all {self.step} updates, exported to {self.directory.export}")
                 self.directory.release()
             return
-        self.pulse(self.step, "starting", LONG_MINUTES)
+        self.pulse(self.step, "starting", LONG_TIMEOUT)
         # More than the watch has, which tells more of what hangs.
-        self.mesh.set_timeout(LONG_MINUTES + self.run.watch.collective_minutes)
+        self.mesh.set_timeout(LONG_TIMEOUT + self.run.watch.collective_minutes)
         torch.manual_seed(self.run.seed)
         trained = self._build()
         if self.checkpoint is not None:
@@ -165,14 +153,14 @@ class Trainer:
             self.mesh.decide(lambda: self.directory.keep_wandb_id(tracker.run_id))
             if self.mesh.is_main:
                 self.directory.note_start(self.step, self.mesh.describe())
-            for line in trained.replicas.describe() if trained.replicas is not None else ():
+            replicas = trained.tensors.replicas
+            for line in replicas.describe() if replicas is not None else ():
                 tracker.say(line)
-            setup = RunContext(
+            context = RunContext(
                 self.run, self.mesh, self.task, self.config, self.directory, self.batches, self.signals, self.pulse
             )
-            Loop(setup, trained, tracker, self.state, rollbacks).run_to_end()
-        if self.mesh.is_main:
-            self.directory.release()
+            Loop(context, trained, tracker, self.state, rollbacks).run_to_end()
+        self.directory.release()
 
     def _build(self) -> TrainState:
         """The engine with fresh weights, and all that trains beside it."""
@@ -186,30 +174,18 @@ class Trainer:
             weights.load(initial)
         replicas = None
         if mesh.size("replica") > 1:
-            replicas = ReplicaReduction(engine, MasterGradients(engine), mesh, run.powersgd, run.seed)
+            replicas = ReplicaReduction(engine, mesh, run.powersgd, run.seed)
             broadcast_start(weights, mesh)
         average = None
         if run.train.average_decay is not None:
-            average = WeightAverage(
-                weights.shards,
-                run.train.average_decay,
-                every=run.train.average_every,
-                device=run.train.average_device,
-            )
-        return TrainState(engine, weights, average, LearningRate(run.optim), scales, Guard(run.guard), replicas)
+            every, device = run.train.average_every, run.train.average_device
+            average = WeightAverage(weights.shards, run.train.average_decay, every=every, device=device)
+        tensors = TrainedTensors(weights, engine.client_optimizer, average, replicas)
+        return TrainState(engine, tensors, LearningRate(run.optim), scales, Guard(run.guard))
 
     def _tracker(self) -> Tracker:
-        tracker = Tracker(
-            self.directory.metrics_file,
-            self.run,
-            self.task.name,
-            enabled=self.mesh.is_main,
-            start_step=self.step,
-            world_size=self.mesh.world_size,
-            items=self.task.items_per_sample(),
-            flops_per_sample=self.task.flops_per_sample() if self.run.report.peak_tflops else 0.0,
-            run_id=self.directory.wandb_id() if self.mesh.is_main else None,
-        )
+        run_id = self.directory.wandb_id() if self.mesh.is_main else None
+        tracker = Tracker(self.directory.metrics_file, self.task, self.mesh, start_step=self.step, run_id=run_id)
         begun = f"resumed from {self.checkpoint}" if self.checkpoint is not None else "new run"
         tracker.say(
             f"{self.task.name}: {begun} in {self.directory.path}; {len(self.batches.train_samples):,} training and "
@@ -224,6 +200,6 @@ class Trainer:
             tracker.say(line)
         if len(self.batches.validation_samples) == 0:
             tracker.say(
-                f"{' and '.join(self.run.corpora)} has no validation rows: nothing is validated, and no previews are drawn"
+                f"{' and '.join(self.run.corpora)} has no validation rows: nothing is validated, and no previews are made"
             )
         return tracker

@@ -18,15 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup, split_of
-from dalle_ds.training.checkpoints.storage import ParamShard, TensorSlice, matrix_size
+from dalle_ds.training.checkpoints.storage import ParamShard, matrix_size
 
 
 class MasterWeights:
-    """The fp32 weights behind a DeepSpeed engine.
-
-    Args:
-        engine: from `build_engine`.
-    """
+    """The fp32 weights behind a DeepSpeed engine."""
 
     def __init__(self, engine: Any) -> None:
         self._module: nn.Module = engine.module
@@ -35,12 +31,10 @@ class MasterWeights:
         self._stage: int = engine.zero_optimization_stage()
         self._copies: dict[int, Tensor] = {}
         optimizer = self._optimizer
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            self.shards: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
-        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-            self.shards = list(optimizer.single_partition_of_fp32_groups)
-        elif hasattr(optimizer, "fp32_groups_flat_partition"):
-            self.shards = list(optimizer.fp32_groups_flat_partition)
+        flat = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        kept = next((name for name in flat if hasattr(optimizer, name)), None)
+        if kept is not None:
+            self.shards: list[Tensor] = list(getattr(optimizer, kept))
         elif hasattr(optimizer, "fp32_groups"):
             self.shards = [copy for group in optimizer.fp32_groups for copy in group]
             originals = [parameter for group in optimizer.fp16_groups for parameter in group]
@@ -81,72 +75,60 @@ class MasterWeights:
     def consolidate(self) -> dict[str, Tensor] | None:
         """The plain model's fp32 state dict on the CPU of rank 0; None elsewhere. Collective.
 
-        Fragments go to rank 0 one by one; of processes that have the same one, the first sends it.
+        Shards of parameters go to rank 0 one by one; of processes that have the same one, the first sends it.
         """
-        received, sent = self._transfers
-        for number in sent:
-            dist.send(self._run(self.param_shards[number]), dst=0)
-        if dist.get_rank() > 0:
-            return None
+        rank = dist.get_rank()
         weights: dict[str, Tensor] = {}
-        for source, fragment in received:
-            if source == 0:
-                run = self._run(fragment)
+        for source, shard in self._transfers:
+            if source == rank:
+                run = shard.of(self.shards[shard.shard]).to(self._device, torch.float32)
+                if rank > 0:
+                    dist.send(run, dst=0)
+                    continue
             else:
-                run = torch.empty(fragment.length, device=self._device)
+                run = torch.empty(shard.length, device=self._device)
                 dist.recv(run, src=source)
-            if fragment.name not in weights:
-                weights[fragment.name] = torch.empty(fragment.whole)
-            whole = weights[fragment.name].view(matrix_size(fragment.whole))
-            run = run.cpu()
-            for part in fragment.slices():
-                part.in_matrix(whole).copy_(part.of(run))
-        return weights
+            if shard.name not in weights:
+                weights[shard.name] = torch.empty(shard.whole)
+            whole = weights[shard.name].view(matrix_size(shard.whole))
+            for at, values in shard.slices(run.cpu()):
+                at.of(whole).copy_(values)
+        return weights if rank == 0 else None
 
     @torch.no_grad()
     def load(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take the weights from the plain model's state dict, which every process has. Collective."""
-        for fragment in self.param_shards:
-            whole = state_dict[fragment.name].float().view(matrix_size(fragment.whole))
-            run = fragment.of(self.shards[fragment.shard].detach())
-            for part in fragment.slices():
-                part.of(run).copy_(part.in_matrix(whole))
+        for shard in self.param_shards:
+            whole = state_dict[shard.name].float().view(matrix_size(shard.whole))
+            for at, values in shard.slices(shard.of(self.shards[shard.shard])):
+                values.copy_(at.of(whole))
         self.publish()
 
-    def _run(self, fragment: ParamShard) -> Tensor:
-        return fragment.of(self.shards[fragment.shard]).to(self._device, torch.float32)
-
     @cached_property
-    def _transfers(self) -> tuple[list[tuple[int, ParamShard]], list[int]]:
-        """What crosses to rank 0, in this order: there, ranks and their fragments; elsewhere, numbers of own fragments.
+    def _transfers(self) -> list[tuple[int, ParamShard]]:
+        """What crosses to rank 0, in this order, by the ranks that send it: there, of all; elsewhere, of this one.
 
         Collective at its first use; cuts do not change.
         """
-        rank, size = dist.get_rank(), dist.get_world_size()
-        # Only one of those processes that are cut alike, such as replicas, tells rank 0 of its fragments.
-        digests: list[Any] = [None] * size
+        rank = dist.get_rank()
+        # Only one of those processes that are cut alike, such as replicas, tells rank 0 of its shards.
+        digests: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(digests, hashlib.sha256(repr(self.param_shards).encode()).hexdigest())
-        is_first = digests.index(digests[rank]) == rank
-        if rank > 0:
-            wanted: list[Any] = [[]]
-            if is_first:
-                dist.send_object_list([self.param_shards], dst=0, device=self._device)
-                dist.recv_object_list(wanted, src=0, device=self._device)
-            return [], wanted[0]
-        received: list[tuple[int, ParamShard]] = []
-        seen: set[tuple[str, TensorSlice]] = set()
-        for source in range(size):
-            if digests.index(digests[source]) < source:
-                continue
+        found: dict[tuple[str, int, int], tuple[int, ParamShard]] = {}
+        for source in sorted({digests.index(digest) for digest in digests}):
             offered: list[Any] = [self.param_shards]
-            if source > 0:
+            if rank == 0 and source > 0:
                 dist.recv_object_list(offered, src=source, device=self._device)
-            new = [number for number, each in enumerate(offered[0]) if (each.name, each.slices()[0]) not in seen]
-            seen.update((offered[0][number].name, offered[0][number].slices()[0]) for number in new)
-            received += [(source, offered[0][number]) for number in new]
-            if source > 0:
-                dist.send_object_list([new], dst=source, device=self._device)
-        return received, []
+            elif rank == source > 0:
+                dist.send_object_list(offered, dst=0, device=self._device)
+                dist.recv_object_list(offered, src=0, device=self._device)
+                return [(source, shard) for shard in offered[0]]
+            if rank == 0:
+                new = [each for each in offered[0] if (each.name, each.part, each.start) not in found]
+                found |= {(each.name, each.part, each.start): (source, each) for each in new}
+                if source > 0:
+                    dist.send_object_list([new], dst=source, device=self._device)
+        return list(found.values())
 
 
 def param_shards_of(engine: Any) -> list[ParamShard]:
@@ -155,61 +137,45 @@ def param_shards_of(engine: Any) -> list[ParamShard]:
     Shards are numbered as in `MasterWeights.shards`.
     """
     module: nn.Module = engine.module
+    optimizer = engine.optimizer
     rename = getattr(module, "plain_name", None)  # a pipeline's stages name their layers in their own way
-    group = _tensor_group(module)
-    places = _Places(engine)
-    found: list[ParamShard] = []
-    for name, parameter in module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        start, length, shard, offset = places.of(parameter)
-        if length > 0:
-            plain = name if rename is None else rename(name)
-            split = split_of(parameter)
-            if split is None:
-                found.append(ParamShard(plain, shape, start, length, shard, offset))
-            else:
-                found.append(ParamShard(plain, shape, start, length, shard, offset, split, group.rank, group.size))
-    return found
+    groups = (getattr(layer, "tensor", None) for layer in module.modules())
+    group = next((group for group in groups if isinstance(group, TensorGroup)), WHOLE)  # which layers know
+    numbered: list[Any] = list(module.parameters())
+    if hasattr(optimizer, "fp16_groups"):  # bf16, stage 0: copies, group by group
+        numbered = [parameter for group in optimizer.fp16_groups for parameter in group]
+    numbers = {id(parameter): number for number, parameter in enumerate(numbered)}
 
-
-class _Places:
-    """Where DeepSpeed put this process's elements of a parameter."""
-
-    def __init__(self, engine: Any) -> None:
-        self._optimizer = engine.optimizer
-        numbered: list[nn.Parameter] = list(engine.module.parameters())
-        if hasattr(self._optimizer, "fp16_groups"):  # bf16, stage 0: copies, group by group
-            numbered = [parameter for group in self._optimizer.fp16_groups for parameter in group]
-        self._number = {id(parameter): number for number, parameter in enumerate(numbered)}
-
-    def of(self, parameter: nn.Parameter) -> tuple[int, int, int, int]:
-        """Start in the flattened parameter, length, number of the shard, offset in it."""
+    def placed(parameter: Any) -> tuple[int, int, int, int]:
+        """Where DeepSpeed put elements: start in the flattened parameter, length, number of the shard, offset in it."""
         if hasattr(parameter, "ds_id"):  # stage 3: equal lengths of every parameter, the last of them padded
-            shard, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            start = parameter.ds_zero_partition_rank * length  # type: ignore[attr-defined]
-            return start, min(length, parameter.ds_numel - start), shard, offset  # type: ignore[attr-defined]
+            shard, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = parameter.ds_zero_partition_rank * length
+            return start, min(length, parameter.ds_numel - start), shard, offset
         if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2, in all precisions: equal lengths of every group
             mapping = parameter._hp_mapping
             if mapping is None:
                 return 0, 0, 0, 0
             own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
             return own.start, flat.numel, mapping.param_group_index, flat.start
-        return 0, parameter.numel(), self._number[id(parameter)], 0
+        return 0, parameter.numel(), numbers[id(parameter)], 0
 
-
-def _tensor_group(module: nn.Module) -> TensorGroup:
-    """The group that divides a model's layers, which these know."""
-    groups = (getattr(layer, "tensor", None) for layer in module.modules())
-    return next((group for group in groups if isinstance(group, TensorGroup)), WHOLE)
+    found: list[ParamShard] = []
+    for name, parameter in module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        start, length, shard, offset = placed(parameter)
+        if length > 0:
+            split = split_of(parameter)
+            place = (None, 0, 1) if split is None else (split, group.rank, group.size)
+            plain = name if rename is None else rename(name)
+            found.append(ParamShard(plain, shape, start, length, shard, offset, *place))
+    return found
 
 
 class MasterGradients:
     """The gradients behind a DeepSpeed engine, averaged over processes and micro-batches, by optimizer parameter group.
 
     Of use only after the last backward pass of an update and before its step. Changes in place are what the step sees.
-
-    Args:
-        engine: from `deepspeed.initialize`.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -278,13 +244,10 @@ class MasterGradients:
 
 
 class GroupLayout:
-    """Which parameter groups there are on all processes, and what this one holds of them.
+    """Which parameter groups (`optim/groups.py`) there are on all processes, and what this one holds of them.
 
-    Stages of a pipeline have groups of their own; parts of a tensor group all hold those that are not divided.
-
-    Args:
-        groups: the optimizer's parameter groups, as `optim/groups.py` makes them.
-        sharded: whether shards hold parts of every gradient, instead of all.
+    Stages of a pipeline have groups of their own; parts of a tensor group all hold those that are not divided. `sharded` says
+    whether shards hold parts of every gradient, instead of all.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], sharded: bool, mesh: Mesh) -> None:
@@ -299,8 +262,6 @@ class GroupLayout:
         numbers = {name: number for number, name in enumerate(known)}
         self.numbers = [numbers[name] for name, _ in own]
         """Of this process's groups, their numbers among all."""
-        self.own_blocks: list[int | None] = [block for _, block in own]
-        """Of this process's groups, the number of the residual block or None."""
         holders = [
             mesh.size("replica")
             * (1 if sharded else mesh.size("shard"))

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dalle_ds.data.corpora import read_folder, read_webdataset, webdataset
+from dalle_ds.data.corpora import files, read_folder, read_webdataset
 from dalle_ds.data.images import decode_image
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
@@ -129,7 +129,7 @@ def outcome(read: Callable[[], object]) -> str:
 
 
 def main(folder: Path) -> None:
-    webdataset.MAX_PICTURE_BYTES = 2**24
+    files.MAX_IMAGE_BYTES = 2**24
     found: dict[str, str] = {}
     decode_image(picture_bytes(0))
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

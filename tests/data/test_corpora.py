@@ -128,7 +128,7 @@ def test_folder_with_csv(tmp_path: Path, columns: tuple[str, str]) -> None:
     (pair, *broken) = read_folder(str(tmp_path))
     assert pair.image == RED and pair.captions[0].startswith('quoted, "twice"\nlong xxx')
     gone, nameless = ("gone.png (table.csv line 4)", "table.csv line 5")
-    assert summary(broken) == [(gone, reasons.NO_PICTURE), (nameless, reasons.NO_PICTURE)]
+    assert summary(broken) == [(gone, reasons.NO_IMAGE), (nameless, reasons.NO_IMAGE)]
 
 
 def test_folder_with_jsonl(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_webdataset_as_its_own_writer_makes_it(tmp_path: Path) -> None:
         ("b.tar/k2", ["txt counts"]),
         ("b.tar/k2.json", reasons.CAPTION_UNUSED),
         ("b.tar/k3", reasons.NO_CAPTION),
-        ("b.tar/k4", reasons.NO_PICTURE),
+        ("b.tar/k4", reasons.NO_IMAGE),
     ]
     assert ("b.tar/k2", reasons.NO_CAPTION) in summary(read_webdataset(str(tmp_path / "b.tar"), "other"))
 
@@ -289,7 +289,7 @@ def test_hf_parquet_with_bytes_paths_and_lists(tmp_path: Path, hf_rows: datasets
     table.to_parquet(str(tmp_path / "paths" / "a.parquet"))
     pair, *broken = read_hf(str(tmp_path / "paths"))
     assert pair.image == BLUE
-    assert [item.reason for item in broken] == [reasons.NO_PICTURE] * 2 + [reasons.OTHER], "the image is no table"
+    assert [item.reason for item in broken] == [reasons.NO_IMAGE] * 2 + [reasons.OTHER], "the image is no table"
 
 
 def test_hf_mistakes(tmp_path: Path, hf_rows: datasets.Dataset) -> None:

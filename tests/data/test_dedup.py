@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dalle_ds.config import ClipConfig
 from dalle_ds.data import dedup, reasons
-from dalle_ds.data.dedup import close_embeddings, close_hashes, embedded, find_copies, perceptual_hash, picture_model
+from dalle_ds.data.dedup import close_embeddings, close_hashes, embedded, find_copies, image_model, perceptual_hash
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.data.processing import Caption, ProcessedPair
@@ -54,7 +54,7 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
         ]
         problem = "broken" if rng.random() < 0.1 else None
         items.append(ProcessedPair(number, str(number), problem, captions, f"{rng.integers(30):064x}"))
-    found = find_copies(items, FilterOptions(max_caption_copies=3), tmp_path / "scratch")
+    found, _ = find_copies(items, FilterOptions(max_caption_copies=3), tmp_path / "scratch")
 
     pairs: set[tuple[str, str]] = set()
     texts: Counter[str] = Counter()
@@ -71,7 +71,7 @@ def test_pairs_and_captions_against_a_set_and_a_counter(
                     texts[caption.text.lower()] += 1
                 pairs.add((item.picture, caption.text))
             expected.append(reason)
-    assert [found.of_caption(number) for number in range(len(expected))] == expected
+    assert [dedup.REASONS.get(int(code)) for code in found] == expected
     assert {reasons.DUPLICATE, reasons.SAME_CAPTION, None} == set(expected)
 
 
@@ -179,7 +179,7 @@ def test_like_pictures_are_dropped_alike_in_one_go_and_in_parts(copied_corpus: P
     filters = FilterOptions(max_hash_distance=6, max_caption_copies=1)
     options = PrepareOptions(corpus="folder", source=str(copied_corpus), validation=0.2, filters=filters)
     report = prepare(options, str(tmp_path / "whole"), workers=2)
-    assert report.dropped[reasons.LIKE_PICTURE].count == 6 and report.dropped[reasons.LIKE_PICTURE].examples == COPIES
+    assert report.dropped[reasons.LIKE_IMAGE].count == 6 and report.dropped[reasons.LIKE_IMAGE].examples == COPIES
     assert report.dropped[reasons.SAME_CAPTION].examples == ["19.png"]
     assert report.caption_examples == {reasons.SAME_CAPTION: ["image 18"]}
     assert sum(report.kept.values()) == 19
@@ -201,8 +201,8 @@ def test_close_pictures_are_dropped_alike_in_one_go_and_in_parts(clip: str, tmp_
     filters = FilterOptions(duplicate_model=clip, duplicate_cosine=0.9996)  # embeddings of a random model are all alike
     options = PrepareOptions(corpus="folder", source=str(corpus), filters=filters)
     report = prepare(options, str(tmp_path / "whole"))
-    assert report.dropped[reasons.CLOSE_PICTURE].examples == [f"copy{number}.bmp" for number in range(5)]
-    assert report.dropped[reasons.CLOSE_PICTURE].count == 6 and sum(report.kept.values()) == 20
+    assert report.dropped[reasons.CLOSE_IMAGE].examples == [f"copy{number}.bmp" for number in range(5)]
+    assert report.dropped[reasons.CLOSE_IMAGE].count == 6 and sum(report.kept.values()) == 20
     for shard in range(3):
         prepare_part(options, str(tmp_path / "parts"), shard, 3)
     merge_parts(str(tmp_path / "parts"))
@@ -210,7 +210,7 @@ def test_close_pictures_are_dropped_alike_in_one_go_and_in_parts(clip: str, tmp_
 
 
 def test_embeddings_do_not_depend_on_who_is_beside_them(copied_corpus: Path, clip: str) -> None:
-    model = picture_model(clip)
+    model = image_model(clip)
     items = [
         ProcessedPair(0, path.name, None, [], image=b"" if number % 5 == 2 else path.read_bytes())
         for number, path in enumerate((sorted(copied_corpus.glob("*.png")) * 2)[:36])
@@ -223,7 +223,7 @@ def test_embeddings_do_not_depend_on_who_is_beside_them(copied_corpus: Path, cli
 
 def test_a_model_of_another_kind_is_refused(dvae_export: Path) -> None:
     with pytest.raises(ConfigError, match="is a dvae: give a CLIP"):
-        picture_model(str(dvae_export))
+        image_model(str(dvae_export))
 
 
 def test_another_model_under_the_same_name_is_another_preparation(

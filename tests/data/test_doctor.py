@@ -71,7 +71,7 @@ def test_every_kind_of_damage_is_named_and_its_rows_counted(data: Path) -> None:
     content[content.index(b"IDAT") + 10] ^= 1  # one bit of one image
     paths[2].write_bytes(content)
     codes = next((data / "codes" / FINGERPRINT[:16] / "validation").glob("*.arrow"))
-    stored = CodesCache.open(data, FINGERPRINT, "validation").features(0, 0).tobytes()
+    stored = CodesCache.open(data, FINGERPRINT, "validation").codes(0, 0).astype("<u2").tobytes()
     codes.write_bytes(codes.read_bytes().replace(stored, bytes(len(stored))))
     inspection = inspect_data(DataOptions(str(data)))
     assert [fault.partition(":")[0] for fault in inspection.faults] == [

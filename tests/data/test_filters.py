@@ -7,17 +7,9 @@ import sys
 
 import pytest
 
-from dalle_ds.data import reasons
-from dalle_ds.data.filters import (
-    FilterOptions,
-    caption_problem,
-    clean_caption,
-    cut_caption,
-    image_problem,
-    language,
-)
-from dalle_ds.data.filters.boilerplate import is_boilerplate
-from dalle_ds.data.filters.options import _OFF
+from dalle_ds.data import filters, reasons
+from dalle_ds.data.boilerplate import is_boilerplate
+from dalle_ds.data.filters import _OFF, FilterOptions, caption_problem, clean_caption, cut_caption, image_problem
 from dalle_ds.errors import ConfigError
 
 
@@ -174,7 +166,7 @@ def test_switches(changes: dict[str, float], caption: str, problem: str | None) 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     monkeypatch.setitem(sys.modules, "imagehash", None)
-    language._identifier.cache_clear()
+    filters._identifier.cache_clear()
     with pytest.raises(ConfigError, match=r"foreign_margin needs py3langid.*pip install dalle-ds\[filters\]"):
         FilterOptions(foreign_margin=1.0).check_packages()
     with pytest.raises(ConfigError, match=r"max_hash_distance needs imagehash.*pip install dalle-ds\[filters\]"):

@@ -22,7 +22,8 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora import pairs, tables, webdataset
+from dalle_ds.data.corpora import read_folder, read_webdataset
+from dalle_ds.data.corpora.joined import WIT_COLUMNS
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, merge_parts, prepare, prepare_part
@@ -219,12 +220,10 @@ def wit_lines() -> bytes:
         buffer = io.StringIO()
         for number, caption in enumerate(captions):
             values = {"language": "en", "image_url": url(number), "caption_reference_description": caption}
-            csv.DictWriter(buffer, tables.WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(
-                values
-            )
+            csv.DictWriter(buffer, WIT_COLUMNS, delimiter="\t", restval="x", lineterminator="\n").writerow(values)
         return buffer.getvalue()
 
-    heading = "\t".join(tables.WIT_COLUMNS) + "\n"
+    heading = "\t".join(WIT_COLUMNS) + "\n"
     lines = (heading + line("caption 0", "open", "caption\n2")).split("\n")
     lines[2] = lines[2].replace("open", '"open')
     return "\n".join(lines).encode()
@@ -284,7 +283,7 @@ FLIPPED = gzip.compress(tar(samples(3)), 0).replace(b"caption 2", b"option 2!")
 CASES = {
     # --- folders with texts beside images
     "folder: each without the other": Case(
-        "folder", put({**pictures(2), **texts(1), "2.txt": "x"}), captions(0), {reasons.NO_CAPTION: 1, reasons.NO_PICTURE: 1}
+        "folder", put({**pictures(2), **texts(1), "2.txt": "x"}), captions(0), {reasons.NO_CAPTION: 1, reasons.NO_IMAGE: 1}
     ),
     "folder: letter case and dots": Case(
         "folder",
@@ -393,7 +392,7 @@ CASES = {
         "folder",
         table(f"{CSV}sub,x\n0.png/x,x\n../no.png,x\n,x\n", 2),
         captions(0, 1),
-        {reasons.NO_PICTURE: 4},
+        {reasons.NO_IMAGE: 4},
     ),
     "jsonl: rows of every kind": Case(
         "folder",
@@ -405,7 +404,7 @@ CASES = {
             "a.jsonl",
         ),
         captions(0, 1, 2, 3),
-        {reasons.NO_CAPTION: 2, reasons.NO_PICTURE: 1, reasons.BROKEN_JSON: 2, reasons.NOT_TEXT: 1, reasons.UNREADABLE: 1},
+        {reasons.NO_CAPTION: 2, reasons.NO_IMAGE: 1, reasons.BROKEN_JSON: 2, reasons.NOT_TEXT: 1, reasons.UNREADABLE: 1},
         lost={reasons.NOT_TEXT: 1, reasons.ENCODING: 1},
     ),
     "jsonl: names through a link": Case("folder", linked_table, captions(0), unpaired={reasons.LOOP: 1}),
@@ -415,7 +414,7 @@ CASES = {
         "webdataset",
         put({"0.tar": tar([*sorted(samples(2, IMAGE), key=lambda member: member[0]), *samples(4)[6:]])}),
         captions(3),
-        {reasons.ANOTHER_PICTURE: 1, reasons.AMBIGUOUS: 1},
+        {reasons.ANOTHER_IMAGE: 1, reasons.AMBIGUOUS: 1},
         {reasons.CAPTION_UNUSED: 1},
     ),
     "tar: one name, texts before and behind": Case(
@@ -501,7 +500,7 @@ CASES = {
         ),
         captions(0, 1, 2),
         {
-            reasons.ANOTHER_PICTURE: 1,
+            reasons.ANOTHER_IMAGE: 1,
             reasons.FORMAT: 1,
             reasons.SEVERAL_DOTS: 2,
             reasons.BROKEN_JSON: 1,
@@ -551,7 +550,7 @@ CASES = {
             more={"1.png": PNG[1], "old.arrow": b"x"},
         ),
         captions(0, 1),
-        {reasons.NO_PICTURE: 1, reasons.EMPTY_FILE: 1},
+        {reasons.NO_IMAGE: 1, reasons.EMPTY_FILE: 1},
         {reasons.OTHER: 2},
     ),
     "parquet: captions that are none": Case(
@@ -563,14 +562,14 @@ CASES = {
     ),
     "parquet: damaged": Case("hf", damaged_parquet, captions(0, 1, 4, 5), {reasons.UNREADABLE: 3}),
     "saved dataset": Case(
-        "hf", splits, captions(0), {reasons.NO_PICTURE: 1, reasons.EMPTY_FILE: 1, reasons.NO_COLUMN: 2}
+        "hf", splits, captions(0), {reasons.NO_IMAGE: 1, reasons.EMPTY_FILE: 1, reasons.NO_COLUMN: 2}
     ),
     # --- those with tables of their own
     "coco": Case(
         "coco",
         coco,
         captions(0, 1),
-        {reasons.NO_PICTURE: 2, reasons.NOT_TEXT: 1, reasons.SAME_ID: 1, reasons.UNREADABLE: 2, reasons.NO_CAPTION: 1},
+        {reasons.NO_IMAGE: 2, reasons.NOT_TEXT: 1, reasons.SAME_ID: 1, reasons.UNREADABLE: 2, reasons.NO_CAPTION: 1},
         UNLISTED,
         lost={reasons.NO_CAPTION: 1},
     ),
@@ -592,7 +591,7 @@ CASES = {
             **{"sub/c_tsv": f"caption 5\t{url(5)}\n".encode()},
         ),
         captions(0, 5),
-        {reasons.ENCODING: 1, reasons.NOT_LISTED: 1, reasons.NO_URL: 1, reasons.NO_PICTURE: 1},
+        {reasons.ENCODING: 1, reasons.NOT_LISTED: 1, reasons.NO_URL: 1, reasons.NO_IMAGE: 1},
         {reasons.NO_URL: 1, reasons.FIELDS: 1, reasons.SYSTEM: 1, reasons.ARCHIVE: 1, reasons.CAPTION_UNUSED: 1},
         "table",
     ),
@@ -619,7 +618,7 @@ CASES = {
         "conceptual",
         downloads_as_files,
         captions(0),
-        {reasons.BROKEN_JSON: 1, reasons.NO_PICTURE: 1, reasons.NO_URL: 1, reasons.ANOTHER_PICTURE: 1},
+        {reasons.BROKEN_JSON: 1, reasons.NO_IMAGE: 1, reasons.NO_URL: 1, reasons.ANOTHER_IMAGE: 1},
         {reasons.OTHER: 3},
         "table",
     ),
@@ -714,15 +713,9 @@ def test_every_suffix_that_the_decoder_reads_is_read(folder: Path, suffix: str) 
     put({name: PNG[0], "a.txt": "caption", "b.png": PNG[1], "../0.tar": tar([(name, PNG[0]), ("a.txt", b"caption")])})(
         folder
     )
-    for corpus in (pairs.Corpus(files_units(folder)), webdataset.read_webdataset(str(folder.with_name("0.tar")))):
+    for corpus in (read_folder(str(folder)), read_webdataset(str(folder.with_name("0.tar")))):
         assert next(iter(corpus)).captions == ["caption"]  # type: ignore[union-attr]
     assert [path.name for path in ImageFolder(folder).paths] == [name, "b.png"]
-
-
-def files_units(folder: Path) -> Any:
-    from dalle_ds.data.corpora import read_folder
-
-    return read_folder(str(folder)).units
 
 
 def test_an_evaluation_tells_what_it_leaves_out(folder: Path) -> None:
@@ -735,7 +728,7 @@ def test_an_evaluation_tells_what_it_leaves_out(folder: Path) -> None:
         reasons.FORMAT: 1,
         reasons.NOT_A_FILE: 1,
     }
-    assert all(any(name in note for note in found.notes()) for name in ("._0.png", "notes.md", "a.heic", "sub.png"))
+    assert all(any(name in note for note in found.notes) for name in ("._0.png", "notes.md", "a.heic", "sub.png"))
 
 
 def test_a_folder_that_cannot_be_read_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

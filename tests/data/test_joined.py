@@ -14,16 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, downloads, files, tables, webdataset
-from dalle_ds.data.corpora.tables import (
-    CaptionTable,
-    TableFormat,
-    UrlIndex,
-    plain_rows,
-    read_conceptual,
-    read_wit,
-    read_yfcc,
-)
+from dalle_ds.data.corpora import Corpus, RawPair, Unpaired, files, joined, read_conceptual, read_wit, read_yfcc
+from dalle_ds.data.corpora.joined import CaptionTable, plain_rows
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
 from dalle_ds.errors import DataError
 from tests.data.conftest import picture_bytes
@@ -95,7 +87,7 @@ def test_conceptual_captions_in_every_format_of_downloads(tmp_path: Path, concep
     items = {item.name.split("/")[-1]: item for item in read_conceptual(conceptual, pictures)}
     captions = found(read_conceptual(conceptual, pictures))
     if form == "parquet":
-        assert captions.pop("000000003") == reasons.NO_PICTURE
+        assert captions.pop("000000003") == reasons.NO_IMAGE
     assert captions == {
         "000000000": ["猫が座る"],
         "000000001": ["a cat"],
@@ -131,7 +123,7 @@ def test_wit_takes_english_reference_captions(tmp_path: Path) -> None:
     folder.mkdir()
     for name, part in (("a.tsv", rows[:3]), ("b.tsv", rows[3:])):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, tables.WIT_COLUMNS, delimiter="\t", restval="x")
+            writer = csv.DictWriter(file, joined.WIT_COLUMNS, delimiter="\t", restval="x")
             writer.writeheader()
             writer.writerows(part)
     pictures = download(tmp_path / "pictures", "webdataset", [0, 1, 2, 4])
@@ -190,21 +182,24 @@ def test_joined_corpora_in_parts_are_the_preparation_byte_for_byte(tmp_path: Pat
     assert all_files(tmp_path / "parts") == all_files(tmp_path / "whole")
 
 
-def test_an_index_of_many_urls_finds_each_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = UrlIndex((f"http://{number % 700}", number) for number in range(1000))
-    assert all(
-        index.positions(f"http://{number}") == [number, number + 700][: 1 + (number < 300)] for number in range(700)
-    )
-    assert index.positions("http://700") == []
-    assert UrlIndex([]).positions("http://0") == []
+def captions_in(table: Path, text: str) -> CaptionTable:
+    """A table of URLs with captions."""
+    table.write_text(text)
+    return CaptionTable(str(table), plain_rows, lambda row: row[0], lambda row: row[1:])
+
+
+def test_an_index_of_many_urls_finds_each_and_no_other(tmp_path: Path) -> None:
+    captions = captions_in(tmp_path / "a.tsv", "".join(f"http://{n % 700}\t{n}\n" for n in range(1000))).captions
+    assert all(captions(f"http://{n}") == [str(n), str(n + 700)][: 1 + (n < 300)] for n in range(700))
+    assert captions("http://700") is None
+    assert captions_in(tmp_path / "b.tsv", "").captions("http://0") is None
 
 
 def test_urls_of_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tables, "_key", lambda url: 7)
-    table = tmp_path / "table.tsv"
-    table.write_text("http://a\tA\nhttp://b\tB\n" + "x" * (files.MAX_TEXT_BYTES + 5) + "\nhttp://c\tC\n")
-    captions = CaptionTable(str(table), TableFormat(plain_rows, lambda row: row[0], lambda row: row[1:]))
-    assert [captions.captions(f"http://{name}") for name in "abcd"] == [["A"], ["B"], ["C"], None]
+    monkeypatch.setattr(joined, "_key", lambda url: 7)
+    text = "http://a\tA\nhttp://b\tB\n" + "x" * (files.MAX_TEXT_BYTES + 5) + "\nhttp://c\tC\n"
+    table = captions_in(tmp_path / "table.tsv", text)
+    assert [table.captions(f"http://{name}") for name in "abcd"] == [["A"], ["B"], ["C"], None]
 
 
 def test_mistakes_name_what_was_found(tmp_path: Path, conceptual: str) -> None:
@@ -240,7 +235,6 @@ def test_damaged_downloads_are_counted(tmp_path: Path, conceptual: str, form: st
 def test_downloads_that_are_too_big_are_counted(
     tmp_path: Path, conceptual: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for reader in (downloads, webdataset):
-        monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
+    monkeypatch.setattr(files, "MAX_IMAGE_BYTES", len(picture_bytes(1, format="JPEG")) - 1)
     too_big = found(read_conceptual(conceptual, download(tmp_path / form, form, [1])))
     assert too_big == {"000000000": reasons.TOO_BIG}

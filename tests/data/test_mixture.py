@@ -15,8 +15,7 @@ import pytest
 from dalle_ds.config import ClipConfig, ClipRun, DvaeRun, TransformerLoaderConfig, TransformerRun, to_dict
 from dalle_ds.data import BatchLoader, CodesCache, Mixture, PairDataset, evaluation_batches
 from dalle_ds.data.codes import cache_codes
-from dalle_ds.data.mixture import turns_of
-from dalle_ds.data.order import rows_of
+from dalle_ds.data.order import rows_of, turns_of
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import DiscreteVAE
@@ -134,9 +133,9 @@ def test_a_run_may_resume_at_any_step() -> None:
 def test_what_a_run_leaves_out_when_it_goes_back_is_left_out_of_all_corpora() -> None:
     samples = mixed((2, 1))
     whole = steps(samples, 40)
-    rollbacks = Rollbacks([Rollback(from_update=25, to_update=20, skip_from=20, skip_to=25)])
+    rollbacks = Rollbacks((Rollback(from_update=25, to_update=20, skip_from=20, skip_to=25),))
     for update in (19, 20, 30):
-        place = rollbacks.place(update)
+        place = rollbacks.data_step(update)
         assert place == (update if update < 20 else update + 5)
         assert steps(samples, 1, start_step=place) == whole[place : place + 1]
 

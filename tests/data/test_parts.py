@@ -16,8 +16,7 @@ import pyarrow as pa
 import pytest
 
 from dalle_ds.data import parts, store_writer
-from dalle_ds.data.corpora import Broken, Corpus, read_webdataset, twemoji
-from dalle_ds.data.corpora.pairs import told
+from dalle_ds.data.corpora import Broken, Corpus, Unit, read_webdataset, twemoji
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.parts import PartReport
 from dalle_ds.data.prepare import PrepareOptions, merge_parts, prepare, prepare_part
@@ -98,7 +97,7 @@ def test_merged_parts_are_the_preparation_byte_for_byte(
 
 @pytest.mark.parametrize(("units", "count"), [(10, 3), (3, 5), (0, 1), (7, 7)])
 def test_a_division_gives_every_unit_to_one_part_in_order(units: int, count: int) -> None:
-    corpus = Corpus(lambda: (told(Broken(str(number), "x")) for number in range(units)), units_per_part=4)
+    corpus = Corpus(lambda: (Unit.of(Broken(str(number), "x")) for number in range(units)), units_per_part=4)
     division = parts.Division.of(corpus, count)
     found = [[number for number, _ in division.units_of(corpus, [part])] for part in range(count)]
     assert [number for part in found for number in part] == list(range(units))
@@ -120,8 +119,8 @@ def test_files_beside_archives_are_no_share_of_the_work(sources: dict[str, Path]
 
 
 def test_twemoji_with_its_groups_and_variants_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    people = twemoji.emoji_pictures()[1300:1800]
-    monkeypatch.setattr(twemoji, "emoji_pictures", lambda: people)
+    people = twemoji.emoji_images()[1300:1800]
+    monkeypatch.setattr(twemoji, "emoji_images", lambda: people)
     options = PrepareOptions(corpus="twemoji", filters=FilterOptions(max_caption_chars=30))
     whole = prepare(options, str(tmp_path / "whole"))
     for number in range(2):

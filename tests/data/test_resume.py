@@ -16,9 +16,9 @@ import pytest
 from dalle_ds.data import prepare as prepare_module
 from dalle_ds.data import store_writer
 from dalle_ds.data.corpora import Unit
-from dalle_ds.data.engine import prepare_with_ray, start_ray
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, prepare, prepare_part
+from dalle_ds.data.prepare_on_ray import prepare_on_ray, start_ray
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, remove_leftovers
 from tests.data.conftest import picture_bytes
@@ -221,15 +221,15 @@ def test_ray_on_two_workers_does_what_one_process_does(
         monkeypatch.delenv(name)
     start_ray(2)
     try:
-        report = prepare_with_ray(options, str(tmp_path / "out"))
+        report = prepare_on_ray(options, str(tmp_path / "out"))
         assert all_files(tmp_path / "out") == all_files(whole) and not report.already_there
-        assert prepare_with_ray(options, str(tmp_path / "out")).already_there
+        assert prepare_on_ray(options, str(tmp_path / "out")).already_there
         monkeypatch.chdir(corpus.parent)
         relative = PrepareOptions(corpus="folder", source=corpus.name, validation=0.2, filters=FILTERS)
-        assert prepare_with_ray(relative, str(tmp_path / "relative"), 3).fingerprint == report.fingerprint
+        assert prepare_on_ray(relative, str(tmp_path / "relative"), 3).fingerprint == report.fingerprint
         missing = PrepareOptions(corpus="folder", source="nowhere")
         with pytest.raises(DataError, match=r"^source nowhere does not exist$"):
-            prepare_with_ray(missing, str(tmp_path / "no"))
+            prepare_on_ray(missing, str(tmp_path / "no"))
     finally:
         ray.shutdown()
     manifest = json.loads((tmp_path / "out" / "info.json").read_text())
@@ -240,7 +240,7 @@ def test_ray_on_two_workers_does_what_one_process_does(
 def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, options: PrepareOptions) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install dalle-ds\[ray\]"):
-        prepare_with_ray(options, "out")
+        prepare_on_ray(options, "out")
 
 
 def test_filters_that_leave_nothing_leave_no_parts(corpus: Path, tmp_path: Path) -> None:

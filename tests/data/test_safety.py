@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle_ds.data.corpora import Broken, RawPair, files, folder, read_folder, read_webdataset, webdataset
+from dalle_ds.data.corpora import Broken, RawPair, files, read_folder, read_webdataset
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.images import decode_image
 from dalle_ds.data.prepare import PrepareOptions, prepare
@@ -175,10 +175,8 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_files_that_are_too_big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for reader in (files, webdataset):
-        monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", len(PNG))
-    for reader in (folder, webdataset):
-        monkeypatch.setattr(reader, "MAX_TEXT_BYTES", 20)
+    monkeypatch.setattr(files, "MAX_IMAGE_BYTES", len(PNG))
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 20)
     for name, picture, text in (
         ("a", PNG, "twenty letters long!"), ("b", PNG + b"1", "x"), ("c", PNG, "twenty letters long!!"),
     ):  # fmt: skip

@@ -20,9 +20,8 @@ import xxhash
 from dalle_ds.config import DiscreteVAEConfig
 from dalle_ds.data import BatchLoader, CodesCache, DvaeSamples, PairDataset, TextImageSamples, store_writer
 from dalle_ds.data.augment import augment_for_transformer
-from dalle_ds.data.codes import cache_codes, code_dtype
+from dalle_ds.data.codes import cache_codes
 from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, NO_FEATURES, TRUNCATED_FILE, RowError
-from dalle_ds.data.features import FeatureCache
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
 from dalle_ds.errors import ConfigError, DataChangedError, DataError
@@ -260,31 +259,18 @@ def test_unreadable_pictures_have_no_codes_and_are_replaced(data: Path, monkeypa
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_codes_are_stored_as_narrow_as_the_vocabulary_allows(data: Path, vocab_size: int, dtype: str) -> None:
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(pictures), 1, 2), vocab_size - 1)
+    class Last(CornerCodes):
+        config = DiscreteVAEConfig(image_size=SIZE, vocab_size=vocab_size)
 
-    assert code_dtype(vocab_size) == dtype
-    CodesCache.write(encode, data, fingerprint=FINGERPRINT, image_size=8, dtype=dtype, views=2)
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), 2, 2), vocab_size - 1)
+
+    cache_codes(Last(), data, views=2)
     with pa.ipc.open_stream(next(data.glob("codes/*/train/*.arrow"))) as batches:
         rows = batches.read_all().to_pylist()
     assert len(rows) == 2 * len(PairDataset.open(data, "train"))
-    assert np.frombuffer(rows[1]["vector"], dtype).tolist() == [vocab_size - 1] * 2
-    assert CodesCache.open(data, FINGERPRINT, "train").codes(0, 1).tolist() == [vocab_size - 1] * 2
-
-
-def test_embeddings_are_cached_like_codes(data: Path) -> None:
-    class Embeddings(FeatureCache):
-        name, model, option, out_option = "embeddings", "clip_fingerprint", "--cache_embeddings", "--embeddings_out"
-
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean(dim=(2, 3)) / 255
-
-    Embeddings.write(encode, data, fingerprint=FINGERPRINT, image_size=SIZE, dtype="<f2", views=1)
-    cache = Embeddings.open(data, FINGERPRINT, "validation")
-    pixels = center_crop_resize(PairDataset.open(data, "validation").image(3), SIZE)
-    found = cache.features(3, 0)
-    assert found.dtype == np.float16 and found.shape == (3,)
-    assert np.allclose(found, pixels.mean(axis=(0, 1)) / 255, atol=1e-3)
+    assert np.frombuffer(rows[1]["vector"], dtype).tolist() == [vocab_size - 1] * 4
+    assert CodesCache.open(data, FINGERPRINT, "train").codes(0, 1).tolist() == [vocab_size - 1] * 4
 
 
 def test_finding_a_cache(data: Path) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from dalle_ds.data import reasons
-from dalle_ds.data.filters import FilterOptions, caption_problem
-from dalle_ds.data.filters.boilerplate import is_boilerplate
-from dalle_ds.data.filters.language import foreign_margin
+from dalle_ds.data.boilerplate import is_boilerplate
+from dalle_ds.data.filters import FilterOptions, caption_problem, foreign_margin
 
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("captions_200.jsonl").read_text().splitlines()

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dalle_ds.doctor.checkup import Checkup
-from dalle_ds.doctor.disk import Disk
-from dalle_ds.doctor.probes import Facts, Link, Trial, offsets
+from dalle_ds.doctor.cluster import Checkup
+from dalle_ds.doctor.probes import Disk, Facts, Link, Trial, offsets
 from tests.conftest import ROOT
 
 SMALL = ["--megabytes", "2", "--disk_megabytes", "3", "--slow", "50"]  # two processes share this machine's cores

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_ds.evaluation.metrics.features import FeatureNetwork
-from dalle_ds.evaluation.metrics.frechet import Appearance, distances
+from dalle_ds.evaluation.features import FeatureNetwork
+from dalle_ds.evaluation.frechet import Appearance, distances, inception_scores
 from dalle_ds.evaluation.sets import GatheredRows, Selections, shard_rows
 from dalle_ds.parallel import Mesh
 
@@ -51,18 +51,20 @@ def selections(rows: int) -> Selections:
 def measure(mesh: Mesh) -> dict[str, object]:
     """Figures of two sets, of few rows, and values collected row by row."""
     found: dict[str, Appearance] = {}
-    for name, rows, generated in (("real", REAL, False), ("fake", FAKE, True), ("few", FEW, True)):
+    for name, rows in (("real", REAL), ("fake", FAKE), ("few", FEW)):
         pixels = pictures(rows, seed=rows)
-        looks = Appearance(NETWORK, RADII, selections(rows), generated=generated)
+        looks = Appearance(NETWORK, RADII, selections(rows))
         for chosen in shard_rows(rows, mesh):
             looks.add(chosen, pixels[chosen])
         found[name] = looks.summed(mesh)
     collected = GatheredRows(FAKE)
     for chosen in shard_rows(FAKE, mesh, chunk=5):
         collected.put(chosen, torch.tensor(chosen) * 0.1)
-    return {
-        "fake": distances(found["real"], found["fake"]),
-        "few": distances(found["real"], found["few"]),
+    figures: dict[str, object] = {}
+    for name in ("fake", "few"):
+        apart, quality = distances(found["real"], found[name]), inception_scores(found[name])
+        figures[name] = {selection: apart[selection] | quality[selection] for selection in apart}
+    return figures | {
         "rows": collected.gather(mesh).tolist(),
     }
 

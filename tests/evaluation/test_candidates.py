@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from dalle_ds.errors import ConfigError
+from dalle_ds.evaluation import candidates as candidates_module
 from dalle_ds.evaluation.candidates import CAPTIONS, PROTOCOL_NAME, Candidates, best_of, kept_precision
 from dalle_ds.evaluation.sets import shard_rows
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import rates
-from dalle_ds.sampling import Sampling, TextToImage
+from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage
 
 TEXTS = [f"a {colour} circle" for colour in ("red", "green", "blue", "orange", "purple", "black")]
 ALONE = Mesh(0, 1, torch.device("cpu"))
@@ -27,10 +28,23 @@ def pipeline(transformer_export: Path) -> TextToImage:
 
 def make(pipeline: TextToImage, folder: Path | None = None, **changes: object) -> Candidates:
     options: dict = {"num": 3, "sampling": Sampling(), "seed": 5, **changes}
-    candidates = Candidates(pipeline, options.pop("captions", TEXTS), folder=folder, **options)
-    if folder is not None:
-        candidates.prepare(candidates.protocol("fp32", "weights"))
+    candidates = Candidates(pipeline, options.pop("captions", TEXTS), SamplingRequest(**options), folder)
+    candidates.prepare("fp32", "weights")
     return candidates
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images are sampled from now on, by call."""
+    counts: list[int] = []
+    sample_codes = candidates_module.sample_codes
+
+    def counted(model: Dalle, text: torch.Tensor, request: SamplingRequest) -> torch.Tensor:
+        counts.append(len(text) * request.num)
+        return sample_codes(model, text, request)
+
+    monkeypatch.setattr(candidates_module, "sample_codes", counted)
+    return counts
 
 
 def all_codes(candidates: Candidates) -> torch.Tensor:
@@ -46,21 +60,21 @@ def test_fewer_candidates_are_the_first_of_more(pipeline: TextToImage) -> None:
     assert torch.equal(all_codes(make(pipeline, num=5))[:, :3], all_codes(make(pipeline)))
 
 
-def test_kept_candidates_are_found_again(pipeline: TextToImage, tmp_path: Path) -> None:
-    first = make(pipeline, tmp_path / "kept")
-    codes = all_codes(first)
-    assert first.drawn == 18 and torch.equal(codes, all_codes(make(pipeline)))
-    again = make(pipeline, tmp_path / "kept")
-    assert torch.equal(all_codes(again), codes) and again.drawn == 0
+def test_kept_candidates_are_found_again(pipeline: TextToImage, tmp_path: Path, sampled: list[int]) -> None:
+    codes = all_codes(make(pipeline, tmp_path / "kept"))
+    assert sum(sampled) == 18
+    assert torch.equal(all_codes(make(pipeline, tmp_path / "kept")), codes)
+    assert sum(sampled) == 18
+    assert torch.equal(codes, all_codes(make(pipeline)))
 
 
-def test_a_damaged_file_is_drawn_again(pipeline: TextToImage, tmp_path: Path) -> None:
+def test_a_damaged_file_is_sampled_again(pipeline: TextToImage, tmp_path: Path, sampled: list[int]) -> None:
     codes = all_codes(make(pipeline, tmp_path))
     kept = sorted(tmp_path.glob("*.safetensors"))
     assert len(kept) == 2
     kept[0].write_bytes(kept[0].read_bytes()[:-40])
-    again = make(pipeline, tmp_path)
-    assert torch.equal(all_codes(again), codes) and again.drawn == 12
+    sampled.clear()
+    assert torch.equal(all_codes(make(pipeline, tmp_path)), codes) and sum(sampled) == 12
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,7 @@ def test_another_transformers_candidates_are_refused(pipeline: TextToImage, tmp_
     candidates = make(pipeline, tmp_path)
     assert isinstance(pipeline.model, Dalle)
     with pytest.raises(ConfigError, match="transformer: 'weights' and 'others'"):
-        candidates.prepare(candidates.protocol("fp32", "others"))
+        candidates.prepare("fp32", "others")
 
 
 def test_the_precision_of_kept_candidates_is_taken_up_again(
@@ -97,7 +111,7 @@ def test_the_precision_of_kept_candidates_is_taken_up_again(
     candidates = make(pipeline, tmp_path / "kept")
     assert rates.choose_precision("auto", ALONE, kept) == "fp32"
     with pytest.raises(ConfigError, match=r"dtype: 'fp32' and .*--dtype fp32$"):
-        candidates.prepare(candidates.protocol(rates.choose_precision("bf16", ALONE, kept), "weights"))
+        candidates.prepare(rates.choose_precision("bf16", ALONE, kept), "weights")
     for damaged in ("[", "[]", '{"dtype": []}', '{"dtype": "int8"}', "{}"):
         (tmp_path / "kept" / PROTOCOL_NAME).write_text(damaged)
         assert kept() is None

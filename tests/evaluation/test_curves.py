@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.curves import curves_figure, gradient_scales, numerics_panels, read_metrics
+from dalle_ds.evaluation.curves import NUMERICS, curves_figure, gradient_scales, panels_of, read_metrics
 from tests.conftest import ROOT
 from tests.processes import run_ranks
 
@@ -28,7 +28,7 @@ def test_scales_are_one_line_per_block_in_the_order_of_depth(run_dir: Path) -> N
     lines = gradient_scales(read_metrics(run_dir))
     assert list(lines) == [f"block {number}" for number in range(12)]
     assert lines["block 10"][0] == (1, pytest.approx(23.001))
-    panels = numerics_panels(read_metrics(run_dir))
+    panels = panels_of(read_metrics(run_dir), NUMERICS)
     assert [len(lines) for lines in panels.values()] == [1, 1, 1, 12]
     drawn = curves_figure(panels).axes[3]
     assert len(drawn.lines) == 12 and drawn.get_legend() is None
@@ -36,7 +36,7 @@ def test_scales_are_one_line_per_block_in_the_order_of_depth(run_dir: Path) -> N
 
 def test_a_run_without_scales_has_no_panel_of_them(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert list(numerics_panels(read_metrics(tmp_path))) == ["loss"]
+    assert list(panels_of(read_metrics(tmp_path), NUMERICS)) == ["loss"]
 
 
 @pytest.mark.parametrize(

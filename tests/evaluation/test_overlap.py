@@ -24,7 +24,7 @@ from dalle_ds.data.faults import RowError
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.evaluation import embeddings as embeddings_module
-from dalle_ds.evaluation.embeddings import Embeddings, PerceptualHashes, embed_split, nearest
+from dalle_ds.evaluation.embeddings import PERCEPTUAL_HASHES, Embeddings, embed_split, hash_bits, nearest
 from dalle_ds.evaluation.overlap import OverlapOptions, find_overlap, thumbnail_uri
 from dalle_ds.evaluation.sets import without_overlap
 from dalle_ds.models import Clip
@@ -39,11 +39,11 @@ class Pixels:
     """An embedder that any test can foresee: the image's pixels, less their mean, at length 1."""
 
     def __init__(self, name: str = "pixels") -> None:
-        self.config = SimpleNamespace(image_size=SIDE, embed_dim=3 * SIDE**2)
+        self.image_size, self.embed_dim = SIDE, 3 * SIDE**2
         self.fingerprint = name
         self.seen = 0
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         self.seen += len(images)
         flat = images.flatten(1)
         return F.normalize(flat - flat.mean(dim=1, keepdim=True) + 1e-6, dim=1)
@@ -129,7 +129,7 @@ def test_planted_copies_are_found_and_nothing_else(sets: SimpleNamespace, tmp_pa
 def test_cosines_of_perceptual_hashes_count_the_bits_that_differ() -> None:
     pictures = [noise(1), noise(2), noise(1).rotate(3)]
     stacked = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2) / 255
-    vectors = PerceptualHashes().embed_images(stacked).double()
+    vectors = hash_bits(stacked).double()
     hashes = [imagehash.phash(picture) for picture in pictures]
     expected = [[1 - (one - other) / 32 for other in hashes] for one in hashes]
     np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-6)
@@ -138,7 +138,7 @@ def test_cosines_of_perceptual_hashes_count_the_bits_that_differ() -> None:
 def test_without_a_model_perceptual_hashes_find_compressed_copies(sets: SimpleNamespace, tmp_path: Path) -> None:
     found = find_overlap(options(sets, tmp_path, threshold=0.6), say=lambda line: None)
     assert found.at_or_above(0.6) == sorted(sets.planted)
-    assert json.loads((tmp_path / "overlap.json").read_text())["detector"] == PerceptualHashes.fingerprint
+    assert json.loads((tmp_path / "overlap.json").read_text())["detector"] == PERCEPTUAL_HASHES.fingerprint
 
 
 def test_a_clip_finds_them(sets: SimpleNamespace, clip_exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -265,10 +265,10 @@ def test_embedding_goes_on_where_it_was_stopped(
     whole = embed_split(Pixels(), dataset, tmp_path / "whole", batch_size=4)
 
     class Stopped(Pixels):
-        def embed_images(self, images: Tensor) -> Tensor:
+        def embed(self, images: Tensor) -> Tensor:
             if self.seen >= 20:
                 raise KeyboardInterrupt
-            return super().embed_images(images)
+            return super().embed(images)
 
     with pytest.raises(KeyboardInterrupt):
         embed_split(Stopped(), dataset, tmp_path / "parts", batch_size=4)
@@ -282,7 +282,7 @@ def test_embedding_goes_on_where_it_was_stopped(
     assert again.seen == 0
     for row in (0, 17, 39):
         pixels = torch.from_numpy(embeddings_module.Views(dataset, SIDE, None, 0)[row][0].numpy()).float() / 255
-        np.testing.assert_allclose(parts.vectors[row], Pixels().embed_images(pixels)[0], atol=1e-6)
+        np.testing.assert_allclose(parts.vectors[row], Pixels().embed(pixels)[0], atol=1e-6)
 
 
 def test_embeddings_of_something_else_are_refused(sets: SimpleNamespace, tmp_path: Path) -> None:
@@ -309,20 +309,23 @@ def test_damaged_embeddings_are_refused(name: str, content: bytes, sets: SimpleN
 def test_two_searches_do_not_embed_into_one_folder(sets: SimpleNamespace, tmp_path: Path) -> None:
     dataset = PairDataset.open(sets.train, "train")
 
-    class Meanwhile(Pixels):
-        def embed_images(self, images: Tensor) -> Tensor:
-            with pytest.raises(DataError, match="another process"):
-                embed_split(Pixels(), dataset, tmp_path)
-            return super().embed_images(images)
-
-    assert embed_split(Meanwhile(), dataset, tmp_path).readable.all()
-    assert embed_split(Pixels(), dataset, tmp_path).readable.all()
+    folder = tmp_path / "train"
+    hold = (
+        "import sys, pathlib, dalle_ds.files\n"
+        "with dalle_ds.files.only_process(pathlib.Path(sys.argv[1]), '.train.lock'): print('held', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, folder], text=True, stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(DataError, match=f"is being made by process {other.pid}"):
+            embed_split(Pixels(), dataset, folder)
+        other.communicate("\n")
+    assert embed_split(Pixels(), dataset, folder).readable.all()
 
 
 def test_a_detector_that_diverged_is_told(sets: SimpleNamespace, tmp_path: Path) -> None:
     class Diverged(Pixels):
-        def embed_images(self, images: Tensor) -> Tensor:
-            return super().embed_images(images) * float("nan")
+        def embed(self, images: Tensor) -> Tensor:
+            return super().embed(images) * float("nan")
 
     with pytest.raises(CheckpointError, match="not numbers"):
         find_overlap(options(sets, tmp_path, threshold=0.9), Diverged(), lambda line: None)
@@ -387,4 +390,4 @@ def test_nothing_to_look_up_and_nothing_to_find(vectors: tuple[np.ndarray, Embed
 
 def test_large_images_shrink_on_the_page() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
-    assert len(thumbnail_uri(pixels)) < 100_000
+    assert len(thumbnail_uri(SimpleNamespace(image=lambda row: pixels), 0)) < 100_000

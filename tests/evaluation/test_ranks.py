@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from dalle_ds.evaluation.metrics.features import gaussian_blur
-from dalle_ds.evaluation.metrics.frechet import split_count
+from dalle_ds.evaluation.features import gaussian_blur
+from dalle_ds.evaluation.frechet import split_count
 from dalle_ds.parallel import Mesh
 from tests.conftest import ROOT
 from tests.evaluation import ranks_worker as worker

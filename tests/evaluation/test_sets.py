@@ -12,8 +12,7 @@ from PIL import Image
 
 from dalle_ds.data import PairDataset
 from dalle_ds.data.corpora import Broken, RawPair, Unpaired
-from dalle_ds.data.corpora.coco import read_coco
-from dalle_ds.data.corpora.cub import read_cub
+from dalle_ds.data.corpora.evaluation_sets import read_coco, read_cub
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.sets import choose_captions, to_size, without_overlap
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.metrics.frechet import (
+from dalle_ds.evaluation.frechet import (
     Moments,
     Predictions,
     frechet_distance,

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from dalle_ds.evaluation.study import CountOptions, MakeOptions, count_study, images_by_caption, make_study, report
-from dalle_ds.sampling.scores import KIND, Scores
+from dalle_ds.sampling.candidates import KIND, Scores
 from tests.fuzz.harness import survives
 from tests.fuzz.strategies import damaged_json
 from tests.fuzz.test_models import Exchanged

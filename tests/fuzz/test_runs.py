@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_ds.config import DvaeRun
-from dalle_ds.evaluation.curves import curves_figure, numerics_panels, read_metrics
+from dalle_ds.evaluation.curves import NUMERICS, curves_figure, panels_of, read_metrics
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience.guard import Rollbacks
 from dalle_ds.training.checkpoints.content import load_state
@@ -63,7 +63,7 @@ def test_metrics(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> No
     directory = RunDirectory(folder, "dvae", DvaeRun())
     folder.mkdir()
     directory.metrics_file.write_bytes(content)
-    panels = survives("metrics.jsonl", lambda: numerics_panels(read_metrics(folder)))
+    panels = survives("metrics.jsonl", lambda: panels_of(read_metrics(folder), NUMERICS))
     survives("metrics.jsonl", lambda: curves_figure(panels))
     survives("metrics.jsonl", lambda: directory.drop_metrics_after(2))
     assert all(json.loads(line)["step"] <= 2 for line in directory.metrics_file.read_text().splitlines())
@@ -100,7 +100,7 @@ STATE = {
 
 def write(folder: Path, step: int) -> Path:
     parts = {name: torch.full((3, 4), float(step)) for name in ("weight/a", "weight/b", "exp_avg/a")}
-    pieces = {name: LocalShards((3, 4), [(TensorSlice(0, 0, 3, 4, 0, 4), part)]) for name, part in parts.items()}
+    pieces = {name: LocalShards((3, 4), [(TensorSlice(0, 0, 3, 4), part)]) for name, part in parts.items()}
     parameters = {
         name: {"shape": [3, 4], "moments": "fp32", "step": step, "ceiling": 0.0, "index": 0} for name in ("a", "b")
     }
@@ -168,7 +168,7 @@ def test_other_contents_under_a_manifest_that_agrees(
 
     def read() -> Any:
         state = load_state(checkpoint)
-        index = Index.open(checkpoint / "tensors")
+        index = Index(checkpoint / "tensors")
         return state, [index.tensor(tensor) for tensor in index.tensors]
 
     survives("checkpoints, forged", read)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipRun, from_dict, load_preset, to_dict
+from dalle_ds.config import ClipConfig, from_dict, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.clip import huggingface_config, square_pixels
 from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
+from tests.clip_shapes import CLIP_SHAPES
 from tests.references import FOLDER, reference
 
 TOLERANCE = 1e-5
@@ -286,18 +287,6 @@ def test_unclips_shape_is_the_papers() -> None:
     vision = 32 * (12 * 1280**2 + 13 * 1280) + 257 * 1280 + 3 * 16 * 16 * 1280 + 1280 + 4 * 1280 + 1280 * 1024
     text = 24 * (12 * 1024**2 + 13 * 1024) + (77 + 49_408) * 1024 + 2 * 1024 + 1024 * 1024
     assert sum(value.numel() for value in model.parameters()) == vision + text + 1
-
-
-def test_presets_have_the_named_shapes() -> None:
-    named = {
-        "toy": "toy",
-        "medium": "ViT-B/32",
-        "dalle-1b": "ViT-B/16",
-        "dalle-3b": "ViT-L/14",
-        "dalle-12b": "unclip-H/16",
-    }
-    for preset, shape in named.items():
-        assert load_preset(preset, "clip", ClipRun).model == CLIP_SHAPES[shape], preset
 
 
 @pytest.mark.parametrize("config", CLIP_SHAPES.values(), ids=CLIP_SHAPES)

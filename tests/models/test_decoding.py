@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.cache import bytes_per_prompt, bytes_per_row, bytes_read_per_row
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, PackedLinear, bytes_per_step, new_cache, prefill
 from dalle_ds.nn.attention import attention_mask
-from dalle_ds.nn.attention.decoding import _attend_plainly, slots_of
+from dalle_ds.nn.attention.decoding import _attend_plainly, bytes_per_prompt, bytes_per_row, slots_of
 
 CONFIG = DalleConfig(width=32, depth=3, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
 KINDS = ("row", "column", "conv", "full")
@@ -173,7 +172,7 @@ def test_bytes_are_those_of_the_buffers(dtype: torch.dtype) -> None:
     for kind, layer in zip(KINDS, cache.layers, strict=True):
         assert layer.codes.nbytes == 5 * bytes_per_row(config, dtype)[kind]
         per_slot = layer.codes.nbytes // layer.slots.count
-        assert 5 * bytes_read_per_row(config, dtype, 9)[kind] == layer.slots.reads[9] * per_slot
+        assert 5 * bytes_per_row(config, dtype, 9)[kind] == layer.slots.reads[9] * per_slot
     counted = bytes_per_step(config, dtype, rows=5, prompts=2, position=9)
     norms = sum(value.numel() for name, value in model.blocks.named_parameters() if "norm" in name)
     weights = sum(value.nbytes for value in model.blocks.parameters()) + norms * (4 - dtype.itemsize)
@@ -181,9 +180,7 @@ def test_bytes_are_those_of_the_buffers(dtype: torch.dtype) -> None:
     head += sum(value.numel() for value in model.norm.parameters()) * 4
     assert (counted["blocks"], counted["image_head"]) == (weights, head)
     assert counted["text"] == sum(layer.text.nbytes for layer in cache.layers)
-    assert sum(counted.values()) == weights + head + counted["text"] + 5 * sum(
-        bytes_read_per_row(config, dtype, 9).values()
-    )
+    assert sum(counted.values()) == weights + head + counted["text"] + 5 * sum(bytes_per_row(config, dtype, 9).values())
 
 
 @torch.no_grad()

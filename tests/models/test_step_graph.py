@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.models import decoding
-from dalle_ds.models.cache import KVCache
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
+from dalle_ds.nn.attention.decoding import KVCache
 from dalle_ds.sampling import Sampling, SamplingRequest, sample_codes
 
 CONFIG = DalleConfig(

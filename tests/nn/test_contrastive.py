@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_ds.nn.contrastive import contrastive_logits, contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.parallel.peers import Peers
 from tests.references import reference
 
@@ -24,7 +24,7 @@ def embeddings(rows: int, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 def test_loss_and_gradients_are_open_clips(rows: int, local: bool) -> None:
     leaves = embeddings(rows)
     theirs = reference("open_clip.loss").ClipLoss()(*leaves)
-    ours = contrastive_loss(*leaves, local=local)
+    ours = contrastive_logits(*leaves, local=local).loss()
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -37,7 +37,7 @@ def test_the_loss_written_out() -> None:
         by_caption = [math.exp(float(scale * image[i] @ text[j])) for j in range(5)]
         by_picture = [math.exp(float(scale * image[j] @ text[i])) for j in range(5)]
         total -= math.log(by_caption[i] / sum(by_caption)) + math.log(by_picture[i] / sum(by_picture))
-    assert float(contrastive_loss(image, text, scale)) == pytest.approx(total / 10, rel=1e-5)
+    assert float(contrastive_logits(image, text, scale).loss()) == pytest.approx(total / 10, rel=1e-5)
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -10,7 +10,7 @@ import torch
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Dalle
-from dalle_ds.nn.dropout import dropout
+from dalle_ds.nn.layers import dropout
 from dalle_ds.parallel import WHOLE, TensorGroup
 from tests.conftest import TINY_DALLE
 

@@ -13,7 +13,6 @@ import torch.multiprocessing as multiprocessing
 
 from dalle_ds.config import ParallelConfig
 from dalle_ds.parallel import Mesh
-from dalle_ds.parallel.timeouts import extended_timeout, set_timeout
 from dalle_ds.resilience.watch import is_about_communication
 
 SHORT, LONG = 2 / 60, 1.0
@@ -35,16 +34,16 @@ def together(rank: int, store: str, results: Any) -> None:
     found: dict[str, Any] = {"before": limits()}
     mesh.set_timeout(SHORT)
     found["set"] = limits()
-    with mesh.patience(LONG):
+    with mesh.extended_timeout(LONG):
         found["patient"] = limits()
         if rank == 1:
             time.sleep(3)  # rank 0 has left the block's body long before
-        with mesh.patience(SHORT):
+        with mesh.extended_timeout(SHORT):
             found["nested"] = limits()
     mesh.barrier()
     found["after"] = limits()
     try:
-        with mesh.patience(LONG):
+        with mesh.extended_timeout(LONG):
             raise KeyError("row 7")
     except KeyError:
         found["after an error"] = limits()
@@ -73,6 +72,7 @@ def test_time_outs_of_all_groups_are_set_stretched_and_said(tmp_path: Path) -> N
 
 
 def test_a_process_alone_waits_for_no_one() -> None:
-    set_timeout(1)
-    with extended_timeout(1):
+    alone = Mesh(0, 1, torch.device("cpu"))
+    alone.set_timeout(1)
+    with alone.extended_timeout(1):
         pass

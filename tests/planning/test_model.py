@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dalle_ds.planning
 from dalle_ds.config import (
@@ -31,7 +31,7 @@ from dalle_ds.models.pipeline import pipeline_layers
 from dalle_ds.parallel import TensorGroup
 from dalle_ds.parallel.stages import balanced
 from dalle_ds.planning.layout import Layout
-from dalle_ds.planning.model import Parameter, ParameterSet, Stage, stages_of, touched, updated_by_group
+from dalle_ds.planning.model import Parameter, ParameterSet, Stage, stages_of
 from dalle_ds.planning.trace import on_meta, traced
 from dalle_ds.precision.rates import DTYPES
 from dalle_ds.tasks.clip import ClipTask
@@ -124,9 +124,9 @@ def made_up(sizes: list[list[int]]) -> ParameterSet:
 
 def test_updated_elements_are_what_zero_cuts() -> None:
     parameters = made_up([[10, 7], [3]])
-    assert updated_by_group(parameters, 0, 4) == (17, 3)
-    assert updated_by_group(parameters, 3, 4) == (3 + 2, 1)  # each parameter by itself
-    assert updated_by_group(parameters, 1, 4) == (6, 2)  # groups of 24 and 8, aligned to two elements a process
+    assert parameters.updated_by_group(0, 4) == [17, 3]
+    assert parameters.updated_by_group(3, 4) == [3 + 2, 1]  # each parameter by itself
+    assert parameters.updated_by_group(1, 4) == [6, 2]  # groups of 24 and 8, aligned to two elements a process
 
 
 def test_touched_counts_every_parameter_that_a_partition_meets() -> None:
@@ -143,7 +143,7 @@ def test_touched_counts_every_parameter_that_a_partition_meets() -> None:
                 met = set(elements[shard * owned : (shard + 1) * owned])
                 found += sum(group[number] for number in met)
             most = max(most, found)
-        assert touched(made_up(sizes), shards) == most
+        assert made_up(sizes).touched(shards) == most
 
 
 @pytest.mark.parametrize("stage", RUNS)
@@ -209,6 +209,12 @@ def test_operations_are_those_that_torch_counts(stage: str, monkeypatch: pytest.
         task.loss(model, batch, 0)[0].backward()
     # torch has no formula for its attention on CPUs.
     assert counter.get_total_flops() <= planned <= 1.1 * counter.get_total_flops()
+
+
+def test_operators_that_come_after_the_tracer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flop_registry, torch.ops.aten.add, lambda *_, **__: 7)
+    with on_meta("cpu"):
+        assert traced(lambda x: x + x, [torch.empty(3, device="meta")], []).work.flops.total() == 7
 
 
 def test_a_tensor_group_keeps_its_part_and_with_sequence_its_positions() -> None:

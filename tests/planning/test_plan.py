@@ -14,13 +14,12 @@ import pytest
 
 from dalle_ds.config import ClipRun, DvaeRun, ParallelConfig, PowerSGDConfig, TransformerRun, load_preset
 from dalle_ds.errors import ConfigError
-from dalle_ds.planning.cluster import CLUSTERS, Cluster, named_cluster
 from dalle_ds.planning.command import parse_plan_command
+from dalle_ds.planning.layout import CLUSTERS, Cluster, named_cluster
 from dalle_ds.planning.model import needed_flops
-from dalle_ds.planning.plan import Plan
+from dalle_ds.planning.plan import Plan, search
 from dalle_ds.planning.plan import make_plan as plan_of_task
 from dalle_ds.planning.report import fit_sentence
-from dalle_ds.planning.search import search
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask
@@ -255,14 +254,13 @@ def test_every_number_of_a_cluster_can_be_changed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--cluster", "cpu"], "--preset is missing"),
-        (["--preset", "toy"], "--cluster is missing: give one of v100-16gb"),
-        (["--preset", "toy", "--cluster", "h200"], "give one of v100-16gb"),
-        (
-            ["--preset", "toy", "--cluster", "cpu", "--gpus", "0"],
-            "--gpus must be a whole number of at least 1, found 0",
-        ),
-        (["--preset", "toy", "--cluster", "cpu", "--stage", "prior"], "found prior"),
+        (["--cluster", "cpu"], "required: --preset"),
+        (["--preset", "toy"], "required: --cluster"),
+        (["--preset", "huge", "--cluster", "cpu"], "unknown preset 'huge'"),
+        (["--preset", "toy", "--cluster", "h200"], "argument --cluster: invalid choice: 'h200'"),
+        (["--preset", "toy", "--cluster", "cpu", "--gpus", "0"], "cluster.gpus must be greater than 0, found 0"),
+        (["--preset", "toy", "--cluster", "cpu", "--gpus", "two"], "argument --gpus: invalid int value: 'two'"),
+        (["--preset", "toy", "--cluster", "cpu", "--stage", "prior"], "argument --stage: invalid choice: 'prior'"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.reserved_gb", "9"], "cluster.reserved_gb=9"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.overlap", "2"], "cluster.overlap must lie in"),
         (["--preset", "toy", "--cluster", "cpu", "--json", "/nowhere/x.json"], "--json must be a file in a folder"),
@@ -277,6 +275,6 @@ def test_mistakes_are_one_sentence(
 
 
 def test_planning_imports_no_deepspeed() -> None:
-    program = "import sys, dalle_ds.planning.command, dalle_ds.planning.search; print('deepspeed' in sys.modules)"
+    program = "import sys, dalle_ds.commands.plan; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

@@ -8,8 +8,8 @@ import pytest
 
 from dalle_ds.config import DalleConfig, PowerSGDConfig, RecomputingTrainConfig, TransformerRun, load_preset
 from dalle_ds.planning.layout import REPLICA_BUCKET, Buffers, Layout
-from dalle_ds.planning.model import Stage, compressed_shards, stages_of
-from dalle_ds.planning.traffic import Transfer, compression, sent_along, traffic
+from dalle_ds.planning.model import Stage, stages_of
+from dalle_ds.planning.traffic import Transfer, compression, traffic
 from dalle_ds.tasks.transformer import TransformerTask
 
 RUN = load_preset("dalle-12b", "transformer", TransformerRun)
@@ -84,9 +84,8 @@ def test_the_papers_compression(width: int, heads: int, rank: int) -> None:
         zero_stage=3, replicas=128, shards=8, precision="fp16", powersgd=PowerSGDConfig(enabled=True, transport="1-6-9")
     )
     stage = stage_of(layout, config)
-    assert compression(stage, layout) == pytest.approx(1 - 5 * rank / (8 * width), abs=1e-12)
-    shards = compressed_shards(stage.parameters, layout)
-    numbers = sum(shard.factor_numel for shard in shards)
+    assert compression(stage) == pytest.approx(1 - 5 * rank / (8 * width), abs=1e-12)
+    numbers = sum(shard.factor_numel for shard in stage.compressed)
     # Of Table 2's last line, the first is P's and the second Q's.
     assert numbers == 64 * ((5 * width * rank * 8 + 4 * width * rank) + (width * rank * 8 + 8 * width * rank)) / 8**2
     assert sizes(traffic(stage, layout), "replica")["factors of gradients, all-reduce"] == 2 * numbers
@@ -98,7 +97,9 @@ def test_replicas_exchange_what_a_process_owns() -> None:
     plain = sizes(traffic(stage, layout), "replica")["gradients, all-reduce"]
     assert plain == pytest.approx(4 * stage.parameters.count / 2, rel=0.01)
     whole = replace(layout, zero_stage=0)
-    assert sizes(traffic(stage, whole), "replica")["gradients, all-reduce"] == 4 * stage.parameters.count
+    assert (
+        sizes(traffic(stage_of(whole, SMALL), whole), "replica")["gradients, all-reduce"] == 4 * stage.parameters.count
+    )
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -122,7 +123,7 @@ def test_tensor_groups_exchange_as_much_with_positions_divided(checkpointing: st
 def test_pipelines_send_the_stream_both_ways() -> None:
     layout = Layout(zero_stage=1, pipe=3, micro_batch=2, accumulation=5)
     stream, tokens = 5 * 2 * 24 * 64 * 4, 5 * 2 * 24 * 8
-    sent = [sent_along(traffic(stage, layout), "pipe") for stage in stages(layout, SMALL)]
+    sent = [sum(transfer.sent for transfer in traffic(stage, layout)) for stage in stages(layout, SMALL)]
     assert sent == [stream + tokens, 2 * stream + tokens, stream]
 
 

@@ -132,7 +132,7 @@ def test_scales_of_another_number_of_processes_are_taken_over_as_multiples_of_it
         ({"backoff": 1.0}, "scaling.backoff must be greater than 1"),
         ({"initial_log2": 25.0}, "scaling.initial_log2=25.0 must lie between"),
         ({"doubling_updates": 0}, "scaling.doubling_updates must be greater than 0"),
-        ({"window": -1}, "scaling.window must not be negative"),
+        ({"window": -1}, "scaling.window must be at least 0"),
     ],
 )
 def test_constants_that_cannot_work_are_refused(fields: dict, words: str) -> None:

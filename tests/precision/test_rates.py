@@ -14,7 +14,7 @@ from dalle_ds.config import DiscreteVAEConfig, DvaeRun, TrainConfig
 from dalle_ds.config.deepspeed import is_auto, resolve, with_precision
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
-from dalle_ds.planning.cluster import named_cluster
+from dalle_ds.planning.layout import named_cluster
 from dalle_ds.planning.plan import make_plan
 from dalle_ds.precision import rates
 from dalle_ds.tasks.dvae import DvaeTask

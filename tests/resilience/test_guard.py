@@ -81,7 +81,7 @@ def test_settings_that_cannot_work_are_refused(fields: dict) -> None:
 
 
 def replayed(rollbacks: Rollbacks, updates: int) -> list[int]:
-    return [rollbacks.place(update) for update in range(updates)]
+    return [rollbacks.data_step(update) for update in range(updates)]
 
 
 def test_without_going_back_every_update_has_its_own_place() -> None:
@@ -94,7 +94,7 @@ def test_the_data_since_the_checkpoint_are_left_out() -> None:
     again = rollbacks.after(from_update=13, to_update=10)
     assert replayed(again, 12) == [*range(10), 18, 19]
     later = again.after(from_update=30, to_update=25)
-    assert [later.place(update) for update in (9, 10, 24, 25)] == [9, 18, 32, 38]
+    assert [later.data_step(update) for update in (9, 10, 24, 25)] == [9, 18, 32, 38]
 
 
 def test_going_back_further_leaves_out_all_that_was_seen_and_nothing_twice() -> None:

@@ -135,7 +135,7 @@ def test_a_monitor_asks_its_process_to_stop_once_or_ends_it(
 
 WRAPPER = """
 import sys
-from dalle_ds.resilience.launcher import Launch
+from dalle_ds.launch import Launch
 launched = Launch([sys.executable, *sys.argv[1:]])
 sys.exit(launched.wait())
 """

@@ -24,9 +24,8 @@ from dalle_ds.cli import explain
 from dalle_ds.errors import EXIT_REQUEUE, CheckpointError, DataError
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience import coordinator, processes
-from dalle_ds.resilience.coordinator import Coordinator
-from dalle_ds.resilience.failures import KINDS, Failure, FailureClassifier, Position, behind, log_line
-from dalle_ds.resilience.messages import Channel, Settings
+from dalle_ds.resilience.coordinator import Coordinator, FailureClassifier, behind
+from dalle_ds.resilience.messages import KINDS, Channel, Failure, Position, Settings, log_line
 from dalle_ds.resilience.monitor import MonitorProcess, raise_file_limit
 from dalle_ds.resilience.processes import Clock, Progress, TrainingProcess, main_thread
 from dalle_ds.resilience.watch import Watch, classify

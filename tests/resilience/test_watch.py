@@ -250,13 +250,14 @@ def test_an_error_after_the_end_of_rank_0_is_the_process_own(results: dict[str, 
     assert found["outputs"] == ["", "error on rank 1: too late\n"]
 
 
-def stop_loaders(rank: int) -> None:
-    """Stop the processes that load a rank's data, as a disk that hangs would."""
+def stop_loaders(rank: int) -> list[int]:
+    """Stop the processes that load a rank's data, as a disk that hangs would, and say which."""
     children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
     loaders = [int(pid) for pid in children if b"resilience.monitor" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert loaders
     for pid in loaders:
         os.kill(pid, signal.SIGSTOP)
+    return loaders
 
 
 @pytest.mark.slow
@@ -283,8 +284,12 @@ def test_a_training_run_ends_when_one_of_its_processes_gets_no_data(
         time.sleep(0.2)
     assert launcher.poll() is None and metrics.read_text(), log.read_text()
     ranks = [int(pid) for pid in re.findall(r"process (\d+) spawned", log.read_text())]
-    stop_loaders(ranks[1])
-    assert launcher.wait(timeout=60) != 0
+    stopped = stop_loaders(ranks[1])
+    try:
+        assert launcher.wait(timeout=60) != 0
+    finally:
+        for pid in stopped:  # nobody else can end them
+            os.kill(pid, signal.SIGKILL)
     line = line_of("hang", 1, r'\d+ phase="waiting for data"', text=r"stacks of all ranks: \S*/run/logs/stacks")
     assert re.search(line, log.read_text()), log.read_text()
     assert "Traceback" not in log.read_text()

@@ -20,8 +20,8 @@ from dalle_ds.models.decoding import DecodingWeights
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage, default_rows, kept_rows_mask, sample_codes, score
 from dalle_ds.sampling import codes as drawing
+from dalle_ds.sampling.codes import candidate_uniforms, sample
 from dalle_ds.sampling.completion import open_image, top_rows
-from dalle_ds.sampling.draw import candidate_uniforms, draw
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE
 
@@ -55,7 +55,7 @@ def reference(model: Dalle, caption: Tensor, given: Tensor, sampling: Sampling, 
         if sampling.guidance != 1:
             empty = model(torch.full_like(caption, -1)[None], codes).image_logits[:, step]
             logits = empty + sampling.guidance * (logits - empty)
-        codes[0, step] = draw(logits, uniforms[step : step + 1], sampling)[0]
+        codes[0, step] = sample(logits, uniforms[step : step + 1], sampling)[0]
     return codes[0]
 
 

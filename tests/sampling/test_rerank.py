@@ -31,14 +31,14 @@ from dalle_ds.sampling import (
     SamplingRequest,
     TextToImage,
     candidates,
-    progress,
+    command,
     rank_candidates,
     sample_codes,
 )
 from dalle_ds.sampling import codes as drawing
 from dalle_ds.sampling.codes import sample_batches
+from dalle_ds.sampling.command import show_progress
 from dalle_ds.sampling.completion import open_image, top_rows
-from dalle_ds.sampling.progress import DrawingProgress
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import ROOT, TINY_DALLE
@@ -464,36 +464,36 @@ def test_a_tensor_group_ranks_as_one_process_does(folders: Path, tmp_path: Path)
 
 def test_progress_is_lines_elsewhere_than_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
     text = io.StringIO()
     row = lambda done: Progress(((0, 0), (0, 1)), torch.zeros(2, done, dtype=torch.int64))  # noqa: E731
-    with DrawingProgress(4, 8, console=Console(file=text)) as shown:
+    with show_progress(4, 8, console=Console(file=text)) as shown:
         for second, done in ((5.0, 8), (10.0, 16), (11.0, 8), (19.0, 12), (21.0, 16)):
             clock[0] = second
             shown(row(done))
     assert text.getvalue().splitlines() == [
-        "drawing: 2/8 images, 2 codes/s, 70 s left",
-        "drawing: 4/8 images, 2 codes/s, 46 s left",
+        "sampling: 2/8 images, 2 codes/s, 70 s left",
+        "sampling: 4/8 images, 2 codes/s, 46 s left",
     ]
     more = io.StringIO()  # than was said: candidates of known scores that are drawn again
-    with DrawingProgress(4, 1, console=Console(file=more)) as shown:
+    with show_progress(4, 1, console=Console(file=more)) as shown:
         clock[0] += 16.0
         shown(row(8))
-    assert more.getvalue() == "drawing: 0/2 images, 0 codes/s, 48 s left\n"
+    assert more.getvalue() == "sampling: 0/2 images, 0 codes/s, 48 s left\n"
     rest = io.StringIO()
-    with DrawingProgress(4, 2, given_rows=2, console=Console(file=rest)) as shown:
+    with show_progress(4, 2, given_rows=2, console=Console(file=rest)) as shown:
         clock[0] += 16.0
         shown(row(12))
-    assert rest.getvalue() == "drawing: 0/2 images, 0 codes/s, 16 s left\n"
+    assert rest.getvalue() == "sampling: 0/2 images, 0 codes/s, 16 s left\n"
     silent = io.StringIO()
-    with DrawingProgress(4, 8, console=Console(file=silent), enabled=False) as shown:
+    with show_progress(4, 8, console=Console(file=silent), enabled=False) as shown:
         clock[0] = 100.0
         shown(row(16))
     assert not silent.getvalue()
     on_terminal = io.StringIO()
-    with DrawingProgress(4, 2, console=Console(file=on_terminal, force_terminal=True, width=100)) as shown:
+    with show_progress(4, 2, console=Console(file=on_terminal, force_terminal=True, width=100)) as shown:
         shown(row(16))
-    assert "drawing" in on_terminal.getvalue() and "2/2 images" in on_terminal.getvalue()
+    assert "sampling" in on_terminal.getvalue() and "2/2 images" in on_terminal.getvalue()
 
 
 def test_a_folder_of_pictures(
@@ -530,7 +530,7 @@ def test_a_folder_of_pictures(
     before = sorted(tmp_path.iterdir())
     (tmp_path / "bad.txt").write_text("one\none\n")
     for options, out, words in (
-        ([], "x.png", "nothing to draw: give --prompt"),
+        ([], "x.png", "nothing to generate: give --prompt"),
         (["--prompts", "/nowhere"], "x.png", "/nowhere cannot be read"),
         (["--prompts", str(tmp_path / "bad.txt")], "x.png", "the caption 'one' twice"),
         (["--prompt", "a"], ".", "folder with other things"),

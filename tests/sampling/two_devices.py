@@ -16,7 +16,7 @@ from dalle_ds.config import DalleConfig
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.nn.attention.decoding import slots_of
-from dalle_ds.sampling.draw import Sampling, draw
+from dalle_ds.sampling.codes import Sampling, sample
 
 CONFIG = DalleConfig(width=32, depth=4, heads=4, text_len=6, grid=4, text_vocab=20, image_vocab=16, kernel=3)
 FIRST, SECOND = "mock:0", "mock:1"
@@ -50,7 +50,7 @@ def main(blocks_on_first: int) -> None:
         cache, weights = new_cache(model, 4), DecodingWeights(model)
         logits = prefill(model, torch.zeros(4, CONFIG.text_len, dtype=torch.int64, device=FIRST), cache)
         for step in range(3):
-            codes = draw(logits, torch.rand(4, dtype=torch.float64, device=FIRST), Sampling())
+            codes = sample(logits, torch.rand(4, dtype=torch.float64, device=FIRST), Sampling())
             logits = weights.step(codes, step, cache)
             assert logits.device == torch.device(FIRST), logits.device
         found = {str(layer.codes.device) for layer in cache.layers}

@@ -14,7 +14,7 @@ from dalle_ds.cli import parse_options
 from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
 from dalle_ds.data.command import Preparation
 from dalle_ds.doctor.cluster import ClusterOptions
-from dalle_ds.evaluation.options import EvaluateOptions
+from dalle_ds.evaluation.evaluate import EvaluateOptions
 from dalle_ds.training.launch import parse_command
 from tests.conftest import ROOT
 

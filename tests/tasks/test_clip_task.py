@@ -13,19 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dalle_ds.config import CLIP_SHAPES, ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
+from dalle_ds.config import ClipConfig, ClipObjective, ClipRun, ReportConfig, SharpnessConfig, load_preset
 from dalle_ds.data import BatchLoader, ClipSamples, PairDataset, evaluation_batches
 from dalle_ds.data.augment import clip_center_view, clip_random_view
 from dalle_ds.data.dataset import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.clip import square_pixels
-from dalle_ds.nn.contrastive import contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.tasks.clip import ClipTask, recalls
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.text.tokenizer import Tokenizer
 from dalle_ds.training.export import export_checkpoint
+from tests.clip_shapes import CLIP_SHAPES
 from tests.conftest import TINY_DALLE
 from tests.processes import run_ranks
 
@@ -179,7 +180,7 @@ def test_the_loss_of_a_batch_is_the_contrastive_one_of_its_embeddings(task: Clip
     loss, metrics = task.loss(model, batch, 0)
     images, texts = model.embed_images(batch["image"]), model.embed_texts(batch["text"])
     assert float(loss.detach()) == pytest.approx(
-        float(contrastive_loss(images, texts, torch.tensor(1 / 0.07))), rel=1e-5
+        float(contrastive_logits(images, texts, torch.tensor(1 / 0.07)).loss()), rel=1e-5
     )
     assert float(metrics["scale"]) == pytest.approx(1 / 0.07)
     cosines = images.double() @ images.double().T
@@ -230,7 +231,9 @@ def test_evaluation_adds_up_to_all_rows_against_all_however_they_are_shared_out(
     for k in (1, 5, 10):
         hits = sum(number in order[number, :k].tolist() for number in range(15))
         assert results[0][f"recall@{k}"] == pytest.approx(hits / 15)
-    assert results[0]["loss"] == pytest.approx(float(contrastive_loss(images, texts, torch.tensor(1 / 0.07))), rel=1e-4)
+    assert results[0]["loss"] == pytest.approx(
+        float(contrastive_logits(images, texts, torch.tensor(1 / 0.07)).loss()), rel=1e-4
+    )
 
 
 def test_recalls_count_columns_that_are_as_similar_or_more_so() -> None:

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_ds.config import CLIP_SHAPES
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Clip
 from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from dalle_ds.text.tokenizer import Tokenizer
+from tests.clip_shapes import CLIP_SHAPES
 from tests.references import FOLDER, reference
 
 CLIPS_FILE = FOLDER / "clip" / "bpe_simple_vocab_16e6.txt.gz"

@@ -356,7 +356,6 @@ def test_dropout_draws_from_the_given_generator_alone(tokenizer: Tokenizer) -> N
 
     before = global_generators()
     first = draw(0)
-    tokenizer.encode_padded([text], dropout=0.1, rng=np.random.default_rng(0))
     assert global_generators() == before
     assert draw(1) != first != tokenizer.encode(text)
     assert draw(0) == first
@@ -392,13 +391,12 @@ def test_padded_batches_count_what_they_cut_off(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(batch[4]) == "a b c"
 
 
-def test_padded_batches_have_the_papers_length_and_take_dropout(tokenizer: Tokenizer) -> None:
+def test_padded_batches_have_the_papers_length(tokenizer: Tokenizer) -> None:
     texts = ["woman kneeling", "word " * 500]
-    batch, truncated = tokenizer.encode_padded(texts, dropout=0.3, rng=np.random.default_rng(3))
+    batch, truncated = tokenizer.encode_padded(texts)
     assert batch.shape == (2, 256)
     assert truncated == 1
-    rng = np.random.default_rng(3)
-    expected = [tokenizer.encode(text, dropout=0.3, rng=rng, max_tokens=256) for text in texts]
+    expected = [tokenizer.encode(text, max_tokens=256) for text in texts]
     assert [[token for token in row if token != -1] for row in batch.tolist()] == expected
 
 
@@ -503,7 +501,7 @@ def test_the_launcher_trains_on_every_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str], size: int
 ) -> None:
     (tmp_path / "tiny.yaml").write_text("tokenizer:\n  vocab_size: 700\n")
-    monkeypatch.setattr("dalle_ds.config.presets.PRESET_DIR", tmp_path)
+    monkeypatch.setattr("dalle_ds.config.plain.PRESET_DIR", tmp_path)
     out = tmp_path / "folder" / "t.model"
     launch(monkeypatch, "--out", str(out), "--preset", "tiny", *options)
     Tokenizer.train(CAPTIONS[: len(CAPTIONS) // 2 * 2], tmp_path / "expected.model", size)

@@ -7,47 +7,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.optim import AdamW, WeightAverage
+from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import ErrorFeedback
+from dalle_ds.training.checkpoints.content import TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, record_of
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 from dalle_ds.training.checkpoints.storage import LocalShards
-from dalle_ds.training.checkpoints.writing import Planner
-from dalle_ds.training.zero_state import MasterWeights
+from dalle_ds.training.checkpoints.writing import plan_for
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]) -> None:
+def write_tensors(folder: Path, shards: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]) -> None:
     """Tensors and their index."""
-    plan = Planner().plan(pieces)
-    plan.write(folder, pieces)
+    plan = plan_for(shards, None)
+    plan.write(folder, shards)
     plan.write_index(folder, parameters)
 
 
 def write_checkpoint(
-    folder: Path, state: dict[str, Any], pieces: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]
+    folder: Path, state: dict[str, Any], shards: Mapping[str, LocalShards], parameters: dict[str, dict[str, Any]]
 ) -> Path:
     """A complete checkpoint."""
     checkpoints = CheckpointFolder(folder)
     partial = checkpoints.begin(state["step"])
     (partial / "tensors").mkdir()
-    write_tensors(partial / "tensors", pieces, parameters)
+    write_tensors(partial / "tensors", shards, parameters)
     (partial / "state.json").write_text(json.dumps({"format": 3, **state}))
     names = [path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()]
     return checkpoints.complete(partial, Manifest(state["step"], {name: record_of(partial / name) for name in names}))
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    weights: MasterWeights,
-    optimizer: AdamW,
-    mesh: Mesh,
-    *,
-    keep: int,
-    average: WeightAverage | None = None,
-    errors: ErrorFeedback | None = None,
+    folder: Path, step: int, state: dict[str, Any], trained: TrainedTensors, mesh: Mesh, *, keep: int
 ) -> Path:
     """Write `folder/step-N` and wait for it; delete all but the `keep` newest. Collective.
 
@@ -59,11 +49,10 @@ def save_checkpoint(
         CheckpointError: it could not be written, on some process; no half-written checkpoint remains under a valid name.
     """
     checkpoints = CheckpointFolder(folder)
-    saver = AsyncCheckpointer(
-        checkpoints, weights, optimizer, mesh, RetentionPolicy(keep), average=average, errors=errors, background=False
-    )
+    saver = AsyncCheckpointer(checkpoints, trained, mesh, keep=keep, background=False)
     saver.begin(step, state)
     saved = saver.finish()
     assert saved is not None
-    saved.require()
+    if saved.failure is not None:
+        raise CheckpointError(saved.failure)
     return folder / f"step-{step}"

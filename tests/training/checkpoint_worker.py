@@ -70,6 +70,7 @@ class Training:
 
     def __init__(self, layout: Layout, mesh: Mesh) -> None:
         from dalle_ds.config.deepspeed import resolve
+        from dalle_ds.training.checkpoints.content import TrainedTensors
         from dalle_ds.training.engine import build_engine
         from dalle_ds.training.zero_state import MasterWeights
 
@@ -87,6 +88,7 @@ class Training:
         self.engine = build_engine(lambda: Dalle(TINY_DALLE), groups, layout.optim, config, mesh)
         self.weights = MasterWeights(self.engine)
         self.average = WeightAverage(self.weights.shards, 0.5)
+        self.trained = TrainedTensors(self.weights, self.engine.client_optimizer, self.average)
 
     @staticmethod
     def _groups(model: Dalle, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ class Training:
         return found | {"average": _digest(self.weights.consolidate())}
 
     def check(self) -> None:
-        """Fragments tile the model, and have the values that DeepSpeed tells."""
+        """Shards tile the model, and have the values that DeepSpeed tells."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         from dalle_ds.training.checkpoints.storage import matrix_size
@@ -127,10 +129,10 @@ class Training:
         dist.all_gather_object(everyone, self.weights.param_shards)
         stage = self.engine.zero_optimization_stage()
         seen = {name: torch.zeros(matrix_size(value.shape), dtype=torch.int64) for name, value in plain.items()}
-        for fragment in everyone[0] if stage == 0 else [fragment for own in everyone for fragment in own]:
-            assert fragment.whole == tuple(plain[fragment.name].shape)
-            for place in fragment.slices():
-                place.in_matrix(seen[fragment.name]).add_(1)
+        for shard in everyone[0] if stage == 0 else [shard for own in everyone for shard in own]:
+            assert shard.whole == tuple(plain[shard.name].shape)
+            for at, _ in shard.slices(torch.empty(shard.length)):
+                at.of(seen[shard.name]).add_(1)
         assert all(bool((count == 1).all()) for count in seen.values())
         whole = self.weights.consolidate()
         assert (whole is not None) == self.mesh.is_main
@@ -161,27 +163,19 @@ def write(folder: Path, mesh: Mesh) -> dict[str, Any]:
             training.update(step)
         training.check()
         state = {"step": 2, "identity": {}, "layout": {}, "learning_rate": None}
-        optimizer = training.engine.client_optimizer
-        save_checkpoint(folder / name, 2, state, training.weights, optimizer, mesh, keep=1, average=training.average)
+        save_checkpoint(folder / name, 2, state, training.trained, mesh, keep=1)
         found[name] = training.go_on()
         # Back again, in an engine that has gone on.
-        load(folder / name / "step-2", training)
+        training.trained.load(folder / name / "step-2", mesh)
         found[f"{name} again"] = training.go_on()
     return found
-
-
-def load(checkpoint: Path, training: Training) -> None:
-    from dalle_ds.training.checkpoints.content import load_checkpoint
-
-    optimizer = training.engine.client_optimizer
-    load_checkpoint(checkpoint, training.weights, optimizer, training.mesh, average=training.average)
 
 
 def read(folder: Path, mesh: Mesh, pairs: list[list[str]]) -> dict[str, Any]:
     found = {}
     for source, name in pairs:
         training = Training(LAYOUTS[name], mesh)
-        load(folder / source / "step-2", training)
+        training.trained.load(folder / source / "step-2", mesh)
         found[f"{source} → {name}"] = training.go_on()
     return found
 

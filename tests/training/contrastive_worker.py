@@ -142,9 +142,9 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     """What becomes of the batch: loss, named gradients, and whether weights are as they were."""
     from dalle_ds.config.deepspeed import resolve
     from dalle_ds.training.engine import build_engine
-    from dalle_ds.training.passes import passes_of
     from dalle_ds.training.replicas import ReplicaReduction
     from dalle_ds.training.step import TrainStep
+    from dalle_ds.training.strategies import strategy_for
     from dalle_ds.training.zero_state import MasterGradients, MasterWeights
 
     parallel = ParallelConfig(replicas=case.replicas)
@@ -169,11 +169,11 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     )
     task = BareTask(run)
     engine = build_engine(lambda: plain_model(case), task.parameter_groups, run.optim, config, mesh)
-    passes = passes_of(task, engine, mesh)
+    strategy = strategy_for(task, engine, mesh)
     weights, gradients = MasterWeights(engine), MasterGradients(engine)
     reduction = None
     if case.replicas > 1:
-        reduction = ReplicaReduction(engine, gradients, mesh, run.powersgd, 0)
+        reduction = ReplicaReduction(engine, mesh, run.powersgd, 0)
     before = [shard.detach().clone() for shard in weights.shards]
     size, index = mesh.size("data"), mesh.index("data")
     batches = [rows((number * size + index) * micro, micro) for number in range(case.micro_batches)]
@@ -198,7 +198,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
         "numerics": None,
         "replicas": reduction,
     }
-    train_step = TrainStep(task, engine, passes, mesh, run.optim, **options)
+    train_step = TrainStep(strategy, mesh, run.optim, **options)
     inner = train_step._apply
     train_step._apply = spied  # type: ignore[method-assign, assignment]
     result = train_step.run(batches, 0, 1e-3)

@@ -98,7 +98,7 @@ class Replica:
 
         self.engine = build_engine(lambda: Dalle(shape, tensor=self.mesh.tensor), groups, optim, config, self.mesh)
         self.gradients = MasterGradients(self.engine)
-        self.reduction = ReplicaReduction(self.engine, self.gradients, self.mesh, compression, seed=0)
+        self.reduction = ReplicaReduction(self.engine, self.mesh, compression, seed=0)
 
     def backward(self, update: int = 0) -> None:
         """Gradients of rows that each data-parallel process has for itself."""

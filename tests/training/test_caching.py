@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from dalle_ds.config import DvaeRun, OptimConfig, SharpnessConfig, TrainConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.nn.contrastive import contrastive_loss
+from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
-from dalle_ds.tasks.base import Batch, Metrics
-from dalle_ds.tasks.whole_batch import Outputs, WholeBatchTask
-from dalle_ds.training.passes.caching import CachingPasses
-from dalle_ds.training.passes.sharpness import SharpPasses, _rounded_at_random
+from dalle_ds.tasks.base import Batch, ContrastiveTask, Metrics, Outputs
 from dalle_ds.training.randomness import seed_update
+from dalle_ds.training.sharpness import SharpStrategy, _rounded_at_random
+from dalle_ds.training.strategies import CachedStrategy
 
 MESH = Mesh(0, 1, torch.device("cpu"))
 
@@ -45,7 +44,7 @@ class Towers(nn.Module):
         return embeddings, F.normalize(F.dropout(self.text(text), self.dropout), dim=1), self.scale.exp()
 
 
-class TowersTask(WholeBatchTask[Any]):
+class TowersTask(ContrastiveTask[Any]):
     """The parts of a task that passes use."""
 
     sharpness: SharpnessConfig | None = None  # type: ignore[assignment]
@@ -57,7 +56,7 @@ class TowersTask(WholeBatchTask[Any]):
         return dict(zip(("image", "text", "scale"), model(batch["image"], batch["text"]), strict=True))
 
     def loss_of(self, outputs: Outputs, peers: Peers = ALONE) -> tuple[Tensor, Metrics]:
-        loss = contrastive_loss(outputs["image"], outputs["text"], outputs["scale"], peers)
+        loss = contrastive_logits(outputs["image"], outputs["text"], outputs["scale"], peers).loss()
         return loss, {"rows": _count(outputs), "sum": outputs["text"].detach().sum(0)}
 
     build_model = samples = identity = evaluate = summarize = preview = export = flops_per_sample = None  # type: ignore
@@ -116,7 +115,7 @@ class SteppingEngine(Engine):
         self.global_steps += 1
 
 
-def sharp_passes(engine: SteppingEngine, rho: float, pairs: int | None, count: int) -> SharpPasses:
+def sharp_strategy(engine: SteppingEngine, rho: float, pairs: int | None, count: int) -> SharpStrategy:
     """SAM of 12 rows in so many micro-batches."""
     engine.micro_batch = 12 // count
     task = TowersTask()
@@ -124,7 +123,7 @@ def sharp_passes(engine: SteppingEngine, rho: float, pairs: int | None, count: i
     task.run = DvaeRun(train=TrainConfig(batch_size=12))
     task.build_model = lambda: Towers(engine.module.dropout)  # type: ignore[method-assign]
     task.num_items = lambda batch: torch.ones(())  # type: ignore[method-assign]
-    return SharpPasses(task, engine, MESH)
+    return SharpStrategy(task, engine, MESH)
 
 
 def batches(count: int, rows: int = 12) -> list[Batch]:
@@ -146,9 +145,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("count", [2, 3, 12])
 def test_a_cached_gradient_is_that_of_the_whole_batch_at_once(count: int) -> None:
     plain, cached = Towers(0.0), Towers(0.0)
-    (whole,) = CachingPasses(TowersTask(), Engine(plain), MESH).backward(batches(1), 0)
+    (whole,) = CachedStrategy(TowersTask(), Engine(plain), MESH).backward(batches(1), 0)
     engine = Engine(cached)
-    reported = CachingPasses(TowersTask(), engine, MESH).backward(batches(count), 0)
+    reported = CachedStrategy(TowersTask(), engine, MESH).backward(batches(count), 0)
     assert len(reported) == engine.backwards == count and engine.steps == count - 1
     for metrics in reported:
         assert float(metrics["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-6)
@@ -158,13 +157,14 @@ def test_a_cached_gradient_is_that_of_the_whole_batch_at_once(count: int) -> Non
     for name, gradient in gradients(plain).items():
         torch.testing.assert_close(gradients(cached)[name], gradient, rtol=1e-5, atol=1e-7)
     # A loss of each micro-batch for itself would be another.
-    assert abs(float(contrastive_loss(*plain(*_inputs(batches(count)[0]))).detach()) - float(whole["loss"])) > 0.01
+    alone = contrastive_logits(*plain(*_inputs(batches(count)[0]))).loss()
+    assert abs(float(alone.detach()) - float(whole["loss"])) > 0.01
 
 
 def test_both_passes_over_a_micro_batch_draw_the_same_noise() -> None:
     model = Towers(0.5)
     seed_update(0, 0, 0)
-    CachingPasses(TowersTask(), Engine(model), MESH).backward(batches(3), 0)
+    CachedStrategy(TowersTask(), Engine(model), MESH).backward(batches(3), 0)
     first, second = model.seen[:3], model.seen[3:]
     assert [graph for graph, _ in first] == [False] * 3 and [graph for graph, _ in second] == [True] * 3
     for (_, before), (_, after) in zip(first, second, strict=True):
@@ -190,7 +190,7 @@ def test_only_one_micro_batch_has_a_graph_at_a_time() -> None:
             super().backward(loss, scale_wrt_gas)
             Watched.held -= 1
 
-    CachingPasses(TowersTask(), Watched(Towers(0.0)), MESH).backward(batches(4), 0)
+    CachedStrategy(TowersTask(), Watched(Towers(0.0)), MESH).backward(batches(4), 0)
     assert alive == [1, 1, 1, 1]
 
 
@@ -198,10 +198,10 @@ def test_both_gradients_of_sam_are_under_the_same_noise() -> None:
     engine = SteppingEngine(Towers(0.5))
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
     seed_update(0, 0, 0)
-    passes = sharp_passes(engine, 0.3, None, 2)
-    passes.backward(batches(2), 0)
-    assert isinstance(passes._moved, Towers)
-    seen = passes._moved.seen
+    strategy = sharp_strategy(engine, 0.3, None, 2)
+    strategy.backward(batches(2), 0)
+    assert isinstance(strategy._moved, Towers)
+    seen = strategy._moved.seen
     dropped = [embeddings == 0 for _, embeddings in seen]
     assert len(dropped) == 8, "two micro-batches, twice with caching, at two places"
     assert all(map(torch.equal, dropped[:4], dropped[4:]))
@@ -248,7 +248,7 @@ def sharp_reference(model: Towers, rho: float, groups: int) -> dict[str, Tensor]
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_sam_perturbs_each_group_of_pairs_by_itself_however_the_batch_is_cut(count: int, pairs: int | None) -> None:
     engine = SteppingEngine(Towers(0.0))
-    (first, *_) = sharp_passes(engine, 0.3, pairs, count).backward(batches(count), 0)
+    (first, *_) = sharp_strategy(engine, 0.3, pairs, count).backward(batches(count), 0)
     expected = sharp_reference(Towers(0.0), 0.3, 12 // (pairs or 12))
     for name, gradient in gradients(engine.module).items():
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6)
@@ -262,7 +262,7 @@ def test_a_group_that_is_not_finite_makes_the_gradient_so_and_leaves_the_weights
     engine, cut = SteppingEngine(Towers(0.0)), batches(3)
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
     cut[1]["image"][0, 0] = math.inf
-    sharp_passes(engine, 0.3, 4, 3).backward(cut, 0)
+    sharp_strategy(engine, 0.3, 4, 3).backward(cut, 0)
     assert not all(torch.isfinite(gradient).all() for gradient in gradients(engine.module).values())
     assert all(map(torch.equal, before, engine.module.parameters()))
 
@@ -308,11 +308,11 @@ def test_noise_goes_by_a_groups_place_in_the_batch_however_it_is_cut() -> None:
     for micro_batch, processes in ((16, 1), (8, 2), (8, 1), (4, 2), (4, 4), (2, 2), (2, 4), (1, 4), (1, 2)):
         rows, size = min(4, micro_batch), 16 // processes
         for rank in range(processes):
-            passes = SharpPasses.__new__(SharpPasses)
-            passes._rows, passes._pairs, passes._micro_batch = rows, 4, micro_batch
-            passes._peers = Peers(rank, processes)
+            strategy = SharpStrategy.__new__(SharpStrategy)
+            strategy._rows, strategy._pairs, strategy._micro_batch = rows, 4, micro_batch
+            strategy._peers = Peers(rank, processes)
             order = torch.arange(16).view(-1, processes, micro_batch)[:, rank].reshape(-1)
-            found = [passes._group_in_batch(piece) for piece in range(size // rows)]
+            found = [strategy._group_in_batch(piece) for piece in range(size // rows)]
             assert found == (order[::rows] // 4).tolist(), (micro_batch, processes, rank)
 
 
@@ -338,14 +338,14 @@ def test_sam_is_the_papers_over_several_updates() -> None:
     rho, lr = 0.3, 1e-2
     ours, theirs = Towers(0.0), Towers(0.0)
     engine = SteppingEngine(ours)
-    passes = sharp_passes(engine, rho, None, 2)
+    strategy = sharp_strategy(engine, rho, None, 2)
     options: dict[str, Any] = {"scales": None, "average": None, "numerics": None, "replicas": None}
-    train_step = TrainStep(passes._task, engine, passes, MESH, OptimConfig(clip=None), **options)
+    train_step = TrainStep(strategy, MESH, OptimConfig(clip=None), **options)
     reference = torch.optim.AdamW(theirs.parameters(), lr=lr, weight_decay=0.1)
     (batch,) = batches(1)
     for step in range(20):
         figures = train_step.run(batches(2), step, lr).metrics
-        loss = contrastive_loss(*theirs(*_inputs(batch)))
+        loss = contrastive_logits(*theirs(*_inputs(batch))).loss()
         loss.backward()
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))
         kept = [parameter.detach().clone() for parameter in theirs.parameters()]
@@ -353,7 +353,7 @@ def test_sam_is_the_papers_over_several_updates() -> None:
             for parameter in theirs.parameters():
                 parameter.add_(rho * parameter.grad / norm)
         reference.zero_grad()
-        there = contrastive_loss(*theirs(*_inputs(batch)))
+        there = contrastive_logits(*theirs(*_inputs(batch))).loss()
         there.backward()
         with torch.no_grad():
             for parameter, value in zip(theirs.parameters(), kept, strict=True):

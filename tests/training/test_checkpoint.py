@@ -16,7 +16,14 @@ from torch import Tensor
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Split
 from dalle_ds.training.checkpoints import storage, writing
-from dalle_ds.training.checkpoints.storage import INDEX_NAME, Index, LocalShards, ParamShard, matrix_size
+from dalle_ds.training.checkpoints.storage import (
+    INDEX_NAME,
+    Index,
+    LocalShards,
+    ParamShard,
+    TensorSlice,
+    matrix_size,
+)
 from dalle_ds.training.checkpoints.writing import write_safetensors
 from tests.training.by_hand import write_tensors
 
@@ -53,7 +60,7 @@ def values() -> dict[str, Tensor]:
 def cut(
     whole: dict[str, Tensor], style: str, shards: int, parts: int
 ) -> Iterator[tuple[list[Tensor], list[ParamShard]]]:
-    """What every process keeps of a model, as DeepSpeed would have it, padded with NaN: its shards and their fragments.
+    """What every process keeps of a model, as DeepSpeed would have it, padded with NaN: its shards and what these have.
 
     Parameters are in two groups, as those with and without weight decay are.
     """
@@ -103,11 +110,8 @@ def cut(
 
 def local_shards_of(tensors: list[Tensor], param_shards: list[ParamShard]) -> dict[str, LocalShards]:
     return {
-        f"weight/{fragment.name}": LocalShards(
-            matrix_size(fragment.whole),
-            [(place, place.of(fragment.of(tensors[fragment.shard]))) for place in fragment.slices()],
-        )
-        for fragment in param_shards
+        f"weight/{shard.name}": LocalShards(matrix_size(shard.whole), shard.slices(shard.of(tensors[shard.shard])))
+        for shard in param_shards
     }
 
 
@@ -124,35 +128,34 @@ def written(folder: Path, style: str, shards: int, parts: int) -> Index:
     write_tensors(
         folder, {name: LocalShards(sizes[name], list(parts.values())) for name, parts in together.items()}, {}
     )
-    return Index.open(folder)
+    return Index(folder)
 
 
 @pytest.mark.parametrize(("style", "shards", "parts"), CUTS)
-def test_fragments_tile_every_parameter_and_have_its_values(style: str, shards: int, parts: int) -> None:
+def test_shards_tile_every_parameter_and_have_its_values(style: str, shards: int, parts: int) -> None:
     whole = values()
     # Of what all processes of a tensor group have alike, that of the first is looked at.
     seen = {name: torch.zeros(matrix_size(value.shape), dtype=torch.int64) for name, value in whole.items()}
     for number, (tensors, param_shards) in enumerate(cut(whole, style, shards, parts)):
         is_first_copy = number < parts or style != "whole"
-        for fragment in param_shards:
-            assert fragment.whole == tuple(whole[fragment.name].shape)
-            matrix = whole[fragment.name].view(matrix_size(fragment.whole))
-            run = fragment.of(tensors[fragment.shard])
-            assert sum(place.rows * place.columns for place in fragment.slices()) == fragment.length
-            for place in fragment.slices():
-                assert torch.equal(place.of(run), place.in_matrix(matrix)), fragment
-                if is_first_copy and (SHAPES[fragment.name][1] is not None or number % parts == 0):
-                    place.in_matrix(seen[fragment.name]).add_(1)
+        for shard in param_shards:
+            assert shard.whole == tuple(whole[shard.name].shape)
+            matrix = whole[shard.name].view(matrix_size(shard.whole))
+            slices = shard.slices(shard.of(tensors[shard.shard]))
+            assert sum(at.rows * at.columns for at, _ in slices) == shard.length
+            for at, part in slices:
+                assert torch.equal(part, at.of(matrix)), shard
+                if is_first_copy and (SHAPES[shard.name][1] is not None or number % parts == 0):
+                    at.of(seen[shard.name]).add_(1)
     assert all(bool((count == 1).all()) for count in seen.values())
 
 
-def test_an_undivided_run_has_three_rectangles_at_most() -> None:
-    for start, length in itertools.combinations(range(35), 2):
-        places = ParamShard("a", (5, 7), start, length - start, 0, 0).slices()
-        assert len(places) <= 3
-        assert [place.start for place in places] == list(
-            itertools.accumulate([0, *(p.rows * p.columns for p in places[:-1])])
-        )
+def test_an_undivided_run_has_three_slices_at_most() -> None:
+    for start, end in itertools.combinations(range(35), 2):
+        run = torch.arange(start, end)
+        slices = ParamShard("a", (5, 7), start, end - start, 0, 0).slices(run)
+        assert len(slices) <= 3
+        assert torch.cat([part.flatten() for _, part in slices]).equal(run)
 
 
 @pytest.mark.parametrize(("there", "here"), list(itertools.permutations(CUTS, 2)), ids=str)
@@ -198,20 +201,17 @@ def test_a_file_of_several_types_is_read_by_safetensors(tmp_path: Path, monkeypa
 
 def test_strided_parts_are_written_and_read_by_their_elements(tmp_path: Path) -> None:
     codes = torch.arange(-20, 20, dtype=torch.int16).view(5, 8)
-    left = ParamShard("a", (5, 4), 0, 20, 0, 0, Split(1), 0, 2).slices()[0]
-    right = ParamShard("a", (5, 4), 0, 20, 0, 0, Split(1), 1, 2).slices()[0]
-    halves = [(left, codes[:, :4]), (right, codes[:, 4:])]  # not contiguous
+    halves = [(TensorSlice(0, 0, 5, 4), codes[:, :4]), (TensorSlice(0, 4, 5, 4), codes[:, 4:])]  # not contiguous
     write_tensors(tmp_path, {"codes/a": LocalShards((5, 8), halves)}, {"a": {"shape": [5, 8]}})
-    index = Index.open(tmp_path)
+    index = Index(tmp_path)
     assert torch.equal(index.tensor("codes/a"), codes) and index.tensors["codes/a"].dtype == torch.int16
     assert index.parameters == {"a": {"shape": [5, 8]}}
     into = torch.zeros(8, 5, dtype=torch.int16)
-    (all_of_it,) = ParamShard("a", (5, 8), 0, 40, 0, 0).slices()
-    index.read({"codes/a": LocalShards((5, 8), [(all_of_it, into.t())])})
+    index.read({"codes/a": LocalShards((5, 8), [(TensorSlice(0, 0, 5, 8), into.t())])})
     assert torch.equal(into.t(), codes)
 
 
-def test_large_rectangles_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_slices_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "BUFFER_BYTES", 64)
     index = written(tmp_path, "whole", 1, 1)
     for (expected, param_shards), (found, _) in zip(
@@ -226,12 +226,12 @@ def test_large_rectangles_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest
 def test_what_is_missing_cut_off_or_of_another_shape_is_told(tmp_path: Path) -> None:
     index = written(tmp_path, "end to end", 3, 1)
     file = "rank-0.safetensors"
-    (place,) = ParamShard("a", (2, 2), 0, 4, 0, 0).slices()
+    place = TensorSlice(0, 0, 2, 2)
     with pytest.raises(CheckpointError, match=r"weight/a of 2 × 2 is needed, and .* has none"):
         index.read({"weight/a": LocalShards((2, 2), [(place, torch.zeros(2, 2))])})
     with pytest.raises(CheckpointError, match=r"weight/gain of 2 × 2 is needed, and .* has one of 9 × 1"):
         index.read({"weight/gain": LocalShards((2, 2), [(place, torch.zeros(2, 2))])})
-    (place,) = ParamShard("gain", (9,), 0, 9, 0, 0).slices()
+    place = TensorSlice(0, 0, 9, 1)
     with pytest.raises(CheckpointError, match=r"weight/gain is needed as torch.int16, and .* has torch.float32"):
         index.read({"weight/gain": LocalShards((9, 1), [(place, torch.zeros(9, 1, dtype=torch.int16))])})
     content = (tmp_path / file).read_bytes()
@@ -250,8 +250,8 @@ def test_a_hole_is_not_read_over(tmp_path: Path) -> None:
     content["tensors"]["weight/qkv.weight"]["chunks"].pop()
     (tmp_path / INDEX_NAME).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"weight/qkv.weight is not stored whole"):
-        Index.open(tmp_path).tensor("weight/qkv.weight")
+        Index(tmp_path).tensor("weight/qkv.weight")
     for broken in ("{", "[]", '{"files": {}, "parameters": {}, "tensors": {"a": {}}}'):
         (tmp_path / INDEX_NAME).write_text(broken)
         with pytest.raises(CheckpointError, match=r"index.json cannot be read"):
-            Index.open(tmp_path)
+            Index(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import load_checkpoint, load_state
+from dalle_ds.training.checkpoints.content import TrainedTensors, load_state
 from dalle_ds.training.checkpoints.folder import (
     CheckpointFolder,
     Manifest,
@@ -22,7 +22,7 @@ from dalle_ds.training.checkpoints.folder import (
     faults_of,
     require_whole,
 )
-from dalle_ds.training.checkpoints.saver import AsyncCheckpointer, RetentionPolicy
+from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 from dalle_ds.training.checkpoints.storage import ParamShard
 from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.zero_state import MasterWeights
@@ -58,7 +58,8 @@ def save(folder: Path, step: int, keep: int = 2, **changes: object) -> Path:
     moments = optimizer.begin(weights.shards[0], "fp32", step=step, index=7, ceiling=0.5)
     moments["exp_avg"].fill_(-step)
     moments["exp_avg_sq"].fill_(step / 2)
-    return save_checkpoint(folder, step, state(step) | changes, weights, optimizer, ALONE, keep=keep, average=average)
+    trained = TrainedTensors(weights, optimizer, average)
+    return save_checkpoint(folder, step, state(step) | changes, trained, ALONE, keep=keep)
 
 
 def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_the_newest_complete_checkpoint_counts_and_old_ones_go(tmp_path: Path) -
     assert newest is not None and newest.name == "step-10"
     weights = Weights(0.0)
     optimizer, average = AdamW(weights.shards, lr=0.5), WeightAverage(weights.shards, 0.9)
-    load_checkpoint(newest, weights, optimizer, ALONE, average=average)
+    TrainedTensors(weights, optimizer, average).load(newest, ALONE)
     assert weights.shards[0].tolist() == average.averages[0].tolist() == [10] * 3
     assert weights.published
     found = optimizer.state[weights.shards[0]]
@@ -161,7 +162,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=rf"step-1 cannot be loaded: .*{words}.*; delete it to resume from an older"
         ):
-            load_checkpoint(final, weights, AdamW(weights.shards), ALONE)
+            TrainedTensors(weights, AdamW(weights.shards)).load(final, ALONE)
     written = json.loads((final / "state.json").read_text())
     for broken, words in (
         ("{", "cannot be read"),
@@ -182,26 +183,26 @@ def test_a_checkpoint_of_another_model_or_other_moments_is_refused(tmp_path: Pat
     final = save(tmp_path, 1)
     weights = Weights(0)
     with pytest.raises(CheckpointError, match=r"moments are fp32.*optim\.moments"):
-        load_checkpoint(final, weights, AdamW(weights.shards, moments="16-bit"), ALONE)
-    for fragment, words in (
+        TrainedTensors(weights, AdamW(weights.shards, moments="16-bit")).load(final, ALONE)
+    for shard, words in (
         (ParamShard("w", (1, 3), 0, 3, 0, 0), r"the model's w has shape \(1, 3\), and its has shape \(3,\)"),
         (ParamShard("v", (3,), 0, 3, 0, 0), r"the model's v has shape \(3,\), and it has none"),
     ):
-        weights.param_shards = [fragment]
+        weights.param_shards = [shard]
         with pytest.raises(CheckpointError, match=words):
-            load_checkpoint(final, weights, AdamW(weights.shards), ALONE)
+            TrainedTensors(weights, AdamW(weights.shards)).load(final, ALONE)
     weights.param_shards = Weights(0).param_shards
-    unaveraged = save_checkpoint(tmp_path, 2, state(2), weights, AdamW(weights.shards), ALONE, keep=2, average=None)
+    unaveraged = save_checkpoint(tmp_path, 2, state(2), TrainedTensors(weights, AdamW(weights.shards)), ALONE, keep=2)
     with pytest.raises(CheckpointError, match=r"average/w of 3 × 1 is needed, and .* has none"):
-        load_checkpoint(unaveraged, weights, AdamW(weights.shards), ALONE, average=WeightAverage(weights.shards, 0.9))
+        TrainedTensors(weights, AdamW(weights.shards), WeightAverage(weights.shards, 0.9)).load(unaveraged, ALONE)
 
 
 def test_a_shard_that_was_not_updated_yet_is_begun_anew_by_its_first_update(tmp_path: Path) -> None:
     weights = Weights(0)
-    final = save_checkpoint(tmp_path, 1, state(1), weights, AdamW(weights.shards), ALONE, keep=2)
+    final = save_checkpoint(tmp_path, 1, state(1), TrainedTensors(weights, AdamW(weights.shards)), ALONE, keep=2)
     optimizer = AdamW(weights.shards)
     optimizer.begin(weights.shards[0], "fp32", step=9, index=0, ceiling=1.0)
-    load_checkpoint(final, weights, optimizer, ALONE)
+    TrainedTensors(weights, optimizer).load(final, ALONE)
     assert not optimizer.state.get(weights.shards[0])
 
 
@@ -211,10 +212,10 @@ def test_a_parameter_that_was_never_updated_may_share_a_shard_with_one_that_was(
     apart.param_shards = [ParamShard("a", (2,), 0, 2, 0, 0), ParamShard("b", (1,), 0, 1, 1, 0)]
     optimizer = AdamW(apart.shards)
     optimizer.begin(apart.shards[0], "fp32", step=4, index=0, ceiling=1.0)["exp_avg"].fill_(3.0)
-    final = save_checkpoint(tmp_path, 4, state(4), apart, optimizer, ALONE, keep=2)
+    final = save_checkpoint(tmp_path, 4, state(4), TrainedTensors(apart, optimizer), ALONE, keep=2)
     together.param_shards = [ParamShard("b", (1,), 0, 1, 0, 0), ParamShard("a", (2,), 0, 2, 0, 1)]
     optimizer = AdamW(together.shards)
-    load_checkpoint(final, together, optimizer, ALONE)
+    TrainedTensors(together, optimizer).load(final, ALONE)
     assert together.shards[0].tolist() == [2, 1, 1]
     found = optimizer.state[together.shards[0]]
     assert found["exp_avg"].tolist() == [0, 3, 3] and float(found["step"]) == 4
@@ -345,7 +346,7 @@ def test_a_process_that_does_not_see_what_the_main_one_sees_says_so(
             return told
 
         def gather_objects(self, value: object) -> list[object]:
-            return [([], None), value]
+            return [[], value]
 
     elsewhere = Elsewhere(rank=1, world_size=2, device=torch.device("cpu"))
     assert faults_found_by_all(tmp_path / "step-2", elsewhere) == []
@@ -438,7 +439,7 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was_there_before(
     disk = Slow(monkeypatch, where)
     disk.fails = fails
     weights = Weights(5)
-    saver = AsyncCheckpointer(CheckpointFolder(tmp_path), weights, AdamW(weights.shards), ALONE, RetentionPolicy(2))
+    saver = AsyncCheckpointer(CheckpointFolder(tmp_path), TrainedTensors(weights, AdamW(weights.shards)), ALONE, keep=2)
     saver.begin(5, state(5))
     weights.shards[0].fill_(9)  # training goes on
     if where == "rest":
@@ -454,14 +455,14 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was_there_before(
         assert names == ["latest", "step-1"] and saved.failure is not None and "No space left" in saved.failure
     else:
         assert names == ["latest", "step-1", "step-5"] and saved.failure is None
-        load_checkpoint(tmp_path / "step-5", weights, AdamW(weights.shards), ALONE)
+        TrainedTensors(weights, AdamW(weights.shards)).load(tmp_path / "step-5", ALONE)
         assert weights.shards[0].tolist() == [5, 5, 5]
     # The same saver, whose memory is used again, writes the next one.
     disk.fails = False
     weights.shards[0].fill_(6)
     saver.begin(6, state(6))
     saver.finish()
-    load_checkpoint(tmp_path / "step-6", weights, AdamW(weights.shards), ALONE)
+    TrainedTensors(weights, AdamW(weights.shards)).load(tmp_path / "step-6", ALONE)
     assert weights.shards[0].tolist() == [6, 6, 6]
 
 
@@ -481,7 +482,7 @@ def test_what_must_be_there_before_a_checkpoint_is_waited_for(tmp_path: Path) ->
     weights = Weights(0)
     folder = CheckpointFolder(tmp_path)
     saver = AsyncCheckpointer(
-        folder, weights, AdamW(weights.shards), ALONE, RetentionPolicy(2), before_completing=cannot
+        folder, TrainedTensors(weights, AdamW(weights.shards)), ALONE, keep=2, before_completing=cannot
     )
     saver.begin(1, state(1))
     saved = saver.finish()

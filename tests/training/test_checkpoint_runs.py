@@ -138,7 +138,7 @@ def test_error_sums_are_kept_dropped_and_begun(runs: Runs) -> None:
     for step, figures in metrics(runs["squeezed-same"]).items():
         # Each replica goes on with an equal part of the sum, whether it has been resumed or not.
         assert (figures["loss"], figures["grad_norm"]) == (straight[step]["loss"], straight[step]["grad_norm"]), step
-    index = Index.open(runs["squeezed-same"] / "checkpoints" / "step-10" / "tensors")
+    index = Index(runs["squeezed-same"] / "checkpoints" / "step-10" / "tensors")
     errors = [name for name in index.tensors if name.startswith("error/")]
     assert len(errors) == 8 * TINY_DALLE.depth // 2
     assert all(bool(index.tensor(name).any()) for name in errors)
@@ -184,7 +184,7 @@ def test_raw_weights_and_other_types_are_exported(runs: Runs, tmp_path: Path) ->
     export_checkpoint(runs["straight"], weights="raw", out=tmp_path / "raw")
     export_checkpoint(runs["straight"], weights="raw", dtype="bf16", out=tmp_path / "raw")  # replaces
     export_checkpoint(runs["straight"], weights="average", dtype="fp16", out=tmp_path / "average")
-    index = Index.open(runs["straight"] / "checkpoints" / "step-10" / "tensors")
+    index = Index(runs["straight"] / "checkpoints" / "step-10" / "tensors")
     raw, average = (load_file(tmp_path / kind / "model.safetensors") for kind in ("raw", "average"))
     for name, value in load_file(runs["straight"] / "export" / "model.safetensors").items():
         weight = index.tensor(f"weight/{name}").view(value.shape)
@@ -328,7 +328,7 @@ def _write_run(folder: Path, run: TransformerRun) -> None:
     for name, value in weights.items():
         rows, columns = matrix_size(value.shape)
         pieces[f"average/{name}"] = LocalShards(
-            (rows, columns), [(TensorSlice(0, 0, rows, columns, 0, columns), value.reshape(rows, columns))]
+            (rows, columns), [(TensorSlice(0, 0, rows, columns), value.reshape(rows, columns))]
         )
     identity = {
         "dvae": DiscreteVAE.from_pretrained(run.dvae).fingerprint,

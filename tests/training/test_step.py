@@ -13,8 +13,8 @@ from dalle_ds.config import OptimConfig, ScalingConfig
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
-from dalle_ds.training.passes import EnginePasses
-from dalle_ds.training.step import Statistics, TrainStep, decide
+from dalle_ds.training.step import TrainStep, decide
+from dalle_ds.training.strategies import PlainStrategy
 
 
 class Engine:
@@ -65,16 +65,11 @@ def train_step(
     optimizer = AdamW(groups, betas=betas, weight_decay=0.1, second_moment_clip=optim.second_moment_clip)
     scaling = ScalingConfig(skip=skip)  # type: ignore[arg-type]
     task: Any = Square()
-    engine = Engine(module, optimizer)
     return TrainStep(
-        task,
-        engine,
-        EnginePasses(task, engine),
+        PlainStrategy(task, Engine(module, optimizer)),
         Mesh(0, 1, torch.device("cpu")),
         optim,
         scales=GradientScales(scaling, 2, 1) if scaled else None,
-        average=None,
-        numerics=None,
         replicas=replicas,
     )
 
@@ -110,7 +105,7 @@ def test_decisions(
     skipped: list[int],
     overflowed: list[int],
 ) -> None:
-    decision = decide(Statistics(loss, squares), BLOCKS, clip=1.0, **options)
+    decision = decide(loss, squares, BLOCKS, clip=1.0, **options)
     assert (decision.applied, decision.finite) == (applied, finite)
     assert (sorted(decision.skipped_groups), sorted(decision.overflowed_blocks)) == (skipped, overflowed)
     assert decision.compression_overflows == int(bool(options.get("compresses")))
@@ -121,7 +116,7 @@ def test_decisions(
 
 
 def test_nothing_is_applied_where_every_group_is_left_out() -> None:
-    decision = decide(Statistics(1.0, [math.nan, 1.0]), [0, 0], at_floor=lambda _block: False, skips_blocks=True)
+    decision = decide(1.0, [math.nan, 1.0], [0, 0], at_floor=lambda _block: False, skips_blocks=True)
     assert decision.finite and not decision.applied
 
 
@@ -149,11 +144,11 @@ def test_every_micro_batch_is_a_sign_of_life() -> None:
     """An update of many of them may take longer than what is held to be a hang."""
     module, seen, task = model(), [], Square()
     optimizer = AdamW([{"name": "all", "params": list(module.parameters()), "block": None}])
-    passes: Any = EnginePasses(task, Engine(module, optimizer))  # type: ignore[arg-type]
+    strategy: Any = PlainStrategy(task, Engine(module, optimizer))  # type: ignore[arg-type]
     loss = task.loss
     task.loss = lambda *arguments: (seen.append("loss"), loss(*arguments))[1]  # type: ignore[method-assign]
-    passes.pulse = lambda: seen.append("pulse")
-    passes.backward([*batch(0), *batch(1), *batch(2)], 0)
+    strategy.pulse = lambda: seen.append("pulse")
+    strategy.backward([*batch(0), *batch(1), *batch(2)], 0)
     assert seen == ["pulse", "loss"] * 3
 
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from dalle_ds.config import ReportConfig, Run, TrainConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.parallel import Mesh
 from dalle_ds.training.tracking import Tracker
 
 
-def tracker(path: Path, enabled: bool = True, **report: object) -> Tracker:
+def tracker(path: Path, rank: int = 0, **report: object) -> Tracker:
+    """Of one of two processes."""
     run = Run(steps=10, train=TrainConfig(batch_size=8), report=ReportConfig(**report))  # type: ignore[arg-type]
-    return Tracker(
-        path,
-        run,
-        "transformer",
-        enabled=enabled,
-        start_step=0,
-        world_size=2,
-        items=("tokens", 100),
-        flops_per_sample=5e9,
+    task: Any = SimpleNamespace(
+        run=run, name="transformer", items_per_sample=lambda: ("tokens", 100), flops_per_sample=lambda: 5e9
     )
+    return Tracker(path, task, Mesh(rank, 2, torch.device("cpu")), start_step=0)
 
 
 def test_metrics_are_one_json_object_per_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +43,7 @@ def test_metrics_are_one_json_object_per_line(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with tracker(tmp_path / "metrics.jsonl", enabled=False) as track:
+    with tracker(tmp_path / "metrics.jsonl", rank=1) as track:
         track.log(1, {"loss": 2.0}, seconds=0.5)
         track.say("hello")
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -12,19 +12,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.pairs import Broken, RawPair, Unit, Unpaired, Unusable, pair_of
+from dalle_ds.data.corpora.pairs import Broken, RawPair, Unit, Unpaired, Unusable, or_broken
 from dalle_ds.data.images import image_suffixes, other_image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
 
-_PACKED = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
-_SYSTEM = (".ds_store", "thumbs.db", "desktop.ini")
-
-
-MAX_PICTURE_BYTES = 512 * 2**20
+MAX_IMAGE_BYTES = 512 * 2**20
 """Of an encoded image."""
 MAX_TEXT_BYTES = 2**20
 """Of a caption file, a line of a table, or a name in an archive."""
+_PACKED = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+_SYSTEM = (".ds_store", "thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,14 @@ def walk(folder: Path) -> list[Found]:
     return sorted(found, key=lambda entry: entry.path)
 
 
+def others(found: Callable[[], Iterable[Found]], of_images: str = reasons.NOT_LISTED) -> Unit:
+    """Files beside those that are read, as one unit, since they are no work; images for the reason `of_images`."""
+    return Unit(
+        "other files",
+        lambda: (entry.unpaired(of_images if is_image(entry.name) else reasons.OTHER) for entry in found()),
+    )
+
+
 def suffix_of(name: str) -> str:
     """The suffix of a file's name, in lower case."""
     return PurePosixPath(name).suffix.lower()
@@ -84,8 +90,7 @@ def suffix_of(name: str) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image, in a format that is read or not."""
-    suffix = suffix_of(name)
-    return suffix in image_suffixes() or suffix in other_image_suffixes()
+    return suffix_of(name) in (*image_suffixes(), *other_image_suffixes())
 
 
 def is_read(name: str) -> bool:
@@ -106,18 +111,6 @@ def unpaired_reason(name: str, reason: str = reasons.OTHER) -> str:
     return reasons.ARCHIVE if suffix_of(name) in _PACKED else reason
 
 
-def others(found: Callable[[], Iterable[Found]], of_images: str = reasons.NOT_LISTED) -> Unit:
-    """Files beside those that are read, as one unit, since they are no work.
-
-    Args:
-        of_images: the reason for images.
-    """
-    return Unit(
-        "other files",
-        lambda: (entry.unpaired(of_images if is_image(entry.name) else reasons.OTHER) for entry in found()),
-    )
-
-
 def existing(source: str) -> Path:
     """The path of a source; `DataError` where there is nothing."""
     path = Path(source)
@@ -130,12 +123,9 @@ def existing(source: str) -> Path:
     return path
 
 
-def read_file(path: Path, limit: int, missing: str = reasons.NO_PICTURE) -> bytes:
-    """A file's contents. A pipe or device would never end, and so is refused, as is a file of more than `limit` bytes.
-
-    Raises:
-        Unusable: it cannot be read, or is not there, which has the reason `missing`.
-    """
+def read_file(path: Path, limit: int, missing: str = reasons.NO_IMAGE) -> bytes:
+    """A file's contents, `Unusable` where it cannot be read, or is not there, which has the reason `missing`. A pipe or device
+    would never end, and so is refused, as is a file of more than `limit` bytes."""
     try:
         if path.exists() and not path.is_file():
             raise Unusable(reasons.NOT_A_FILE)
@@ -182,16 +172,13 @@ def json_of(text: bytes) -> Any:
         raise Unusable(reasons.BROKEN_JSON) from error
 
 
-def pair_of_file(folder: Path, file_name: Any, captions: list[Any], name: str) -> RawPair | Broken:
-    """`pair_of` an image file named in a table."""
+def pair_of_file(path: Path, captions: Any, name: str) -> RawPair:
+    """`RawPair.of` an image file."""
+    return RawPair.of(read_file(path, MAX_IMAGE_BYTES), captions, name)
+
+
+def pair_of_row(folder: Path, file_name: Any, captions: Any, name: str) -> RawPair | Broken:
+    """The pair of a row called `name`, which has the name of an image file, relative to `folder`, and one or more captions."""
     if not isinstance(file_name, str) or not file_name:
-        return Broken(name, reasons.NO_PICTURE)
-    return file_pair(folder / file_name, captions, file_name, f"{file_name} ({name})")
-
-
-def file_pair(path: Path, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
-    """`pair_of` an image file."""
-    try:
-        return pair_of(read_file(path, MAX_PICTURE_BYTES), captions, name, where)
-    except Unusable as error:
-        return Broken(where or name, error.reason)
+        return Broken(name, reasons.NO_IMAGE)
+    return or_broken(f"{file_name} ({name})", pair_of_file, folder / file_name, captions, file_name)

@@ -8,26 +8,15 @@ from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.files import (
-    MAX_TEXT_BYTES,
-    Found,
-    existing,
-    file_pair,
-    is_image,
-    is_system,
-    lines_of,
-    others,
-    pair_of_file,
-    read_file,
-    suffix_of,
-    walk,
-)
-from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, as_captions, told
-from dalle_ds.data.corpora.rows import PairRow, pair_rows
+from dalle_ds.data.corpora import files
+from dalle_ds.data.corpora.files import Found, is_image, is_system, suffix_of
+from dalle_ds.data.corpora.pairs import Broken, Column, Corpus, RawPair, Unit, Unpaired, Unusable, columns_of
+from dalle_ds.data.corpora.rows import pair_rows
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.files import unreadable_is_a_data_error
@@ -51,23 +40,23 @@ def read_folder(source: str, image_column: str | None = None, caption_column: st
     Raises:
         DataError: no folder, no images, several tables, or no such column.
     """
-    folder = existing(source)
+    folder = files.existing(source)
     if not folder.is_dir():
         raise DataError(f"source {folder} is not a folder: --corpus folder needs a folder of images")
     with unreadable_is_a_data_error(folder):
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not is_system(path.name))
-    tables = [path for path in files if suffix_of(path.name) in _TABLES]
-    tables = tables or [path for path in files if suffix_of(path.name) == ".tsv"]
+        direct = sorted(path for path in folder.iterdir() if path.is_file() and not is_system(path.name))
+    tables = [path for path in direct if suffix_of(path.name) in _TABLES]
+    tables = tables or [path for path in direct if suffix_of(path.name) == ".tsv"]
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise DataError(f"{folder} has several tables ({names}): keep the one that has the captions")
     if tables:
-        return Corpus(partial(_table_units, tables[0], image_column, caption_column))
+        return Corpus(partial(_table_units, tables[0], columns_of(image_column, caption_column)))
     if image_column or caption_column:
         raise DataError(
             f"{folder} has no .csv, .tsv or .jsonl table, in which image_column and caption_column would be looked up"
         )
-    found = walk(folder)
+    found = files.walk(folder)
     if not any(is_image(entry.name) and not is_system(entry.name) for entry in found):
         there = f"; it has {len(found):,} other files, such as {found[0].name}" if found else ""
         raise DataError(
@@ -80,19 +69,19 @@ def _units(found: list[Found]) -> Iterator[Unit]:
     plain = [entry for entry in found if not is_system(entry.name)]
     # Of a.TXT and a.txt the latter counts.
     texts = {_stem(entry): entry.path for entry in sorted(plain, key=attrgetter("name")) if _is_text(entry)}
-    pictures = {_stem(entry) for entry in plain if is_image(entry.name)}
+    images = {_stem(entry) for entry in plain if is_image(entry.name)}
     for entry in found:
         if is_system(entry.name):
-            yield told(entry.unpaired())
+            yield Unit.of(entry.unpaired())
         elif is_image(entry.name):
-            yield Unit(entry.name, partial(_read_with_text, entry, texts.get(_stem(entry))))
-        elif _is_text(entry) and _stem(entry) not in pictures:
-            yield told(Broken(entry.name, reasons.NO_PICTURE))
+            yield Unit.of_pair(entry.name, _read_with_text, entry, texts.get(_stem(entry)))
+        elif _is_text(entry) and _stem(entry) not in images:
+            yield Unit.of(Broken(entry.name, reasons.NO_IMAGE))
         elif not _is_text(entry):
             is_below = suffix_of(entry.name) in (*_TABLES, ".tsv") and "/" in entry.name
-            yield told(entry.unpaired(reasons.TABLE_BELOW) if is_below else entry.unpaired())
+            yield Unit.of(entry.unpaired(reasons.TABLE_BELOW) if is_below else entry.unpaired())
         elif texts[_stem(entry)] != entry.path:
-            yield told(Unpaired(entry.name, reasons.CAPTION_UNUSED))
+            yield Unit.of(Unpaired(entry.name, reasons.CAPTION_UNUSED))
 
 
 def _is_text(entry: Found) -> bool:
@@ -103,35 +92,34 @@ def _stem(entry: Found) -> str:
     return str(entry.path.with_suffix(""))
 
 
-def _read_with_text(entry: Found, text: Path | None) -> Iterator[RawPair | Broken]:
+def _read_with_text(entry: Found, text: Path | None) -> RawPair:
     if entry.problem is not None or text is None:
-        yield Broken(entry.name, entry.problem or reasons.NO_CAPTION)
-        return
-    try:
-        captions = lines_of(read_file(text, MAX_TEXT_BYTES))
-        yield file_pair(entry.path, captions, entry.name)
-    except Unusable as error:
-        yield Broken(entry.name, error.reason)
+        raise Unusable(entry.problem or reasons.NO_CAPTION)
+    return files.pair_of_file(entry.path, files.lines_of(files.read_file(text, files.MAX_TEXT_BYTES)), entry.name)
 
 
-def _table_units(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[Unit]:
+def _table_units(table: Path, columns: tuple[Column, Column]) -> Iterator[Unit]:
     listed: set[int] = set()
     empty = True
     with unreadable_is_a_data_error(table):
-        for line, row in pair_rows(table, image_column, caption_column):
+        for line, row in pair_rows(table, columns):
             empty = False
             name = f"{table.name} line {line}"
             if isinstance(row, str):
-                yield told(Broken(name, row))
+                yield Unit.of(Broken(name, row))
                 continue
             if isinstance(row[0], str):
                 listed.add(_key(table.parent / row[0]))
-            yield Unit(name, partial(_read_table_row, table.parent, row, name))
+            yield _row_unit(table.parent, row, name)
     if empty:
-        yield told(Unpaired(table.name, reasons.NOTHING_IN_IT))
-    yield others(
-        lambda: (entry for entry in walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
+        yield Unit.of(Unpaired(table.name, reasons.NOTHING_IN_IT))
+    yield files.others(
+        lambda: (entry for entry in files.walk(table.parent) if entry.path != table and _key(entry.path) not in listed)
     )
+
+
+def _row_unit(folder: Path, row: tuple[Any, Any], name: str) -> Unit:
+    return Unit(name, lambda: [files.pair_of_row(folder, *row, name)])
 
 
 def _key(path: Path) -> int:
@@ -140,7 +128,3 @@ def _key(path: Path) -> int:
     with suppress(OSError, ValueError):  # of names that no file can have
         name = os.path.realpath(name)
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
-
-
-def _read_table_row(folder: Path, row: PairRow, name: str) -> Iterator[RawPair | Broken]:
-    yield pair_of_file(folder, row[0], as_captions(row[1]), name)

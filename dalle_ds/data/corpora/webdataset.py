@@ -15,37 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from dalle_ds.data import reasons
-from dalle_ds.data.corpora.files import (
-    MAX_PICTURE_BYTES,
-    MAX_TEXT_BYTES,
-    existing,
-    is_image,
-    is_system,
-    json_of,
-    lines_of,
-    others,
-    suffix_of,
-    unpaired_reason,
-    walk,
-)
-from dalle_ds.data.corpora.pairs import (
-    CAPTION_COLUMNS,
-    Broken,
-    Corpus,
-    RawPair,
-    Unit,
-    Unpaired,
-    Unusable,
-    as_captions,
-    pair_of,
-)
+from dalle_ds.data.corpora import files
+from dalle_ds.data.corpora.files import is_image, is_system, suffix_of
+from dalle_ds.data.corpora.pairs import Broken, Corpus, RawPair, Unit, Unpaired, Unusable, columns_of, or_broken
 from dalle_ds.data.images import image_suffixes
 from dalle_ds.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".json")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-
-
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """First bytes of what is packed → how it is opened; one file may be several that were packed one by one."""
 _ZEROS = 2**16
@@ -65,8 +42,8 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     Raises:
         DataError: no such file or folder, or no tar in it.
     """
-    path = existing(source)
-    found = walk(path) if path.is_dir() else []
+    path = files.existing(source)
+    found = files.walk(path) if path.is_dir() else []
     tars = [entry.path for entry in found if is_tar(entry.name)] if path.is_dir() else [path]
     if not tars:
         raise DataError(f"{path} has no .tar files: --corpus webdataset needs a .tar or a folder of them")
@@ -74,7 +51,7 @@ def read_webdataset(source: str, caption_column: str | None = None) -> Corpus:
     def units() -> Iterator[Unit]:
         for tar in tars:
             yield Unit(tar.name, partial(_read_tar, tar, caption_column))
-        yield others(lambda: (entry for entry in found if not is_tar(entry.name)), reasons.OTHER)
+        yield files.others(lambda: (entry for entry in found if not is_tar(entry.name)), reasons.OTHER)
 
     return Corpus(units, units_per_part=1)
 
@@ -109,7 +86,7 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
         cls.zeros = 0
         extended = not (header.isreg() or header.isdir() or header.issym() or header.islnk() or header.isdev())
-        if header.size < 0 or (extended and header.size > MAX_TEXT_BYTES):  # a name or comment, read as a whole
+        if header.size < 0 or (extended and header.size > files.MAX_TEXT_BYTES):  # a name or comment, read as a whole
             raise tarfile.ReadError(f"header of {header.size} bytes")
         return header
 
@@ -153,10 +130,8 @@ class TarSample:
 
     def complete(self) -> Iterator[TarSample | Broken]:
         """The sample, and images that are not in it, now that nothing more comes."""
-        if self.has_image:
-            yield from (Unpaired(other.name, other.reason) for other in self.others)
-        else:
-            yield from self.others  # what captions there are belong to them
+        # Without an image of its own, what captions there are belong to them.
+        yield from (Unpaired(other.name, other.reason) if self.has_image else other for other in self.others)
         if self.has_image or (self.texts and not self.others):
             yield self
 
@@ -172,7 +147,8 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
     empty = True
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise Unusable(reasons.NOT_A_FILE)
+            yield Broken(path.name, reasons.NOT_A_FILE)
+            return
         with path.open("rb") as file:
             head = file.read(6)
         opened = next((opened for magic, opened in _PACKED.items() if head.startswith(magic)), open)
@@ -187,22 +163,22 @@ def tar_samples(path: Path) -> Iterator[TarSample | Broken]:
                 if member.isdir():
                     continue
                 empty = False
-                name = f"{path.name}/{PurePosixPath(member.name)}"
-                key, suffix = _key_and_suffix(member.name)
+                place = PurePosixPath(member.name)
+                name = f"{path.name}/{place}"
                 if not member.isfile():
                     yield Unpaired(name, reasons.NOT_A_FILE)
                     continue
                 if is_system(member.name) or not (is_image(member.name) or suffix_of(member.name) in TEXT_SUFFIXES):
-                    yield Unpaired(name, unpaired_reason(member.name))
+                    yield Unpaired(name, files.unpaired_reason(member.name))
                     continue
+                stem, _, suffix = place.name.partition(".")
+                key, suffix = str(place.parent / stem), f".{suffix.lower()}"
                 if sample.begins_anew(key, suffix):
                     sample.repeated = key == sample.key
                     yield from sample.complete()
                     sample = TarSample(path.name, key, before=sample.suffixes if sample.repeated else None)
                 yield from _put(sample, suffix, name, tar, member)
             yield from sample.complete()
-    except Unusable as error:
-        yield Broken(path.name, error.reason)
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError) as error:
         # Whether what came before is whole: a sample that has all it needs is, too, at the end of a file without a marker.
         whole = bool(header.zeros) or (isinstance(error, _NoEndMarker) and sample.has_image and bool(sample.texts))
@@ -230,28 +206,20 @@ def _put(sample: TarSample, suffix: str, name: str, tar: tarfile.TarFile, member
             sample.others.append(Broken(name, reasons.FORMAT))
         elif sample.has_image:
             sample.ambiguous = sample.ambiguous or (suffix in sample.suffixes and not sample.texts)
-            yield Broken(name, reasons.ANOTHER_PICTURE)
+            yield Broken(name, reasons.ANOTHER_IMAGE)
         else:
-            sample.image, sample.has_image = _content(tar, member, MAX_PICTURE_BYTES), True
+            sample.image, sample.has_image = _content(tar, member, files.MAX_IMAGE_BYTES), True
     elif plain and suffix not in sample.texts:
-        sample.texts[suffix] = _content(tar, member, MAX_TEXT_BYTES)
+        sample.texts[suffix] = _content(tar, member, files.MAX_TEXT_BYTES)
     else:
         yield Unpaired(name, reasons.CAPTION_UNUSED if plain else reasons.SEVERAL_DOTS)
     sample.suffixes.append(suffix)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | None:
-    if member.size > limit:
-        return None
     file = tar.extractfile(member)
     assert file is not None, "a regular member has contents"
-    return file.read()
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    path = PurePosixPath(name)
-    stem, _, suffix = path.name.partition(".")
-    return str(path.parent / stem), f".{suffix.lower()}"
+    return file.read() if member.size <= limit else None
 
 
 def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Broken]:
@@ -260,29 +228,23 @@ def _read_tar(path: Path, caption_column: str | None) -> Iterator[RawPair | Brok
             yield sample
             continue
         used = ".txt" if ".txt" in sample.texts and caption_column is None else ".json"
-        yield _tar_pair(sample, used, caption_column)
+        yield or_broken(sample.name, _tar_pair, sample, used, caption_column)
         yield from sample.unused(used)
 
 
-def _tar_pair(sample: TarSample, used: str, caption_column: str | None) -> RawPair | Broken:
+def _tar_pair(sample: TarSample, used: str, caption_column: str | None) -> RawPair:
     if not sample.has_image:
-        return Broken(sample.name, reasons.NO_PICTURE)
+        raise Unusable(reasons.NO_IMAGE)
     if not sample.is_sure(used):
-        return Broken(sample.name, reasons.AMBIGUOUS)
-    try:
-        captions = _tar_captions(sample.texts.get(used, b"{}"), used, caption_column)
-    except Unusable as error:
-        return Broken(sample.name, error.reason)
-    return (
-        Broken(sample.name, reasons.TOO_BIG) if sample.image is None else pair_of(sample.image, captions, sample.name)
-    )
-
-
-def _tar_captions(content: bytes | None, used: str, caption_column: str | None) -> list[Any]:
-    if content is None:
+        raise Unusable(reasons.AMBIGUOUS)
+    text = sample.texts.get(used, b"{}")
+    if text is None:
         raise Unusable(reasons.TOO_BIG)
     if used == ".txt":
-        return lines_of(content)
-    fields = json_of(content)
-    names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-    return next((as_captions(fields[name]) for name in names if isinstance(fields, dict) and name in fields), [])
+        captions: Any = files.lines_of(text)
+    else:
+        fields = files.json_of(text)
+        captions = columns_of(None, caption_column)[1].value(fields) if isinstance(fields, dict) else None
+    if sample.image is None:
+        raise Unusable(reasons.TOO_BIG)
+    return RawPair.of(sample.image, captions, sample.name)

@@ -1,6 +1,6 @@
 """The transformer's attention: what each kind means, and how it is computed where."""
 
 from dalle_ds.nn.attention.masks import attention_mask, configured_kinds, layer_kinds
-from dalle_ds.nn.attention.pattern import AttentionPattern, SelfAttention
+from dalle_ds.nn.attention.pattern import Attend, AttentionPattern, SelfAttention
 
-__all__ = ["AttentionPattern", "SelfAttention", "attention_mask", "configured_kinds", "layer_kinds"]
+__all__ = ["Attend", "AttentionPattern", "SelfAttention", "attention_mask", "configured_kinds", "layer_kinds"]

@@ -1,6 +1,7 @@
-"""Attention of one code at a time to its prompt's text and to the earlier codes that its kind allows.
+"""Attention of one code at a time to its prompt's text and to the earlier codes that its kind allows, and the cache of both.
 
-What each kind keeps of an image, and where, is decided here (`Slots`). A step reads it through a `Window`, of which there
+The cache is static buffers that hold of each layer what its attention kind needs (`Slots`); text keys and values lie there
+once for each distinct prompt, whatever the number of images drawn from it. A step reads it through a `Window`, of which there
 are two: `Runs`, slices of exactly what is allowed, for the CPU; and `Table`, where the position is a tensor and every
 shape is the same in every step, so that a CUDA graph can hold the step.
 """
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dalle_ds.nn.attention.masks import allowed_offsets
+from dalle_ds.config import DalleConfig
+from dalle_ds.nn.attention.masks import allowed_offsets, configured_kinds
 
 ROWS = 4
 """Rows of a matrix product are filled up to a multiple of this: with fewer, the same row may come out differently."""
@@ -67,42 +70,31 @@ def _runs(slots: Tensor) -> tuple[slice, ...]:
     return tuple(slice(int(slots[a]), int(slots[b - 1]) + 1) for a, b in itertools.pairwise(edges))
 
 
-class Window(Protocol):
-    """What one position writes to a layer's keys and values, and what it reads of them.
+class Runs:
+    """The window of a position that is known on the CPU: nothing else is read, and only where there are gaps is it copied.
 
     Keys and values lie in one tensor (2, rows, heads, slots, D).
     """
 
-    bias: Tensor | None
-    """(keys,) added to the scores of what is read; None adds nothing."""
-
-    def write(self, codes: Tensor, new: Tensor) -> None:
-        """Put (2, rows, heads, D) into the position's slot."""
-
-    def read(self, codes: Tensor) -> Tensor:
-        """(2, rows, heads, keys, D), the keys and values that the position attends to."""
-        ...
-
-
-class Runs:
-    """The window of a position that is known on the CPU: nothing else is read, and only where there are gaps is it copied."""
-
     bias: Tensor | None = None
+    """(keys,) added to the scores of what is read; None adds nothing."""
 
     def __init__(self, slots: Slots, position: int) -> None:
         self.slot = slots.written[position]
         self.runs = slots.runs[position]
 
     def write(self, codes: Tensor, new: Tensor) -> None:
+        """Put (2, rows, heads, D) into the position's slot."""
         codes.select(3, self.slot).copy_(new)
 
     def read(self, codes: Tensor) -> Tensor:
+        """(2, rows, heads, keys, D), the keys and values that the position attends to."""
         parts = [codes.narrow(3, run.start, run.stop - run.start) for run in self.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
 class Table:
-    """The window of a position that is a tensor of shape (1,), by way of tables on its device.
+    """`Runs` of a position that is a tensor of shape (1,), by way of tables on its device.
 
     All positions read the same number of slots; those beyond what is allowed are masked, so they must hold finite numbers.
     """
@@ -113,10 +105,16 @@ class Table:
         self.bias: Tensor | None = tables.bias.index_select(0, position)[0]
 
     def write(self, codes: Tensor, new: Tensor) -> None:
+        """As `Runs`."""
         codes.index_copy_(3, self.slot, new[:, :, :, None])
 
     def read(self, codes: Tensor) -> Tensor:
+        """As `Runs`."""
         return codes if self.slots is None else codes.index_select(3, self.slots)
+
+
+Window = Runs | Table
+"""What one position writes to a layer's keys and values, and what it reads of them."""
 
 
 class SlotTables:
@@ -251,3 +249,142 @@ def _products(queries: Tensor, keys: Tensor) -> Tensor:
         factors = queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
         return torch.bmm(*factors, out_dtype=torch.float32).unflatten(0, queries.shape[:2])
     return queries.float() @ keys.float().transpose(-1, -2)
+
+
+# --- the cache
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values (the first axis) of one layer."""
+
+    slots: Slots
+    """Which image position lies where in `codes`."""
+    text: Tensor
+    """(2, prompts, heads, T, D)."""
+    codes: Tensor
+    """(2, rows, heads, slots, D)."""
+
+    def load(self, qkv: Tensor, text_len: int, prompt_of_row: Tensor) -> None:
+        """Take over keys and values of whole sequences, one for each prompt.
+
+        Args:
+            qkv: (prompts, T + n, 3, heads, D), of all text positions and image positions 0 … n − 1.
+            prompt_of_row: (rows,) int64.
+        """
+        both = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, prompts, heads, T + n, D)
+        self.text.copy_(both[:, :, :, :text_len])
+        slots = self._slots_of_last(both.shape[3] - text_len)
+        last = both[:, :, :, both.shape[3] - len(slots) :].to(self.codes.dtype)
+        self.codes.index_copy_(3, slots, last.index_select(1, prompt_of_row.to(last.device)))
+
+    def load_prompt(self, prompt: int, rows: Sequence[int], prefix: LayerCache, positions: int) -> None:
+        """Take over the one prompt of `prefix`, with its first image positions, for `rows` that continue it."""
+        self.text[:, prompt] = prefix.text[:, 0]
+        slots = self._slots_of_last(positions)
+        codes = prefix.codes[:, 0].index_select(2, slots)
+        for row in rows:
+            self.codes[:, row].index_copy_(2, slots, codes)
+
+    def _slots_of_last(self, positions: int) -> Tensor:
+        """Slots of as many of the first `positions` image positions as are still held, in their order."""
+        held = self.slots.written[max(0, positions - self.slots.count) : positions]
+        return torch.tensor(held, device=self.codes.device)
+
+
+class KVCache:
+    """Keys and values of every layer, for rows that continue prompts.
+
+    Args:
+        config: shape of the model.
+        prompt_of_row: the prompt that each row continues; prompts are numbered from 0, and each has a row.
+        dtype: of keys and values.
+        devices: where each layer's lie.
+        heads: those that are computed here; None for all of the model's.
+    """
+
+    def __init__(
+        self,
+        config: DalleConfig,
+        prompt_of_row: Sequence[int],
+        dtype: torch.dtype,
+        devices: Sequence[torch.device],
+        heads: int | None = None,
+    ) -> None:
+        self.config = config
+        self.prompt_of_row = tuple(prompt_of_row)
+        self.prompts = max(self.prompt_of_row) + 1
+        self.groups = {device: Groups(self.prompt_of_row, device) for device in set(devices)}
+        self.kinds = configured_kinds(config)
+        self.positions = 0
+        """Image positions that have been filled by a prompt."""
+        self.kept: Tensor | None = None
+        """(prompts, T) bool, the text positions that may be attended to; None where all may."""
+        self.text_bias: dict[torch.device, Tensor] = {}
+        """(prompts, 1, 1, T) 0 or −∞ on each device, where padding may be masked; always the same tensors, as the rest is."""
+        if config.mask_padding:
+            self.text_bias = {
+                device: torch.zeros(self.prompts, 1, 1, config.text_len, device=device) for device in self.groups
+            }
+        heads, rows = heads or config.heads, len(self.prompt_of_row)
+        depth = config.width // config.heads
+        self.layers = []
+        for kind, device in zip(self.kinds, devices, strict=True):
+            slots = slots_of(kind, config.grid, config.kernel)
+            # Zeros, because a masked slot is still multiplied by 0.
+            text = torch.zeros(2, self.prompts, heads, config.text_len, depth, dtype=dtype, device=device)
+            codes = torch.zeros(2, rows, heads, slots.count, depth, dtype=dtype, device=device)
+            self.layers.append(LayerCache(slots, text, codes))
+
+    @property
+    def rows(self) -> int:
+        """Sequences that it holds."""
+        return len(self.prompt_of_row)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers."""
+        return sum(layer.text.nbytes + layer.codes.nbytes for layer in self.layers)
+
+    def keep(self, kept: Tensor | None) -> None:
+        """Attend to the text positions (prompts, T) only that are True; None allows all."""
+        self.kept = kept
+        for bias in self.text_bias.values():
+            bias.zero_()
+            if kept is not None:
+                bias.masked_fill_(~kept[:, None, None].to(bias.device), float("-inf"))
+
+    def load(self, prefixes: Sequence[KVCache]) -> None:
+        """Start anew from prompts that were run through the model one at a time.
+
+        Args:
+            prefixes: one for each prompt, each with one row.
+        """
+        assert len(prefixes) == self.prompts, f"{self.prompts} prompts are needed, found {len(prefixes)}"
+        assert len({prefix.positions for prefix in prefixes}) == 1, "prompts must be continued from the same position"
+        self.positions = prefixes[0].positions
+        kept = [prefix.kept for prefix in prefixes if prefix.kept is not None]
+        self.keep(torch.cat(kept) if kept else None)
+        for prompt, prefix in enumerate(prefixes):
+            rows = [row for row, of_row in enumerate(self.prompt_of_row) if of_row == prompt]
+            for ours, theirs in zip(self.layers, prefix.layers, strict=True):
+                ours.load_prompt(prompt, rows, theirs, self.positions)
+
+
+def bytes_per_prompt(config: DalleConfig, dtype: torch.dtype) -> int:
+    """Bytes of a cache that each distinct prompt takes, all of which every step reads."""
+    return 2 * config.depth * config.text_len * config.width * dtype.itemsize
+
+
+def bytes_per_row(config: DalleConfig, dtype: torch.dtype, read_at: int | None = None) -> dict[str, int]:
+    """Bytes of a cache that each row takes, by attention kind, over all layers of the kind.
+
+    Args:
+        read_at: count only what the step at this image position reads, its own code included.
+    """
+    found = {}
+    for kind, layers in Counter(configured_kinds(config)).items():
+        slots = slots_of(kind, config.grid, config.kernel)
+        count = slots.count if read_at is None else slots.reads[read_at]
+        found[kind] = layers * 2 * count * config.width * dtype.itemsize
+    return found

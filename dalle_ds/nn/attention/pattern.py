@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,18 +27,14 @@ SHORTEST_FLEX = 512
 """Sequences shorter than this are masked too: that costs less than compiling a kernel for them does."""
 
 
+@dataclass(frozen=True)
 class AttentionPattern:
-    """Attention of a sequence to itself, restricted to one kind's mask; all layers of the kind share one instance.
+    """Attention of a sequence to itself, restricted to one kind's mask; the fields are as `attention_mask` takes them."""
 
-    Args:
-        kind, text_len, grid, kernel: as `attention_mask` takes them.
-    """
-
-    def __init__(self, kind: str, text_len: int, grid: int, kernel: int) -> None:
-        self.kind = kind
-        self.text_len = text_len
-        self.grid = grid
-        self.kernel = kernel
+    kind: str
+    text_len: int
+    grid: int
+    kernel: int
 
     def __call__(self, qkv: Tensor, keep: Tensor | None = None) -> Tensor:
         """Attend among positions 0 … n − 1.
@@ -52,12 +50,7 @@ class AttentionPattern:
         # The first code meets all text and itself, whatever the kind.
         if self.kind == "full" or length <= self.text_len + 1:
             return dense_attention(qkv, None if keep is None else self._mask(length, keep, qkv.device))
-        options: dict[str, Any] = {
-            "kind": self.kind,
-            "text_len": self.text_len,
-            "grid": self.grid,
-            "kernel": self.kernel,
-        }
+        options: dict[str, Any] = asdict(self)
         kernel = KERNELS.get(device_type(qkv))
         if kernel == "blockwise" and is_worthwhile(**options, length=length, dtype=qkv.dtype):
             return blockwise_attention(qkv, keep, **options)
@@ -105,6 +98,11 @@ def dense_attention(qkv: Tensor, mask: Tensor | None = None, keys: int | None = 
     return attended.transpose(1, 2).flatten(2)
 
 
+Attend = Callable[[Tensor, Tensor | None], Tensor]
+"""Queries, keys and values (B, n, 3, heads, D), and which keys to keep (an `AttentionPattern`) or the mask itself
+(`dense_attention`) → (B, n, heads · D)."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with one fused projection to queries, keys and values; heads are divided among a tensor group.
 
@@ -113,7 +111,7 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
-        pattern: AttentionPattern,
+        pattern: Attend,
         width: int,
         heads: int,
         residual_scale: float,

@@ -1,26 +1,28 @@
 """What a checkpoint consists of, and how an engine goes on from one.
 
 A checkpoint belongs to the model, not to the processes that wrote it: `tensors/` has every parameter's fp32 weights, Adam's
-moments, average and error sum under the parameter's name in the plain model, and any number of processes, cut in any way,
-can go on from it. `state.json` has everything else, and `manifest.json` says what all files are.
+moments, average and error-feedback buffer under the parameter's name in the plain model, and any number of processes, cut in
+any way, can go on from it. `state.json` has everything else, and `manifest.json` says what all files are.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.optim import AdamW, WeightAverage
+from dalle_ds.optim import AdamW, LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json
+from dalle_ds.precision import GradientScales
+from dalle_ds.resilience.guard import Guard
 from dalle_ds.training.checkpoints.storage import Index, LocalShards, matrix_size
+from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.zero_state import MasterWeights
 
 FORMAT = 3
@@ -31,28 +33,10 @@ WEIGHT, AVERAGE, ERROR = "weight", "average", "error"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ErrorFeedback(Protocol):
-    """What compresses gradients between replicas and keeps what is lost (DALL·E App. E.2)."""
-
-    def errors(self) -> dict[str, Tensor]:
-        """What is kept of each compressed parameter, summed over replicas, as this process's fragment. Collective."""
-        ...
-
-    def load_error_feedback(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from what `errors` returned."""
-        ...
-
-
-def state_text(state: Mapping[str, Any]) -> str:
-    """`state`, which is JSON-able, as `load_state` reads it."""
-    return json.dumps({"format": FORMAT, **state}, indent=2) + "\n"
-
-
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """What the run said of itself when it wrote a checkpoint, but for tensors.
 
-    Raises:
-        CheckpointError: it cannot be read, or is of another format.
+    CheckpointError where it cannot be read, or is of another format.
     """
     try:
         state: dict[str, Any] = parse_json((checkpoint / STATE_NAME).read_bytes())
@@ -76,138 +60,139 @@ def other_version(checkpoint: Path, found: Any) -> CheckpointError:
     )
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    weights: MasterWeights,
-    optimizer: AdamW,
-    mesh: Mesh,
-    *,
-    average: WeightAverage | None = None,
-    errors: ErrorFeedback | None = None,
-) -> None:
-    """Put a checkpoint's weights, moments, average and error sums into an engine, fresh or not, of any layout. Collective.
+@dataclass(frozen=True)
+class TrainedTensors:
+    """The tensors that training changes."""
 
-    What the optimizer's parameter groups say (rates, decay, formats of moments) stays as it is.
+    weights: MasterWeights
+    optimizer: AdamW
+    average: WeightAverage | None = None
+    replicas: ReplicaReduction | None = None
 
-    Raises:
-        CheckpointError: a file is missing or broken, or it is of another model, on some process.
-    """
-    # A run that has just begun to compress has none of them in the checkpoint, and starts with zeros.
-    sums = {name: torch.zeros_like(value) for name, value in (errors.errors() if errors is not None else {}).items()}
+    def load(self, checkpoint: Path, mesh: Mesh) -> None:
+        """Put a checkpoint's tensors into an engine, fresh or not, of any layout. Collective.
 
-    def read() -> None:
+        What the optimizer's parameter groups say (rates, decay, formats of moments) stays as it is.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or it is of another model, on some process.
+        """
+        # A run that has just begun to compress has none of them in the checkpoint, and starts with zeros.
+        errors = {} if self.replicas is None else self.replicas.errors()
+        for buffer in errors.values():
+            buffer.zero_()
+        failure: CheckpointError | None = None
         try:
-            index = Index.open(checkpoint / TENSORS_NAME)
-            _begin_states(index, weights, optimizer)
-            known = {name: value for name, value in sums.items() if f"{ERROR}/{name}" in index.tensors}
-            pieces = local_shards_of(weights, optimizer, average, known)
-            for name, stored in index.parameters.items():
-                if stored["step"] == 0:  # never updated, though others are that share its shard here
-                    for kind in MOMENTS:
-                        pieces.pop(f"{kind}/{name}", None)
-            index.read(pieces)
+            self._read(Index(checkpoint / TENSORS_NAME), errors)
         except CheckpointError as error:
-            raise CheckpointError(
+            failure = CheckpointError(
                 f"the checkpoint {checkpoint} cannot be loaded: {error}; delete it to resume from an older one"
-            ) from error
+            )
+        failed = int(mesh.sum(torch.tensor(int(failure is not None)), "world"))
+        if failed:
+            raise failure or CheckpointError(f"{failed} other processes could not read the checkpoint; they say why")
+        self.weights.publish()
+        if self.replicas is not None:
+            self.replicas.load_error_feedback(errors)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    _on_all(mesh, read)
-    weights.publish()
-    if errors is not None:
-        errors.load_error_feedback(sums)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    def _read(self, index: Index, errors: Mapping[str, Tensor]) -> None:
+        self._begin_states(index)
+        shards = self.local_shards(
+            {name: buffer for name, buffer in errors.items() if f"{ERROR}/{name}" in index.tensors}
+        )
+        for name, stored in index.parameters.items():
+            if stored["step"] == 0:  # never updated, though others are that share its shard here
+                for kind in MOMENTS:
+                    shards.pop(f"{kind}/{name}", None)
+        index.read(shards)
 
+    def local_shards(self, errors: Mapping[str, Tensor]) -> dict[str, LocalShards]:
+        """What this process has of every tensor of a checkpoint; `errors` are `ReplicaReduction.errors`."""
+        kinds: dict[str, Sequence[Tensor | None]] = {WEIGHT: self.weights.shards}
+        for name in MOMENTS:
+            kinds[name] = [self.optimizer.state.get(shard, {}).get(name) for shard in self.weights.shards]
+        if self.average is not None:
+            kinds[AVERAGE] = self.average.averages
+        found: dict[str, LocalShards] = {}
+        for shard in self.weights.param_shards:
+            runs = {kind: shard.of(tensor) for kind, each in kinds.items() if (tensor := each[shard.shard]) is not None}
+            if shard.name in errors:
+                runs[ERROR] = errors[shard.name]
+            for kind, run in runs.items():
+                found[f"{kind}/{shard.name}"] = LocalShards(matrix_size(shard.whole), shard.slices(run))
+        return found
 
-def local_shards_of(
-    weights: MasterWeights, optimizer: AdamW, average: WeightAverage | None, sums: Mapping[str, Tensor]
-) -> dict[str, LocalShards]:
-    """What this process has of every tensor of a checkpoint."""
-    kinds: dict[str, list[Tensor | None]] = {WEIGHT: list(weights.shards)}
-    for name in MOMENTS:
-        kinds[name] = [optimizer.state.get(shard, {}).get(name) for shard in weights.shards]
-    if average is not None:
-        kinds[AVERAGE] = list(average.averages)
-    found: dict[str, LocalShards] = {}
-    for fragment in weights.param_shards:
-        runs: dict[str, Tensor] = {}
-        for kind, tensors in kinds.items():
-            tensor = tensors[fragment.shard]
-            if tensor is not None:
-                runs[kind] = fragment.of(tensor)
-        if fragment.name in sums:
-            runs[ERROR] = sums[fragment.name]
-        for kind, run in runs.items():
-            parts = [(place, place.of(run)) for place in fragment.slices()]
-            found[f"{kind}/{fragment.name}"] = LocalShards(matrix_size(fragment.whole), parts)
-    return found
-
-
-def parameters_of(weights: MasterWeights, optimizer: AdamW) -> dict[str, dict[str, Any]]:
-    """What a checkpoint keeps of every parameter besides tensors: its shape, and of Adam's state all but the moments."""
-    known: dict[int, dict[str, Any]] = {}
-    table: dict[str, dict[str, Any]] = {}
-    for fragment in weights.param_shards:
-        if fragment.shard not in known:
-            state = optimizer.state.get(weights.shards[fragment.shard], {})
-            known[fragment.shard] = {
-                "moments": optimizer.param_groups[weights.group_of[fragment.shard]]["moments"],
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of every parameter besides tensors: its shape, and of Adam's state all but the moments."""
+        known: dict[int, dict[str, Any]] = {}
+        for number, shard in enumerate(self.weights.shards):
+            state = self.optimizer.state.get(shard, {})
+            known[number] = {
+                "moments": self._group(number)["moments"],
                 "step": int(state.get("step", 0)),
                 "ceiling": state.get("ceiling", 0.0),
                 "index": state.get("index"),
             }
-        table[fragment.name] = {"shape": list(fragment.whole), **known[fragment.shard]}
-    return table
+        return {shard.name: {"shape": list(shard.whole), **known[shard.shard]} for shard in self.weights.param_shards}
+
+    def _group(self, number: int) -> dict[str, Any]:
+        """The optimizer's parameter group of a shard."""
+        return self.optimizer.param_groups[self.weights.group_of[number]]
+
+    def _begin_states(self, index: Index) -> None:
+        """Make Adam's states, which a fresh engine has none of, and check that the checkpoint is of this model."""
+        held: list[list[dict[str, Any]]] = [[] for _ in self.weights.shards]
+        for param_shard in self.weights.param_shards:
+            stored = index.parameters.get(param_shard.name)
+            if stored is None or tuple(stored["shape"]) != param_shard.whole:
+                found = "it has none" if stored is None else f"its has shape {tuple(stored['shape'])}"
+                raise CheckpointError(f"the model's {param_shard.name} has shape {param_shard.whole}, and {found}")
+            held[param_shard.shard].append(stored)
+        # Random rounding tells shards apart by their indices. These are kept where every shard of this process finds one of
+        # its own, as all do in the layout that they come from.
+        indices = [{stored["index"] for stored in parameters if stored["step"] > 0} for parameters in held]
+        found_any = [found for found in indices if found]
+        kept = sum(map(len, found_any)) == len(set().union(*found_any)) == len(found_any)
+        for number, (shard, parameters) in enumerate(zip(self.weights.shards, held, strict=True)):
+            moments = self._group(number)["moments"]
+            wrong = next((stored["moments"] for stored in parameters if stored["moments"] != moments), None)
+            if wrong is not None:
+                raise CheckpointError(f"its moments are {wrong}, not {moments}: set optim.moments to {wrong}")
+            step = max((stored["step"] for stored in parameters), default=0)
+            if step == 0:
+                self.optimizer.state.pop(shard, None)  # not updated yet
+                continue
+            ceiling = max(stored["ceiling"] for stored in parameters)
+            own_index = next(iter(indices[number])) if kept else number
+            self.optimizer.begin(shard, moments, step=step, index=own_index, ceiling=ceiling)
 
 
-def _begin_states(index: Index, weights: MasterWeights, optimizer: AdamW) -> None:
-    """Make Adam's states, which a fresh engine has none of, and check that the checkpoint is of this model."""
-    held: list[list[dict[str, Any]]] = [[] for _ in weights.shards]
-    for fragment in weights.param_shards:
-        stored = index.parameters.get(fragment.name)
-        if stored is None or tuple(stored["shape"]) != fragment.whole:
-            found = "it has none" if stored is None else f"its has shape {tuple(stored['shape'])}"
-            raise CheckpointError(f"the model's {fragment.name} has shape {fragment.whole}, and {found}")
-        held[fragment.shard].append(stored)
-    # Random rounding tells shards apart by their indices. These are kept where every shard of this process finds one of its
-    # own, as all do in the layout that they come from.
-    indices = [{stored["index"] for stored in parameters if stored["step"] > 0} for parameters in held]
-    found_any = [found for found in indices if found]
-    kept = sum(map(len, found_any)) == len(set().union(*found_any)) == len(found_any)
-    for number, (shard, parameters) in enumerate(zip(weights.shards, held, strict=True)):
-        group = optimizer.param_groups[weights.group_of[number]]
-        wrong = next((stored for stored in parameters if stored["moments"] != group["moments"]), None)
-        if wrong is not None:
-            raise CheckpointError(
-                f"its moments are {wrong['moments']}, not {group['moments']}: set optim.moments to {wrong['moments']}"
-            )
-        step = max((stored["step"] for stored in parameters), default=0)
-        if step == 0:
-            optimizer.state.pop(shard, None)  # not updated yet
-            continue
-        ceiling = max(stored["ceiling"] for stored in parameters)
-        place = next(iter(indices[number])) if kept else number
-        optimizer.begin(shard, group["moments"], step=step, index=place, ceiling=ceiling)
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes."""
 
+    engine: Any
+    tensors: TrainedTensors
+    learning_rate: LearningRate
+    scales: GradientScales | None
+    guard: Guard
 
-def merged(table: dict[str, dict[str, Any]], group: Any) -> dict[str, dict[str, Any]]:
-    """On the group's first process, the parameters of all its processes. Collective within the group."""
-    if not dist.is_initialized():
-        return table
-    tables: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
-    dist.gather_object(table, tables, dst=0, group=group)
-    return {name: row for each in tables or [] for name, row in each.items()}
+    def load(self, checkpoint: Path, state: Mapping[str, Any], mesh: Mesh) -> None:
+        """Put everything back to where a checkpoint was written; `state` is what `load_state` returns of it. Collective."""
+        self.tensors.load(checkpoint, mesh)
+        # DeepSpeed's count of updates, by which its profiler and its monitors go.
+        self.engine.global_steps = state["step"]
+        self.learning_rate.load_state_dict(state["learning_rate"])
+        if self.scales is not None and state["scales"] is not None:
+            self.scales.load_state_dict(state["scales"])
+        self.guard.load_state_dict(state["guard"])
 
-
-def _on_all(mesh: Mesh, do: Callable[[], None]) -> None:
-    """Call `do` on every process; where it raises a `CheckpointError` on one, all raise one. Collective."""
-    failure: CheckpointError | None = None
-    try:
-        do()
-    except CheckpointError as error:
-        failure = error
-    failed = int(mesh.sum(torch.tensor(int(failure is not None)), "world"))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise CheckpointError(f"{failed} of the other processes could not read the checkpoint; they say why")
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors."""
+        return {
+            "learning_rate": self.learning_rate.state_dict(),
+            "scales": None if self.scales is None else self.scales.state_dict(),
+            "guard": self.guard.state_dict(),
+        }

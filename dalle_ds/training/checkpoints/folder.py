@@ -1,6 +1,6 @@
 """The checkpoints of a run on the disk: which there are, which of them is resumed, which are kept.
 
-A checkpoint is complete or absent (design decision 10): it is written as `partial-step-N`, forced to the disk, and renamed
+A checkpoint is complete or absent: it is written as `partial-step-N`, forced to the disk, and renamed
 to `step-N`. What is removed is renamed first, so that no half of it is ever taken for a whole. A complete checkpoint that
 has been damaged since is called `damaged-step-N`, and left for whoever wants to look at it until the next one is written.
 `latest` has the name of the newest; it is for people and scripts, and no decision here trusts it.
@@ -18,28 +18,28 @@ import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from dalle_ds.errors import CheckpointError
-from dalle_ds.files import sync_directory, sync_folder, write_text
+from dalle_ds.files import digest_of, sync_directory, sync_folder, write_text
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, load_state, other_version
 
 MANIFEST_NAME = "manifest.json"
-_CHUNK_BYTES = 2**24
+LATEST_NAME = "latest"
+_STEP = re.compile(r"step-(0|[1-9]\d*)")
+_PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "damaged-"
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """A file as it was written."""
+class FileRecord(NamedTuple):
+    """A file as it was written: bytes, and XXH3 of 128 bits, hexadecimal (against accidents, not against forgery)."""
 
     size: int
-    """Bytes."""
     digest: str
-    """XXH3 of 128 bits, hexadecimal: against accidents, at the speed of memory; not against forgery."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Manifest:
     files: Mapping[str, FileRecord]
     """By path within the checkpoint, with "/" between folders."""
     format: int = FORMAT
-    """`FORMAT` of the version that wrote it."""
 
     def write(self, folder: Path) -> None:
         """Put it into `folder`, not yet forced to the disk."""
@@ -61,9 +60,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """That of a checkpoint, byte for byte as it was written.
 
-        Raises:
-            CheckpointError: it is missing or is not.
-            OSError: it may be, but cannot be read here and now.
+        CheckpointError where it is missing or is not; OSError where it may be, but cannot be read here and now.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -81,14 +78,9 @@ class Manifest:
         return manifest
 
     def faults(self, folder: Path, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
-        """A sentence for every file that is not as it was written.
+        """A sentence for each of these files, or of all, that is not as it was written.
 
-        Args:
-            names: files to look at; None takes all.
-            contents: whether to read them; their lengths are always looked at.
-
-        Raises:
-            OSError: one may be, but cannot be read here and now.
+        Without `contents`, only lengths are looked at. OSError where a file cannot be read here and now.
         """
         found = []
         for name in self.files if names is None else names:
@@ -105,23 +97,9 @@ class Manifest:
         return found
 
     def _text(self) -> str:
-        content: dict[str, Any] = {
-            "format": self.format,
-            "step": self.step,
-            "files": {name: [record.size, record.digest] for name, record in self.files.items()},
-        }
+        content: dict[str, Any] = {"format": self.format, "step": self.step, "files": dict(self.files)}
         content["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
         return json.dumps(content, indent=1) + "\n"
-
-
-def digest_of(path: Path) -> str:
-    """The digest of a file's contents."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def record_of(path: Path) -> FileRecord:
@@ -135,22 +113,11 @@ def _leaves(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or not path.parts
 
 
-LATEST_NAME = "latest"
-_STEP = re.compile(r"step-(0|[1-9]\d*)")
-_PARTIAL, _REMOVED, _REPLACED, _DAMAGED = "partial-", "removed-", "replaced-", "damaged-"
-
-
 class CheckpointFolder:
-    """`RUN_DIR/checkpoints`. Only the main process changes it.
-
-    Args:
-        path: the folder, which may not exist yet.
-    """
+    """`RUN_DIR/checkpoints`, which may not exist yet. Only the main process changes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    # --- which there are
 
     def all(self) -> list[Path]:
         """Checkpoints, oldest first, whether they are as they were written or not."""
@@ -165,11 +132,7 @@ class CheckpointFolder:
 
     def newest_good(self, mesh: Mesh) -> Path | None:
         """The latest one that is as it was written, and not from the midst of updates that went wrong, as the last of a run
-        may be. Collective.
-
-        Raises:
-            CheckpointError: one cannot be read by all processes.
-        """
+        may be; CheckpointError where some process cannot read one. Collective."""
         for checkpoint in mesh.decide(lambda: [path for path in reversed(self.all()) if _is_good(path)]):
             if not faults_found_by_all(checkpoint, mesh):
                 return checkpoint
@@ -179,31 +142,27 @@ class CheckpointFolder:
         """Those that were set aside."""
         return sorted(self.path.glob(f"{_DAMAGED}*"))
 
-    # --- how they come
-
     def begin(self, step: int) -> Path:
         """An empty folder in which a checkpoint can be written; OSError where it cannot be made."""
-        partial = self.path / f"{_PARTIAL}step-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        return partial
+        unfinished = self.path / f"{_PARTIAL}step-{step}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        return unfinished
 
-    def complete(self, partial: Path, manifest: Manifest) -> Path:
+    def complete(self, unfinished: Path, manifest: Manifest) -> Path:
         """Make what `begin` returned, with all its files, a checkpoint; OSError where it cannot be done."""
-        manifest.write(partial)
-        sync_folder(partial)
-        final = self.path / partial.name.removeprefix(_PARTIAL)
+        manifest.write(unfinished)
+        sync_folder(unfinished)
+        final = unfinished.with_name(unfinished.name.removeprefix(_PARTIAL))
         replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        partial.rename(final)
+        unfinished.rename(final)
         sync_directory(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
         self._name_latest()
         return final
-
-    # --- how they go
 
     def prune(self, keep: int, keep_every: int | None = None) -> None:
         """Remove all but the newest `keep` good ones, those newer than these, and the first at or after each multiple of
@@ -224,11 +183,8 @@ class CheckpointFolder:
             self._remove(checkpoint)
 
     def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from.
-
-        Raises:
-            CheckpointError: one cannot be removed.
-        """
+        """Remove the checkpoints of updates beyond `step`, which a run that went back there must not be resumed from;
+        CheckpointError where one cannot be removed."""
         for checkpoint in self.all():
             if step_of(checkpoint) > step:
                 self._remove(checkpoint)
@@ -236,12 +192,8 @@ class CheckpointFolder:
                     raise CheckpointError(f"{checkpoint} cannot be removed: remove it, and start the run again")
         self._name_latest()
 
-    def set_aside(self, checkpoint: Path) -> Path:
-        """Give a damaged checkpoint a name that it is not resumed under.
-
-        Raises:
-            CheckpointError: it cannot be renamed.
-        """
+    def set_aside(self, checkpoint: Path, faults: list[str]) -> None:
+        """Give a damaged checkpoint a name that it is not resumed under, and say so; CheckpointError where that fails."""
         aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
         try:
             if aside.exists():
@@ -250,7 +202,8 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{checkpoint} is damaged and cannot be renamed: {error}") from error
         self._name_latest()
-        return aside
+        others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        print(f"{checkpoint.name} is damaged and was renamed to {aside.name}: {faults[0]}{others}", flush=True)
 
     def clear(self) -> None:
         """Remove what killed runs left unfinished, or had not removed to the end."""
@@ -281,16 +234,13 @@ class CheckpointFolder:
 
 def step_of(checkpoint: Path) -> int:
     """The updates that a checkpoint has seen, by its name."""
-    match = _STEP.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
     """A sentence for everything about a checkpoint that is not as it was written, or cannot be read.
 
-    Args:
-        contents: whether to read all files, or to be content with their lengths.
+    Of files, without `contents`, only the lengths are looked at.
     """
     try:
         return _manifest_of(checkpoint).faults(checkpoint, contents=contents)
@@ -301,11 +251,7 @@ def faults_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Read all of a checkpoint.
-
-    Raises:
-        CheckpointError: it is not as it was written, or is of another version.
-    """
+    """Read all of a checkpoint; CheckpointError where it is not as it was written, or is of another version."""
     _check_version(checkpoint)
     faults = faults_of(checkpoint)
     if faults:
@@ -326,13 +272,7 @@ def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
         faults = faults_found_by_all(checkpoint, mesh)
         if not faults:
             return checkpoint
-
-        def set_aside(checkpoint: Path = checkpoint, faults: list[str] = faults) -> None:
-            aside = folder.set_aside(checkpoint)
-            others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            print(f"{checkpoint.name} is damaged and was renamed to {aside.name}: {faults[0]}{others}", flush=True)
-
-        mesh.decide(set_aside)
+        mesh.decide(partial(folder.set_aside, checkpoint, faults))
     damaged = mesh.decide(folder.damaged)
     if damaged:
         raise CheckpointError(
@@ -343,11 +283,8 @@ def choose_checkpoint(folder: CheckpointFolder, mesh: Mesh) -> Path | None:
 
 
 def faults_found_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
-    """`faults_of`, each process reading some of the files. Collective.
-
-    Raises:
-        CheckpointError: of another version, or not to be read by some process.
-    """
+    """`faults_of`, each process reading some of the files; CheckpointError where it is of another version, or some process
+    cannot read it. Collective."""
 
     def look() -> tuple[Manifest | None, list[str]]:
         _check_version(checkpoint)
@@ -361,20 +298,20 @@ def faults_found_by_all(checkpoint: Path, mesh: Mesh) -> list[str]:
 
     manifest, faults = mesh.decide(look)
     if faults or manifest is None:
-        return list(faults)
+        return faults
     by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
-    own: tuple[list[str], CheckpointError | None]
+    own: list[str] | CheckpointError
     try:
         for name in manifest.files if not mesh.is_main else ():
             (checkpoint / name).stat()  # the main process has seen it
-        own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size]), None
+        own = manifest.faults(checkpoint, by_size[mesh.rank :: mesh.world_size])
     except OSError as error:
-        own = [], _unreadable(checkpoint, error)
-    everyone = mesh.gather_objects(own)
-    failure = next((error for _, error in everyone if error is not None), None)
-    if failure is not None:
-        raise failure
-    return [fault for found, _ in everyone for fault in found]
+        own = _unreadable(checkpoint, error)
+    for found in mesh.gather_objects(own):
+        if isinstance(found, CheckpointError):
+            raise found
+        faults += found
+    return faults
 
 
 def _unreadable(checkpoint: Path, error: OSError) -> CheckpointError:

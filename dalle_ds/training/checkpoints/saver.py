@@ -11,66 +11,41 @@ processes add up who is done (`progress`), in a reduction that they make anyway,
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dalle_ds.config import Run
 from dalle_ds.errors import CheckpointError
-from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
-from dalle_ds.training.checkpoints.content import (
-    STATE_NAME,
-    TENSORS_NAME,
-    ErrorFeedback,
-    local_shards_of,
-    merged,
-    parameters_of,
-    state_text,
-)
+from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, TENSORS_NAME, TrainedTensors
 from dalle_ds.training.checkpoints.folder import CheckpointFolder, FileRecord, Manifest, record_of
 from dalle_ds.training.checkpoints.storage import INDEX_NAME
-from dalle_ds.training.checkpoints.writing import Plan, Planner
-from dalle_ds.training.zero_state import MasterWeights
+from dalle_ds.training.checkpoints.writing import Plan, file_name, gather_to_first, plan_for
+from dalle_ds.training.tracking import Tracker
 
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RetentionPolicy:
-    """Which checkpoints are kept."""
-
-    last: int
-    """Newest ones."""
-    every: int | None = None
-    """The first at or after each multiple of so many updates is never removed."""
+SECONDS_BETWEEN_TRIES = 60.0
+"""Until a checkpoint that could not be written is tried again."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """How the writing of a checkpoint ended."""
+class Saved(NamedTuple):
+    """How the writing of the checkpoint of a step ended: why it could not be written; None if it was."""
 
     step: int
-    """Updates that it has seen."""
     failure: str | None
-    """Why it could not be written; None if it was."""
-
-    def require(self) -> None:
-        """Raise a `CheckpointError` where it could not be written."""
-        if self.failure is not None:
-            raise CheckpointError(self.failure)
 
 
 @dataclass
@@ -79,10 +54,10 @@ class _Save:
 
     step: int
     partial: Path
-    job: _Job[Any]
     state: str
-    plan: Plan | None = None
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    plan: Plan | None
+    parameters: dict[str, dict[str, Any]]
+    job: Future[Any]
     completing: bool = False
 
 
@@ -93,8 +68,7 @@ class AsyncCheckpointer:
 
     Args:
         folder: where they go.
-        kept: which of them stay.
-        average, errors: what is written besides weights and moments.
+        keep, keep_every: which of them stay (`CheckpointFolder.prune`).
         background: whether `begin` returns once all is copied, or once all is written, for which nothing is copied.
         before_completing: called on the main process, perhaps in another thread, before a checkpoint is made complete;
             an OSError says that it must not be.
@@ -103,23 +77,19 @@ class AsyncCheckpointer:
     def __init__(
         self,
         folder: CheckpointFolder,
-        weights: MasterWeights,
-        optimizer: AdamW,
+        trained: TrainedTensors,
         mesh: Mesh,
-        kept: RetentionPolicy,
         *,
-        average: WeightAverage | None = None,
-        errors: ErrorFeedback | None = None,
+        keep: int,
+        keep_every: int | None = None,
         background: bool = True,
         before_completing: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._weights, self._optimizer, self._mesh, self._kept = folder, weights, optimizer, mesh, kept
-        self._average, self._errors, self._background = average, errors, background
-        self._before_completing = before_completing
-        self._writes = mesh.index("replica") == 0
-        self._group = _writers(mesh)
-        self._planner = Planner(self._group)
-        self._buffer: Tensor | None = None
+        self._folder, self._trained, self._mesh = folder, trained, mesh
+        self._keep, self._keep_every = keep, keep_every
+        self._background, self._before_completing = background, before_completing
+        self._group = _writers(mesh.world_size // mesh.size("replica"), dist.group.WORLD)
+        self._plan: Plan | None = None
         self._save: _Save | None = None
 
     @property
@@ -130,78 +100,71 @@ class AsyncCheckpointer:
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the checkpoint of update `step`; there must be no other. Collective.
 
-        Args:
-            state: JSON-able; comes back from `load_state`.
-
-        Raises:
-            CheckpointError: there is no room for it.
+        `state` is JSON-able, and comes back from `load_state`. CheckpointError where there is no room.
         """
         assert self._save is None
-        sums = {}
-        if self._errors is not None:
-            sums = self._errors.errors()
+        replicas = self._trained.replicas
+        errors = {} if replicas is None else replicas.errors()
+        if replicas is not None:
             # What is resumed from the sums shares them out anew, and so does this run, to go on exactly alike.
-            self._errors.load_error_feedback(sums)
-        pieces = local_shards_of(self._weights, self._optimizer, self._average, sums)
+            replicas.load_error_feedback(errors)
         plan, parameters = None, {}
-        if self._writes:
-            plan = self._planner.plan(pieces)
-            parameters = merged(parameters_of(self._weights, self._optimizer), self._group)
+        if self._mesh.index("replica") == 0:
+            shards = self._trained.local_shards(errors)
+            plan = self._plan = plan_for(shards, self._group, self._plan)
+            tables = gather_to_first(self._trained.parameters(), self._group)
+            parameters = {name: row for table in tables for name, row in table.items()}
         partial = self._mesh.decide(lambda: self._make_room(step, plan))
         if plan is None:
-            job: _Job[FileRecord | None] = _Job(lambda: None, background=False)
-        elif self._background:
-            self._buffer = copied = plan.snapshot(pieces, self._buffer)
-            job = _Job(lambda: plan.write(partial / TENSORS_NAME, copied), background=True)
+            job = _start(lambda: None, background=False)
         else:
-            job = _Job(lambda: plan.write(partial / TENSORS_NAME, pieces), background=False)
-        self._save = _Save(step, partial, job, state_text({**state, "step": step}), plan, parameters)
+            source = plan.snapshot(shards) if self._background else shards
+            job = _start(lambda: plan.write(partial / TENSORS_NAME, source), self._background)
+        text = json.dumps({"format": FORMAT, **state, "step": step}, indent=2) + "\n"
+        self._save = _Save(step, partial, text, plan, parameters, job)
 
     def progress(self) -> tuple[int, int]:
         """This process's part of what `advance` takes: 1 where its work of this phase is done, 1 where it failed."""
         save = self._save
-        if save is None or not save.job.done or (save.completing and not self._mesh.is_main):
+        if save is None or not save.job.done() or (save.completing and not self._mesh.is_main):
             return 0, 0
-        return int(save.job.failure is None), int(save.job.failure is not None)
+        has_failed = _failure(save.job) is not None
+        return int(not has_failed), int(has_failed)
 
     def advance(self, done: int, failed: int) -> Saved | None:
-        """Go on to the next phase if all have ended this one. Collective if they have.
+        """Go on to the next phase if all have ended this one, by the sums of `progress` over all processes. Collective if so.
 
-        Args:
-            done, failed: sums of `progress` over all processes.
-
-        Returns:
-            How the checkpoint ended, if it did.
+        Returns how the checkpoint ended, if it did.
         """
         save = self._save
         if save is None or done + failed < (1 if save.completing else self._mesh.world_size):
             return None
+        reasons: list[Any] = [_failure(save.job)]
         if not save.completing:
-            written = self._gather(save)
+            # What the writers came to, in their order: on the main process, of all.
+            outcome = _failure(save.job) or save.job.result()
+            written = gather_to_first(outcome, self._group) if save.plan is not None else []
             if not failed:
-                save.job = _Job(lambda: self._complete(save, written), self._background and self._mesh.is_main)
                 save.completing = True
+                complete = (lambda: self._complete(save, written)) if self._mesh.is_main else (lambda: None)
+                save.job = _start(complete, self._background and self._mesh.is_main)
                 return None
+            reasons += written
         self._save = None
         if not failed:
             return Saved(save.step, None)
-        reason = save.job.failure
-        if self._mesh.is_main:
-            failures = [each for each in (written if not save.completing else [reason]) if isinstance(each, OSError)]
-            reason = failures[0] if failures else reason
-            failure = _why(save.step, self._folder.path, reason)
-            shutil.rmtree(save.partial, ignore_errors=True)
-        else:
-            failure = (
-                f"the checkpoint of step {save.step} could not be written ({reason or 'another process says why'})"
-            )
-        return Saved(save.step, failure)
+        reason = next((each for each in reasons if isinstance(each, OSError)), None)
+        if not self._mesh.is_main:
+            why = reason or "another process says why"
+            return Saved(save.step, f"the checkpoint of step {save.step} could not be written ({why})")
+        shutil.rmtree(save.partial, ignore_errors=True)
+        return Saved(save.step, _why(save.step, self._folder.path, reason))
 
     def finish(self) -> Saved | None:
         """Wait until nothing is being written any more; how the last checkpoint ended, if one was. Collective."""
         ended = None
         while self._save is not None:
-            self._save.job.wait()
+            _failure(self._save.job)
             done, failed = self._mesh.sum(torch.tensor(self.progress()), "world").tolist()
             ended = self.advance(done, failed)
         return ended
@@ -220,79 +183,45 @@ class AsyncCheckpointer:
         except OSError as error:
             raise CheckpointError(_why(step, self._folder.path, error)) from error
 
-    def _gather(self, save: _Save) -> list[FileRecord | OSError | None]:
-        """On the main process, what the writers came to, in their order. Collective among them."""
-        if not self._writes:
-            return []
-        own = save.job.failure or save.job.result
-        if not dist.is_initialized() or dist.get_world_size(self._group) == 1:
-            return [own]
-        gathered: list[Any] | None = None
-        if self._mesh.is_main:
-            gathered = [None] * dist.get_world_size(self._group)
-        dist.gather_object(own, gathered, dst=0, group=self._group)
-        return gathered or []
-
-    def _complete(self, save: _Save, written: list[Any]) -> None:
+    def _complete(self, save: _Save, written: Sequence[FileRecord | None]) -> None:
         """Write all but tensors, and give the checkpoint its name. On the main process only."""
-        if not self._mesh.is_main:
-            return
         assert save.plan is not None
         self._before_completing()
-        tensors = {
-            f"rank-{rank}.safetensors": record for rank, record in enumerate(written) if isinstance(record, FileRecord)
-        }
         save.plan.write_index(save.partial / TENSORS_NAME, save.parameters)
         (save.partial / STATE_NAME).write_text(save.state)
-        files = {f"{TENSORS_NAME}/{name}": record for name, record in tensors.items()}
+        files = {
+            f"{TENSORS_NAME}/{file_name(rank)}": record for rank, record in enumerate(written) if record is not None
+        }
         for name in (f"{TENSORS_NAME}/{INDEX_NAME}", STATE_NAME):
             files[name] = record_of(save.partial / name)
         self._folder.complete(save.partial, Manifest(save.step, files))
         with suppress(OSError):  # the checkpoint is there
-            self._folder.prune(self._kept.last, self._kept.every)
+            self._folder.prune(self._keep, self._keep_every)
 
 
-class _Job(Generic[Result]):
-    """Work that a thread does, or that is done at once. An OSError is kept, anything else raised where it is waited for."""
+def _start(work: Callable[[], Any], background: bool) -> Future[Any]:
+    """Work for a thread, for which a run that ends with an error does not wait; or work that is done at once."""
+    job: Future[Any] = Future()
 
-    def __init__(self, work: Callable[[], Result], background: bool) -> None:
-        self.failure: OSError | None = None
-        self._unexpected: BaseException | None = None
-        self._result: Result | None = None
-        self._thread: threading.Thread | None = None
-        if background:
-            # A run that ends with an error does not wait for it.
-            self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._run(work)
-
-    def _run(self, work: Callable[[], Result]) -> None:
+    def run() -> None:
         try:
-            self._result = work()
-        except OSError as error:
-            self.failure = error
+            job.set_result(work())
         except BaseException as error:
-            self._unexpected = error
+            job.set_exception(error)
 
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        if self._thread is not None and self._thread.is_alive():
-            return False
-        if self._unexpected is not None:
-            raise self._unexpected
-        return True
+    if background:
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    else:
+        run()
+    return job
 
-    @property
-    def result(self) -> Result | None:
-        """What it came to, once it is done."""
-        return self._result
 
-    def wait(self) -> None:
-        """Until it is done."""
-        if self._thread is not None:
-            self._thread.join()
+def _failure(job: Future[Any]) -> OSError | None:
+    """Once a job is done, why it failed; any other error than an OSError is raised."""
+    error = job.exception()
+    if error is None or isinstance(error, OSError):
+        return error
+    raise error
 
 
 def _why(step: int, folder: Path, error: OSError | None) -> str:
@@ -303,56 +232,41 @@ def _why(step: int, folder: Path, error: OSError | None) -> str:
     return f"the checkpoint of step {step} could not be written to {folder}, {room}: {error}"
 
 
-def _writers(mesh: Mesh) -> Any:
-    """The first replica's processes, for plans of who writes what; None stands for all. Collective."""
-    count = mesh.world_size // mesh.size("replica")
-    if count == mesh.world_size and mesh.device.type == "cpu":
-        return None
-    return _cpu_group(count, dist.group.WORLD)
-
-
 @cache
-def _cpu_group(count: int, world: Any) -> Any:
-    return dist.new_group(list(range(count)), backend="gloo")
-
-
-SECONDS_BETWEEN_TRIES = 60.0
-"""Until a checkpoint that could not be written is tried again."""
-
-
-class Say(Protocol):
-    """`Tracker.say`."""
-
-    def __call__(self, line: str, style: str | None = None) -> None:
-        """Show a line to the user."""
-        ...
+def _writers(count: int, world: Any) -> Any:
+    """The first processes of the world, for plans of who writes what, which are on the CPU. Collective."""
+    return None if world is None else dist.new_group(list(range(count)), backend="gloo")
 
 
 class CheckpointScheduler:
-    """Decides, on all processes alike, when a run's checkpoints are written.
+    """Decides, on all processes alike, when a run's checkpoints are written; the clock is the main process's.
 
     Args:
-        saver: writes them.
-        run: how often.
-        mesh: the processes; the clock is the main one's.
-        exactly: write each in the update in which it falls due, and wait for the one before if need be, since one more or one
-            less changes the rounding of what follows (PowerSGD).
-        say: tells the user of failures.
+        tracker: what it has recorded up to a checkpoint is there when that is; it tells the user of failures.
         long: a context around waits that may be long.
     """
 
     def __init__(
         self,
-        saver: AsyncCheckpointer,
+        folder: CheckpointFolder,
+        trained: TrainedTensors,
         run: Run,
         mesh: Mesh,
-        *,
-        exactly: bool,
-        say: Say,
+        tracker: Tracker,
         long: Callable[[], AbstractContextManager],
     ) -> None:
-        self._saver, self._run, self._mesh = saver, run, mesh
-        self._exactly, self._say, self._long = exactly, say, long
+        self._run, self._mesh, self._tracker, self._long = run, mesh, tracker, long
+        self._saver = AsyncCheckpointer(
+            folder,
+            trained,
+            mesh,
+            keep=run.report.keep_checkpoints,
+            keep_every=run.report.keep_every,
+            background=run.report.background_saves,
+            before_completing=tracker.sync,
+        )
+        # With PowerSGD, a checkpoint changes the rounding of what follows: each is written in the update in which it is due.
+        self._exactly = trained.replicas is not None and trained.replicas.compresses
         self._is_due = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
@@ -393,7 +307,13 @@ class CheckpointScheduler:
         self._is_due = False
         ended: Saved | None = None
         if self._saved_step != step:
-            ended = self._begin(step, state())
+            kept = state()
+            self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, step
+            try:
+                with self._long():
+                    self._saver.begin(step, kept)
+            except CheckpointError as error:
+                ended = Saved(step, str(error))
         if not ends:
             self._tell(ended)
             return None
@@ -406,15 +326,6 @@ class CheckpointScheduler:
     def wait(self) -> None:
         """Until nothing is being written. Collective."""
         self._tell(self._finish())
-
-    def _begin(self, step: int, state: dict[str, Any]) -> Saved | None:
-        self._saved_at, self._try_again_at, self._saved_step = time.monotonic(), math.inf, step
-        try:
-            with self._long():
-                self._saver.begin(step, state)
-        except CheckpointError as error:
-            return Saved(step, str(error))
-        return None
 
     def _finish(self) -> Saved | None:
         if not self._saver.busy:
@@ -429,8 +340,7 @@ class CheckpointScheduler:
         self.failures += 1
         self._saved_step = -1
         self._try_again_at = time.monotonic() + SECONDS_BETWEEN_TRIES
-        self._say(
-            f"ALARM: {saved.failure}; the run goes on, earlier checkpoints stay as they are, and the next try is in "
-            f"{SECONDS_BETWEEN_TRIES:.0f} s or with the next checkpoint",
-            style="bold red",
+        self._tracker.alarm(
+            f"{saved.failure}; the run goes on, earlier checkpoints stay as they are, and the next try is in "
+            f"{SECONDS_BETWEEN_TRIES:.0f} s or with the next checkpoint"
         )
