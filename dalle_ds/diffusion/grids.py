@@ -44,7 +44,7 @@ def step_grid(spec: int | str, steps: int) -> list[int]:
         size = steps // len(counts) + (number < steps % len(counts))
         if not 1 <= count <= size:
             raise ConfigError(f"step grid {spec!r}: segment {number + 1} has {size} timesteps and cannot give {count}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        grid += [start + round(place * stride) for place in range(count)]
+        spacing = (size - 1) / max(1, count - 1)
+        grid += [start + round(place * spacing) for place in range(count)]
         start += size
     return grid

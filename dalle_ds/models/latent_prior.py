@@ -117,7 +117,7 @@ class AutoregressivePrior(nn.Module):
         self.norm = LayerNorm(width)
         self.head = Unembedding(width, config.buckets, tensor)
         for number, block in enumerate([*self.text_blocks, *self.blocks]):
-            block.number, block.dropout = number, config.dropout  # type: ignore[assignment]
+            block.number, block.dropout = number, config.dropout
 
     def forward(
         self,

@@ -158,5 +158,5 @@ class LatentCodec:
         missing = [name for name in names if name not in state]
         if missing:
             raise CheckpointError(f"the codec of a latent prior lacks {', '.join(missing)}")
-        *tensors, buckets = (state[name] for name in names)
-        return cls(*tensors, buckets=int(buckets))
+        mean, directions, low, high, buckets = (state[name] for name in names)
+        return cls(mean, directions, low, high, int(buckets))

@@ -63,7 +63,7 @@ class DiffusionPrior(nn.Module):
         self.checkpointing: Checkpointing = checkpointing
         self.tensor = tensor
         width = config.width
-        self.text_input: nn.Module
+        self.text_input: VocabParallelEmbedding | Linear
         if config.text == "tokens":
             self.text_input = VocabParallelEmbedding(config.text_vocab, width, tensor)
         else:
@@ -137,7 +137,7 @@ class DiffusionPrior(nn.Module):
 
     def tail(self, noised: Tensor, timesteps: Tensor) -> Tensor:
         """(B, 3 K, width) fp32, inputs of the three positions of each of K denoisings."""
-        time = sinusoid(timesteps, self.config.width).to(self.time_input[0].weight.dtype)
+        time = sinusoid(timesteps, self.config.width).to(self.noised_input.weight.dtype)
         query = self.query(torch.zeros_like(timesteps))
         inputs = [self.time_input(time), self.noised_input(noised.to(self.noised_input.weight.dtype)), query]
         places = torch.arange(TAIL, device=noised.device) + self.config.text_len + 1

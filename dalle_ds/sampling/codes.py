@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.config import PADDING, DalleConfig
+from dalle_ds.diffusion import guide
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, decoding_device, new_cache, prefill
@@ -59,11 +60,6 @@ class Sampling:
             raise ConfigError(f"top_p must lie in (0, 1], or be left out to allow every code, found {self.top_p}")
         if not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ConfigError(f"guidance must be 0 (ignore the prompt), 1 (off) or greater, found {self.guidance}")
-
-
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Logits of classifier-free guidance, of the shape of both arguments."""
-    return unconditional + guidance * (conditional - unconditional)
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:

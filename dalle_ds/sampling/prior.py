@@ -20,6 +20,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
 from dalle_ds.models.latents import LatentCodec
 from dalle_ds.models.prior import CachedPrior, Caption, DiffusionPrior
+from dalle_ds.sampling.codes import Sampling, sample
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def denoise(
         times = grid.timesteps[step].to(device).expand(len(caption.embedding), draws)
         x0 = cached(torch.cat([x, x]) if guided else x, times)
         if guided:
-            x0 = guide(*x0.chunk(2), sampling.guidance)
+            conditional, null = x0.chunk(2)
+            x0 = guide(conditional, null, sampling.guidance)
         x0 = clip_x0(x0, sampling.bound)
         if sampling.method == "ddim":
             x = ddim_step(grid, step, x, x0, sampling.eta, noise[:, :, number])
@@ -118,14 +120,14 @@ def sample_codes(
     text: Tensor,
     embedding: Tensor,
     uniforms: Tensor,
-    guidance: float = 1.0,
+    sampling: Sampling,
 ) -> Tensor:
     """Sample image embeddings code by code, under a similarity from the upper half of its distribution (unCLIP §2.2).
 
     Args:
         prior: in eval mode.
         text, embedding: of B rows, as `AutoregressivePrior.forward` takes them.
-        uniforms: (B, components + 1) numbers in [0, 1): the first chooses the similarity, the others a code each.
+        uniforms: (B, components + 1) float64 in [0, 1): the first chooses the similarity, the others a code each.
 
     Returns:
         (B, embed_dim) fp32.
@@ -133,7 +135,7 @@ def sample_codes(
     config, rows = prior.config, len(text)
     half = config.similarity_buckets // 2
     similarity = half + (uniforms[:, 0].to(text.device) * half).long()
-    guided = guidance != 1
+    guided = sampling.guidance != 1
     inputs = (text, embedding, similarity)
     if guided:
         inputs = tuple(torch.cat([part, part]) for part in inputs)  # type: ignore[assignment]
@@ -143,10 +145,9 @@ def sample_codes(
     for number in range(config.components):
         logits = sampler.logits
         if guided:
-            logits = guide(*logits.chunk(2), guidance)
-        probabilities = logits.double().softmax(dim=-1).cumsum(dim=-1)
-        chosen = torch.searchsorted(probabilities, uniforms[:, number + 1, None].to(probabilities).contiguous())
-        codes.append(chosen.squeeze(1).clamp(max=config.buckets - 1))
+            conditional, null = logits.chunk(2)
+            logits = guide(conditional, null, sampling.guidance)
+        codes.append(sample(logits, uniforms[:, number + 1].to(logits.device), sampling))
         if number + 1 < config.components:
             sampler.step(torch.cat([codes[-1]] * 2) if guided else codes[-1])
     return codec.decode(torch.stack(codes, dim=1))
