@@ -142,7 +142,7 @@ class AsyncCheckpointer:
         reasons: list[Any] = [_failure(save.job)]
         if not save.completing:
             # What the writers came to, in their order: on the main process, of all.
-            outcome = _failure(save.job) or save.job.result()
+            outcome: Any = _failure(save.job) or save.job.result()
             written = gather_to_first(outcome, self._group) if save.plan is not None else []
             if not failed:
                 save.completing = True
