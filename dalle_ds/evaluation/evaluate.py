@@ -49,7 +49,7 @@ from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import DTYPES, choose_precision
+from dalle_ds.precision.choice import DTYPES, choose_precision
 from dalle_ds.resilience.watch import Watch
 from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage
 
