@@ -41,7 +41,7 @@ from dalle_ds.nn.attention import attention_mask
 from dalle_ds.nn.attention.blockwise import block_pairs, blockwise_attention
 from dalle_ds.nn.attention.flex import Layout, Refused, flex_attention, flex_pairs
 from dalle_ds.nn.attention.pattern import KERNELS, dense_attention
-from dalle_ds.precision.rates import DTYPES, matmul_rate
+from dalle_ds.precision.choice import DTYPES, matmul_rate
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from dalle_ds.cli import parse_options, run_launcher
 from dalle_ds.errors import EXIT_REQUEUE, ConfigError
-from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, step_of
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder, Manifest, step_of
 
 ROOT = Path(__file__).parent.parent
 Part = Literal["storm", "damage", "disk", "process", "data", "numbers"]

@@ -40,7 +40,7 @@ from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, bytes_per_step, new_cache, prefill
 from dalle_ds.models.flops import decoding_flops
 from dalle_ds.nn.attention.decoding import ROWS
-from dalle_ds.precision.rates import DTYPES, matmul_rate
+from dalle_ds.precision.choice import DTYPES, matmul_rate
 from dalle_ds.sampling.codes import Sampling, even_batches, images_at_once, sample
 
 WARMUP = 3

@@ -37,7 +37,7 @@ from dalle_ds.parallel import Mesh
 from dalle_ds.tasks import Batch
 from dalle_ds.tasks.base import Samples, Task
 from dalle_ds.tasks.transformer import TransformerTask
-from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder
 
 ROWS = 64
 """Images of the made-up training data."""

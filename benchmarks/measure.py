@@ -15,7 +15,7 @@ import torch
 from dalle_ds.config import DalleConfig, TransformerRun, load_preset
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import choose_precision
+from dalle_ds.precision.choice import choose_precision
 
 RATE_SECONDS = 2.0
 """How long a rate is measured that figures are held against."""

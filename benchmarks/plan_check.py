@@ -48,7 +48,7 @@ from dalle_ds.planning.memory import Memory, stage_memory
 from dalle_ds.planning.model import stages_of
 from dalle_ds.planning.traffic import Transfer, traffic
 from dalle_ds.precision import GradientScales
-from dalle_ds.precision.rates import DTYPES
+from dalle_ds.precision.choice import DTYPES
 from dalle_ds.tasks import Batch, Task
 from dalle_ds.tasks.stages import STAGES
 

@@ -29,7 +29,7 @@ from dalle_ds.config import OptimConfig, RecomputingTrainConfig, TransformerRun
 from dalle_ds.optim import WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import TrainedTensors
-from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder
 from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 
 

@@ -41,7 +41,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.flops import executed_flops, model_flops
 from dalle_ds.optim import decay_groups
-from dalle_ds.precision.rates import DTYPES, matmul_rate
+from dalle_ds.precision.choice import DTYPES, matmul_rate
 
 
 @dataclass(frozen=True)

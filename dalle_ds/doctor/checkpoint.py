@@ -22,7 +22,7 @@ from dalle_ds.training.checkpoints.content import (
     WEIGHT,
     load_state,
 )
-from dalle_ds.training.checkpoints.folder import CheckpointFolder, faults_of
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder, faults_of
 from dalle_ds.training.checkpoints.storage import Index, matrix_size
 from dalle_ds.training.export import read_run
 

@@ -132,7 +132,7 @@ def _torch() -> Iterator[tuple[str, str]]:
     except (ImportError, OSError) as error:
         yield "torch", f"cannot be imported: {error}"
         return
-    from dalle_ds.precision.rates import DTYPES, choose, matmul_rate, rate_text
+    from dalle_ds.precision.choice import DTYPES, choose, matmul_rate, rate_text
 
     yield "kernels", f"PyTorch's are those for {torch.backends.cpu.get_cpu_capability()}"
     device = "cuda" if torch.cuda.is_available() else "cpu"

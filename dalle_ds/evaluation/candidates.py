@@ -20,7 +20,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.results import differences
 from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json
-from dalle_ds.precision.rates import DTYPES, Choice
+from dalle_ds.precision.choice import DTYPES, Choice
 from dalle_ds.sampling import SamplingRequest, TextToImage, sample_codes
 
 CAPTIONS = 4

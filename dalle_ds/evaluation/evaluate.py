@@ -49,7 +49,7 @@ from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import DTYPES, choose_precision
+from dalle_ds.precision.choice import DTYPES, choose_precision
 from dalle_ds.resilience.watch import Watch
 from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage
 
@@ -164,7 +164,8 @@ def evaluate(options: EvaluateOptions, mesh: Mesh) -> Result:
     Raises:
         ConfigError, DataError, CheckpointError: something is missing, or does not belong together.
     """
-    out, sheets = Path(options.out), {}
+    out = Path(options.out)
+    sheets: dict[str, Image.Image] = {}
     if mesh.is_main:  # before hours are spent
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -188,11 +189,11 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
     if len(dataset) < 2:
         raise DataError(f"split {options.split} of {options.data} has {len(dataset)} rows, too few to measure anything")
     pipeline = None
-    if options.transformer is not None:
-        kept = options.pictures
+    transformer, kept = options.transformer, options.pictures
+    if transformer is not None:
         dtype = choose_precision(options.dtype, mesh, lambda: kept_precision(Path(kept)) if kept else None)
         options = replace(options, dtype=dtype)
-        pipeline = TextToImage.from_pretrained(options.transformer, mesh.device, DTYPES[dtype])
+        pipeline = TextToImage.from_pretrained(transformer, mesh.device, DTYPES[dtype])
     vae = DiscreteVAE.from_pretrained(options.dvae).to(mesh.device) if options.dvae is not None else None
     chooser = _clip(options.clip, mesh)
     judge = _clip(options.judge, mesh) or chooser

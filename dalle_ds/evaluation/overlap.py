@@ -137,7 +137,7 @@ def find_overlap(
         rows=rows,
         unreadable=np.flatnonzero(~of_validation.readable),
         nearest=numbers,
-        similarity=np.round(cosines.astype(np.float64), _DIGITS),
+        similarity=cosines.astype(np.float64).round(_DIGITS),
         training_unreadable=int((~of_train.readable).sum()),
     )
     about: dict[str, Any] = {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import PADDING
-from dalle_ds.meta import device_type
+from dalle_ds.meta_device import device_type
 from dalle_ds.parallel import WHOLE, TensorGroup
 
 CHUNK = 2**22

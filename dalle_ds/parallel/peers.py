@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dalle_ds.meta import skipped
+from dalle_ds.meta_device import skipped
 
 
 @dataclass(frozen=True)

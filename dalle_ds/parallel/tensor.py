@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.meta import skipped
+from dalle_ds.meta_device import skipped
 
 
 @dataclass(frozen=True)

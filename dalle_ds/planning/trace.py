@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dalle_ds.meta import PLANNED_DEVICE
+from dalle_ds.meta_device import PLANNED_DEVICE
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention that keeps no scores, and has shapes for "meta" tensors; those of CUDA keep as much."""

@@ -6,7 +6,7 @@
     messages.py     failure classes, the log line, how monitors talk
     processes.py    what a monitor sees of its training process: progress, stacks, state, launchers
     signals.py      SIGTERM, SIGUSR1, Ctrl-C: stop behind a checkpoint
-    guard.py        NaN and loss spikes: when to roll back, and which data to leave out then
+    rollback.py     NaN and loss spikes: when to roll back, and which data to leave out then
     stragglers.py   the rank that the others wait for
 
 More than half of it is the monitor, which has to tell a failure from its consequences on other ranks, from outside of the

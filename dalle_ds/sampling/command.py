@@ -24,7 +24,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, write_bytes, write_json
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import is_text
-from dalle_ds.precision.rates import DTYPES, choose_precision
+from dalle_ds.precision.choice import DTYPES, choose_precision
 from dalle_ds.sampling.candidates import ClipReranker, Ranking, Scores, rank_candidates
 from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_codes
 from dalle_ds.sampling.completion import open_image, top_rows

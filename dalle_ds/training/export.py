@@ -16,11 +16,11 @@ from dalle_ds.config import Precision, Run
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
-from dalle_ds.precision.rates import DTYPES
+from dalle_ds.precision.choice import DTYPES
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.stages import STAGES
 from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT, load_state
-from dalle_ds.training.checkpoints.folder import require_whole
+from dalle_ds.training.checkpoints.manifest import require_whole
 from dalle_ds.training.checkpoints.storage import Index
 from dalle_ds.training.checkpoints.writing import write_safetensors
 from dalle_ds.training.run_directory import RunDirectory, read_config, run_of

@@ -17,14 +17,14 @@ from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.data.faults import BadSampleBudget
 from dalle_ds.errors import CheckpointError, DalleError, Interrupted, TrainingError
 from dalle_ds.parallel import Mesh
-from dalle_ds.resilience.guard import Rollbacks
+from dalle_ds.resilience.rollback import Rollbacks
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import TrainState, load_state
 from dalle_ds.training.checkpoints.saver import CheckpointScheduler
-from dalle_ds.training.numerics import NumericsReport
+from dalle_ds.training.exponents import NumericsReport
 from dalle_ds.training.randomness import seed_update
 from dalle_ds.training.run_directory import RunDirectory
 from dalle_ds.training.step import COUNTED, TrainStep

@@ -22,9 +22,9 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import write_json, write_text
 from dalle_ds.jsonl import LineFile, read_records
 from dalle_ds.parsing import parse_json, parse_yaml
-from dalle_ds.precision.rates import Choice
+from dalle_ds.precision.choice import Choice
 from dalle_ds.training.checkpoints.content import load_state
-from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder
 
 RunKind = TypeVar("RunKind", bound=Run)
 

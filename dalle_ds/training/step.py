@@ -14,7 +14,7 @@ from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Batch, Metrics
-from dalle_ds.training.numerics import NumericsReport
+from dalle_ds.training.exponents import NumericsReport
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.strategies import StepStrategy
 from dalle_ds.training.zero_state import GroupLayout, MasterGradients

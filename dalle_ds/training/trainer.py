@@ -15,13 +15,13 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.optim import LearningRate, WeightAverage
 from dalle_ds.optim.adamw import rounding_warning
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision.rates import Choice, choose, slow_warning
-from dalle_ds.resilience.guard import Guard, Rollbacks
+from dalle_ds.precision.choice import Choice, choose, slow_warning
+from dalle_ds.resilience.rollback import Guard, Rollbacks
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import TrainedTensors, TrainState, load_state
-from dalle_ds.training.checkpoints.folder import choose_checkpoint
+from dalle_ds.training.checkpoints.manifest import choose_checkpoint
 from dalle_ds.training.engine import build_engine, build_part, scale_gradients
 from dalle_ds.training.loop import LONG_TIMEOUT, Loop, RunContext
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start

@@ -19,7 +19,7 @@ from dalle_ds.data.order import rows_of, turns_of
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import DiscreteVAE
-from dalle_ds.resilience.guard import Rollback, Rollbacks
+from dalle_ds.resilience.rollback import Rollback, Rollbacks
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.transformer import TransformerTask

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dalle_ds.doctor import environment
-from dalle_ds.precision import rates
+from dalle_ds.precision import choice
 from tests.conftest import ROOT
 
 
@@ -26,11 +26,11 @@ def test_it_tells_versions_rates_and_what_auto_chooses(
 ) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(
-        rates, "matmul_rate", lambda dtype, device, seconds=0.0: 9e8 if dtype != torch.float32 else 22e9
+        choice, "matmul_rate", lambda dtype, device, seconds=0.0: 9e8 if dtype != torch.float32 else 22e9
     )
-    rates._rate.cache_clear()
+    choice._rate.cache_clear()
     found = doctor(monkeypatch, capsys)
-    rates._rate.cache_clear()
+    choice._rate.cache_clear()
     assert torch.get_num_threads() == threads
     for word in (torch.__version__, metadata.version("deepspeed"), "22 GFLOP/s in fp32", "0.9 GFLOP/s in bf16"):
         assert word in found

@@ -14,7 +14,7 @@ from dalle_ds.evaluation.candidates import CAPTIONS, PROTOCOL_NAME, Candidates, 
 from dalle_ds.evaluation.sets import shard_rows
 from dalle_ds.models import Dalle
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision import rates
+from dalle_ds.precision import choice
 from dalle_ds.sampling import Sampling, SamplingRequest, TextToImage
 
 TEXTS = [f"a {colour} circle" for colour in ("red", "green", "blue", "orange", "purple", "black")]
@@ -104,14 +104,14 @@ def test_another_transformers_candidates_are_refused(pipeline: TextToImage, tmp_
 def test_the_precision_of_kept_candidates_is_taken_up_again(
     pipeline: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rates, "choose", lambda _: rates.Choice("bf16", "measured"))
-    monkeypatch.setattr(rates, "slow_warning", lambda *_: None)
+    monkeypatch.setattr(choice, "choose", lambda _: choice.Choice("bf16", "measured"))
+    monkeypatch.setattr(choice, "slow_warning", lambda *_: None)
     kept = partial(kept_precision, tmp_path / "kept")
-    assert rates.choose_precision("auto", ALONE, kept) == "bf16"
+    assert choice.choose_precision("auto", ALONE, kept) == "bf16"
     candidates = make(pipeline, tmp_path / "kept")
-    assert rates.choose_precision("auto", ALONE, kept) == "fp32"
+    assert choice.choose_precision("auto", ALONE, kept) == "fp32"
     with pytest.raises(ConfigError, match=r"dtype: 'fp32' and .*--dtype fp32$"):
-        candidates.prepare(rates.choose_precision("bf16", ALONE, kept), "weights")
+        candidates.prepare(choice.choose_precision("bf16", ALONE, kept), "weights")
     for damaged in ("[", "[]", '{"dtype": []}', '{"dtype": "int8"}', "{}"):
         (tmp_path / "kept" / PROTOCOL_NAME).write_text(damaged)
         assert kept() is None

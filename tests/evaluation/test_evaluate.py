@@ -37,7 +37,7 @@ from dalle_ds.evaluation.results import Result, compare, compare_command
 from dalle_ds.evaluation.sets import choose_captions, images_of
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
-from dalle_ds.precision import rates
+from dalle_ds.precision import choice
 from dalle_ds.sampling import TextToImage
 from tests.processes import run_ranks
 from tests.references import reference
@@ -223,7 +223,7 @@ def test_kept_pictures_give_the_same_figures(
 
     monkeypatch.setattr("dalle_ds.evaluation.candidates.sample_codes", never)
     # In their precision, where the device would take another.
-    monkeypatch.setattr(rates, "choose", lambda _: rates.Choice("bf16", "measured"))
+    monkeypatch.setattr(choice, "choose", lambda _: choice.Choice("bf16", "measured"))
     again = evaluate(replace(options, dtype="auto"), ALONE)
     assert again.metrics == first.metrics and again.protocol["generation"]["dtype"] == "fp32"
 

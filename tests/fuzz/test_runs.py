@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from dalle_ds.config import DvaeRun
 from dalle_ds.evaluation.curves import NUMERICS, curves_figure, panels_of, read_metrics
 from dalle_ds.parallel import Mesh
-from dalle_ds.resilience.guard import Rollbacks
+from dalle_ds.resilience.rollback import Rollbacks
 from dalle_ds.training.checkpoints.content import load_state
-from dalle_ds.training.checkpoints.folder import (
+from dalle_ds.training.checkpoints.manifest import (
     CheckpointFolder,
     Manifest,
     choose_checkpoint,

@@ -33,7 +33,7 @@ from dalle_ds.parallel.stages import balanced
 from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.model import Parameter, ParameterSet, Stage, stages_of
 from dalle_ds.planning.trace import on_meta, traced
-from dalle_ds.precision.rates import DTYPES
+from dalle_ds.precision.choice import DTYPES
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.tasks.stages import STAGES

@@ -10,7 +10,7 @@ from typing import Any
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import TrainedTensors
-from dalle_ds.training.checkpoints.folder import CheckpointFolder, Manifest, record_of
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder, Manifest, record_of
 from dalle_ds.training.checkpoints.saver import AsyncCheckpointer
 from dalle_ds.training.checkpoints.storage import LocalShards
 from dalle_ds.training.checkpoints.writing import plan_for

@@ -32,7 +32,7 @@ from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.tasks import Batch, Metrics
 from dalle_ds.tasks.transformer import TransformerTask
 from dalle_ds.training.checkpoints import saver as saving
-from dalle_ds.training.checkpoints.folder import CheckpointFolder
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder
 from dalle_ds.training.checkpoints.writing import Plan
 from dalle_ds.training.trainer import Trainer
 

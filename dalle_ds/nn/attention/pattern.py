@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.meta import device_type
+from dalle_ds.meta_device import device_type
 from dalle_ds.nn.attention.blockwise import blockwise_attention, is_worthwhile
 from dalle_ds.nn.attention.flex import Layout, Refused, flex_attention, flex_pairs
 from dalle_ds.nn.attention.masks import attention_mask

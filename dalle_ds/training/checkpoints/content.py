@@ -20,7 +20,7 @@ from dalle_ds.optim import AdamW, LearningRate, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.parsing import parse_json
 from dalle_ds.precision import GradientScales
-from dalle_ds.resilience.guard import Guard
+from dalle_ds.resilience.rollback import Guard
 from dalle_ds.training.checkpoints.storage import Index, LocalShards, matrix_size
 from dalle_ds.training.replicas import ReplicaReduction
 from dalle_ds.training.zero_state import MasterWeights

@@ -32,7 +32,7 @@ from dalle_ds.config import Run
 from dalle_ds.errors import CheckpointError
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME, TENSORS_NAME, TrainedTensors
-from dalle_ds.training.checkpoints.folder import CheckpointFolder, FileRecord, Manifest, record_of
+from dalle_ds.training.checkpoints.manifest import CheckpointFolder, FileRecord, Manifest, record_of
 from dalle_ds.training.checkpoints.storage import INDEX_NAME
 from dalle_ds.training.checkpoints.writing import Plan, file_name, gather_to_first, plan_for
 from dalle_ds.training.tracking import Tracker
@@ -142,7 +142,7 @@ class AsyncCheckpointer:
         reasons: list[Any] = [_failure(save.job)]
         if not save.completing:
             # What the writers came to, in their order: on the main process, of all.
-            outcome = _failure(save.job) or save.job.result()
+            outcome: Any = _failure(save.job) or save.job.result()
             written = gather_to_first(outcome, self._group) if save.plan is not None else []
             if not failed:
                 save.completing = True

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from dalle_ds.training.checkpoints.folder import FileRecord
+from dalle_ds.training.checkpoints.manifest import FileRecord
 from dalle_ds.training.checkpoints.storage import BUFFER_BYTES, DTYPES, INDEX_NAME, LocalShards, TensorSlice, as_bytes
 
 Value = TypeVar("Value")

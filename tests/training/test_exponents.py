@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from dalle_ds.training.numerics import HIGHEST, LOWEST, exponent_counts, exponent_report
+from dalle_ds.training.exponents import HIGHEST, LOWEST, exponent_counts, exponent_report
 
 
 def test_every_element_is_counted_where_pythons_frexp_puts_it() -> None:

@@ -14,7 +14,7 @@ from dalle_ds.errors import CheckpointError
 from dalle_ds.optim import AdamW, WeightAverage
 from dalle_ds.parallel import Mesh
 from dalle_ds.training.checkpoints.content import TrainedTensors, load_state
-from dalle_ds.training.checkpoints.folder import (
+from dalle_ds.training.checkpoints.manifest import (
     CheckpointFolder,
     Manifest,
     choose_checkpoint,
@@ -107,7 +107,7 @@ def test_the_newest_good_checkpoints_and_the_first_beyond_each_multiple_are_kept
 
 
 @pytest.mark.parametrize(
-    "place", ["dalle_ds.training.checkpoints.writing.os.fsync", "dalle_ds.training.checkpoints.folder.sync_folder"]
+    "place", ["dalle_ds.training.checkpoints.writing.os.fsync", "dalle_ds.training.checkpoints.manifest.sync_folder"]
 )
 def test_a_full_disk_leaves_nothing_half_written_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -129,7 +129,7 @@ def test_all_files_are_forced_to_the_disk_before_the_name_is_there(
 ) -> None:
     forced: list[set[str]] = []
     monkeypatch.setattr(
-        "dalle_ds.training.checkpoints.folder.sync_folder",
+        "dalle_ds.training.checkpoints.manifest.sync_folder",
         lambda folder: forced.append({path.name for path in folder.rglob("*") if path.is_file()}),
     )
     final = save(tmp_path, 1)
@@ -324,7 +324,7 @@ def test_a_disk_that_cannot_be_read_now_says_nothing_of_a_checkpoint(
 
     folder = CheckpointFolder(tmp_path)
     with monkeypatch.context() as broken:
-        broken.setattr("dalle_ds.training.checkpoints.folder.digest_of", fails)
+        broken.setattr("dalle_ds.training.checkpoints.manifest.digest_of", fails)
         for look in (lambda: choose_checkpoint(folder, ALONE), lambda: folder.newest_good(ALONE)):
             with pytest.raises(
                 CheckpointError, match=r"step-2 cannot be read on .*Input/output error.*: it must lie where"

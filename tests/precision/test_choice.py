@@ -16,7 +16,7 @@ from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.planning.layout import named_cluster
 from dalle_ds.planning.plan import make_plan
-from dalle_ds.precision import rates
+from dalle_ds.precision import choice
 from dalle_ds.tasks.dvae import DvaeTask
 from dalle_ds.training.checkpoints.content import FORMAT, STATE_NAME
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
@@ -29,8 +29,8 @@ RUN = DvaeRun(data="data", run_dir="run", train=TrainConfig(batch_size=4))
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, **gigaflops: float) -> None:
-    """A CPU of these rates."""
-    monkeypatch.setattr(rates, "_rate", lambda name: 1e9 * gigaflops[name])
+    """A CPU of these choice."""
+    monkeypatch.setattr(choice, "_rate", lambda name: 1e9 * gigaflops[name])
 
 
 @pytest.mark.parametrize("gigaflops", [0.1, 0.5, 22.0, 400.0, 1e6])
@@ -47,29 +47,29 @@ def test_a_probe_takes_its_time_and_no_more(gigaflops: float, device: str, monke
         product(left, right)
         return clock[0] - began
 
-    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(rates, "_matrix", lambda size, *_: size)
-    monkeypatch.setattr(rates, "_product_seconds", seconds)
-    found = rates.matmul_rate(torch.bfloat16, torch.device(device))
-    assert clock[0] <= rates.SECONDS
+    monkeypatch.setattr(choice, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(choice, "_matrix", lambda size, *_: size)
+    monkeypatch.setattr(choice, "_product_seconds", seconds)
+    found = choice.matmul_rate(torch.bfloat16, torch.device(device))
+    assert clock[0] <= choice.SECONDS
     assert found == pytest.approx(gigaflops * 1e9, rel=0.05) or gigaflops == 1e6
-    assert sizes[0] == rates.SMALLEST and max(sizes) <= rates.LARGEST[device]
+    assert sizes[0] == choice.SMALLEST and max(sizes) <= choice.LARGEST[device]
     if gigaflops >= 22:
         assert max(sizes) >= 512, "small matrices say little of a fast machine"
 
 
 def test_a_real_probe_leaves_the_generator_of_training_alone() -> None:
     before = torch.get_rng_state()
-    assert rates.matmul_rate(torch.float32, CPU, 0.02) > 1e6
+    assert choice.matmul_rate(torch.float32, CPU, 0.02) > 1e6
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_faster_one_is_chosen_and_both_rates_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, fp32=22.0, bf16=0.9)
-    assert rates.choose(CPU).precision == "fp32"
-    assert "22 GFLOP/s in fp32" in rates.choose(CPU).why and "0.9 GFLOP/s in bf16" in rates.choose(CPU).why
+    assert choice.choose(CPU).precision == "fp32"
+    assert "22 GFLOP/s in fp32" in choice.choose(CPU).why and "0.9 GFLOP/s in bf16" in choice.choose(CPU).why
     machine(monkeypatch, fp32=100.0, bf16=400.0)
-    assert rates.choose(CPU).precision == "bf16"
+    assert choice.choose(CPU).precision == "bf16"
 
 
 @pytest.mark.parametrize(("has_units", "precision"), [(True, "bf16"), (False, "fp32")])
@@ -81,10 +81,10 @@ def test_a_gpu_is_asked_and_not_measured(has_units: bool, precision: str, monkey
         return has_units
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    monkeypatch.setattr(rates, "_rate", None)
-    assert rates.choose(torch.device("cuda", 0)).precision == precision
+    monkeypatch.setattr(choice, "_rate", None)
+    assert choice.choose(torch.device("cuda", 0)).precision == precision
     assert asked == [False], "emulated bf16 is none"
-    assert rates.slow_warning("bf16", torch.device("cuda", 0)) is None
+    assert choice.slow_warning("bf16", torch.device("cuda", 0)) is None
 
 
 def test_other_ranks_take_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +98,9 @@ def test_other_ranks_take_what_the_first_one_measured(monkeypatch: pytest.Monkey
         outcome[:] = sent
 
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
-    assert rates.choose_precision("auto", Mesh(0, 2, CPU)) == "bf16"
-    monkeypatch.setattr(rates, "_rate", None)  # rank 1 would have found another answer, or none
-    assert rates.choose_precision("auto", Mesh(1, 2, CPU)) == "bf16"
+    assert choice.choose_precision("auto", Mesh(0, 2, CPU)) == "bf16"
+    monkeypatch.setattr(choice, "_rate", None)  # rank 1 would have found another answer, or none
+    assert choice.choose_precision("auto", Mesh(1, 2, CPU)) == "bf16"
 
 
 def test_a_slow_precision_that_is_asked_for_is_used_after_one_warning(
@@ -108,12 +108,12 @@ def test_a_slow_precision_that_is_asked_for_is_used_after_one_warning(
 ) -> None:
     machine(monkeypatch, fp32=22.0, bf16=0.9, fp16=0.5)
     for precision in ("bf16", "fp16"):
-        assert rates.choose_precision(precision, ALONE) == precision
+        assert choice.choose_precision(precision, ALONE) == precision
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1 and lines[0].startswith("warning") and "22 GFLOP/s" in lines[0]
-    assert rates.choose_precision("fp32", ALONE) == "fp32"
+    assert choice.choose_precision("fp32", ALONE) == "fp32"
     machine(monkeypatch, fp32=22.0, bf16=80.0)
-    assert rates.choose_precision("bf16", ALONE) == "bf16"
+    assert choice.choose_precision("bf16", ALONE) == "bf16"
     assert capsys.readouterr().out == ""
 
 
@@ -125,7 +125,7 @@ def test_auto_in_a_json_is_for_whoever_states_nothing_else() -> None:
         assert not is_auto(other, RUN)
     with pytest.raises(ConfigError, match=r"bf16\.enabled"):
         resolve(AUTO, RUN, 1)
-    for precision in rates.DTYPES:
+    for precision in choice.DTYPES:
         config = resolve(with_precision(AUTO, precision), RUN, 1)
         assert config.precision == precision
         assert config.deepspeed["bf16"]["enabled"] == (precision == "bf16")
@@ -137,20 +137,20 @@ def test_a_plan_takes_what_the_cluster_is_faster_in() -> None:
         assert make_plan(DvaeTask.planned(run), AUTO, named_cluster(cluster)).layout.precision == precision
 
 
-def written(folder: Path, choice: rates.Choice | None) -> None:
+def written(folder: Path, chosen: choice.Choice | None) -> None:
     directory = RunDirectory(folder, "dvae", RUN)
     directory.claim()
-    directory.write_config({}, choice)
+    directory.write_config({}, chosen)
     directory.release()
 
 
 def test_a_run_keeps_what_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept_precision(tmp_path / "run") is None
-    written(tmp_path / "run", rates.Choice("fp32", "22 and 0.9"))
-    assert kept_precision(tmp_path / "run") == rates.Choice("fp32", "22 and 0.9")
+    written(tmp_path / "run", choice.Choice("fp32", "22 and 0.9"))
+    assert kept_precision(tmp_path / "run") == choice.Choice("fp32", "22 and 0.9")
     content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert content["precision"] == {"chosen": "fp32", "why": "22 and 0.9"}
-    written(tmp_path / "run", rates.Choice("fp32", "22 and 0.9"))  # and it is no other configuration
+    written(tmp_path / "run", choice.Choice("fp32", "22 and 0.9"))  # and it is no other configuration
 
 
 @pytest.mark.parametrize("noted", [None, "bf16", {"chosen": "fp8", "why": ""}, {"chosen": ["bf16"], "why": ""}])
@@ -207,10 +207,10 @@ def test_a_trainer_decides_once_and_resumes_in_the_same_on_another_machine(
 def test_a_choice_is_measured_on_one_thread_and_gives_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
-    monkeypatch.setattr(rates, "matmul_rate", lambda *_: seen.append(torch.get_num_threads()) or 1e9)
+    monkeypatch.setattr(choice, "matmul_rate", lambda *_: seen.append(torch.get_num_threads()) or 1e9)
     torch.set_num_threads(2)
     try:
-        rates._rate.__wrapped__("bf16")
+        choice._rate.__wrapped__("bf16")
         assert seen == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -10,7 +10,7 @@ import pytest
 
 from dalle_ds.config import GuardConfig
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.resilience.guard import Guard, Rollbacks
+from dalle_ds.resilience.rollback import Guard, Rollbacks
 
 
 def noisy(update: int) -> float:
