@@ -9,6 +9,7 @@ EVALUATION = ["torchmetrics>=1.4", "scipy>=1.11"]
 FILTERS = ["py3langid>=0.3", "imagehash>=4.3"]
 OVERLAP = ["faiss-cpu>=1.9"]
 RAY = ["ray[data]>=2.40"]
+UNCLIP = ["diffusers>=0.38,<0.43"]
 
 setup(
     name="dalle-ds",
@@ -60,12 +61,14 @@ setup(
             *FILTERS,
             *OVERLAP,
             *RAY,
+            *UNCLIP,
         ],
         "clip": CLIP,
         "eval": [*CLIP, *EVALUATION],
         "filters": FILTERS,
         "overlap": OVERLAP,
         "ray": RAY,
+        "unclip": UNCLIP,
         "large": ["accelerate>=1.0"],
     },
 )

@@ -25,7 +25,7 @@ from dalle_ds.config import PriorConfig
 from dalle_ds.diffusion import noise_schedule, step_grid
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.prior import Caption, DiffusionPrior
-from dalle_ds.precision.rates import DTYPES, matmul_rate
+from dalle_ds.precision.choice import DTYPES, matmul_rate
 from dalle_ds.sampling.prior import PriorSampling, denoise
 
 SCALE = 17.2
