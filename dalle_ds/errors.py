@@ -28,7 +28,7 @@ class TrainingError(DalleError, RuntimeError):
 
 
 class Interrupted(DalleError):
-    """A run that was told to stop and did, behind a checkpoint; launchers end with `EXIT_REQUEUE`."""
+    """A run that was told to stop and did, after writing a checkpoint; launchers end with `EXIT_REQUEUE`."""
 
 
 EXIT_REQUEUE = 75

@@ -16,8 +16,8 @@
 | `order`, `loader`, `workers` | which rows make up which batch, of one corpus or several, read by whom |
 | `faults` | what cannot be read while training |
 
-The room is larger than others because a corpus is read as its owner has it (nine kinds, damaged ones included) and every loss
-is told.
+The package is larger than others because a corpus is read as its owner has it (nine kinds, damaged ones included) and every
+loss is told.
 """
 
 from dalle_ds.data.codes import CodesCache

@@ -1,4 +1,4 @@
-"""Measuring what trained models can do. The room is large since every figure is defined here exactly: sums over processes,
+"""Measuring what trained models can do. It is large since every figure is defined here exactly: sums over processes,
 distances of rank-deficient sets, likelihoods of 8-bit images, a search that can be stopped, votes that can be checked.
 
 - `evaluate`: an evaluation from its options to its result (`results`). Begin here

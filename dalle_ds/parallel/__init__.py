@@ -1,4 +1,4 @@
-"""How processes divide the work. Nothing outside this room reads a rank or a world size from the environment.
+"""How processes divide the work. Outside of it, only launchers, monitors and messages read a rank from the environment.
 
 `mesh.py` says who does what; `tensor.py` how layers are divided among processes. The layers themselves stand beside the
 others in `nn/layers.py`.

@@ -7,7 +7,7 @@ training process → monitor        a `Failure`; "bye": no longer to be watched
 monitor → coordinator             "beat": a sign of life; "bye"; a `Failure`; with the `position` of the training process
 coordinator → monitor             "beat"; "dump": have the stacks written; "exit": end the training process with this
                                   `status`; "end": watch no longer, since rank 0 or this rank is done
-monitor → training process        "exit"; "end"; "stop": behind a checkpoint, and `why`
+monitor → training process        "exit"; "end"; "stop": after writing a checkpoint, and `why`
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Settings:
     rank: int
     world_size: int
     pid: int  # of the training process
-    can_stop: bool  # whether that can be asked to stop behind a checkpoint
+    can_stop: bool  # whether that can be asked to stop after writing a checkpoint
     progress: int  # file descriptors: the memory for pulses
     stacks: int  # the memory for stacks
     channel: int  # the connection to the training process

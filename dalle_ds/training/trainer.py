@@ -130,7 +130,7 @@ class Trainer:
         """Train to `run.steps` updates, then validate, make a preview and export; all of it is skipped where it is done.
 
         Raises:
-            Interrupted: a signal told the run to stop, which it did behind a checkpoint.
+            Interrupted: a signal told the run to stop, which it did after writing a checkpoint.
             TrainingError: updates go wrong, and going back to a checkpoint does not help.
             CheckpointError: a checkpoint cannot be read or written.
         """

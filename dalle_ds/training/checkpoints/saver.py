@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: an update waits for the copy to the host's memory, not for the disk.
+"""Checkpoints written asynchronously: an update waits for the copy to the host's memory, not for the disk.
 
 `begin` plans and copies; from there on a thread of each process writes its file, and talks to nobody. Between updates the
 processes add up who is done (`progress`), in a reduction that they make anyway, and go from one phase to the next together
