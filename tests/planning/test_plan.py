@@ -275,6 +275,6 @@ def test_mistakes_are_one_sentence(
 
 
 def test_planning_imports_no_deepspeed() -> None:
-    program = "import sys, dalle_ds.commands.plan; print('deepspeed' in sys.modules)"
+    program = "import sys, dalle_ds.planning.command; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"
