@@ -20,7 +20,7 @@ import xxhash
 
 from dalle_ds.errors import DataError
 
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**24
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,7 +53,7 @@ def digest_of(path: Path) -> str:
     """XXH3-128 of a file's contents, in hexadecimal; OSError where it cannot be read."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        buffer = memoryview(bytearray(min(_CHUNK_BYTES, max(1, os.fstat(file.fileno()).st_size))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

@@ -60,7 +60,8 @@ class PowerSGDConfig:
 
     def __post_init__(self) -> None:
         positive("powersgd", self, "epsilon")
-        at_least(1, "powersgd", self, "rank")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"powersgd.rank must be at least 1, found {self.rank}; None takes the paper's rule")
         for name in ("p_scale_log2", "q_scale_log2"):
             if not -60 <= getattr(self, name) <= 60:
                 raise ConfigError(f"powersgd.{name} must lie in [-60, 60], found {getattr(self, name)}")

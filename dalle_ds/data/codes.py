@@ -345,11 +345,15 @@ class _NpyFiles:
         self._offsets = [file.bytes - rows * size for file, size in zip(self.files, self._widths, strict=True)]
         if min(self._offsets) < 0:
             raise ValueError("no codes of its shape are in its files")
+        self._handles: list[Any] = []
         self.snapshot = FileSnapshot(folder, self.files)
         self.faults = tuple(self.snapshot.faults)
 
     def __len__(self) -> int:
         return self.files[0].rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": []}
 
     def vector(self, row: int) -> bytes | None:
         """See `Store.vector`."""
@@ -364,8 +368,8 @@ class _NpyFiles:
     def _read(self, which: int, row: int) -> bytes:
         path, size = self.folder / self.files[which].file, self._widths[which]
         try:
-            with path.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, self._offsets[which] + row * size)
+            self._handles = self._handles or [(self.folder / file.file).open("rb", buffering=0) for file in self.files]
+            data = os.pread(self._handles[which].fileno(), size, self._offsets[which] + row * size)
         except OSError as error:
             raise RowError(f"{path} cannot be read: {error.strerror}", READ_ERROR, str(path)) from error
         if len(data) != size:

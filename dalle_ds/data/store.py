@@ -93,6 +93,7 @@ class Store:
         self._opened: OrderedDict[int, Any] = OrderedDict()
         # Kept of files that are closed, so that opening one again is no search through it.
         self._positions: dict[int, _Positions] = {}
+        self._damaged: dict[int, str] = {}  # what was found once is not looked for again at every row
         self.snapshot = FileSnapshot(folder, files)
         """Of the files when this was made."""
         self.faults: tuple[Fault, ...] = tuple(self.snapshot.faults)
@@ -134,10 +135,15 @@ class Store:
 
     def _newly_opened(self, number: int) -> _OpenFile:
         file = self.files[number]
-        about = self.folder / file.file, file, self._positions.get(number)
+        path = self.folder / file.file
+        about = path, file, self._positions.get(number)
+        if number in self._damaged:
+            raise RowError(self._damaged[number], DAMAGED_FILE, str(path))
         try:
             return self._kind(*about)
         except RowError as error:
+            if error.reason == DAMAGED_FILE:
+                self._damaged[number] = str(error)
             if not self._opened or getattr(error.__cause__, "errno", None) not in _USED_UP:
                 raise
         # Others of this process, or of the machine, use files and maps as well; those of this split can be spared.
@@ -218,12 +224,15 @@ class _OpenFile:
             self._read(start, min(_CHUNK, end - start))
 
     def _read(self, offset: int, length: int) -> bytes:
-        try:
-            content = os.pread(self._file.fileno(), length, offset)
-        except OSError as error:
-            raise self._error(READ_ERROR, f"cannot be read at byte {offset:,}: {error.strerror}") from error
-        if len(content) < length:
-            raise self._error(TRUNCATED_FILE, "was cut off while in use")
+        content = b""
+        while len(content) < length:  # some file systems give less than was asked for
+            try:
+                more = os.pread(self._file.fileno(), length - len(content), offset + len(content))
+            except OSError as error:
+                raise self._error(READ_ERROR, f"cannot be read at byte {offset:,}: {error.strerror}") from error
+            if not more:
+                raise self._error(TRUNCATED_FILE, "was cut off while in use")
+            content = content + more if content else more
         return content
 
     def _check_size(self) -> None:
@@ -275,6 +284,7 @@ class _PairFile(_OpenFile):
     def __init__(self, path: Path, file: DataFile, positions: _Positions | None) -> None:
         super().__init__(path, file, positions, PAIR_SCHEMA)
         self._batches: OrderedDict[int, pa.RecordBatch] = OrderedDict()  # sound ones, the last used at the end
+        self._unsound: dict[int, str] = {}
 
     def value(self, row: int, column: str) -> Any:
         """See `Store.value`; `row` counts from the first of this file."""
@@ -299,6 +309,8 @@ class _PairFile(_OpenFile):
         if number in self._batches:
             self._batches.move_to_end(number)
             return self._batches[number]
+        if number in self._unsound:
+            raise self._damage(self._unsound[number])
         ends, (offset,) = self.positions.ends, self.positions.places[number]
         rows = ends[number] - (ends[number - 1] if number else 0)
         try:
@@ -308,7 +320,8 @@ class _PairFile(_OpenFile):
         except RowError:
             raise
         except Exception as error:  # see `_search`
-            raise self._damage(f"has a damaged part of {rows:,} rows ({_short(error)})") from error
+            self._unsound[number] = f"has a damaged part of {rows:,} rows ({_short(error)})"
+            raise self._damage(self._unsound[number]) from error
         self._batches[number] = batch
         if len(self._batches) > _MOST_BATCHES:
             self._batches.popitem(last=False)

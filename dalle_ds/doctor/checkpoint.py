@@ -31,7 +31,7 @@ _KINDS = {
     MOMENTS[0]: "Adam's first moments",
     MOMENTS[1]: "Adam's second moments",
     AVERAGE: "average of the weights",
-    ERROR: "PowerSGD's error sums",
+    ERROR: "PowerSGD's error-feedback buffers",
 }
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Group, RenderableType
@@ -19,11 +19,12 @@ from dalle_ds.cli import explain
 from dalle_ds.config import ParallelConfig
 from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.config.plain import positive
-from dalle_ds.doctor import probes
-from dalle_ds.doctor.probes import Disk, Facts, Link, Trial
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience.watch import Watch
+
+if TYPE_CHECKING:
+    from dalle_ds.doctor.probes import Disk, Facts, Link, Trial
 
 MINUTES = 3
 """How long processes wait for each other before the check fails."""
@@ -77,13 +78,16 @@ def check_cluster(options: ClusterOptions) -> tuple[RenderableType | None, list[
 
 def _examine(mesh: Mesh, options: ClusterOptions) -> Checkup:
     """Collective; all get the same."""
+    # Imports models and tasks, which --help and mistakes in options need not wait for.
+    from dalle_ds.doctor import probes
+
     folder = Path(options.path)
     own_links = probes.measure_links(mesh.divide(options.parallel), options.megabytes)
     slowest: dict[tuple[str, tuple[int, ...]], Link] = {}
     for link in (link for links in mesh.gather_objects(own_links) for link in links):
         other = slowest.get((link.axis, link.ranks), link)
         speeds = min(link.all_reduce, other.all_reduce), min(link.all_gather, other.all_gather)
-        slowest[link.axis, link.ranks] = Link(link.axis, link.ranks, *speeds)
+        slowest[link.axis, link.ranks] = probes.Link(link.axis, link.ranks, *speeds)
     return Checkup(
         folder,
         mesh.gather_objects(probes.facts_here(mesh)),

@@ -102,9 +102,12 @@ def _machine() -> Iterator[tuple[str, str]]:
     kilobytes = (said(Path("/proc/meminfo"), rf"{name}:\s+(\d+) kB") for name in ("MemTotal", "MemAvailable"))
     total, free = (f"{int(count) * 1024 / 1e9:.1f} GB" if count else "unknown" for count in kilobytes)
     yield "memory", f"{total}, {free} available"
-    folder = Path.cwd()
-    usage = shutil.disk_usage(folder)
-    yield "disk", f"{folder}: {usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free"
+    try:
+        folder = Path.cwd()
+        usage = shutil.disk_usage(folder)
+        yield "disk", f"{folder}: {usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free"
+    except OSError as error:
+        yield "disk", f"cannot be looked at: {error.strerror}"
 
 
 def processor_name() -> str:
@@ -157,4 +160,5 @@ def nccl_version() -> str:
     """Of a torch that is built for CUDA."""
     import torch
 
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    version = torch.cuda.nccl.version()
+    return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)

@@ -1,6 +1,6 @@
 """Embeddings of all images of a split, in files that grow over restarts; nearest neighbours by cosine.
 
-No `FeatureCache`: that one has all splits of a folder, training images in augmented views, and is made at once or not at all.
+No `CodesCache`: that one has all splits of a folder, training images in augmented views, and is made at once or not at all.
 """
 
 from __future__ import annotations

@@ -297,7 +297,10 @@ def read_votes(paths: Sequence[str | Path], key: dict[str, Any]) -> list[Vote]:
         ConfigError: a file of another study.
         DataError: a file that is none of votes, or damaged; a voter who answered a question twice, and differently.
     """
-    pairs = {pair["id"]: pair for pair in key["pairs"]}
+    try:
+        pairs = {pair["id"]: pair for pair in key["pairs"]}
+    except (KeyError, TypeError) as error:
+        raise DataError("the key of the study has no pairs: make the study again") from error
     votes: dict[tuple[str, str, str], Vote] = {}
     for path in paths:
         try:

@@ -53,19 +53,27 @@ def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
     """Parse `--preset NAME --cluster NAME [--gpus N] [--deepspeed_config FILE] [--search True] [--section.field value …]`.
 
     Raises:
-        ConfigError: an unknown preset, or a value that cannot work.
+        ConfigError: no or an unknown preset or cluster, or a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     is_help = bool({"-h", "--help"} & set(arguments))
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", required=not is_help)
-    first.add_argument("--cluster", required=not is_help, choices=list(CLUSTERS))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", choices=preset_names())
+    first.add_argument("--cluster", choices=list(CLUSTERS))
     first.add_argument("--gpus", type=int)
     first.add_argument("--stage", default="transformer", choices=list(STAGES))
     first.add_argument("--deepspeed_config")
     first.add_argument("--search", default="False", choices=["True", "False"])
     first.add_argument("--json", type=Path)
-    known, rest = first.parse_known_args(arguments)
+    try:
+        known, rest = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}") from error
+    for name, choices in (("preset", preset_names()), ("cluster", list(CLUSTERS))):
+        if getattr(known, name) is None and not is_help:
+            raise ConfigError(f"--{name} is missing: give one of {', '.join(choices)}")
+    if known.gpus is not None and known.gpus < 1:
+        raise ConfigError(f"--gpus must be a whole number of at least 1, found {known.gpus}")
     if known.json is not None and (known.json.is_dir() or not known.json.parent.is_dir()):
         raise ConfigError(f"--json must be a file in a folder that exists, found {known.json}")
     kind, task = STAGES[known.stage]

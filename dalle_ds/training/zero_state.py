@@ -114,7 +114,7 @@ class MasterWeights:
         # Only one of those processes that are cut alike, such as replicas, tells rank 0 of its shards.
         digests: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(digests, hashlib.sha256(repr(self.param_shards).encode()).hexdigest())
-        found: dict[tuple[str, int, int], tuple[int, ParamShard]] = {}
+        found: dict[tuple[str, int, int, int], tuple[int, ParamShard]] = {}
         for source in sorted({digests.index(digest) for digest in digests}):
             offered: list[Any] = [self.param_shards]
             if rank == 0 and source > 0:
@@ -124,8 +124,9 @@ class MasterWeights:
                 dist.recv_object_list(offered, src=0, device=self._device)
                 return [(source, shard) for shard in offered[0]]
             if rank == 0:
-                new = [each for each in offered[0] if (each.name, each.part, each.start) not in found]
-                found |= {(each.name, each.part, each.start): (source, each) for each in new}
+                cuts = {(each.name, each.part, each.start, each.length): (source, each) for each in offered[0]}
+                new = [each for cut, (_, each) in cuts.items() if cut not in found]
+                found = cuts | found
                 if source > 0:
                     dist.send_object_list([new], dst=source, device=self._device)
         return list(found.values())

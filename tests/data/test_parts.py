@@ -332,9 +332,9 @@ def test_jobs_side_by_side_one_killed_and_started_again(sources: dict[str, Path]
 def test_commands_that_cannot_be_meant(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    from launchers import prepare_data
+    from dalle_ds.commands import prepare_data
 
     source = ["--corpus", "folder", "--source", "x", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *source, *arguments])
     with pytest.raises(ConfigError, match=message):
-        prepare_data.main()
+        prepare_data()

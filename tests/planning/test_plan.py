@@ -254,13 +254,16 @@ def test_every_number_of_a_cluster_can_be_changed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--cluster", "cpu"], "required: --preset"),
-        (["--preset", "toy"], "required: --cluster"),
-        (["--preset", "huge", "--cluster", "cpu"], "unknown preset 'huge'"),
-        (["--preset", "toy", "--cluster", "h200"], "argument --cluster: invalid choice: 'h200'"),
-        (["--preset", "toy", "--cluster", "cpu", "--gpus", "0"], "cluster.gpus must be greater than 0, found 0"),
-        (["--preset", "toy", "--cluster", "cpu", "--gpus", "two"], "argument --gpus: invalid int value: 'two'"),
-        (["--preset", "toy", "--cluster", "cpu", "--stage", "prior"], "argument --stage: invalid choice: 'prior'"),
+        (["--cluster", "cpu"], "--preset is missing: give one of"),
+        (["--preset", "toy"], "--cluster is missing: give one of v100-16gb"),
+        (["--preset", "huge", "--cluster", "cpu"], "--preset: invalid choice: 'huge'"),
+        (["--preset", "toy", "--cluster", "h200"], "--cluster: invalid choice: 'h200'"),
+        (
+            ["--preset", "toy", "--cluster", "cpu", "--gpus", "0"],
+            "--gpus must be a whole number of at least 1, found 0",
+        ),
+        (["--preset", "toy", "--cluster", "cpu", "--gpus", "two"], "--gpus: invalid int value: 'two'"),
+        (["--preset", "toy", "--cluster", "cpu", "--stage", "prior"], "--stage: invalid choice: 'prior'"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.reserved_gb", "9"], "cluster.reserved_gb=9"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.overlap", "2"], "cluster.overlap must lie in"),
         (["--preset", "toy", "--cluster", "cpu", "--json", "/nowhere/x.json"], "--json must be a file in a folder"),
@@ -275,6 +278,6 @@ def test_mistakes_are_one_sentence(
 
 
 def test_planning_imports_no_deepspeed() -> None:
-    program = "import sys, dalle_ds.commands.plan; print('deepspeed' in sys.modules)"
+    program = "import sys, dalle_ds.planning.command; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

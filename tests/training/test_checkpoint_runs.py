@@ -66,7 +66,7 @@ class Runs:
             self.job("squeezed-one", 3, steps=STOPPED, **replicas),
             self.job("scaled-one", 2, "fp16", steps=STOPPED),
             self.job("dvae-one", 3, steps=STOPPED, stage="dvae"),
-            # In the same layout again, error sums and all.
+            # In the same layout again, error-feedback buffers and all.
             self.job("squeezed-same", 3, steps=STOPPED, save_every=2, **replicas),
         ]
         straight = [
@@ -252,7 +252,7 @@ def test_the_doctor_finds_a_sound_checkpoint_sound(
         assert words in text, words
     assert "PowerSGD" not in text
     assert call("doctor.py", ["checkpoint", str(runs["squeezed-same"] / "checkpoints" / "step-10")], monkeypatch) == 0
-    assert "PowerSGD's error sums" in capsys.readouterr().out
+    assert "PowerSGD's error-feedback buffers" in capsys.readouterr().out
 
 
 @pytest.mark.launch

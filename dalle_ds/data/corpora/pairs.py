@@ -162,6 +162,6 @@ class Column:
 def columns_of(image: str | None, caption: str | None) -> tuple[Column, Column]:
     """The columns of images and of captions: those named, or the usual ones."""
     return (
-        Column("image_column", (image,) if image else ("image", "file_name")),
-        Column("caption_column", (caption,) if caption else ("caption", "text")),
+        Column("image_column", (image,) if image is not None else ("image", "file_name")),
+        Column("caption_column", (caption,) if caption is not None else ("caption", "text")),
     )

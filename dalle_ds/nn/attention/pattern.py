@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class AttentionPattern:
         # The first code meets all text and itself, whatever the kind.
         if self.kind == "full" or length <= self.text_len + 1:
             return dense_attention(qkv, None if keep is None else self._mask(length, keep, qkv.device))
-        options: dict[str, Any] = asdict(self)
+        options: dict[str, Any] = dict(vars(self))
         kernel = KERNELS.get(device_type(qkv))
         if kernel == "blockwise" and is_worthwhile(**options, length=length, dtype=qkv.dtype):
             return blockwise_attention(qkv, keep, **options)

@@ -88,6 +88,7 @@ class TrainedTensors:
             failure = CheckpointError(
                 f"the checkpoint {checkpoint} cannot be loaded: {error}; delete it to resume from an older one"
             )
+            failure.__cause__ = error
         failed = int(mesh.sum(torch.tensor(int(failure is not None)), "world"))
         if failed:
             raise failure or CheckpointError(f"{failed} other processes could not read the checkpoint; they say why")

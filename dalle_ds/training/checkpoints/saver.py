@@ -88,7 +88,10 @@ class AsyncCheckpointer:
         self._folder, self._trained, self._mesh = folder, trained, mesh
         self._keep, self._keep_every = keep, keep_every
         self._background, self._before_completing = background, before_completing
-        self._group = _writers(mesh.world_size // mesh.size("replica"), dist.group.WORLD)
+        count = mesh.world_size // mesh.size("replica")
+        # On CPUs all processes' own group will do.
+        whole = count == mesh.world_size and mesh.device.type == "cpu"
+        self._group = None if whole else _writers(count, dist.group.WORLD)
         self._plan: Plan | None = None
         self._save: _Save | None = None
 

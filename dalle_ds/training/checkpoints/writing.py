@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,18 +52,25 @@ class Plan:
     everyone writes. Made by `plan_for`; holds for as long as the processes have the same slices."""
 
     def __init__(
-        self, rank: int, offered: Sequence[Entry], own: Sequence[Entry], everyone: Sequence[Sequence[Entry]]
+        self,
+        rank: int,
+        offered: Sequence[Entry],
+        own: Sequence[Entry],
+        everyone: Sequence[Sequence[Entry]],
+        before: Plan | None = None,
     ) -> None:
         self.offered = offered
         self._file_name = file_name(rank)
         self._header, self._places, self._body_size = _layout(own)
         self._everyone = everyone
-        self._buffer: Tensor | None = None
+        # Of the plan before, where it fits: locking memory takes seconds.
+        self._buffer = before._buffer if before is not None and before._body_size == self._body_size else None
 
     @cached_property
     def total_size(self) -> int:
-        """On the group's first process, bytes of all tensors."""
-        return sum(entry.num_bytes for entries in self._everyone for entry in entries)
+        """On the group's first process, bytes of all files with tensors."""
+        layouts = [_layout(entries) for entries in self._everyone if entries]
+        return sum(len(header) + size for header, _, size in layouts)
 
     def snapshot(self, shards: Mapping[str, LocalShards]) -> Mapping[str, LocalShards]:
         """What this process writes of them, copied to the host's memory, which holds it until the next call."""
@@ -70,9 +79,7 @@ class Plan:
         if self._buffer is None:
             self._buffer = torch.empty(self._body_size, dtype=torch.uint8)
             if on_gpu:
-                # Locked in place, so that GPUs copy to it at full speed; not by PyTorch's allocator, which takes the next
-                # power of two. Where it is refused, copies are slower.
-                torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0)
+                _lock(self._buffer)
         copied: dict[str, LocalShards] = {}
         for entry, offset, part in found:
             copy = self._buffer[offset : offset + entry.num_bytes].view(entry.dtype).view(part.shape)
@@ -124,10 +131,10 @@ def plan_for(shards: Mapping[str, LocalShards], group: Any, before: Plan | None 
         return before
     shared_out = _shared_out(gather_to_first(offered, group))
     if not dist.is_initialized():
-        return Plan(0, offered, shared_out[0], shared_out)
+        return Plan(0, offered, shared_out[0], shared_out, before)
     received: list[Any] = [None]
     dist.scatter_object_list(received, shared_out or None, group=group, group_src=0)
-    return Plan(dist.get_rank(group), offered, received[0], shared_out)
+    return Plan(dist.get_rank(group), offered, received[0], shared_out, before)
 
 
 def _shared_out(offers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
@@ -142,7 +149,22 @@ def _shared_out(offers: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
         rank = min(ranks, key=sizes.__getitem__)
         written[rank].append(entry)
         sizes[rank] += entry.num_bytes
+    whole = {entry.name: entry.size for entry in holders}
+    covered = Counter[str]()
+    for entry in holders:
+        covered[entry.name] += entry.at.rows * entry.at.columns
+    wrong = [name for name, (rows, columns) in whole.items() if covered[name] != rows * columns]
+    assert not wrong, f"slices that processes have do not make up {wrong[0]} once"
     return written
+
+
+def _lock(buffer: Tensor) -> None:
+    """Lock memory in place for as long as the tensor lives, so that GPUs copy to it at full speed; not by PyTorch's allocator,
+    which takes the next power of two. Where it is refused, copies are slower."""
+    cudart, address = torch.cuda.cudart(), buffer.data_ptr()
+    if cudart.cudaHostRegister(address, buffer.numel(), 0) == cudart.cudaError.success:
+        # Else the next memory at this address would be taken for locked.
+        weakref.finalize(buffer, cudart.cudaHostUnregister, address).atexit = False
 
 
 def gather_to_first(value: Value, group: Any) -> list[Value]:
