@@ -64,7 +64,8 @@ class Plan:
         self._header, self._places, self._body_size = _layout(own)
         self._everyone = everyone
         # Of the plan before, where it fits: locking memory takes seconds.
-        self._buffer = before._buffer if before is not None and before._body_size == self._body_size else None
+        fits = before is not None and before._body_size == self._body_size
+        self._buffer: Tensor | None = before._buffer if before is not None and fits else None
 
     @cached_property
     def total_size(self) -> int:
