@@ -124,11 +124,12 @@ class MasterWeights:
                 dist.recv_object_list(offered, src=0, device=self._device)
                 return [(source, shard) for shard in offered[0]]
             if rank == 0:
-                cuts = {(each.name, each.part, each.start, each.length): (source, each) for each in offered[0]}
-                new = [each for cut, (_, each) in cuts.items() if cut not in found]
-                found = cuts | found
+                cuts = {(each.name, each.part, each.start, each.length): each for each in offered[0]}
+                fresh = {cut: each for cut, each in cuts.items() if cut not in found}
+                # Behind the others, in the order in which they cross.
+                found |= {cut: (source, each) for cut, each in fresh.items()}
                 if source > 0:
-                    dist.send_object_list([new], dst=source, device=self._device)
+                    dist.send_object_list([list(fresh.values())], dst=source, device=self._device)
         return list(found.values())
 
 
