@@ -112,7 +112,8 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(runs: Runs, name: str) -> N
     assert len(found) == 3 and {"latest", "step-12"} < set(found)
     failed = max(line.get("failed_saves_total", 0) for line in read_records(runs.folder / name / "metrics.jsonl"))
     if name != "disk-metrics":
-        assert failed >= 1 and f"{failed:.0f} checkpoints that could not be written" in runs.output
+        told = re.findall(r"(\d+) checkpoints that could not be written", runs.output)
+        assert failed >= 1 and max(map(int, told)) >= failed  # more may fail after the last line of metrics
 
 
 def test_a_disk_that_fails_is_told_with_its_reason(runs: Runs) -> None:
