@@ -208,8 +208,8 @@ class DiffusionPrior(nn.Module):
         """
         config, weights = load_model(path, "prior", PriorConfig)
         # What the weights are measured by is what they have; the other kind of text is not among them.
-        absent = "text_width" if config.text == "tokens" else "text_vocab"
-        return loaded(lambda: cls(config), replace(config, **{absent: 1}), weights, path)
+        sized = replace(config, text_width=1) if config.text == "tokens" else replace(config, text_vocab=1)
+        return loaded(lambda: cls(config), sized, weights, path)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Export to folder `path`: `config.json` and `model.safetensors`; CheckpointError where it cannot be written."""

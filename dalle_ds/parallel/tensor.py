@@ -85,8 +85,8 @@ class TensorGroup:
             count = getattr(model, name)
             if count % self.size:
                 raise ConfigError(
-                    f"model.{name}={count} cannot be divided among parallel.tensor={self.size} processes: set it to a multiple "
-                    f"of {self.size}, or parallel.tensor to a divisor of {count}"
+                    f"model.{name}={count} cannot be divided among parallel.tensor={self.size} processes: set it to a "
+                    f"multiple of {self.size}, or parallel.tensor to a divisor of {count}"
                 )
         if not self.sequence:
             return
