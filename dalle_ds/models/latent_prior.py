@@ -157,7 +157,7 @@ class AutoregressivePrior(nn.Module):
                 x = self._run(block, x, states, dropout_seeds)
             else:
                 x = self._run(block, x, dropout_seeds)
-        hidden = self.norm(x[:, 1:])
+        hidden = self.tensor.copy_to_tensor_region(self.norm(x[:, 1:]))
         if logits:
             scores: Tensor = self.head(hidden)
             return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
