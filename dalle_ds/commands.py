@@ -241,6 +241,7 @@ def evaluate() -> None:
     """Measure trained models, or compare what two evaluations found.
 
     python launchers/evaluate.py --data DIR --dvae DIR --transformer DIR --clip DIR --best_of 1,8,64 --out DIR
+    python launchers/evaluate.py --data DIR --prior DIR --out DIR
     python launchers/evaluate.py --real DIR --fake DIR --out DIR
     python launchers/evaluate.py compare A/result.json B/result.json
 
