@@ -88,6 +88,19 @@ def train_clip() -> None:
     _train("clip")
 
 
+def train_prior() -> None:
+    """Train a prior of CLIP's image embeddings, on cached embeddings: --kind diffusion (the default) or autoregressive."""
+    import argparse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--kind", choices=["diffusion", "autoregressive"], default="diffusion")
+    try:
+        known, sys.argv[1:] = first.parse_known_args(sys.argv[1:])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--kind: {error.message}") from error
+    _train("prior" if known.kind == "diffusion" else "latent_prior")
+
+
 def _train(stage: str) -> None:
     from dalle_ds.planning.check import check_plan
     from dalle_ds.tasks.stages import STAGES
@@ -403,6 +416,6 @@ COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
         curves, doctor, evaluate, export, export_clip, generate, import_clip, import_dvae, overlap, plan, prepare_data,
-        report, study, train_clip, train_dvae, train_tokenizer, train_transformer,
+        report, study, train_clip, train_dvae, train_prior, train_tokenizer, train_transformer,
     )
 }  # fmt: skip

@@ -12,6 +12,8 @@ three tokens; in training K noised embeddings share one prefix, under a mask tha
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, Checkpointing, PriorConfig
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import DataError
 from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, run_block
+from dalle_ds.models.pretrained import load_model, loaded, save_model
 from dalle_ds.nn.attention.pattern import dense_attention
 from dalle_ds.nn.layers import Embedding, LayerNorm, Linear, Unembedding, VocabParallelEmbedding
 from dalle_ds.parallel import WHOLE, TensorGroup
@@ -57,8 +60,7 @@ class DiffusionPrior(nn.Module):
         self, config: PriorConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
     ) -> None:
         super().__init__()
-        if tensor.sequence:
-            raise ConfigError("the prior's few positions are not divided: leave parallel.sequence out")
+        tensor.check(config)
         self.config = config
         self.checkpointing: Checkpointing = checkpointing
         self.tensor = tensor
@@ -196,6 +198,22 @@ class DiffusionPrior(nn.Module):
                 f"noised embeddings must have shape ({rows}, K, {config.embed_dim}) and timesteps ({rows}, K), found "
                 f"{tuple(noised.shape)} and {tuple(timesteps.shape)}"
             )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DiffusionPrior:
+        """The prior exported in `path`, or in `path`/export where that is a run directory, in eval mode on the CPU.
+
+        Raises:
+            CheckpointError: nothing there, another kind of model, or weights that do not fit.
+        """
+        config, weights = load_model(path, "prior", PriorConfig)
+        # What the weights are measured by is what they have; the other kind of text is not among them.
+        sized = replace(config, text_width=1) if config.text == "tokens" else replace(config, text_vocab=1)
+        return loaded(lambda: cls(config), sized, weights, path)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Export to folder `path`: `config.json` and `model.safetensors`; CheckpointError where it cannot be written."""
+        save_model(path, "prior", self.config, self.state_dict())
 
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:

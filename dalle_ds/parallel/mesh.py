@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from dalle_ds.config import DalleConfig, ParallelConfig
+from dalle_ds.config import DalleConfig, LatentPriorConfig, ParallelConfig, PriorConfig
 from dalle_ds.errors import ConfigError, DalleError, Interrupted
 from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
@@ -196,7 +196,7 @@ class Mesh:
         bare = replace(self, degrees=degrees, groups={})
         return replace(bare, groups=_groups(self.world_size, bare.sizes))
 
-    def check(self, model: DalleConfig) -> None:
+    def check(self, model: DalleConfig | PriorConfig | LatentPriorConfig) -> None:
         """Raise a `ConfigError` where a transformer cannot be divided so."""
         self.tensor.check(model)
         pipe = self.degrees.pipe

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_ds.config import PADDING, PriorConfig
 from dalle_ds.diffusion import AnalyticVariance, NoiseSchedule, clip_x0, ddim_step, ddpm_step, guide, step_grid
 from dalle_ds.errors import ConfigError
+from dalle_ds.models.clip import Clip
 from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
 from dalle_ds.models.latents import LatentCodec
 from dalle_ds.models.prior import CachedPrior, Caption, DiffusionPrior
@@ -51,9 +53,34 @@ class PriorSampling:
 
 def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
     """The normal numbers that decide sample number `sample` of the caption `key` under `seed`: fp32 on the CPU."""
+    return torch.randn(*shape, generator=_generator(key, seed, sample))
+
+
+def sample_uniforms(key: str, seed: int, sample: int, count: int) -> Tensor:
+    """(count,) float64 in [0, 1), as `sample_noise`."""
+    return torch.rand(count, generator=_generator(key, seed, sample), dtype=torch.float64)
+
+
+def _generator(key: str, seed: int, sample: int) -> torch.Generator:
     digest = hashlib.sha256(repr((seed, sample, key)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(*shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def prepare_caption(config: PriorConfig, text: Tensor, embedding: Tensor, clip: Clip | None = None) -> Caption:
+    """Tokens as the prior reads them, in training and in sampling.
+
+    Args:
+        text: (B, T) int64, -1 behind a caption's tokens: those of CLIP where the prior reads its states.
+        embedding: (B, embed_dim), scaled.
+        clip: for `config.text` "clip_states".
+    """
+    if config.mask_padding:  # what nobody attends to need not be computed
+        text = text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))]
+    if config.text == "tokens":
+        return Caption(text, embedding)
+    assert clip is not None
+    states, padded = clip.text_states(text)
+    return Caption(states, embedding, padded)
 
 
 @torch.no_grad()
