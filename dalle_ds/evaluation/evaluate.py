@@ -281,7 +281,7 @@ def _measure_generated(
         write_text(Path(options.out) / CAPTIONS_NAME, text)
 
 
-def _prior_sampling(options: EvaluateOptions, prior: TextToEmbedding) -> PriorSampling | Sampling:
+def _prior_sampling(options: EvaluateOptions, prior: TextToEmbedding[Any, Any]) -> PriorSampling | Sampling:
     """Of single samples, by the options that the prior's kind has."""
     if prior.kind == "diffusion":
         return replace(options.prior_sampling, best_of=1)

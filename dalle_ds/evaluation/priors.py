@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def cosines(guess: Tensor, truth: Truth) -> Tensor:
 
 
 def figures(guess: Tensor, truth: Truth) -> dict[str, float]:
-    """Figures of one guess for each row, (M, D), of which the direction counts only."""
+    """Figures of one guess for each row, (M, D) of any length: of its direction, and "norm"."""
     unit, mean = F.normalize(guess.double(), dim=1), truth.mean.double()
     centred = F.cosine_similarity(unit - mean, truth.images.double() - mean, dim=1)
     return {
@@ -71,6 +72,7 @@ def figures(guess: Tensor, truth: Truth) -> dict[str, float]:
         "text_cosine": float((unit * truth.texts.double()).sum(dim=1).mean()),
         **recalls(retrieval_ranks(truth.images, unit), len(unit)),
         "diversity": float(diversity(unit)),
+        "norm": float(guess.double().norm(dim=1).mean()),
     }
 
 
@@ -107,7 +109,7 @@ def prior_figures(samples: Tensor, truth: Truth, guesses: Mapping[str, Tensor], 
     """All figures of a prior's samples and of what they are compared with.
 
     Args:
-        samples: (M, N, D) of length 1, N of at least 2 · `best`.
+        samples: (M, N, D) of any length, N of at least 2 · `best`.
         guesses: name → (M, D) other guesses.
         best: each so many samples, the one nearest to its caption is figured, too; 1 leaves that out.
 
@@ -115,17 +117,16 @@ def prior_figures(samples: Tensor, truth: Truth, guesses: Mapping[str, Tensor], 
         "sample/…", "best_of_n/…", "mean_of_samples/…" and "NAME/…" as `figures`; "true_image/…"; and "gain/over_NAME", by how
         much a sample's cosine exceeds that of each guess.
     """
-    mean = samples.double().mean(dim=1)
-    groups = {"sample": over_draws([figures(draw, truth) for draw in samples.unbind(dim=1)])}
-    of_samples = torch.stack([cosines(draw, truth) for draw in samples.unbind(dim=1)]).mean(dim=0)
+    draws, units = samples.unbind(dim=1), F.normalize(samples.double(), dim=2)
+    groups = {"sample": over_draws([figures(draw, truth) for draw in draws])}
+    of_samples = torch.stack([cosines(draw, truth) for draw in draws]).mean(dim=0)
     groups["sample"] |= with_interval("cosine", of_samples)
-    groups["sample"]["caption_diversity"] = float(diversity(samples).mean())
-    groups["sample"]["concentration"] = float(mean.norm(dim=1).mean())
+    groups["sample"]["caption_diversity"] = float(diversity(units).mean())
     if best > 1:
         whole = samples[:, : samples.shape[1] // best * best]
         chosen = best_of(whole, truth.texts, best)
         groups[f"best_of_{best}"] = over_draws([figures(draw, truth) for draw in chosen.unbind(dim=1)])
-    groups |= {name: figures(guess, truth) for name, guess in {"mean_of_samples": mean, **guesses}.items()}
+    groups |= {name: figures(guess, truth) for name, guess in {"mean_of_samples": units.mean(dim=1), **guesses}.items()}
     true = figures(truth.images, truth)
     groups["true_image"] = {name: true[name] for name in ("text_cosine", "diversity")}
     groups["gain"] = {}
@@ -240,7 +241,12 @@ def _first_greatest(similarity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure_prior(
-    context: Context, pipeline: TextToEmbedding, num: int, seed: int, sampling: PriorSampling | Sampling, best: int
+    context: Context,
+    pipeline: TextToEmbedding[Any, Any],
+    num: int,
+    seed: int,
+    sampling: PriorSampling | Sampling,
+    best: int,
 ) -> None:
     """Figures of the split's first captions, whose images can be read. Collective.
 
@@ -262,7 +268,7 @@ def measure_prior(
         values, readable = torch.zeros(len(indices), 2 + num, own.dim), torch.zeros(len(indices))
         if rows:
             sampled = pipeline.sample(
-                captions, num, seed=seed, sampling=sampling, text_embeddings=texts.to(pipeline.device)
+                captions, num, seed=seed, sampling=sampling, text_embeddings=texts, normalize=False
             )
             places = torch.tensor(rows) - indices[0]
             values[places] = torch.cat([torch.stack([texts, images], dim=1), sampled.cpu()], dim=1)

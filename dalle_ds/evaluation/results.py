@@ -133,13 +133,13 @@ MEANING = {
     "pixels_bits_per_dimension": "−log2 P of 8-bit images given their codes, per pixel value",
     "bits_per_dimension": "the sum: upper bound on −log2 P of images given captions",
     "captions_cut": "captions with more tokens than fit, share",
-    "gain": "cosine of a prior's sample to the true image embedding, less that of another guess",
+    "gain": "cosine of samples less that of another guess",
     "cosine": "to the true image embedding, mean",
     "centred_cosine": "the same, the training images' mean taken off both",
     "text_cosine": "to the caption's embedding",
     "diversity": "1 − cosine, mean over pairs of different rows",
     "caption_diversity": "1 − cosine, mean over pairs of samples of one caption",
-    "concentration": "length of the mean of a caption's samples",
+    "norm": "length, where true embeddings have 1",
 }
 
 

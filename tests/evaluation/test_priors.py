@@ -36,6 +36,7 @@ from dalle_ds.evaluation.results import Result, shown_figures
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import Sampling
 from dalle_ds.sampling.prior import PriorSampling, sample_noise
+from dalle_ds.sampling.text_to_embedding import TextToEmbedding
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
 DIM = 6
@@ -93,6 +94,7 @@ def test_figures_are_those_of_numpy() -> None:
     assert found["centred_cosine"] == pytest.approx(cosine(g - m, z - m), abs=1e-6)
     assert found["text_cosine"] == pytest.approx(cosine(g, t), abs=1e-6)
     places = [int(np.flatnonzero(np.argsort(-(z @ g[row])) == row)[0]) for row in range(20)]
+    assert found["norm"] == pytest.approx(3)
     for k in (1, 5, 10):
         assert found[f"retrieval_at_{k}"] == pytest.approx(np.mean([place < k for place in places]))
     assert 0 < found["retrieval_at_1"] < found["retrieval_at_10"]
@@ -112,25 +114,26 @@ def test_diversity_is_that_of_pairs_within_each_row() -> None:
 def test_all_figures_of_a_prior_are_those_of_single_draws() -> None:
     texts, images = linked_pairs(15, seed=5)
     truth = Truth(images, texts, images.mean(dim=0))
-    samples, other = F.normalize(images[:, None] + 0.8 * random_units(15, 4, seed=8), dim=2), random_units(15, seed=9)
+    samples, other = images[:, None] + 0.8 * random_units(15, 4, seed=8), random_units(15, seed=9)
     found = prior_figures(samples, truth, {"other": other}, best=2)
     draws = [figures(samples[:, number], truth) for number in range(4)]
+    of_mean = figures(F.normalize(samples, dim=2).mean(dim=1), truth)
     for name in draws[0]:
         values = [draw[name] for draw in draws]
         assert found[f"sample/{name}"] == pytest.approx(np.mean(values), abs=1e-9)
         error = np.std(values, ddof=1) / 2
         assert found[f"sample/{name}/standard_error"] == pytest.approx(error, abs=1e-9)
         assert found[f"other/{name}"] == figures(other, truth)[name]
-        assert found[f"mean_of_samples/{name}"] == pytest.approx(figures(samples.mean(dim=1), truth)[name], abs=1e-6)
+        assert found[f"mean_of_samples/{name}"] == pytest.approx(of_mean[name], abs=1e-6)
     chosen = []
     for pair in (samples[:, :2], samples[:, 2:]):
-        products = (pair * texts[:, None]).sum(dim=2)
+        products = (F.normalize(pair, dim=2) * texts[:, None]).sum(dim=2)
         chosen.append(pair[torch.arange(15), products.argmax(dim=1)])
     expected = over_draws([figures(draw, truth) for draw in chosen])
     assert {name: found[f"best_of_2/{name}"] for name in expected} == pytest.approx(expected)
     assert found["best_of_2/text_cosine"] > found["sample/text_cosine"]
-    assert found["sample/concentration"] == pytest.approx(float(samples.mean(dim=1).norm(dim=1).mean()))
-    assert found["sample/caption_diversity"] == pytest.approx(float(diversity(samples).mean()))
+    assert found["sample/norm"] == pytest.approx(float(samples.norm(dim=2).mean()))
+    assert found["sample/caption_diversity"] == pytest.approx(float(diversity(F.normalize(samples, dim=2)).mean()))
     assert found["true_image/text_cosine"] == pytest.approx(float((images * texts).sum(dim=1).mean()))
     gain = found["sample/cosine"] - found["other/cosine"]
     assert found["gain/over_other"] == pytest.approx(gain)
@@ -276,10 +279,12 @@ class Prior:
         self.prior = nn.Linear(2, 2)
         self.asked: list[object] = []
 
-    def sample(self, captions: list[str], num: int, *, seed: int, sampling: object, text_embeddings: Tensor) -> Tensor:
+    def sample(
+        self, captions: list[str], num: int, *, seed: int, sampling: object, text_embeddings: Tensor, normalize: bool
+    ) -> Tensor:
         self.asked.append(sampling)
         noise = [torch.stack([sample_noise(caption, seed, i, DIM) for i in range(num)]) for caption in captions]
-        return F.normalize(text_embeddings[:, None] + 0.3 * torch.stack(noise), dim=2)
+        return text_embeddings[:, None] + 0.3 * torch.stack(noise)
 
 
 @pytest.fixture
@@ -328,8 +333,8 @@ def test_a_prior_is_measured_on_every_row(
     assert result.notes == []
     own, dataset = caches["validation"], PairDataset.open(str(options.data), "validation")
     captions = [dataset.captions(row)[0] for row in range(len(dataset))]
-    samples = prior.sample(captions, 4, seed=0, sampling=None, text_embeddings=own.texts)
-    cosines = (samples * own.images[:, None]).sum(dim=2)
+    samples = prior.sample(captions, 4, seed=0, sampling=None, text_embeddings=own.texts, normalize=False)
+    cosines = (F.normalize(samples, dim=2) * own.images[:, None]).sum(dim=2)
     assert result.metrics["prior/sample/cosine"] == pytest.approx(float(cosines.mean()), abs=1e-6)
     found = result.metrics
     assert found["prior/ridge/cosine"] > found["prior/text/cosine"]
@@ -368,6 +373,48 @@ def test_baselines_that_saw_the_rows_are_told(
     result = evaluate(replace(options, split="train"), ALONE)
     assert len(result.notes) == 1
     assert result.metrics["prior/nearest_caption/cosine"] == pytest.approx(1)
+
+
+# --- with real models
+
+
+def real_options(embedded: Path, prior: Path, out: Path) -> EvaluateOptions:
+    """Of a prior that samples quickly."""
+    sampling = PriorSampling(method="ddpm", steps="4")
+    return EvaluateOptions(
+        out=str(out), data=str(embedded), prior=str(prior), num=4, prior_sampling=sampling, device="cpu"
+    )
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
+def test_figures_of_real_priors_are_those_computed_by_hand(
+    kind: str, embedded: Path, prior_exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "best_of_curves", lambda _: "")
+    options = real_options(embedded, prior_exports[kind], tmp_path)
+    found = evaluate(options, ALONE).metrics
+    pipeline = TextToEmbedding.from_pretrained(prior_exports[kind])
+    dataset = PairDataset.open(embedded, "validation")
+    captions = [dataset.captions(row)[0] for row in range(len(dataset))]
+    pixels = torch.stack([torch.tensor(dataset.image(row)).permute(2, 0, 1) for row in range(len(dataset))])
+    images, texts = pipeline.clip.embed_images(pixels / 255), pipeline.clip.embed_texts(captions)
+    single = PriorSampling(method="ddpm", steps="4", best_of=1) if kind == "diffusion" else Sampling()
+    samples = pipeline.sample(captions, 4, sampling=single)
+    assert found["prior/text/cosine"] == pytest.approx(float((images * texts).sum(dim=1).mean()), abs=0.01)  # resizing
+    assert found["prior/sample/cosine"] == pytest.approx(float((samples * images[:, None]).sum(dim=2).mean()), abs=0.01)
+    products = (samples * texts[:, None]).sum(dim=2)
+    assert found["prior/sample/text_cosine"] == pytest.approx(float(products.mean()), abs=1e-5)
+    assert found["prior/sample/caption_diversity"] == pytest.approx(float(diversity(samples).mean()), abs=1e-5)
+    of_best = products.unflatten(1, (2, 2)).amax(dim=2).mean()
+    assert found["prior/best_of_2/text_cosine"] == pytest.approx(float(of_best), abs=1e-5)
+
+
+def test_missing_embeddings_are_told_before_anything_is_sampled(
+    data: Path, prior_exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(TextToEmbedding, "sample")
+    with pytest.raises(DataError, match="--cache_embeddings"):
+        evaluate(real_options(data, prior_exports["diffusion"], tmp_path), ALONE)
 
 
 def test_a_standard_error_needs_two_draws() -> None:
