@@ -22,10 +22,10 @@ from dalle_ds.errors import ConfigError
 
 
 def prepare_data() -> None:
-    """Prepare a corpus for training, cache image codes of prepared data, or both.
+    """Prepare a corpus for training, cache image codes or embeddings of prepared data, or several of these.
 
     python launchers/prepare_data.py --corpus twemoji --out DIR, or --corpus folder --source PICTURES --out DIR; docs/data.md
-    tells of other corpora, and of parts that several jobs do.
+    tells of other corpora, of parts that several jobs do, and of embeddings, which several processes share.
     """
     from rich import print
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +17,7 @@ from PIL import Image
 
 import dalle_ds
 from dalle_ds.allocator import keep_freed_memory
-from dalle_ds.cli import explain, parse_options
-from dalle_ds.config.parallel import WatchConfig
+from dalle_ds.cli import parse_options
 from dalle_ds.config.plain import at_least, positive, sound
 from dalle_ds.data import PairDataset
 from dalle_ds.data.dataset import read_info
@@ -51,7 +49,7 @@ from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.choice import DTYPES, choose_precision
-from dalle_ds.resilience.watch import Watch
+from dalle_ds.resilience.watch import joined
 from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage
 from dalle_ds.sampling.prior import PriorSampling
 from dalle_ds.sampling.text_to_embedding import TextToEmbedding
@@ -402,16 +400,10 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         ConfigError, DataError, CheckpointError: as `evaluate`.
     """
     options = parse_options(EvaluateOptions, arguments)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone and (options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())):
-        keep_freed_memory()
-        mesh = Mesh(0, 1, torch.device("cpu"))  # with no process group, at no cost
-    else:
-        mesh = Mesh.start(options.device)
-    with nullcontext() if alone else Watch(mesh, explain, WatchConfig()):
+    with joined(options.device) as mesh:
+        if mesh.world_size == 1 and mesh.device.type == "cpu":
+            keep_freed_memory()
         result = evaluate(options, mesh)
-        mesh.barrier()
-    mesh.stop()
     if mesh.is_main:
         print_result(result)
         print(f"wrote {options.out}/result.json and {options.out}/evaluation.html")
