@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from dalle_ds.config.plain import at_least, fraction, positive
@@ -289,7 +289,7 @@ class LatentPriorConfig:
     """Share of the outputs of residual branches that is dropped in training."""
 
     def __post_init__(self) -> None:
-        positive("model", self, *(name for name in self.__dataclass_fields__ if name != "dropout"))
+        positive("model", self, *(entry.name for entry in fields(self) if entry.name != "dropout"))
         fraction("model", self, "dropout")
         for width, heads in (("text_width", "text_heads"), ("width", "heads")):
             if getattr(self, width) % getattr(self, heads):

@@ -227,7 +227,7 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
     def _sample(
         self, captions: Sequence[str], embeddings: Tensor, num: int, seed: int, how: PriorSampling | None
     ) -> Tensor:
-        how = how or PriorSampling(method="ddpm" if self.analytic is None else "analytic")
+        how = how or self.default_sampling
         text = self.clip.tokens(captions) if self.tokenizer is None else self._tokens(captions)
         caption = prepare_caption(self.prior.config, text, self.scaling.scale(embeddings), self.clip)
         draws, steps = num * how.best_of, len(step_grid(how.steps, len(self.schedule)))
@@ -235,6 +235,13 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
         variance = self.variance(how.steps) if how.method == "analytic" else None
         scaled = denoise(self.prior, caption, noise, self.schedule, how, variance)
         return best_of(self.scaling.unscale(scaled), embeddings, how.best_of)
+
+    @property
+    def default_sampling(self) -> PriorSampling:
+        """By what was measured, else by the posterior's variance."""
+        if self.analytic is None:
+            return PriorSampling(method="ddpm", steps=str(min(64, len(self.schedule))))
+        return PriorSampling(steps=self.analytic["grid"])
 
     def variance(self, steps: str) -> AnalyticVariance:
         """What was measured on the grid `steps`; ConfigError where nothing was."""

@@ -33,6 +33,10 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
     analytic: dict[str, Any] | None = None
     """What `measure` found for Analytic-DPM."""
 
+    def __init__(self, run: PriorRun) -> None:
+        super().__init__(run)
+        self.grid = self.schedule.on(step_grid(run.objective.analytic_steps, len(self.schedule)))
+
     def _tokenizer(self) -> Tokenizer | None:
         run, clip = self.run, self.clip.config
         if run.model.text == "tokens":
@@ -77,7 +81,11 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
             batch["key"] = torch.empty(rows, dtype=torch.int64)
             if tokens:
                 return {**batch, "text": torch.empty(shape, dtype=torch.int64)}
-            return {**batch, "text": torch.empty(*shape, model.text_width), "padded": torch.empty(shape, dtype=torch.bool)}
+            return {
+                **batch,
+                "text": torch.empty(*shape, model.text_width),
+                "padded": torch.empty(shape, dtype=torch.bool),
+            }
 
     def prepare(self, batch: Batch) -> Batch:
         image, text = (self.scaling_of_embeddings.scale(batch[f"{name}_embedding"]) for name in ("image", "text"))
@@ -130,8 +138,7 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
     @torch.no_grad()
     def measure(self, model: Callable[..., Any], batches: Iterator[Batch], mesh: Mesh) -> None:
         """Γ of Analytic-DPM on the grid of `objective.analytic_steps`: on the same rows and noise in any layout."""
-        objective = self.run.objective
-        grid = self.schedule.on(step_grid(objective.analytic_steps, len(self.schedule)))
+        objective, grid = self.run.objective, self.grid
         found, seen = ScoreMoments(grid), 0
         rows = -(-objective.analytic_rows // self.run.train.batch_size) * self.run.train.batch_size
         while seen < rows // mesh.size("data"):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import multiprocessing
-import pickle
 import random
 import shutil
 import threading
@@ -23,16 +20,13 @@ from torch import Tensor
 from dalle_ds.data import PairDataset, embedding_parts, store_writer
 from dalle_ds.data.augment import clip_center_view, clip_random_view
 from dalle_ds.data.embeddings import EmbeddingCache, cache_embeddings
-from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, NO_FEATURES, TRUNCATED_FILE, RowError
 from dalle_ds.data.order import hash_integers
-from dalle_ds.errors import CheckpointError, ConfigError, DataChangedError, DataError
+from dalle_ds.errors import DataError
 from dalle_ds.models import Clip
 from dalle_ds.parallel import Mesh
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from tests.clip_shapes import CLIP_SHAPES
 from tests.data.test_prepare import all_files
-from tests.data.test_samples import broken_row
-from tests.processes import run_ranks
 
 SIZE, ROWS_OF_PART = 32, 7
 SHAPE = replace(
