@@ -22,10 +22,10 @@ from dalle_ds.errors import ConfigError
 
 
 def prepare_data() -> None:
-    """Prepare a corpus for training, cache image codes of prepared data, or both.
+    """Prepare a corpus for training, cache image codes or embeddings of prepared data, or several of these.
 
     python launchers/prepare_data.py --corpus twemoji --out DIR, or --corpus folder --source PICTURES --out DIR; docs/data.md
-    tells of other corpora, and of parts that several jobs do.
+    tells of other corpora, of parts that several jobs do, and of embeddings, which several processes share.
     """
     from rich import print
 
@@ -254,6 +254,7 @@ def evaluate() -> None:
     """Measure trained models, or compare what two evaluations found.
 
     python launchers/evaluate.py --data DIR --dvae DIR --transformer DIR --clip DIR --best_of 1,8,64 --out DIR
+    python launchers/evaluate.py --data DIR --prior DIR --out DIR
     python launchers/evaluate.py --real DIR --fake DIR --out DIR
     python launchers/evaluate.py compare A/result.json B/result.json
 

@@ -169,6 +169,13 @@ class Mesh:
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
 
     @classmethod
+    def join(cls, device: str = "auto") -> Mesh:
+        """As `start`, but a process that was started alone joins no process group, at no cost."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(0, 1, _pick_device(device, 0))
+        return cls.start(device)
+
+    @classmethod
     def tensor_group(cls, device: str) -> TensorGroup:
         """All processes of the launch as one tensor group; `WHOLE`, at no cost, where the process was started alone.
 

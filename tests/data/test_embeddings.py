@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_ds.data import PairDataset, embeddings, store_writer
+from dalle_ds.data import PairDataset, embedding_parts, store_writer
 from dalle_ds.data.augment import clip_center_view, clip_random_view
 from dalle_ds.data.embeddings import EmbeddingCache, cache_embeddings
 from dalle_ds.data.order import hash_integers
@@ -43,7 +43,7 @@ SHAPE = replace(
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "PART_ROWS", ROWS_OF_PART)
+    monkeypatch.setattr(embedding_parts, "PART_ROWS", ROWS_OF_PART)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def whole(prepared: Path, clip: Clip, tmp_path_factory: pytest.TempPathFactory) 
     """Data with embeddings of two views that nothing disturbed."""
     folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("whole") / "data"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "PART_ROWS", ROWS_OF_PART)
+        patch.setattr(embedding_parts, "PART_ROWS", ROWS_OF_PART)
         cache_embeddings(clip, folder, views=2, seed=3, batch_size=5)
     return folder
 
@@ -108,9 +108,11 @@ def test_embeddings_are_those_of_the_views_and_of_the_captions(
             found = np.stack([cache.text(row, caption) for caption in range(len(captions))])
             np.testing.assert_allclose(found, clip.embed_texts(captions), atol=1e-6)
             assert found.dtype == np.float32 and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-        for wrong in (lambda: cache.image(0, views), lambda: cache.text(0, len(captions)), lambda: cache.text(0, -1)):
+        for wrong in (-1, len(captions)):
             with pytest.raises(IndexError):
-                wrong()
+                cache.text(0, wrong)
+        with pytest.raises(IndexError):
+            cache.image(0, views)
 
 
 def test_rows_have_as_many_texts_as_captions(copy: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +147,8 @@ def test_moments_are_those_of_all_training_images_in_float64(whole: Path, clip: 
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def step_by_step(steps: Connection, export: str, data: str) -> None:
+def step_by_step(steps: Connection, clip: Clip, data: Path) -> None:
     """A cache that waits for a word before each row that it writes."""
-    embeddings.PART_ROWS = ROWS_OF_PART
-    torch.set_num_threads(1)
     add = store_writer.StoreWriter.add
 
     def awaited(writer: store_writer.StoreWriter, row: dict[str, Any], size: int) -> None:
@@ -157,15 +157,14 @@ def step_by_step(steps: Connection, export: str, data: str) -> None:
         add(writer, row, size)
 
     store_writer.StoreWriter.add = awaited  # type: ignore[method-assign]
-    cache_embeddings(Clip.from_pretrained(export), data, views=2, seed=3, batch_size=5)
+    cache_embeddings(clip, data, views=2, seed=3, batch_size=5)
 
 
-def started(export: Path, data: Path, rows: int) -> Any:
+def started(clip: Clip, data: Path, rows: int) -> tuple[Any, Connection]:
     """A process that is about to write a row."""
-    steps, far_end = multiprocessing.get_context("forkserver").Pipe()
-    child = multiprocessing.get_context("forkserver").Process(
-        target=step_by_step, args=(far_end, str(export), str(data))
-    )
+    processes = multiprocessing.get_context("fork")  # has imported all that it needs, as a loader's workers have
+    steps, far_end = processes.Pipe()
+    child = processes.Process(target=step_by_step, args=(far_end, clip, data))
     child.start()
     far_end.close()
     for _ in range(rows):
@@ -176,12 +175,12 @@ def started(export: Path, data: Path, rows: int) -> Any:
 
 
 def test_killed_at_random_and_started_again_the_bytes_are_the_same(
-    copy: Path, export: Path, clip: Clip, whole: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Path, clip: Clip, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part of seven rows has 35 vectors; what was done is not done again."""
     chance, done = random.Random(0), []
     for least, most in ((40, 60), (36, 60), (1, 34)):
-        child, _steps = started(export, copy, chance.randint(least, most))
+        child, _steps = started(clip, copy, chance.randint(least, most))
         if not done:
             with pytest.raises(DataError, match=f"is being made by process {child.pid}"):
                 cache_embeddings(clip, copy, views=2, seed=3, batch_size=5)
@@ -191,8 +190,8 @@ def test_killed_at_random_and_started_again_the_bytes_are_the_same(
     assert done == [1, 2, 2]
     assert EmbeddingCache.find(copy, clip.fingerprint, "train") is None
     written = []
-    write = embeddings._Work.write
-    monkeypatch.setattr(embeddings._Work, "write", lambda *args: (written.append(args[1].name), write(*args)))
+    write = embedding_parts.Work.write
+    monkeypatch.setattr(embedding_parts.Work, "write", lambda *args: (written.append(args[1].name), write(*args)))
     cache_embeddings(clip, copy, views=2, seed=3, batch_size=5)
     assert written == ["train-00002", "train-00003", "validation-00000"]
     assert all_files(copy) == all_files(whole)
@@ -249,17 +248,17 @@ class _Rank(Mesh):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(
-    copy: Path, export: Path, clip: Clip, whole: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+    copy: Path, clip: Clip, whole: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those parts that one killed process has left, if they are two."""
     if world_size == 2:
-        child, _steps = started(export, copy, 40)
+        child, _steps = started(clip, copy, 40)
         child.kill()
         child.join()
     written: list[tuple[str, str]] = []
-    write = embeddings._Work.write
+    write = embedding_parts.Work.write
     monkeypatch.setattr(
-        embeddings._Work,
+        embedding_parts.Work,
         "write",
         lambda *args: (written.append((threading.current_thread().name, args[1].name)), write(*args)),
     )
@@ -270,3 +269,230 @@ def test_any_number_of_processes_writes_the_same_bytes(
     assert len({thread for thread, _ in written}) == world_size
     assert len(written) == len({part for _, part in written}) == 5 - (world_size == 2)
     assert all_files(copy) == all_files(whole)
+
+
+@pytest.mark.launch
+def test_the_command_on_two_processes(copy: Path, export: Path, clip: Clip, whole: Path) -> None:
+    """With parts of the size that they have by default; what they cannot share is told before anything is begun."""
+    arguments = ("launchers/prepare_data.py", "--out", copy, "--cache_embeddings", export)
+    refused = run_ranks(*arguments, "--cache_codes", export, processes=2)
+    assert refused.returncode == 1 and "several processes can share --cache_embeddings alone" in refused.stderr
+    done = run_ranks(*arguments, "--views", 2, "--seed", 3, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("embeddings cached: 24 train, 6 validation") == 1
+    one, other = opened(copy, clip), opened(whole, clip)
+    np.testing.assert_allclose(one.moments.products, other.moments.products, rtol=1e-5)
+    again = run_ranks(*arguments, "--views", 2, "--seed", 3, processes=2)
+    assert again.stdout.count("embeddings were there already") == 1, again.stderr
+    assert [path.name for path in (copy / "embeddings").iterdir()] == [clip.fingerprint[:16]]
+
+
+def test_what_was_begun_otherwise_is_never_taken(
+    copy: Path, clip: Clip, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts with other views, or that the disk has lost."""
+    write = embedding_parts.Work.write
+
+    def interrupted(*arguments: Any) -> None:
+        if arguments[1].number == 3:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    for views in (1, 2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(embedding_parts.Work, "write", interrupted)
+            cache_embeddings(clip, copy, views=views, seed=3, batch_size=5)
+    (parts,) = (copy / "embeddings").glob("*.parts")
+    assert sorted(path.name for path in parts.glob("*-*.json")) == [f"train-0000{number}.json" for number in range(3)]
+    (parts / "train-00000.safetensors").write_bytes(b"damaged")
+    (parts / "files" / "train" / "texts" / "00001-00000.arrow").unlink()
+    (parts / "train-00002.json").write_text("{}")
+    cache_embeddings(clip, copy, views=2, seed=3, batch_size=5)
+    assert all_files(copy) == all_files(whole)
+
+
+def test_a_full_disk_is_told_and_gone_on_from(
+    copy: Path, clip: Clip, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="no space left"):
+        patch.setattr(store_writer.StoreWriter, "_write_batch", full)
+        cache_embeddings(clip, copy, views=2, seed=3, batch_size=5)
+    assert EmbeddingCache.find(copy, clip.fingerprint, "train") is None
+    cache_embeddings(clip, copy, views=2, seed=3, batch_size=5)
+    assert all_files(copy) == all_files(whole)
+
+
+def test_the_same_cache_is_left_alone_and_another_refused(cached: Path, clip: Clip) -> None:
+    before = all_files(cached)
+    assert cache_embeddings(clip, cached, views=2, seed=3).already_there
+    with pytest.raises(DataError, match=r"holds other embeddings of this model \(different: seed, views\)"):
+        cache_embeddings(clip, cached)
+    assert all_files(cached) == before
+    cache = opened(cached, clip)
+    cache.check_unchanged()
+    cache_embeddings(clip, cached, overwrite=True)
+    with pytest.raises(DataChangedError, match="were cached again since they were opened"):
+        cache.check_unchanged()
+    assert opened(cached, clip).views == 1
+
+
+# --- what cannot be read --------------------------------------------------------------------------------------------
+
+
+def test_rows_that_could_not_be_read_have_no_embeddings(
+    copy: Path, clip: Clip, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither do their images count in the moments; what could be read of them is there."""
+    broken_row(PairDataset.open(copy, "train"), 5, monkeypatch)
+    value = PairDataset._value
+
+    def without_captions(self: PairDataset, row: int, column: str) -> Any:
+        if (row, column, self.split) == (8, "captions", "train"):
+            raise RowError("damaged", DAMAGED_FILE)
+        return value(self, row, column)
+
+    monkeypatch.setattr(PairDataset, "_value", without_captions)
+    assert cache_embeddings(clip, copy, views=2, seed=3, batch_size=5).unreadable == {"train": 2, "validation": 0}
+    cache, other = opened(copy, clip), opened(whole, clip)
+    for read in (lambda: cache.image(5, 0), lambda: cache.text(8, 0)):
+        with pytest.raises(RowError, match="has no embeddings") as none:
+            read()
+        assert none.value.reason == NO_FEATURES
+    assert [fault.rows for fault in cache.faults] == [2]
+    assert int(cache.moments.count) == int(other.moments.count) - 2
+    for row, caption in ((5, 1), (7, 0), (9, 1), (23, 1)):
+        np.testing.assert_allclose(cache.text(row, caption), other.text(row, caption), atol=1e-6)
+    assert np.array_equal(cache.image(8, 1), other.image(8, 1))
+
+
+def readable(cache: EmbeddingCache) -> list[bool]:
+    found = []
+    for row in range(len(cache)):
+        try:
+            cache.read_row(row)
+            found.append(True)
+        except RowError:
+            found.append(False)
+    return found
+
+
+@pytest.mark.parametrize("column", ["images", "texts", "captions"])
+def test_lost_files_cost_the_rows_of_their_part(cached: Path, clip: Clip, column: str) -> None:
+    folder = cached / "embeddings" / clip.fingerprint[:16] / "train" / column
+    cut, gone = (folder / f"0000{part}-00000.arrow" for part in (1, 3))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    cache = opened(cached, clip)
+    assert [(fault.reason, fault.rows) for fault in cache.faults] == [(TRUNCATED_FILE, 7), (MISSING_FILE, 3)]
+    assert readable(cache) == [row // 7 not in (1, 3) for row in range(24)]
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"no embeddings of train can be read.*again with --overwrite True"):
+        opened(cached, clip)
+
+
+def test_damaged_vectors_are_never_taken_for_embeddings(cached: Path, clip: Clip) -> None:
+    cache = opened(cached, clip)
+    right = [[cache.image(row, 1), cache.text(row, 0), cache.text(row, 1)] for row in range(7)]
+    lost = 0
+    for path in (cached / "embeddings" / clip.fingerprint[:16] / "train").glob("*/00000-*.arrow"):
+        content = path.read_bytes()
+        for position in range(0, len(content), 29):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 0x40]) + content[position + 1 :])
+            cache = opened(cached, clip)
+            for row, expected in enumerate(right):
+                try:
+                    found = [cache.image(row, 1), cache.text(row, 0), cache.text(row, 1)]
+                except RowError:
+                    lost += 1
+                else:
+                    assert all(map(np.array_equal, found, expected))
+        path.write_bytes(content)
+    assert lost > 10
+
+
+def test_nothing_of_a_manifest_is_believed(cached: Path, clip: Clip) -> None:
+    path = cached / "embeddings" / clip.fingerprint[:16] / "embeddings.json"
+    manifest = json.loads(path.read_text())
+    texts, files = manifest["texts"], manifest["files"]
+    for damage in (
+        {"views": 3},
+        {"embed_dim": 7},
+        {"embed_dim": "6"},
+        {"part_rows": {"train": 0, "validation": 7}},
+        {"part_rows": {"train": 5, "validation": 7}},
+        {"texts": {**texts, "train": texts["train"][:-1]}},
+        {"texts": {**texts, "train": [*texts["train"][:-1], "6"]}},
+        {"texts": {**texts, "train": [15, 13, *texts["train"][2:]]}},
+        {"files": {**files, "captions": {}}},
+        {"files": {**files, "texts": {"train": [{"file": "../x"}]}}},
+        {"moments": None},
+        {"unreadable": {}},
+        {"format_version": 2},
+    ):
+        path.write_text(json.dumps(manifest | damage))
+        with pytest.raises(DataError, match="again with --overwrite True|is not what was written"):
+            for row in range(24):
+                opened(cached, clip).read_row(row)
+
+
+def test_moments_that_are_not_what_was_written(cached: Path, clip: Clip) -> None:
+    path = cached / "embeddings" / clip.fingerprint[:16] / "moments.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"moments\.safetensors cannot be read.*--overwrite True"):
+            _ = opened(cached, clip).moments
+
+
+def test_embeddings_of_other_data_or_of_another_clip_are_not_found(
+    cached: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"does not exist: make it with .*--cache_embeddings CLIP"):
+        EmbeddingCache.open(cached, "f" * 64, "train")
+    with pytest.raises(DataError, match="clip_fingerprint"):  # equal first digits do not make it the same CLIP
+        EmbeddingCache.find(cached, clip.fingerprint[:-1] + "x", "train")
+    with pytest.raises(DataError, match="has no split 'compositional'"):
+        opened(cached, clip, "compositional")
+    info = json.loads((cached / "info.json").read_text())
+    (cached / "info.json").write_text(json.dumps({**info, "fingerprint": "other"}))
+    with pytest.raises(DataError, match=r"has data_fingerprint .* not 'other'"):
+        opened(cached, clip)
+
+
+def test_data_that_changes_meanwhile_is_noticed(copy: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = Clip.embed_images
+
+    def prepared_again(*arguments: Any) -> Tensor:
+        info = json.loads((copy / "info.json").read_text())
+        (copy / "info.json").write_text(json.dumps({**info, "fingerprint": "other"}))
+        return embed(*arguments)
+
+    monkeypatch.setattr(Clip, "embed_images", prepared_again)
+    with pytest.raises(DataChangedError, match="was prepared again"):
+        cache_embeddings(clip, copy)
+    assert not list(copy.glob("embeddings/*.parts/*-*.json"))
+
+
+def test_instances_are_small_where_they_are_sent_to(cached: Path, clip: Clip) -> None:
+    cache = opened(cached, clip)
+    expected = cache.text(3, 1)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 6000
+    received = pickle.loads(sent)
+    assert np.array_equal(received.text(3, 1), expected) and received.fingerprint == cache.fingerprint
+
+
+def test_models_that_cannot_embed_are_told(copy: Path, export: Path, clip: Clip) -> None:
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        cache_embeddings(Clip(SHAPE), copy)
+    with pytest.raises(ConfigError, match="views"):
+        cache_embeddings(clip, copy, views=0)
+    diverged = Clip.from_pretrained(export)
+    with torch.no_grad():
+        diverged.visual_projection.weight.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        cache_embeddings(diverged, copy)
