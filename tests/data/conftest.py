@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.models import Clip
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
+from tests.clip_shapes import CLIP_SHAPES
 
 MakePicture = Callable[..., bytes]
+TINY_CLIP = replace(
+    CLIP_SHAPES["toy"],
+    embed_dim=6,
+    vision_width=16,
+    vision_depth=1,
+    text_width=16,
+    text_depth=1,
+    text_len=12,
+    text_vocab=402,
+)
 
 
 def picture_bytes(seed: int, size: tuple[int, int] = (40, 40), format: str = "PNG", mode: str = "RGB") -> bytes:
@@ -40,3 +55,18 @@ def prepared(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("prepared") / "data"
     prepare(PrepareOptions(corpus="folder", source=str(folder_corpus), validation=0.2), str(out))
     return out
+
+
+@pytest.fixture(scope="session")
+def clip_export(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip") / "export"
+    tokenizer = ClipTokenizer.load(tokenizer_file, start=TINY_CLIP.start, end=TINY_CLIP.end)
+    Clip(TINY_CLIP, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(clip_export: Path) -> Clip:
+    return Clip.from_pretrained(clip_export)
