@@ -28,7 +28,7 @@ from dalle_ds.data.order import hash_integers
 from dalle_ds.errors import CheckpointError, ConfigError, DataChangedError, DataError
 from dalle_ds.models import Clip
 from dalle_ds.parallel import Mesh
-from tests.data.conftest import TINY_CLIP
+from tests.data.conftest import TINY_CLIP, wait_before_rows
 from tests.data.test_prepare import all_files
 from tests.data.test_samples import broken_row
 from tests.processes import run_ranks
@@ -130,14 +130,7 @@ def test_moments_are_those_of_all_training_images_in_float64(whole: Path, clip: 
 
 def step_by_step(steps: Connection, clip: Clip, data: Path) -> None:
     """A cache that waits for a word before each row that it writes."""
-    add = store_writer.StoreWriter.add
-
-    def awaited(writer: store_writer.StoreWriter, row: dict[str, Any], size: int) -> None:
-        steps.send("row")
-        steps.recv()
-        add(writer, row, size)
-
-    store_writer.StoreWriter.add = awaited  # type: ignore[method-assign]
+    wait_before_rows(steps)
     cache_embeddings(clip, data, views=2, seed=3, batch_size=5)
 
 
