@@ -19,8 +19,8 @@ from dalle_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Preparation(PrepareOptions):
-    """Prepare a corpus (--corpus) into the folder --out, cache there a dVAE's image codes (--cache_codes) or a CLIP's embeddings
-    (--cache_embeddings), or several of these.
+    """Prepare a corpus (--corpus) into the folder --out, cache there a dVAE's image codes (--cache_codes) or a CLIP's
+    embeddings (--cache_embeddings), or several of these.
 
     Several jobs can share the preparation: each does one part (--part I --parts N), and one merges them (--merge True).
     Several processes (deepspeed or torchrun) can share the embeddings.
