@@ -19,11 +19,11 @@ from dalle_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Preparation(PrepareOptions):
-    """Prepare a corpus (--corpus) into the folder --out, cache there a dVAE's image codes (--cache_codes) or a CLIP's embeddings
-    (--cache_embeddings), or several of these.
+    """Prepare a corpus (--corpus) into the folder --out, cache there a dVAE's image codes (--cache_codes) or a CLIP's
+    embeddings (--cache_embeddings), or several of these.
 
-    Several jobs can share the preparation: each does one part (--part I --parts N), and one merges them (--merge True). Several
-    processes (deepspeed or torchrun) can share the embeddings.
+    Several jobs can share the preparation: each does one part (--part I --parts N), and one merges them (--merge True).
+    Several processes (deepspeed or torchrun) can share the embeddings.
     """
 
     out: str = ""
@@ -50,8 +50,8 @@ class Preparation(PrepareOptions):
     """Trained CLIP, its run directory or export, whose embeddings of all images and captions are kept in the folder, with the
     moments that priors need."""
     views: int | None = None
-    """Cached codes: augmented views of each training image, 8 if None. Embeddings: the central view, 1 if None, and random ones
-    besides."""
+    """Views of each training image. Cached codes: augmented ones, 8 if None. Embeddings: the central one and random ones, 1 if
+    None."""
     batch_size: int = 64
     """Cached codes and embeddings: images encoded at a time."""
 
@@ -86,7 +86,8 @@ def run(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
     """Prepare, cache codes, cache embeddings; yields what there is to tell of each.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as `prepare`, `cache_codes`, `cache_embeddings` and `from_pretrained` of models.
+        ConfigError, DataError, CheckpointError: as `prepare`, `cache_codes`, `cache_embeddings` and the models'
+            `from_pretrained`.
     """
     options.check()
     how: dict[str, Any] = {"workers": options.workers, "overwrite": options.overwrite}

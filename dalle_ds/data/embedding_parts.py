@@ -1,8 +1,8 @@
 """Making CLIP's embeddings of prepared data in parts, which are the unit of restart and of what processes share.
 
-The parts of `embeddings/ID/` lie in `embeddings/ID.parts/`: SPLIT-NUMBER.json says that one is complete, SPLIT-NUMBER.safetensors
-has its sums, and `files/` all vectors; it takes the name ID when all parts are there. Parts of a split are a thousand at most,
-so that a cache has few files, and its parts few sums, 8 · dim² bytes each.
+The parts of `embeddings/ID/` lie in `embeddings/ID.parts/`: SPLIT-NUMBER.json says that one is complete,
+SPLIT-NUMBER.safetensors has its sums, and `files/` all vectors; it takes the name ID when all parts are there. A split has a
+thousand at most, so that files are few, and sums, which take 8 · dim² bytes each.
 """
 
 from __future__ import annotations

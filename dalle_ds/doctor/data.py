@@ -25,8 +25,8 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Read all of a prepared data folder and of what is cached there, verify digests, decode images; status 1 where something is
-    damaged."""
+    """Read all of a prepared data folder and what is cached there, verify digests, decode images; status 1 where something
+    is damaged."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A folder that prepare_data.py made."""

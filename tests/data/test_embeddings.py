@@ -7,7 +7,6 @@ import random
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,45 +18,21 @@ from torch import Tensor
 
 from dalle_ds.data import PairDataset, embedding_parts, store_writer
 from dalle_ds.data.augment import clip_center_view, clip_random_view
+from dalle_ds.data.command import Preparation
 from dalle_ds.data.embeddings import EmbeddingCache, cache_embeddings
 from dalle_ds.data.order import hash_integers
 from dalle_ds.errors import DataError
 from dalle_ds.models import Clip
 from dalle_ds.parallel import Mesh
-from dalle_ds.text.clip_tokenizer import ClipTokenizer
-from tests.clip_shapes import CLIP_SHAPES
+from tests.data.conftest import TINY_CLIP, wait_before_rows
 from tests.data.test_prepare import all_files
 
 SIZE, ROWS_OF_PART = 32, 7
-SHAPE = replace(
-    CLIP_SHAPES["toy"],
-    embed_dim=6,
-    vision_width=16,
-    vision_depth=1,
-    text_width=16,
-    text_depth=1,
-    text_len=12,
-    text_vocab=402,
-)
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_parts, "PART_ROWS", ROWS_OF_PART)
-
-
-@pytest.fixture(scope="module")
-def export(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip") / "export"
-    tokenizer = ClipTokenizer.load(tokenizer_file, start=SHAPE.start, end=SHAPE.end)
-    Clip(SHAPE, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def clip(export: Path) -> Clip:
-    return Clip.from_pretrained(export)
 
 
 @pytest.fixture
@@ -149,14 +124,7 @@ def test_moments_are_those_of_all_training_images_in_float64(whole: Path, clip: 
 
 def step_by_step(steps: Connection, clip: Clip, data: Path) -> None:
     """A cache that waits for a word before each row that it writes."""
-    add = store_writer.StoreWriter.add
-
-    def awaited(writer: store_writer.StoreWriter, row: dict[str, Any], size: int) -> None:
-        steps.send("row")
-        steps.recv()
-        add(writer, row, size)
-
-    store_writer.StoreWriter.add = awaited  # type: ignore[method-assign]
+    wait_before_rows(steps)
     cache_embeddings(clip, data, views=2, seed=3, batch_size=5)
 
 
@@ -272,19 +240,21 @@ def test_any_number_of_processes_writes_the_same_bytes(
 
 
 @pytest.mark.launch
-def test_the_command_on_two_processes(copy: Path, export: Path, clip: Clip, whole: Path) -> None:
-    """With parts of the size that they have by default; what they cannot share is told before anything is begun."""
-    arguments = ("launchers/prepare_data.py", "--out", copy, "--cache_embeddings", export)
-    refused = run_ranks(*arguments, "--cache_codes", export, processes=2)
-    assert refused.returncode == 1 and "several processes can share --cache_embeddings alone" in refused.stderr
-    done = run_ranks(*arguments, "--views", 2, "--seed", 3, processes=2)
+def test_the_command_on_two_processes(copy: Path, clip_export: Path, clip: Clip, whole: Path) -> None:
+    """With parts of the size that they have by default: each process has a split."""
+    arguments = ("--out", copy, "--cache_embeddings", clip_export, "--views", 2, "--seed", 3)
+    done = run_ranks("launchers/prepare_data.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("embeddings cached: 24 train, 6 validation") == 1
     one, other = opened(copy, clip), opened(whole, clip)
     np.testing.assert_allclose(one.moments.products, other.moments.products, rtol=1e-5)
-    again = run_ranks(*arguments, "--views", 2, "--seed", 3, processes=2)
-    assert again.stdout.count("embeddings were there already") == 1, again.stderr
     assert [path.name for path in (copy / "embeddings").iterdir()] == [clip.fingerprint[:16]]
+
+
+def test_what_processes_cannot_share_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several processes can share --cache_embeddings alone"):
+        Preparation(out="data", cache_codes="dvae", cache_embeddings="clip").check()
 
 
 def test_what_was_begun_otherwise_is_never_taken(
@@ -434,7 +404,7 @@ def test_nothing_of_a_manifest_is_believed(cached: Path, clip: Clip) -> None:
         {"format_version": 2},
     ):
         path.write_text(json.dumps(manifest | damage))
-        with pytest.raises(DataError, match="again with --overwrite True|is not what was written"):
+        with pytest.raises(DataError, match=r"again with --overwrite True|is not what was written"):
             for row in range(24):
                 opened(cached, clip).read_row(row)
 
@@ -486,12 +456,12 @@ def test_instances_are_small_where_they_are_sent_to(cached: Path, clip: Clip) ->
     assert np.array_equal(received.text(3, 1), expected) and received.fingerprint == cache.fingerprint
 
 
-def test_models_that_cannot_embed_are_told(copy: Path, export: Path, clip: Clip) -> None:
+def test_models_that_cannot_embed_are_told(copy: Path, clip_export: Path, clip: Clip) -> None:
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        cache_embeddings(Clip(SHAPE), copy)
+        cache_embeddings(Clip(TINY_CLIP), copy)
     with pytest.raises(ConfigError, match="views"):
         cache_embeddings(clip, copy, views=0)
-    diverged = Clip.from_pretrained(export)
+    diverged = Clip.from_pretrained(clip_export)
     with torch.no_grad():
         diverged.visual_projection.weight.fill_(torch.nan)
     with pytest.raises(CheckpointError, match="not numbers"):
