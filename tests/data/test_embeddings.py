@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
+import pickle
 import random
 import shutil
 import threading
@@ -20,12 +23,15 @@ from dalle_ds.data import PairDataset, embedding_parts, store_writer
 from dalle_ds.data.augment import clip_center_view, clip_random_view
 from dalle_ds.data.command import Preparation
 from dalle_ds.data.embeddings import EmbeddingCache, cache_embeddings
+from dalle_ds.data.faults import DAMAGED_FILE, MISSING_FILE, NO_FEATURES, TRUNCATED_FILE, RowError
 from dalle_ds.data.order import hash_integers
-from dalle_ds.errors import DataError
+from dalle_ds.errors import CheckpointError, ConfigError, DataChangedError, DataError
 from dalle_ds.models import Clip
 from dalle_ds.parallel import Mesh
 from tests.data.conftest import TINY_CLIP, wait_before_rows
 from tests.data.test_prepare import all_files
+from tests.data.test_samples import broken_row
+from tests.processes import run_ranks
 
 SIZE, ROWS_OF_PART = 32, 7
 
