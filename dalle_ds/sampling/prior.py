@@ -21,7 +21,8 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
 from dalle_ds.models.latents import LatentCodec
-from dalle_ds.models.prior import CachedPrior, Caption, DiffusionPrior
+from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 from dalle_ds.sampling.codes import Sampling, sample
 
 
@@ -91,6 +92,7 @@ def denoise(
     schedule: NoiseSchedule,
     sampling: PriorSampling,
     variance: AnalyticVariance | None = None,
+    weights: DenoisingWeights | None = None,
 ) -> Tensor:
     """Sample scaled image embeddings.
 
@@ -100,6 +102,7 @@ def denoise(
         noise: (B, K, N + 1, embed_dim) normal numbers: x_T, then one for each step of the grid, noisiest first.
         schedule: the one of training.
         variance: of the grid of `sampling.steps`, for the method analytic.
+        weights: the prior's, where it is sampled from again and again.
 
     Returns:
         (B, K, embed_dim) fp32.
@@ -123,12 +126,11 @@ def denoise(
         caption = Caption(*(None if part is None else torch.cat([part, part]) for part in caption))  # type: ignore[arg-type]
     device = caption.embedding.device
     dropped = torch.arange(len(caption.embedding), device=device) >= rows if guided else None
-    cached = CachedPrior(prior, caption, draws, dropped)
+    cached = CachedPrior(weights or DenoisingWeights(prior), caption, draws, grid.timesteps.to(device), dropped)
     noise = noise.to(device)
     x = noise[:, :, 0]
     for number, step in enumerate(reversed(range(len(grid))), start=1):
-        times = grid.timesteps[step].to(device).expand(len(caption.embedding), draws)
-        x0 = cached(torch.cat([x, x]) if guided else x, times)
+        x0 = cached(torch.cat([x, x]) if guided else x, step)
         if guided:
             conditional, null = x0.chunk(2)
             x0 = guide(conditional, null, sampling.guidance)

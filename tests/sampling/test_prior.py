@@ -86,8 +86,8 @@ def test_analytic_sampling_has_the_datas_spread(monkeypatch: pytest.MonkeyPatch)
         def __init__(self, *arguments: object) -> None:
             pass
 
-        def __call__(self, x: Tensor, times: Tensor) -> Tensor:
-            alpha_bar = SCHEDULE.alpha_bars[times][..., None].float()
+        def __call__(self, x: Tensor, step: int) -> Tensor:
+            alpha_bar = grid.alpha_bars[step].float()
             return alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar) * x
 
     monkeypatch.setattr("dalle_ds.sampling.prior.CachedPrior", Best)
