@@ -282,7 +282,7 @@ def _measure_generated(
 def _prior_sampling(options: EvaluateOptions, prior: TextToEmbedding[Any, Any]) -> PriorSampling | Sampling:
     """Of single samples, by the options that the prior's kind has."""
     if prior.kind == "diffusion":
-        return replace(options.prior_sampling, best_of=1)
+        return prior.resolved(replace(options.prior_sampling, best_of=1))
     return options.sampling
 
 

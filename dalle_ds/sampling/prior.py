@@ -25,15 +25,20 @@ from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 from dalle_ds.sampling.codes import Sampling, sample
 
+STEPS = "64"
+"""Grid of the paper's sampler (Table 3)."""
+
 
 @dataclass(frozen=True)
 class PriorSampling:
     """How image embeddings are sampled. The defaults are the paper's (Table 3)."""
 
-    method: Literal["analytic", "ddpm", "ddim"] = "analytic"
-    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta."""
-    steps: str = "64"
-    """Timesteps visited, as `dalle_ds.diffusion.step_grid` takes them."""
+    method: Literal["analytic", "ddpm", "ddim"] | None = None
+    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta.
+    None takes analytic where it was measured on these steps, else ddpm."""
+    steps: str | None = None
+    """Timesteps visited, as `dalle_ds.diffusion.step_grid` takes them; None takes those that analytic was measured on, or
+    64."""
     eta: float = 0.0
     """Of DDIM: 0 is deterministic, 1 has DDPM's variance."""
     guidance: float = 1.0
@@ -44,7 +49,7 @@ class PriorSampling:
     """Samples of which the one with the greatest dot product with the text embedding is taken."""
 
     def __post_init__(self) -> None:
-        if self.method not in ("analytic", "ddpm", "ddim"):
+        if self.method not in ("analytic", "ddpm", "ddim", None):
             raise ConfigError(f"sampling.method must be analytic, ddpm or ddim, found {self.method!r}")
         if self.best_of < 1:
             raise ConfigError(f"sampling.best_of must be at least 1, found {self.best_of}")
@@ -110,7 +115,7 @@ def denoise(
     Raises:
         ConfigError: the method is analytic and there is no variance; noise of another number of steps.
     """
-    grid = schedule.on(step_grid(sampling.steps, len(schedule)))
+    grid = schedule.on(step_grid(sampling.steps or STEPS, len(schedule)))
     if noise.shape[2] != len(grid) + 1:
         raise ConfigError(
             f"a grid of {len(grid)} steps needs {len(grid) + 1} noises for each sample, found {noise.shape[2]}"
@@ -119,7 +124,8 @@ def denoise(
         raise ConfigError(
             "sampling.method=analytic needs the variances that are measured after training: take ddpm or ddim"
         )
-    variances = variance.ddpm() if sampling.method == "analytic" and variance is not None else grid.posterior_variances
+    is_analytic = variance is not None and sampling.method in ("analytic", None)
+    variances = variance.ddpm() if variance is not None and is_analytic else grid.posterior_variances
     rows, draws = noise.shape[:2]
     guided = sampling.guidance != 1
     if guided:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -23,9 +25,11 @@ from dalle_ds.models.latent_prior import AutoregressivePrior
 from dalle_ds.models.latents import EmbeddingScaling, LatentCodec
 from dalle_ds.models.pretrained import CONFIG_NAME, export_folder, read_safetensors
 from dalle_ds.models.prior import DiffusionPrior
+from dalle_ds.models.prior_sampling import DenoisingWeights
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.codes import Sampling
 from dalle_ds.sampling.prior import (
+    STEPS,
     PriorSampling,
     best_of,
     caption_noise,
@@ -50,7 +54,7 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
     """Samples image embeddings for captions.
 
     Args:
-        prior: its device is where everything runs.
+        prior: in eval mode, and not changed afterwards; its device is where everything runs.
         clip: whose embeddings it was trained on.
         tokenizer: the one that it was trained with; None where it reads CLIP's tokens.
 
@@ -179,6 +183,10 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
         samples = torch.cat(found) if found else torch.empty(0, num, self.prior.config.embed_dim)
         return F.normalize(samples, dim=-1) if normalize else samples
 
+    def resolved(self, how: How) -> How:
+        """With what it leaves open filled in."""
+        return how
+
     @abstractmethod
     def _sample(self, captions: Sequence[str], embeddings: Tensor, num: int, seed: int, how: How | None) -> Tensor:
         """(B, num, embed_dim), for captions with (B, embed_dim) text embeddings."""
@@ -227,21 +235,24 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
     def _sample(
         self, captions: Sequence[str], embeddings: Tensor, num: int, seed: int, how: PriorSampling | None
     ) -> Tensor:
-        how = how or self.default_sampling
+        how = self.resolved(how or PriorSampling())
+        assert how.steps is not None
         text = self.clip.tokens(captions) if self.tokenizer is None else self._tokens(captions)
         caption = prepare_caption(self.prior.config, text, self.scaling.scale(embeddings), self.clip)
         draws, steps = num * how.best_of, len(step_grid(how.steps, len(self.schedule)))
         noise = caption_noise(captions, seed, draws, steps, self.prior.config.embed_dim)
         variance = self.variance(how.steps) if how.method == "analytic" else None
-        scaled = denoise(self.prior, caption, noise, self.schedule, how, variance)
+        scaled = denoise(self.prior, caption, noise, self.schedule, how, variance, self._weights)
         return best_of(self.scaling.unscale(scaled), embeddings, how.best_of)
 
-    @property
-    def default_sampling(self) -> PriorSampling:
-        """By what was measured, else by the posterior's variance."""
-        if self.analytic is None:
-            return PriorSampling(method="ddpm", steps=str(min(64, len(self.schedule))))
-        return PriorSampling(steps=self.analytic["grid"])
+    @cached_property
+    def _weights(self) -> DenoisingWeights:
+        return DenoisingWeights(self.prior)
+
+    def resolved(self, how: PriorSampling) -> PriorSampling:
+        measured = None if self.analytic is None else str(self.analytic["grid"])
+        steps = how.steps or measured or str(min(int(STEPS), len(self.schedule)))
+        return replace(how, steps=steps, method=how.method or ("analytic" if steps == measured else "ddpm"))
 
     def variance(self, steps: str) -> AnalyticVariance:
         """What was measured on the grid `steps`; ConfigError where nothing was."""

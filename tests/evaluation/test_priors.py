@@ -279,6 +279,9 @@ class Prior:
         self.prior = nn.Linear(2, 2)
         self.asked: list[object] = []
 
+    def resolved(self, how: object) -> object:
+        return how
+
     def sample(
         self, captions: list[str], num: int, *, seed: int, sampling: object, text_embeddings: Tensor, normalize: bool
     ) -> Tensor:
