@@ -72,7 +72,7 @@ class PriorObjective:
     analytic_steps: str = "64"
     """Grid of timesteps on which the variance of Analytic-DPM is measured after training, as `dalle_ds.diffusion.step_grid`
     takes it: the one to sample with."""
-    analytic_rows: int = 16_384
+    analytic_rows: int = 4_096
     """Images that it is measured on, rounded up to whole updates."""
 
     def __post_init__(self) -> None:
