@@ -143,6 +143,6 @@ def test_impossible_sampling_is_refused() -> None:
             PriorSampling(**fields)  # type: ignore[arg-type]
     prior, caption = prior_of(), caption_of()
     with pytest.raises(ConfigError, match="measured after training"):
-        denoise(prior, caption, caption_noise("abc", 0, 1, 64, 6), SCHEDULE, PriorSampling())
+        denoise(prior, caption, caption_noise("abc", 0, 1, 64, 6), SCHEDULE, PriorSampling("analytic"))
     with pytest.raises(ConfigError, match="noises"):
         denoise(prior, caption, caption_noise("abc", 0, 1, 9, 6), SCHEDULE, PriorSampling(method="ddpm"))

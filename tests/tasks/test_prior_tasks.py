@@ -139,7 +139,7 @@ def test_a_diffusion_prior_is_trained_exported_and_sampled_from(run: PriorRun, t
     alone = pipeline.sample(captions[1:2], num=1, seed=3, sampling=how)
     torch.testing.assert_close(alone[0, 0], found[1, 0], rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="analytic_steps"):
-        pipeline.sample(captions, sampling=PriorSampling(steps="4"))
+        pipeline.sample(captions, sampling=PriorSampling("analytic", "4"))
     with pytest.raises(DataError):
         pipeline.sample("a red circle")  # type: ignore[arg-type]
 
