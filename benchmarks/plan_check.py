@@ -31,9 +31,14 @@ from dalle_ds.config import (
     DalleConfig,
     DiscreteVAEConfig,
     DvaeRun,
+    LatentPriorConfig,
+    LatentPriorRun,
     OptimConfig,
     ParallelConfig,
     PowerSGDConfig,
+    PriorConfig,
+    PriorObjective,
+    PriorRun,
     RecomputingTrainConfig,
     Run,
     ScalingConfig,
@@ -133,6 +138,10 @@ class Setting:
         train = RecomputingTrainConfig(**sizes, activation_checkpointing=self.checkpointing)  # type: ignore[arg-type]
         if self.stage == "clip":
             return ClipRun(model=CLIP, train=train, sharpness=self.sharpness, **shared)
+        if self.stage == "prior":
+            return PriorRun(model=PRIOR, train=train, objective=PriorObjective(draws_per_row=4), **shared)
+        if self.stage == "latent_prior":
+            return LatentPriorRun(model=LATENT_PRIOR, train=train, **shared)
         text_len, grid = (64, 16) if self.is_long else (4, 4)
         model = DalleConfig(width=64, depth=8, heads=2, text_len=text_len, grid=grid, text_vocab=32, image_vocab=32)
         return TransformerRun(model=model, train=train, **shared)
@@ -153,6 +162,11 @@ class Setting:
 CLIP = ClipConfig(
     embed_dim=32, image_size=32, patch_size=8, vision_width=64, vision_depth=4, vision_heads=2, text_width=64,
     text_depth=4, text_heads=2, text_len=16, text_vocab=64,
+)  # fmt: skip
+PRIOR = PriorConfig(width=64, depth=8, heads=2, text_len=16, embed_dim=32, text_vocab=64)
+LATENT_PRIOR = LatentPriorConfig(
+    text_width=64, text_depth=4, text_heads=2, text_len=16, text_vocab=64, width=64, depth=4, heads=2, embed_dim=32,
+    components=8, buckets=16,
 )  # fmt: skip
 # Of a small model, DeepSpeed would otherwise keep all that it has gathered.
 SHARDED = (
@@ -186,6 +200,10 @@ SETTINGS = [
     Setting(3, stage="clip", accumulation=2, zero=SHARDED),
     Setting(0, stage="clip", accumulation=2, sharpness=SHARP),
     Setting(1, "bf16", stage="clip", checkpointing="none", sharpness=SharpnessConfig(rho=0.1)),
+    Setting(1, "bf16", stage="prior", checkpointing="none"),
+    Setting(3, stage="prior", accumulation=2, zero=SHARDED),
+    Setting(2, "fp16", "16-bit", stage="latent_prior", checkpointing="none"),
+    Setting(3, "bf16", stage="latent_prior", accumulation=2, zero=SHARDED),
 ]
 
 FEW = [
@@ -197,6 +215,8 @@ FEW = [
     Setting(2, "bf16", "16-bit", accumulation=2, stage="dvae"),
     Setting(1, "bf16", "16-bit", stage="clip", accumulation=3),
     Setting(0, stage="clip", accumulation=2, sharpness=SHARP),
+    Setting(1, "bf16", stage="prior", checkpointing="none"),
+    Setting(3, "bf16", stage="latent_prior", accumulation=2, zero=SHARDED),
 ]
 PARALLEL = [
     Setting(1, "bf16", degrees=ParallelConfig(tensor=2)),
@@ -240,8 +260,9 @@ def check_activations() -> Iterator[Check]:
     for precision in ("fp32", "bf16"):
         yield from _check_passes("dvae", Setting(0, stage="dvae").run(1), precision)
         for policy in ("none", "full"):
-            run = Setting(0, stage="clip", checkpointing=policy).run(1)
-            yield from _check_passes("clip", run, precision)
+            for stage in ("clip", "prior", "latent_prior"):
+                run = Setting(0, stage=stage, checkpointing=policy).run(1)
+                yield from _check_passes(stage, run, precision)
 
 
 def _check_passes(stage: str, run: Run, precision: str) -> Iterator[Check]:

@@ -1,20 +1,23 @@
-"""The diffusion prior beside `diffusers`' PriorTransformer of the same size: a training step, and sampling.
+"""The diffusion prior beside `diffusers`' PriorTransformer of the same size, in turn: a training step, and sampling.
 
 python benchmarks/prior.py --json prior.json
-python benchmarks/prior.py --text_len 256                     # as the paper: a longer prefix to compute once
+python benchmarks/prior.py --text_len 256 --captions 1        # as the paper: a longer prefix to compute once
 python benchmarks/prior.py --device cuda --dtype bf16 --width 2048 --depth 24 --heads 32 --embed_dim 1024 --peer False
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measure import RATE_SECONDS, check_flags, median_seconds, peak_memory
+from measure import RATE_SECONDS, check_flags, peak_memory, seconds
 from rich import print
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,6 +28,8 @@ from dalle_ds.config import PriorConfig
 from dalle_ds.diffusion import noise_schedule, step_grid
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior_sampling import DenoisingWeights
+from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.precision.choice import DTYPES, matmul_rate
 from dalle_ds.sampling.prior import PriorSampling, denoise
 
@@ -73,16 +78,21 @@ def main() -> None:
     if options.device == "cpu":
         keep_freed_memory()
     figures = measure(options)
-    table = Table("figure", "value", title=f"{options.dtype}, {options.device}, {torch.get_num_threads()} threads")
+    table = Table(title=f"{options.dtype}, {options.device}, {torch.get_num_threads()} threads")
+    for column in ("figure", "here", "peer", "times"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
     for name, value in figures.items():
-        table.add_row(name, f"{value:,.4g}")
+        if not name.startswith(("peer_", "times_")):
+            rest = [figures.get(prefix + name) for prefix in ("peer_", "times_")]
+            table.add_row(name, *("" if number is None else f"{number:,.4g}" for number in (value, *rest)))
     print(table)
     if options.json is not None:
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """All figures, by name; the machine's rate is measured in the same run."""
+    """All figures, by name; the peer's and how many times better ours are with `peer_` and `times_` before it. The machine's
+    rate is measured in the same run."""
     torch.manual_seed(0)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     config = PriorConfig(
@@ -95,28 +105,45 @@ def measure(options: Options) -> dict[str, Any]:
         text_width=options.embed_dim,
     )
     prior = DiffusionPrior(config).to(device, dtype)
-    figures: dict[str, Any] = {"parameters": sum(p.numel() for p in prior.parameters())}
+    peer = peer_prior(options).to(device, dtype) if options.peer else None
+    models = [prior] if peer is None else [prior, peer]
+    figures: dict[str, Any] = {}
+    put(figures, "parameters", [sum(p.numel() for p in model.parameters()) for model in models])
+    peer_step = None if peer is None else training_step(peer, theirs(peer, options))
     for draws in (1, options.draws):
-        seconds = median_seconds(training_step(prior, ours(prior, options, draws)), options.repeats, device, warmup=1)
-        figures[f"training_step_seconds_{draws}_draws"] = seconds
-        figures[f"noised_embeddings_per_second_{draws}_draws"] = options.batch * draws / seconds
-    figures |= sampled(lambda count, scale: sample(prior.eval(), options, count, scale), options, "")
-    if options.peer:
-        peer = peer_prior(options).to(device, dtype)
-        figures["peer_parameters"] = sum(p.numel() for p in peer.parameters())
-        seconds = median_seconds(training_step(peer, theirs(peer, options)), options.repeats, device, warmup=1)
-        figures |= {
-            "peer_training_step_seconds": seconds,
-            "peer_noised_embeddings_per_second": options.batch / seconds,
-        }
-        figures |= sampled(lambda count, scale: peer_sample(peer.eval(), options, count, scale), options, "peer_")
-        name = f"noised_embeddings_per_second_{options.draws}_draws"
-        figures["times_the_peers_noised_embeddings"] = figures[name] / figures["peer_noised_embeddings_per_second"]
-        for key in [key for key in figures if key.startswith("sampling_seconds")]:
-            figures[key.replace("sampling_seconds", "times_faster_sampling")] = figures[f"peer_{key}"] / figures[key]
+        taken = in_turn(options, training_step(prior, ours(prior, options, draws)), peer_step)
+        put(figures, f"training_step_seconds_{draws}_draws", taken)
+        rates = [options.batch * number / second for number, second in zip((draws, 1), taken, strict=False)]
+        put(figures, f"noised_embeddings_per_second_{draws}_draws", rates, more_is_better=True)
+    for model in models:
+        model.eval()
+    weights = DenoisingWeights(prior)
+    for rows in (1, ROWS):
+        start = time.perf_counter()
+        weights.layers(rows)
+        figures[f"making_weights_ready_seconds_{rows}_rows"] = time.perf_counter() - start
+    for count in options.captions:
+        for guidance in (1.0, 2.0):
+            own = partial(sample, weights, options, count, guidance)
+            other = None if peer is None else partial(peer_sample, peer, options, count, guidance)
+            put(figures, f"sampling_seconds_{count}_captions_guidance_{guidance:g}", in_turn(options, own, other))
     figures["matmul_flops_per_second"] = matmul_rate(dtype, device, RATE_SECONDS)
     figures["peak_memory_bytes"] = peak_memory(device)
     return figures
+
+
+def put(figures: dict[str, Any], name: str, values: list[float], *, more_is_better: bool = False) -> None:
+    """Ours, and the peer's if there is one."""
+    figures |= dict(zip((name, f"peer_{name}"), values, strict=False))
+    if len(values) == 2:
+        figures[f"times_{name}"] = values[0] / values[1] if more_is_better else values[1] / values[0]
+
+
+def in_turn(options: Options, *calls: Callable[[], None] | None) -> list[float]:
+    """Median seconds of each call, one round after the other."""
+    device, made = torch.device(options.device), [call for call in calls if call is not None]
+    rounds = [[seconds(call, 1, device, warmup=not n)[0] for call in made] for n in range(options.repeats)]
+    return [statistics.median(taken) for taken in zip(*rounds, strict=True)]
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -153,23 +180,12 @@ def ours(prior: DiffusionPrior, options: Options, draws: int) -> Callable[[], Te
     return loss
 
 
-def sample(prior: DiffusionPrior, options: Options, count: int, guidance: float) -> None:
+def sample(weights: DenoisingWeights, options: Options, count: int, guidance: float) -> None:
     text, _, states = conditions(options, count)
     noise = torch.randn(count, 1, options.steps + 1, options.embed_dim)
     sampling = PriorSampling(method="ddpm", steps=str(options.steps), guidance=guidance)
     assert len(step_grid(sampling.steps, 1000)) == options.steps
-    denoise(prior, Caption(states, SCALE * text), noise, noise_schedule("cosine"), sampling)
-
-
-def sampled(call: Callable[[int, float], None], options: Options, prefix: str) -> dict[str, float]:
-    device = torch.device(options.device)
-    return {
-        f"{prefix}sampling_seconds_{count}_captions_guidance_{guidance:g}": median_seconds(
-            lambda count=count, guidance=guidance: call(count, guidance), options.repeats, device, warmup=1
-        )
-        for count in options.captions
-        for guidance in (1.0, 2.0)
-    }
+    denoise(weights.prior, Caption(states, SCALE * text), noise, noise_schedule("cosine"), sampling, weights=weights)
 
 
 def peer_prior(options: Options) -> Any:
@@ -225,12 +241,12 @@ def peer_sample(peer: Any, options: Options, count: int, guidance: float) -> Non
     mask = torch.ones(len(text), options.text_len, dtype=torch.bool, device=text.device)
     scheduler, x = peer_scheduler(), torch.randn(count, options.embed_dim, device=text.device, dtype=dtype)
     scheduler.set_timesteps(options.steps)
-    for time in scheduler.timesteps:
-        predicted = peer(x.repeat(copies, 1), time, text, states, mask).predicted_image_embedding
+    for timestep in scheduler.timesteps:
+        predicted = peer(x.repeat(copies, 1), timestep, text, states, mask).predicted_image_embedding
         if guidance != 1:
             conditional, null = predicted.chunk(2)
             predicted = null + guidance * (conditional - null)
-        x = scheduler.step(predicted, time, x).prev_sample
+        x = scheduler.step(predicted, timestep, x).prev_sample
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from dalle_ds.errors import ConfigError
 
 
 def prepare_data() -> None:
-    """Prepare a corpus for training, cache image codes of prepared data, or both.
+    """Prepare a corpus for training, cache image codes or embeddings of prepared data, or several of these.
 
     python launchers/prepare_data.py --corpus twemoji --out DIR, or --corpus folder --source PICTURES --out DIR; docs/data.md
-    tells of other corpora, and of parts that several jobs do.
+    tells of other corpora, of parts that several jobs do, and of embeddings, which several processes share.
     """
     from rich import print
 
@@ -86,6 +86,19 @@ def train_transformer() -> None:
 def train_clip() -> None:
     """Train CLIP, from random weights or from those of another one."""
     _train("clip")
+
+
+def train_prior() -> None:
+    """Train a prior of CLIP's image embeddings, on cached embeddings: --kind diffusion (the default) or autoregressive."""
+    import argparse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--kind", choices=["diffusion", "autoregressive"], default="diffusion")
+    try:
+        known, sys.argv[1:] = first.parse_known_args(sys.argv[1:])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--kind: {error.message}") from error
+    _train("prior" if known.kind == "diffusion" else "latent_prior")
 
 
 def _train(stage: str) -> None:
@@ -241,6 +254,7 @@ def evaluate() -> None:
     """Measure trained models, or compare what two evaluations found.
 
     python launchers/evaluate.py --data DIR --dvae DIR --transformer DIR --clip DIR --best_of 1,8,64 --out DIR
+    python launchers/evaluate.py --data DIR --prior DIR --out DIR
     python launchers/evaluate.py --real DIR --fake DIR --out DIR
     python launchers/evaluate.py compare A/result.json B/result.json
 
@@ -402,6 +416,6 @@ COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
         curves, doctor, evaluate, export, export_clip, generate, import_clip, import_dvae, overlap, plan, prepare_data,
-        report, study, train_clip, train_dvae, train_tokenizer, train_transformer,
+        report, study, train_clip, train_dvae, train_prior, train_tokenizer, train_transformer,
     )
 }  # fmt: skip

@@ -74,8 +74,7 @@ def built_beside(folder: Path) -> Iterator[Path]:
             fcntl.flock(alive, fcntl.LOCK_SH)
         partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner may read
         yield partial
-        sync_folder(partial)
-        _replace(partial, folder)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(alive)
@@ -175,7 +174,9 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def _replace(partial: Path, folder: Path) -> None:
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Force all that is below `partial` to the disk, and give it the name `folder`; one of that name is removed then."""
+    sync_folder(partial)
     if not folder.exists():
         partial.rename(folder)
         sync_directory(folder.parent)

@@ -1,4 +1,4 @@
-"""Prepare a corpus for training, cache image codes of prepared data, or both."""
+"""Prepare a corpus for training, cache image codes or embeddings of prepared data, or several of these."""
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.commands import prepare_data

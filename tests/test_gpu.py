@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_ds.config import DalleConfig
+from dalle_ds.config import DalleConfig, PriorConfig
 from dalle_ds.evaluation.features import load_network
 from dalle_ds.models import Clip, Dalle, DiscreteVAE
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
+from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 from tests.clip_shapes import CLIP_SHAPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -76,6 +78,21 @@ def test_decoding_step_by_step() -> None:
             logits.append(weights.step(codes[:, step].to(GPU), step, cache).clone())
     found = torch.stack([step.reshape(2, -1) for step in logits], dim=1)
     assert error(found, wanted) < 1e-4
+
+
+@torch.no_grad()
+def test_a_priors_steps() -> None:
+    """Each held in a CUDA graph."""
+    torch.manual_seed(2)
+    prior = DiffusionPrior(PriorConfig(width=128, depth=2, heads=2, text_len=16, embed_dim=64, text_vocab=100)).eval()
+    there = copy.deepcopy(prior).to(GPU)
+    text, embedding, timesteps = torch.randint(100, (2, 16)), torch.randn(2, 64), torch.tensor([3, 500, 999])
+    cached = CachedPrior(DenoisingWeights(there), Caption(text.to(GPU), embedding.to(GPU)), 2, timesteps.to(GPU))
+    for number in (2, 1, 0):
+        noised = torch.randn(2, 2, 64)
+        wanted = prior(Caption(text, embedding), noised, timesteps[number].expand(2, 2))
+        assert error(cached(noised.to(GPU), number), wanted) < 1e-4
+    assert cached._graph is not None and cached._graph.output is not None
 
 
 @pytest.mark.parametrize("shape", ["toy", "ViT-B/32"])

@@ -14,6 +14,7 @@ import torch
 
 from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
 from dalle_ds.data import PairDataset
+from dalle_ds.data.command import Preparation
 from dalle_ds.data.faults import RowError
 from dalle_ds.evaluation.evaluate import EvaluateOptions
 from dalle_ds.models import Dalle, DiscreteVAE
@@ -60,6 +61,7 @@ JSON = ["--deepspeed_config", "ds_configs/zero1_fp32.json"]
         ("prepare_data.py", ["--out", "{tmp}/out"], "nothing to do: give --corpus"),
         ("prepare_data.py", ["--corpus", "twemoji", "--out", "{tmp}/out", "--validation", "1.5"], "validation must lie in"),
         ("prepare_data.py", ["--out", "{data}", "--cache_codes", "/nowhere"], "no model at /nowhere"),
+        ("prepare_data.py", ["--out", "{data}", "--cache_embeddings", "/nowhere"], "no model at /nowhere"),
         ("train_tokenizer.py", ["--data", "/nowhere", "--out", "{tmp}/t.model"], "/nowhere does not exist"),
         ("train_tokenizer.py", ["--data", "{data}", "--out", "{tmp}/t.model", "--preset", "big"], "unknown preset 'big'"),
         ("train_dvae.py", [*JSON, "--preset", "toi"], "unknown preset 'toi'"),
@@ -123,7 +125,7 @@ def test_the_deepspeed_command_takes_every_option(
     """It looks for its own options, abbreviated too, among those behind the script's name; --num could be three of them."""
     from deepspeed.launcher.runner import parse_args
 
-    kinds = (ClipRun, DvaeRun, EvaluateOptions, GenerateOptions, Sampling, TransformerRun)
+    kinds = (ClipRun, DvaeRun, EvaluateOptions, GenerateOptions, Preparation, Sampling, TransformerRun)
     names = {entry.name for kind in kinds for entry in dataclasses.fields(kind)} - {"num"}
     for name in names:
         assert parse_args(["script.py", f"--{name}", "1"]).user_args == [f"--{name}", "1"]

@@ -13,8 +13,12 @@ from dalle_ds.config import (
     DiscreteVAEConfig,
     DvaeObjective,
     DvaeRun,
+    LatentPriorConfig,
+    LatentPriorRun,
     OptimConfig,
     PowerSGDConfig,
+    PriorConfig,
+    PriorRun,
     ScalingConfig,
     TransformerLoaderConfig,
     TransformerRun,
@@ -157,6 +161,7 @@ CLIPS = {
     "dalle-3b": ("ViT-L/14", (768, 224, 14, 1024, 24, 16, 768, 12, 12), "CLIP Table 20"),
     "dalle-6b": ("ViT-L/14", (768, 224, 14, 1024, 24, 16, 768, 12, 12), "CLIP Table 20"),
     "dalle-12b": ("unclip-H/16", (1024, 256, 16, 1280, 32, 20, 1024, 24, 16), "unCLIP App. C; heads of 64"),
+    "unclip": ("unclip-H/16", (1024, 256, 16, 1280, 32, 20, 1024, 24, 16), "unCLIP App. C; heads of 64"),
 }
 SHAPE = ("embed_dim", "image_size", "patch_size", "vision_width", "vision_depth", "vision_heads",
          "text_width", "text_depth", "text_heads")  # fmt: skip
@@ -191,17 +196,81 @@ DEFAULTS: list[tuple[Any, str, Any, str]] = [
 ]
 
 
+UNCLIP: list[tuple[str, str, Any, str]] = [
+    ("tokenizer", "vocab_size", 16_384, "DALL·E §2.2; unCLIP names none"),
+    *(row for row in (*EVERYWHERE, *SIZES["dalle-12b"]) if row[0] == "clip"),
+    ("prior", "steps", 600_000, "unCLIP Table 3"),
+    ("prior", "train.batch_size", 4096, "unCLIP Table 3"),
+    ("prior", "train.average_decay", 0.9999, "unCLIP Table 3"),
+    ("prior", "model.width", 2048, "unCLIP Table 3"),
+    ("prior", "model.depth", 24, "unCLIP Table 3"),
+    ("prior", "model.heads", 32, "unCLIP Table 3"),
+    ("prior", "model.text_len", 256, "unCLIP Table 3"),
+    ("prior", "model.embed_dim", 1024, "unCLIP §2.2"),
+    ("prior", "model.text", "tokens", "unCLIP Table 3, whose 24 blocks read the text"),
+    ("prior", "model.text_vocab", 16_384, "DALL·E §2.2; unCLIP names none"),
+    ("prior", "objective.schedule", "cosine", "unCLIP Table 3"),
+    ("prior", "objective.timesteps", 1_000, "unCLIP Table 3"),
+    ("prior", "objective.analytic_steps", "64", "unCLIP Table 3"),
+    ("prior", "objective.draws_per_row", 1, "unCLIP §2.2"),
+    ("prior", "objective.text_drop", 0.1, "unCLIP §2.2"),
+    ("prior", "objective.embeddings", "constant", "unCLIP App. C"),
+    ("prior", "objective.scale", 17.2, "unCLIP App. C"),
+    ("prior", "optim.lr", 1.1e-4, "unCLIP Table 3"),
+    ("prior", "optim.beta1", 0.9, "unCLIP Table 3"),
+    ("prior", "optim.beta2", 0.96, "unCLIP Table 3"),
+    ("prior", "optim.eps", 1e-6, "unCLIP Table 3"),
+    ("prior", "optim.weight_decay", 6.0e-2, "unCLIP Table 3"),
+    ("latent_prior", "steps", 1_000_000, "unCLIP Table 3"),
+    ("latent_prior", "train.batch_size", 4096, "unCLIP Table 3"),
+    ("latent_prior", "train.average_decay", 0.999, "unCLIP Table 3"),
+    ("latent_prior", "model.text_width", 2048, "unCLIP Table 3"),
+    ("latent_prior", "model.text_depth", 24, "unCLIP Table 3"),
+    ("latent_prior", "model.text_heads", 32, "unCLIP Table 3"),
+    ("latent_prior", "model.text_len", 256, "unCLIP Table 3"),
+    ("latent_prior", "model.text_vocab", 16_384, "DALL·E §2.2; unCLIP names none"),
+    ("latent_prior", "model.width", 1664, "unCLIP Table 3"),
+    ("latent_prior", "model.depth", 24, "unCLIP Table 3"),
+    ("latent_prior", "model.heads", 26, "unCLIP Table 3"),
+    ("latent_prior", "model.embed_dim", 1024, "unCLIP §2.2"),
+    ("latent_prior", "model.components", 319, "unCLIP §2.2"),
+    ("latent_prior", "model.buckets", 1024, "unCLIP §2.2"),
+    ("latent_prior", "objective.text_drop", 0.1, "unCLIP §2.2"),
+    ("latent_prior", "optim.lr", 1.6e-4, "unCLIP Table 3"),
+    ("latent_prior", "optim.beta1", 0.9, "unCLIP Table 3"),
+    ("latent_prior", "optim.beta2", 0.91, "unCLIP Table 3"),
+    ("latent_prior", "optim.eps", 1e-10, "unCLIP Table 3"),
+    ("latent_prior", "optim.weight_decay", 4.0e-2, "unCLIP Table 3"),
+    *(
+        (stage, f"optim.{field}", value, "unCLIP names none")
+        for stage in ("prior", "latent_prior")
+        for field, value in (
+            ("clip", None),
+            ("second_moment_clip", None),
+            ("schedule", "constant"),
+            ("warmup_steps", 2_000),
+        )
+    ),
+]
+
+
+def kinds(preset: str) -> dict[str, Any]:
+    """Stage → what configures it."""
+    if preset != "unclip":
+        return KINDS
+    return {"tokenizer": TokenizerConfig, "clip": ClipRun, "prior": PriorRun, "latent_prior": LatentPriorRun}
+
+
 def rows(preset: str) -> list[tuple[str, str, Any, str]]:
     """All that is known of a preset."""
-    name, shape, source = CLIPS[preset]
-    del name
+    _, shape, source = CLIPS[preset]
     towers = [("clip", f"model.{field}", value, source) for field, value in zip(SHAPE, shape, strict=True)]
-    return [*EVERYWHERE, *SIZES[preset], *towers]
+    return [*(UNCLIP if preset == "unclip" else [*EVERYWHERE, *SIZES[preset]]), *towers]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "unclip"])
 def test_every_number_is_the_papers(preset: str) -> None:
-    found = {stage: dict(flatten(to_dict(load_preset(preset, stage, kind)))) for stage, kind in KINDS.items()}
+    found = {stage: dict(flatten(to_dict(load_preset(preset, stage, kind)))) for stage, kind in kinds(preset).items()}
     wrong = [
         f"{stage}.{field} is {found[stage][field]!r}, {value!r} in {source}"
         for stage, field, value, source in rows(preset)
@@ -210,11 +279,11 @@ def test_every_number_is_the_papers(preset: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "unclip"])
 def test_nothing_that_a_preset_sets_is_left_out_of_the_table(preset: str) -> None:
     pinned = {f"{stage}.{field}" for stage, field, _, _ in rows(preset)}
     sections = parse_yaml((PRESET_DIR / f"{preset}.yaml").read_text())
-    assert sections.keys() == KINDS.keys()
+    assert sections.keys() == kinds(preset).keys()
     stated = {f"{stage}.{field}" for stage, values in sections.items() for field in dict(flatten(values))}
     assert {name for name in stated - pinned if name.partition(".")[2] not in OURS} == set()
 
@@ -242,6 +311,8 @@ def test_shapes_are_those_that_have_the_papers_sizes(preset: str) -> None:
 def test_what_no_setting_says() -> None:
     assert DiscreteVAEConfig() == load_preset("dalle-12b", "dvae", DvaeRun).model
     assert DalleConfig() == load_preset("dalle-12b", "transformer", TransformerRun).model
+    assert PriorConfig() == load_preset("unclip", "prior", PriorRun).model
+    assert LatentPriorConfig() == load_preset("unclip", "latent_prior", LatentPriorRun).model
     with torch.device("meta"):
         vae = DiscreteVAE(DiscreteVAEConfig())
     assert {module.gain for module in vae.modules() if hasattr(module, "gain")} == {1 / 64}  # the released model

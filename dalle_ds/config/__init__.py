@@ -16,15 +16,17 @@ from dalle_ds.config.models import (
 )
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, load_preset, preset_names, to_dict
-from dalle_ds.config.runs import ClipRun, DvaeRun, Run, TransformerRun
+from dalle_ds.config.runs import ClipRun, DvaeRun, LatentPriorRun, PriorRun, Run, TransformerRun
 from dalle_ds.config.training import (
     Checkpointing,
     ClipObjective,
     DvaeObjective,
     GuardConfig,
+    LatentPriorObjective,
     LoaderConfig,
     OptimConfig,
     Precision,
+    PriorObjective,
     RecomputingTrainConfig,
     ReportConfig,
     ScalingConfig,
@@ -46,12 +48,16 @@ __all__ = [
     "DvaeRun",
     "GuardConfig",
     "LatentPriorConfig",
+    "LatentPriorObjective",
+    "LatentPriorRun",
     "LoaderConfig",
     "OptimConfig",
     "ParallelConfig",
     "PowerSGDConfig",
     "Precision",
     "PriorConfig",
+    "PriorObjective",
+    "PriorRun",
     "RecomputingTrainConfig",
     "ReportConfig",
     "Run",

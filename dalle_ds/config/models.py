@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from dalle_ds.config.plain import at_least, fraction, positive
 from dalle_ds.errors import ConfigError
@@ -69,6 +69,8 @@ class DiscreteVAEConfig:
 class DalleConfig:
     """Shape of the autoregressive text-image transformer (DALL·E App. B.1). The defaults are the 12 B model's."""
 
+    divided: ClassVar = ("heads", "text_vocab", "image_vocab")
+    """What a tensor group divides evenly."""
     width: int = 3968
     """d_model: width of the residual stream."""
     depth: int = 64
@@ -216,6 +218,8 @@ class ClipConfig:
 class PriorConfig:
     """Shape of the diffusion prior (unCLIP Table 3). The defaults are the paper's."""
 
+    divided: ClassVar = ("heads", "text_vocab")
+    """What a tensor group divides evenly."""
     width: int = 2048
     """Width of the residual stream."""
     depth: int = 24
@@ -255,6 +259,8 @@ class PriorConfig:
 class LatentPriorConfig:
     """Shape of the autoregressive prior (unCLIP Table 3). The defaults are the paper's."""
 
+    divided: ClassVar = ("text_heads", "heads", "text_vocab", "buckets")
+    """What a tensor group divides evenly."""
     text_width: int = 2048
     """Width of the text encoder."""
     text_depth: int = 24
@@ -283,7 +289,7 @@ class LatentPriorConfig:
     """Share of the outputs of residual branches that is dropped in training."""
 
     def __post_init__(self) -> None:
-        positive("model", self, *(name for name in self.__dataclass_fields__ if name != "dropout"))
+        positive("model", self, *(entry.name for entry in fields(self) if entry.name != "dropout"))
         fraction("model", self, "dropout")
         for width, heads in (("text_width", "text_heads"), ("width", "heads")):
             if getattr(self, width) % getattr(self, heads):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dalle_ds.config.models import ClipConfig, DalleConfig, DiscreteVAEConfig
+from dalle_ds.config.models import ClipConfig, DalleConfig, DiscreteVAEConfig, LatentPriorConfig, PriorConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig, WatchConfig
 from dalle_ds.config.plain import positive, sound
 from dalle_ds.config.training import (
     ClipObjective,
     DvaeObjective,
     GuardConfig,
+    LatentPriorObjective,
     LoaderConfig,
     OptimConfig,
+    PriorObjective,
     RecomputingTrainConfig,
     ReportConfig,
     ScalingConfig,
@@ -148,3 +150,39 @@ class ClipRun(Run):
     """Loss and images."""
     sharpness: SharpnessConfig = field(default_factory=SharpnessConfig)
     """Sharpness-aware minimization."""
+
+
+@dataclass(frozen=True)
+class PriorRun(Run):
+    """Training of the diffusion prior (`launchers/train_prior.py --kind diffusion`)."""
+
+    clip: str = ""
+    """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
+    tokenizer: str = ""
+    """Tokenizer file that `launchers/train_tokenizer.py` made; not for model.text=clip_states, which reads CLIP's tokens."""
+    model: PriorConfig = field(default_factory=PriorConfig)
+    """Shape of the model."""
+    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
+    """How updates are made."""
+    objective: PriorObjective = field(default_factory=PriorObjective)
+    """Noise, and what is made of the embeddings."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Gradient scales in fp16."""
+
+
+@dataclass(frozen=True)
+class LatentPriorRun(Run):
+    """Training of the autoregressive prior (`launchers/train_prior.py --kind autoregressive`)."""
+
+    clip: str = ""
+    """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
+    tokenizer: str = ""
+    """Tokenizer file that `launchers/train_tokenizer.py` made."""
+    model: LatentPriorConfig = field(default_factory=LatentPriorConfig)
+    """Shape of the model."""
+    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
+    """How updates are made."""
+    objective: LatentPriorObjective = field(default_factory=LatentPriorObjective)
+    """What is made of the embeddings."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Gradient scales in fp16."""

@@ -24,13 +24,14 @@ from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.loader import BatchLoader, evaluation_batches
 from dalle_ds.data.order import Mixture
-from dalle_ds.data.samples import ClipSamples, DvaeSamples, TextImageSamples
+from dalle_ds.data.samples import ClipSamples, DvaeSamples, EmbeddingSamples, TextImageSamples
 
 __all__ = [
     "BatchLoader",
     "ClipSamples",
     "CodesCache",
     "DvaeSamples",
+    "EmbeddingSamples",
     "Mixture",
     "PairDataset",
     "TextImageSamples",

@@ -1,18 +1,13 @@
 """Image codes computed once: a transformer that reads them needs neither images nor a dVAE while it trains.
 
-A cache is `DATA/codes/<first 16 digits of the dVAE's fingerprint>/`, or for data that cannot be written a folder of the
-fingerprints of data and dVAE elsewhere. It has Arrow files for each split, SPLIT/data-*.arrow (`store`), and codes.json,
-written last. The training split has several views of each image, augmented as DALL·E Listing 2 does; other splits have the
-central one. Row · views + view is the place of a view's codes. Numbers are little-endian.
+A cache (`features`) has SPLIT/data-*.arrow. The training split has several views of each image, augmented as DALL·E Listing 2
+does; other splits have the central one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,24 +20,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from dalle_ds.data.augment import augment_for_transformer, useful_short_side
 from dalle_ds.data.dataset import PairDataset, read_info
-from dalle_ds.data.faults import DAMAGED_FILE, NO_FEATURES, READ_ERROR, Fault, RowError
+from dalle_ds.data.faults import DAMAGED_FILE, READ_ERROR, RowError
+from dalle_ds.data.features import CacheReport, FeatureCache, Kind, Vectors, check_counts
 from dalle_ds.data.images import center_crop_resize
 from dalle_ds.data.order import hash_integers
-from dalle_ds.data.snapshot import DataFile, FileSnapshot, check_same
-from dalle_ds.data.store import Store, vector_check, vector_schema
+from dalle_ds.data.snapshot import DataFile, FileSnapshot
+from dalle_ds.data.store import Store, vector_schema
 from dalle_ds.data.store_writer import StoreWriter
 from dalle_ds.data.workers import keep_sigchld_handler, next_batch
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
-from dalle_ds.parsing import parse_json
 
 if TYPE_CHECKING:
     from dalle_ds.models import DiscreteVAE
 
-FORMAT_VERSION = 3
 _NPY_VERSION = 2
-_MANIFEST = "codes.json"
-_AGAIN = "cache the codes again with --overwrite True"
+KIND = Kind("codes", "dvae", (3, _NPY_VERSION))
 
 
 class Views(Dataset[tuple[Tensor, bool]]):
@@ -81,25 +74,6 @@ def collate(rows: list[tuple[Tensor, bool]]) -> tuple[Tensor, npt.NDArray[np.boo
     return torch.stack([views for views, _ in rows]), np.array([readable for _, readable in rows])
 
 
-@dataclass(frozen=True)
-class CodesReport:
-    """What was cached."""
-
-    folder: str
-    rows: dict[str, int]
-    """Split → rows."""
-    unreadable: dict[str, int]
-    """Split → rows whose image could not be read; they have no codes, and loaders put other rows in their place."""
-    already_there: bool = False
-    """The folder held this very cache, and was left as it is."""
-
-    def __str__(self) -> str:
-        rows = ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
-        lost = sum(self.unreadable.values())
-        done = "codes were there already" if self.already_there else "codes cached"
-        return f"{self.folder}: {done}: {rows}" + (f"; {lost:,} images could not be read" if lost else "")
-
-
 def cache_codes(
     dvae: DiscreteVAE,
     data_dir: str | Path,
@@ -110,7 +84,7 @@ def cache_codes(
     workers: int = 0,
     overwrite: bool = False,
     codes_dir: str | Path | None = None,
-) -> CodesReport:
+) -> CacheReport:
     """Encode every image of a prepared folder, the training split in several augmented views, others in the central one.
 
     Args:
@@ -132,7 +106,7 @@ def cache_codes(
         raise ConfigError(f"views and batch_size must be greater than 0, found {views} and {batch_size}")
     data, size = Path(data_dir), dvae.config.image_size
     info = read_info(data)
-    folder = _folder_of(data, dvae.fingerprint, codes_dir)
+    folder = KIND.folder(data, dvae.fingerprint, codes_dir)
     identity = {
         "data_fingerprint": info["fingerprint"],
         "dvae_fingerprint": dvae.fingerprint,
@@ -141,8 +115,9 @@ def cache_codes(
         "seed": seed,
     }
     with only_process(folder, f".{folder.name}.lock"):
-        if (folder / _MANIFEST).is_file() and not overwrite:
-            return _existing_report(folder, identity)
+        existing = None if overwrite else KIND.existing(folder, identity)
+        if existing is not None:
+            return existing
         remove_leftovers(folder.parent, folder.name)
         dvae.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         unreadable, files = {}, {}
@@ -154,7 +129,7 @@ def cache_codes(
                 unreadable[split], written = _write_split(dvae, batches, partial / split)
                 files[split] = [vars(file) for file in written]
             manifest = {
-                "format_version": FORMAT_VERSION,
+                "format_version": KIND.versions[0],
                 **identity,
                 "shape": [size // dvae.config.factor] * 2,
                 "dtype": _code_dtype(dvae.config.vocab_size),
@@ -162,8 +137,8 @@ def cache_codes(
                 "unreadable": unreadable,
                 "files": files,
             }
-            write_json(partial / _MANIFEST, manifest)
-        return CodesReport(str(folder), info["splits"], unreadable)
+            write_json(partial / KIND.manifest, manifest)
+        return CacheReport(KIND.name, str(folder), info["splits"], unreadable)
 
 
 @torch.inference_mode()
@@ -181,9 +156,7 @@ def _write_split(dvae: DiscreteVAE, batches: DataLoader, folder: Path) -> tuple[
         assert codes.min() >= 0 and codes.max() < vocab, "codes outside the dVAE's vocabulary"
         vectors = codes.cpu().numpy().astype(dtype)
         for vector, is_readable in zip(vectors, np.repeat(readable, views.shape[1]), strict=True):
-            content = vector.tobytes()
-            check = vector_check(content, place) if is_readable else 0
-            writer.add({"vector": content, "check": check}, len(content))
+            writer.add_vector(vector.tobytes(), place, readable=bool(is_readable))
             place += 1
         unreadable += int((~readable).sum())
     return unreadable, writer.close()
@@ -194,143 +167,42 @@ def _code_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-class CodesCache:
-    """Cached codes of one split. Instances are small, also when sent to loader workers."""
+class CodesCache(FeatureCache):
+    """Cached codes of one split."""
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
-        """Use `open`, `find` or `read`. Raises KeyError, TypeError or ValueError where the manifest is damaged."""
-        self._folder = folder
-        self._split = split
-        self._manifest = manifest
-        self._rows: int = manifest["rows"][split]
-        self.views: int = manifest["views"] if split == "train" else 1
-        """Views of each image."""
+    kind = KIND
+
+    def _stores(self, manifest: dict[str, Any]) -> tuple[Vectors, ...]:
         is_former = manifest["format_version"] == _NPY_VERSION
         self._dtype = _code_dtype(manifest["vocab_size"]) if is_former else manifest["dtype"]
         self.grid: tuple[int, ...] = tuple(manifest["grid" if is_former else "shape"])
         """(h, w) of the codes."""
-        unreadable = manifest["unreadable"][split]
-        counts = (*self.grid, self.views, self._rows + 1, unreadable + 1)
-        if self._dtype not in ("<u2", "<u4") or any(type(n) is not int or not 0 < n < 2**48 for n in counts):
-            raise ValueError("impossible sizes")
+        check_counts(*self.grid)
+        if self._dtype not in ("<u2", "<u4"):
+            raise ValueError("impossible codes")
         width = math.prod(self.grid) * np.dtype(self._dtype).itemsize
-        self.store: Store | _NpyFiles
+        rows, split = self._rows * self.views, self._split
+        self._store: Store | _NpyFiles
         if is_former:
-            self.store = _NpyFiles(folder, split, self._rows * self.views, width, manifest["files"])
+            self._store = _NpyFiles(self._folder, split, rows, width, manifest["files"])
         else:
-            self.store = Store(folder / split, [DataFile(**entry) for entry in manifest["files"][split]], width)
-        if len(self.store) != self._rows * self.views:
+            files = [DataFile(**entry) for entry in manifest["files"][split]]
+            self._store = Store(self._folder / split, files, width)
+        if len(self._store) != rows:
             raise ValueError("its files have other rows")
-        lost = (Fault(fault.reason, fault.where, -(-fault.rows // self.views)) for fault in self.store.faults)
-        none = (Fault(NO_FEATURES, f"{folder} {split}", unreadable),) if unreadable else ()
-        self.faults: tuple[Fault, ...] = (*lost, *none)
-        """Files that were missing or of the wrong size when this was made, and images that could not be read before."""
-        self.fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        """Names the cache: its data, dVAE, views, seed and contents."""
-
-    @classmethod
-    def find(
-        cls, data_dir: str | Path, fingerprint: str, split: str, codes_dir: str | Path | None = None
-    ) -> CodesCache | None:
-        """The cache of the codes of the dVAE of this fingerprint, or None where there is none.
-
-        Raises:
-            DataError: there is one, but made from other data, of another format, without this split, or no file of it can be
-                read.
-        """
-        data = Path(data_dir)
-        folder = _folder_of(data, fingerprint, codes_dir)
-        return cls.read(folder, split, data, fingerprint) if (folder / _MANIFEST).is_file() else None
-
-    @classmethod
-    def open(
-        cls, data_dir: str | Path, fingerprint: str, split: str, codes_dir: str | Path | None = None
-    ) -> CodesCache:
-        """Like `find`, but a `DataError` where there is none."""
-        cache = cls.find(data_dir, fingerprint, split, codes_dir)
-        if cache is None:
-            raise DataError(
-                f"{_folder_of(Path(data_dir), fingerprint, codes_dir)} does not exist: make it with "
-                f"launchers/prepare_data.py --out {data_dir} --cache_codes DVAE"
-                f"{f' --codes_out {codes_dir}' if codes_dir else ''}"
-            )
-        return cache
-
-    @classmethod
-    def read(cls, folder: Path, split: str, data: Path, fingerprint: str | None = None) -> CodesCache:
-        """The cache in `folder`, whichever dVAE made it if none is given; raises as `find`."""
-        manifest, info, path = _read_manifest(folder), read_info(data), folder / _MANIFEST
-        for field, wanted in (
-            ("format_version", _readable_version(manifest)),
-            ("data_fingerprint", info["fingerprint"]),
-            ("dvae_fingerprint", fingerprint or manifest.get("dvae_fingerprint")),
-            ("rows", info["splits"]),
-        ):
-            if manifest.get(field) != wanted:
-                raise DataError(f"{path} has {field} {manifest.get(field)!r}, not {wanted!r}: {_AGAIN}")
-        if split not in info["splits"]:
-            raise DataError(f"{folder} has no split {split!r}: it has {', '.join(info['splits'])}")
-        try:
-            cache = cls(folder, split, manifest)
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise DataError(f"{path} is damaged ({error}): {_AGAIN}") from error
-        lost = cache.store.faults
-        if lost and sum(fault.rows for fault in lost) >= len(cache.store):
-            raise DataError(f"no codes of {split} can be read: {lost[0].where} is a {lost[0].reason}: {_AGAIN}")
-        return cache
-
-    def __len__(self) -> int:
-        return self._rows
+        return (self._store,)
 
     def codes(self, row: int, view: int) -> npt.NDArray[np.int64]:
         """(h·w,) codes of one view of a row's image; `RowError` where it could not be read when the cache was made, or where
         they are not what was written."""
-        if not 0 <= view < self.views:
-            raise IndexError(f"view {view} of {self.views}")
-        stored = self.store.vector(row * self.views + view)
+        stored = self._store.vector(self._view(row, view))
         if stored is None:
-            where = f"{self._folder} {self._split} row {row}"
-            raise RowError(f"{where} has no codes: its image could not be read", NO_FEATURES, where)
+            raise self._none(row)
         return np.frombuffer(stored, self._dtype).astype(np.int64)
 
-    def check_unchanged(self) -> None:
-        """See that the files are those that were opened, as `PairDataset.check_unchanged` does."""
-        check_same(
-            self._folder,
-            lambda: _read_manifest(self._folder),
-            self._manifest,
-            f"the codes in {self._folder} were cached again since they were opened",
-        )
-        self.store.snapshot.check()
-
-
-def _folder_of(data: Path, fingerprint: str, codes_dir: str | Path | None) -> Path:
-    if not codes_dir:
-        return data / "codes" / fingerprint[:16]
-    return Path(codes_dir) / f"{read_info(data)['fingerprint'][:16]}-{fingerprint[:16]}"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    try:
-        return dict(parse_json(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {_AGAIN}") from error
-
-
-def _existing_report(folder: Path, identity: dict[str, Any]) -> CodesReport:
-    manifest = _read_manifest(folder)
-    identity = {**identity, "format_version": _readable_version(manifest)}
-    differing = sorted(name for name in identity if manifest.get(name) != identity[name])
-    if differing:
-        raise DataError(
-            f"{folder} holds other codes of this model (different: {', '.join(differing)}): give --overwrite True"
-        )
-    return CodesReport(str(folder), manifest["rows"], manifest["unreadable"], already_there=True)
-
-
-def _readable_version(manifest: dict[str, Any]) -> int:
-    return _NPY_VERSION if manifest.get("format_version") == _NPY_VERSION else FORMAT_VERSION
+    def read_row(self, row: int) -> None:
+        for view in range(self.views):
+            self.codes(row, view)
 
 
 class _NpyFiles:

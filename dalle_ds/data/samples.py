@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import Pixels, center_crop_resize
 
 if TYPE_CHECKING:
+    from dalle_ds.data.embeddings import EmbeddingCache
     from dalle_ds.text.clip_tokenizer import ClipTokenizer
     from dalle_ds.text.tokenizer import Tokenizer
 
@@ -133,15 +135,10 @@ class TextImageSamples(RowSamples):
         return {**self._text(row, rng), "other_text": self._text(other, rng)["text"], **self._image(row, rng)}
 
     def _text(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
-        text = np.full(self._text_len, PADDING, dtype=np.int64)
         if rng.random() < self._caption_dropout:
-            return {"text": text, "truncated": 0}
-        caption = self._caption(row, rng)
-        # One token more than fits tells whether the caption is cut, without tokenizing all of an endless one.
-        tokens = self._tokenizer.encode(caption, dropout=self._bpe_dropout, rng=rng, max_tokens=self._text_len + 1)
-        kept = tokens[: self._text_len]
-        text[: len(kept)] = kept
-        return {"text": text, "truncated": int(len(tokens) > len(kept))}
+            return {"text": np.full(self._text_len, PADDING, dtype=np.int64), "truncated": 0}
+        text, truncated = own_tokens(self._tokenizer, self._text_len, self._caption(row, rng), self._bpe_dropout, rng)
+        return {"text": text, "truncated": truncated}
 
     def _image(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         if self._codes is not None:
@@ -185,18 +182,84 @@ class ClipSamples(RowSamples):
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         caption, size = self._caption(row, rng), self._image_size
-        # With one position more than there are, a caption that does not fit has its end token there.
-        text = self._tokenizer.encode([caption], self._text_len + 1)[0].numpy()
-        truncated = int(text[-1] != PADDING)
-        text = text[:-1]
-        if truncated:
-            text[-1] = self._tokenizer.end
+        text, truncated = clip_tokens(self._tokenizer, self._text_len, caption)
         if self._train:  # views may be of a part of the image, whose pixels are to be as many
             pixels = self._dataset.image(row, 2 * size)
             view = clip_random_view(pixels, size, rng, self._min_crop, self._mirror)
         else:
             view = clip_center_view(self._dataset.image(row, size), size)
         return {"text": text, "truncated": truncated, "image": channels_first(view)}
+
+
+class EmbeddingSamples(RowSamples):
+    """Embeddings of images and of their captions, and the captions, for priors.
+
+    `image_embedding` and `text_embedding` are (embed_dim,) float32 of unit length; `text` is (text_len,) int64, -1 after the
+    caption's tokens, and `truncated` is 1 where they were more than fit; in evaluation `row` is the row's number.
+
+    Args:
+        dataset, train: see `RowSamples`.
+        embeddings: the dataset's, of which training takes a random view.
+        encode: `own_tokens` or `clip_tokens` of a tokenizer and a length.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        embeddings: EmbeddingCache,
+        encode: Callable[[str], tuple[npt.NDArray, int]],
+        *,
+        train: bool,
+    ) -> None:
+        super().__init__(dataset, 0, train=train)
+        self._embeddings = embeddings
+        self._encode = encode
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        return max(
+            self._dataset.faults, self._embeddings.faults, key=lambda faults: sum(fault.rows for fault in faults)
+        )
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self._embeddings.check_unchanged()
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        captions, cached = self._dataset.captions(row), self._embeddings
+        number = int(rng.integers(len(captions))) if self._train else 0
+        view = int(rng.integers(cached.views)) if self._train else 0
+        text, truncated = self._encode(captions[number])
+        found: dict[str, npt.NDArray | int] = {
+            "text": text,
+            "truncated": truncated,
+            "image_embedding": cached.image(row, view),
+            "text_embedding": cached.text(row, number),
+        }
+        return found if self._train else {**found, "row": row}
+
+
+def own_tokens(
+    tokenizer: Tokenizer, length: int, caption: str, dropout: float = 0.0, rng: np.random.Generator | None = None
+) -> tuple[npt.NDArray, int]:
+    """(length,) int64 tokens, -1 after the caption's, and 1 where they were more than fit."""
+    text = np.full(length, PADDING, dtype=np.int64)
+    # One token more than fits tells whether the caption is cut, without tokenizing all of an endless one.
+    tokens = tokenizer.encode(caption, dropout=dropout, rng=rng, max_tokens=length + 1)
+    kept = tokens[:length]
+    text[: len(kept)] = kept
+    return text, int(len(tokens) > len(kept))
+
+
+def clip_tokens(tokenizer: ClipTokenizer, length: int, caption: str) -> tuple[npt.NDArray, int]:
+    """As `own_tokens`, with start and end tokens; a caption that is cut keeps its end token."""
+    # With one position more than there are, a caption that does not fit has its end token there.
+    text = tokenizer.encode([caption], length + 1)[0].numpy()
+    truncated = int(text[-1] != PADDING)
+    text = text[:-1]
+    if truncated:
+        text[-1] = tokenizer.end
+    return text, truncated
 
 
 def channels_first(pixels: Pixels) -> Pixels:

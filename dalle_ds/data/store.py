@@ -110,10 +110,11 @@ class Store:
         file, place = self._file_of(row)
         return file.value(place, column)
 
-    def vector(self, row: int) -> bytes | None:
-        """The bytes of a vector, None where it was written that there is none; raises as `value`."""
+    def vector(self, row: int, seed: int | None = None) -> bytes | None:
+        """The bytes of a vector, None where it was written that there is none; raises as `value`. `seed` is that of its check,
+        where it is not the row."""
         file, place = self._file_of(row)
-        return file.vector(place, row)
+        return file.vector(place, row if seed is None else seed)
 
     def _file_of(self, row: int) -> tuple[Any, int]:
         """The open file that has a row, and its place there."""
@@ -255,7 +256,7 @@ class _VectorFile(_OpenFile):
         super().__init__(path, file, positions, vector_schema(width))
 
     def vector(self, row: int, seed: int) -> bytes | None:
-        """See `Store.vector`; `row` counts from the first of this file, `seed` from the first of all."""
+        """See `Store.vector`; `row` counts from the first of this file."""
         number = bisect_right(self.positions.ends, row)
         row -= self.positions.ends[number - 1] if number else 0
         vectors, checks = self.positions.places[number]
@@ -264,7 +265,7 @@ class _VectorFile(_OpenFile):
             return None
         vector = self._read(vectors + row * self._width, self._width)
         if check != vector_check(vector, seed):
-            raise self._damage(f"has a vector, row {seed}, that is not what was written")
+            raise self._damage(f"has a vector, number {seed}, that is not what was written")
         return vector
 
     def _places(self, batch: pa.RecordBatch, offset: int) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ def noise_schedule(name: ScheduleName, steps: int = 1000) -> NoiseSchedule:
     if steps < 1:
         raise ConfigError(f"a noise schedule needs at least 1 step, found {steps}")
     if name == "cosine":
-        shares = torch.arange(steps + 1, dtype=torch.float64) / steps
+        shares = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         ideal = torch.cos((shares + 0.008) / 1.008 * math.pi / 2).square()
         betas = (1 - ideal[1:] / ideal[:-1]).clamp(max=0.999)
     elif name == "linear":
@@ -133,7 +133,7 @@ def noise_schedule(name: ScheduleName, steps: int = 1000) -> NoiseSchedule:
             raise ConfigError(
                 f"the linear schedule's last beta, 20 / steps, must be below 1: {steps} steps are too few"
             )
-        betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+        betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu")
     else:
         raise ConfigError(f"the noise schedule must be one of {', '.join(get_args(ScheduleName))}, found {name!r}")
-    return NoiseSchedule(torch.cumprod(1 - betas, 0), torch.arange(steps))
+    return NoiseSchedule(torch.cumprod(1 - betas, 0), torch.arange(steps, device="cpu"))

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset, read_info
+from dalle_ds.data.embeddings import EmbeddingCache
+from dalle_ds.data.features import FeatureCache
 from dalle_ds.data.snapshot import DataFile, size_problem
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import digest_of
@@ -23,8 +25,8 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Read all of a prepared data folder and its cached codes, verify digests, decode images; status 1 where something is
-    damaged."""
+    """Read all of a prepared data folder and what is cached there, verify digests, decode images; status 1 where something
+    is damaged."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """A folder that prepare_data.py made."""
@@ -42,7 +44,7 @@ class DataOptions:
 
 @dataclass
 class Counts:
-    """What was found of one split, or of the codes of one."""
+    """What was found of one split, or of what is cached of one."""
 
     name: str
     rows: int = 0
@@ -91,8 +93,10 @@ def inspect_data(options: DataOptions) -> DataInspection:
         inspection.counts.append(counts)
         inspection.faults += _inspect_split(folder, split, info["splits"][split], options, counts)
     elsewhere = Path(options.codes).glob(f"{info['fingerprint'][:16]}-*/codes.json") if options.codes else ()
-    for manifest in sorted([*(folder / "codes").glob("*/codes.json"), *elsewhere]):
-        inspection.faults += _inspect_codes(folder, manifest.parent, info, inspection.counts)
+    for kind, others in ((CodesCache, elsewhere), (EmbeddingCache, ())):
+        inside = (folder / kind.kind.name).glob(f"*/{kind.kind.manifest}")
+        for manifest in sorted([*inside, *others]):
+            inspection.faults += _inspect_cache(kind, folder, manifest.parent, info, inspection.counts)
     return inspection
 
 
@@ -124,21 +128,23 @@ def _inspect_split(folder: Path, split: str, rows: int, options: DataOptions, co
                 yield str(error)
 
 
-def _inspect_codes(folder: Path, codes: Path, info: dict, all_counts: list[Counts]) -> Iterator[str]:
+def _inspect_cache(
+    kind: type[FeatureCache], folder: Path, cached: Path, info: dict, all_counts: list[Counts]
+) -> Iterator[str]:
     for split in info["splits"]:
-        counts = Counts(f"codes/{codes.name}: {split}")
+        counts = Counts(f"{kind.kind.name}/{cached.name}: {split}")
         all_counts.append(counts)
         try:
-            cache = CodesCache.read(codes, split, folder)
+            cache = kind.read(cached, split, folder)
         except DataError as error:
             yield str(error)
             continue
         counts.rows = len(cache)
         counts.unreadable = sum(fault.rows for fault in cache.faults)
-        damage = [_damage_of(cache.store.folder, file, counts) for file in cache.store.files]
-        yield from (f"{what}: cache the codes again with --overwrite True" for what in damage if what is not None)
+        damage = [_damage_of(*file, counts) for file in cache.files]
+        yield from (f"{what}: {kind.kind.again}" for what in damage if what is not None)
         if any(damage):
-            counts.unreadable = sum(not _has_codes(cache, row) for row in range(len(cache)))
+            counts.unreadable = sum(not _is_cached(cache, row) for row in range(len(cache)))
 
 
 def _damage_of(folder: Path, file: DataFile, counts: Counts) -> str | None:
@@ -167,10 +173,9 @@ def _readable(dataset: PairDataset, row: int) -> bool:
     return True
 
 
-def _has_codes(cache: CodesCache, row: int) -> bool:
+def _is_cached(cache: FeatureCache, row: int) -> bool:
     try:
-        for view in range(cache.views):
-            cache.codes(row, view)
+        cache.read_row(row)
     except DataError:
         return False
     return True

@@ -6,6 +6,7 @@ distances of rank-deficient sets, likelihoods of 8-bit images, a search that can
 - `metrics`: reconstruction, use of the codebook, likelihood, match with captions
 - `frechet`: Fréchet distance and Inception Score, in the features of a network (`features`)
 - `candidates`: images generated for captions, kept on disk; the best of n
+- `priors`: sampled image embeddings against true ones
 - `sets`: which rows and captions, and how processes share them out
 - `overlap`, `embeddings`: validation images that are in the training data
 - `study`: people's choices between models

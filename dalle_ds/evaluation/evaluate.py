@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +17,8 @@ from PIL import Image
 
 import dalle_ds
 from dalle_ds.allocator import keep_freed_memory
-from dalle_ds.cli import explain, parse_options
-from dalle_ds.config.parallel import WatchConfig
-from dalle_ds.config.plain import positive, sound
+from dalle_ds.cli import parse_options
+from dalle_ds.config.plain import at_least, positive, sound
 from dalle_ds.data import PairDataset
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.filters import FilterOptions
@@ -35,6 +33,7 @@ from dalle_ds.evaluation.measure import (
     measure_likelihood,
     measure_real_matching,
 )
+from dalle_ds.evaluation.priors import measure_prior
 from dalle_ds.evaluation.results import METHOD, Result, print_result, write_page
 from dalle_ds.evaluation.sets import (
     RESIZE,
@@ -50,8 +49,10 @@ from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.choice import DTYPES, choose_precision
-from dalle_ds.resilience.watch import Watch
+from dalle_ds.resilience.watch import joined
 from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage
+from dalle_ds.sampling.prior import PriorSampling
+from dalle_ds.sampling.text_to_embedding import TextToEmbedding
 
 RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
 JUDGED_BY_ITSELF = (
@@ -65,8 +66,8 @@ class EvaluateOptions:
     """Measure trained models on a split of prepared data, or generated images against real ones in two folders.
 
     Every part runs whose model is given: reconstructions and codebook with --dvae; likelihoods and images generated for
-    captions with --transformer; caption matching and the choice among candidates with --clip. Several processes (deepspeed or
-    torchrun) divide the work, with the same figures.
+    captions with --transformer; caption matching and the choice among candidates with --clip; sampled image embeddings with
+    --prior. Several processes (deepspeed or torchrun) divide the work, with the same figures.
     """
 
     out: str
@@ -83,6 +84,13 @@ class EvaluateOptions:
     """Run directory or export of a CLIP: chooses among candidates, and judges where there is no --judge."""
     judge: str | None = None
     """A second CLIP, for CLIP score and retrieval, so that candidates are not judged by the model that chose them."""
+    prior: str | None = None
+    """Run directory or export of a prior: image embeddings that it samples for first captions are held against true ones."""
+    num: int = 8
+    """Samples of the prior for each caption."""
+    prior_sampling: PriorSampling = field(default_factory=PriorSampling)
+    """How a diffusion prior samples (an autoregressive one takes --temperature and the like). Of each best_of samples, the one
+    that is nearest to the caption is measured beside single ones."""
     captions: int | None = 30_000
     """Captions to generate images for: a random choice among the split's different ones, all if there are fewer; None: all."""
     best_of: str = "1"
@@ -118,10 +126,12 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         sound(self)
         positive("evaluation", self, "captions", "size")
+        if self.prior is not None:
+            at_least(2 * self.prior_sampling.best_of, "evaluation", self, "num")
         _ = self.radii, self.numbers
         if (self.real is None) != (self.fake is None):
             raise ConfigError("--real and --fake belong together: name a folder of real and one of generated images")
-        models = [name for name in ("transformer", "dvae", "clip", "judge") if getattr(self, name) is not None]
+        models = [name for name in ("transformer", "dvae", "clip", "judge", "prior") if getattr(self, name) is not None]
         if self.real is not None:
             if self.data is not None or models:
                 raise ConfigError("--real and --fake compare two folders: leave --data and the models out")
@@ -130,7 +140,7 @@ class EvaluateOptions:
                 "nothing to measure on: name prepared data with --data, or two folders with --real, --fake"
             )
         elif not models:
-            raise ConfigError("nothing to measure: give --transformer, --dvae or --clip, or several of them")
+            raise ConfigError("nothing to measure: give --transformer, --dvae, --clip or --prior, or several of them")
         if self.transformer is not None and max(self.numbers, default=1) > 1 and self.clip is None:
             raise ConfigError(f"--best_of {self.best_of} needs a model that chooses: name one with --clip")
 
@@ -197,7 +207,8 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
     vae = DiscreteVAE.from_pretrained(options.dvae).to(mesh.device) if options.dvae is not None else None
     chooser = _clip(options.clip, mesh)
     judge = _clip(options.judge, mesh) or chooser
-    seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge)
+    prior = TextToEmbedding.from_pretrained(options.prior, mesh.device) if options.prior is not None else None
+    seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge, prior.clip if prior is not None else None)
     generates = pipeline is not None and bool(options.numbers)
     chooses = generates and max(options.numbers) > 1
     context = Context(
@@ -243,6 +254,13 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
             measure_real_matching(context)
         if chooses and judge is chooser:
             context.notes.append(JUDGED_BY_ITSELF)
+    if prior is not None:
+        sampling = _prior_sampling(options, prior)
+        protocol["prior"] = {"clip": prior.clip.fingerprint, "num": options.num, "seed": options.seed}
+        protocol["prior"] |= {"best_of": options.prior_sampling.best_of, "sampling": vars(sampling)}
+        models["prior"] = fingerprint(prior.prior.state_dict())
+        with context.timed("prior"):
+            measure_prior(context, prior, options.num, options.seed, sampling, options.prior_sampling.best_of)
     result = Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds)
     return result, context.sheets
 
@@ -259,6 +277,13 @@ def _measure_generated(
     if context.mesh.is_main:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(Path(options.out) / CAPTIONS_NAME, text)
+
+
+def _prior_sampling(options: EvaluateOptions, prior: TextToEmbedding[Any, Any]) -> PriorSampling | Sampling:
+    """Of single samples, by the options that the prior's kind has."""
+    if prior.kind == "diffusion":
+        return prior.resolved(replace(options.prior_sampling, best_of=1))
+    return options.sampling
 
 
 def _check_captions(context: Context) -> None:
@@ -375,16 +400,10 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         ConfigError, DataError, CheckpointError: as `evaluate`.
     """
     options = parse_options(EvaluateOptions, arguments)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone and (options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())):
-        keep_freed_memory()
-        mesh = Mesh(0, 1, torch.device("cpu"))  # with no process group, at no cost
-    else:
-        mesh = Mesh.start(options.device)
-    with nullcontext() if alone else Watch(mesh, explain, WatchConfig()):
+    with joined(options.device) as mesh:
+        if mesh.world_size == 1 and mesh.device.type == "cpu":
+            keep_freed_memory()
         result = evaluate(options, mesh)
-        mesh.barrier()
-    mesh.stop()
     if mesh.is_main:
         print_result(result)
         print(f"wrote {options.out}/result.json and {options.out}/evaluation.html")

@@ -24,6 +24,8 @@ from dalle_ds.parsing import parse_json, shown
 
 METHOD = 1
 """Raised whenever a figure would come out otherwise from the same images."""
+STANDARD_ERROR, LOW, HIGH = "standard_error", "low_95", "high_95"
+"""Last parts of the names of what belongs to another figure: NAME/standard_error, and the bounds of a 95 % interval."""
 DEPTH = 20
 """How deep a protocol may be nested; files that others made may be nested deeper."""
 
@@ -131,6 +133,13 @@ MEANING = {
     "pixels_bits_per_dimension": "−log2 P of 8-bit images given their codes, per pixel value",
     "bits_per_dimension": "the sum: upper bound on −log2 P of images given captions",
     "captions_cut": "captions with more tokens than fit, share",
+    "gain": "cosine of samples less that of another guess",
+    "cosine": "to the true image embedding, mean",
+    "centred_cosine": "the same, the training images' mean taken off both",
+    "text_cosine": "to the caption's embedding",
+    "diversity": "1 − cosine, mean over pairs of different rows",
+    "caption_diversity": "1 − cosine, mean over pairs of samples of one caption",
+    "norm": "length, where true embeddings have 1",
 }
 
 
@@ -139,11 +148,26 @@ def meaning(name: str) -> str:
     return next((MEANING[part] for part in name.split("/") if part in MEANING), "")
 
 
+def shown_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Name → value for people, with its standard error and 95 % interval where there are any."""
+    found = {}
+    for name, value in metrics.items():
+        first, _, last = name.rpartition("/")
+        if last in (STANDARD_ERROR, LOW, HIGH) and first in metrics:
+            continue
+        found[name] = f"{value:.4f}"
+        if (error := metrics.get(f"{name}/{STANDARD_ERROR}")) is not None:
+            found[name] += f" ± {error:.4f}"
+        if (low := metrics.get(f"{name}/{LOW}")) is not None and (high := metrics.get(f"{name}/{HIGH}")) is not None:
+            found[name] += f" ({low:.4f} to {high:.4f})"
+    return found
+
+
 def print_result(result: Result) -> None:
     """Print the figures as a table, and the notes."""
     table = Table("figure", "value", "meaning", title="evaluation")
-    for name, value in result.metrics.items():
-        table.add_row(name, f"{value:.4f}", meaning(name))
+    for name, value in shown_figures(result.metrics).items():
+        table.add_row(name, value, meaning(name))
     console = _console()
     console.print(table, *[f"note: {note}" for note in result.notes], sep="\n")
 
@@ -204,7 +228,7 @@ def write_page(out: Path, result: Result, sheets: Mapping[str, Image.Image]) -> 
         content = encoded(sheet)
         write_bytes(out / f"{name}.png", content)
         sections += [f"<h2>{SHEETS[name]}</h2>", image_element(content, name)]
-    rows = {name: (f"{value:.4f}", meaning(name)) for name, value in result.metrics.items()}
+    rows = {name: (value, meaning(name)) for name, value in shown_figures(result.metrics).items()}
     protocol = {"protocol": result.protocol, "models": result.models, "seconds": result.seconds}
     text = html.escape(json.dumps(protocol, indent=2, ensure_ascii=False))
     sections += ["<h2>Figures</h2>", figures_table(rows), "<h2>Protocol</h2>", f"<pre>{text}</pre>"]

@@ -3,5 +3,7 @@
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.latent_prior import AutoregressivePrior
+from dalle_ds.models.prior import DiffusionPrior
 
-__all__ = ["Clip", "Dalle", "DiscreteVAE"]
+__all__ = ["AutoregressivePrior", "Clip", "Dalle", "DiffusionPrior", "DiscreteVAE"]

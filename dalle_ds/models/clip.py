@@ -138,7 +138,7 @@ class Clip(nn.Module):
             DataError: one text in place of a list; tokens of another shape or type, outside the vocabulary, or without an end
                 token.
         """
-        embeddings = self._project_text(self._tokens(texts))
+        embeddings = self._project_text(self.tokens(texts))
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
     @torch.no_grad()
@@ -155,12 +155,12 @@ class Clip(nn.Module):
         Raises:
             ConfigError, DataError: as `embed_texts`.
         """
-        text = self._tokens(texts)
+        text = self.tokens(texts)
         ends = (text == self.config.end).int().argmax(dim=1, keepdim=True)
         return self._text_hidden(text).float(), torch.arange(text.shape[1], device=text.device) > ends
 
-    def _tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
-        """(B, T) int64 on the model's device."""
+    def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """(B, T) int64 on the model's device: of captions, or tokens that are looked at; errors as `embed_texts`."""
         if not isinstance(texts, Tensor):
             if self.tokenizer is None:
                 raise ConfigError("this CLIP has no tokenizer: give it tokens, or make it again with a tokenizer")

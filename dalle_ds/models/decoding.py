@@ -1,17 +1,14 @@
 """Incremental decoding: `new_cache`, `prefill` once, then `DecodingWeights.step(codes_0, 0, …)`, `step(codes_1, 1, …)`, ….
 
 A step is the transformer's arithmetic for one new position of every row, with weights made ready for it. It reads every
-weight once and multiplies few rows with it, so it runs at the speed of memory, if nothing else gets in its way. What does:
-on a CPU, a matrix product of few rows first rearranges its weight, in every call. Here weights are rearranged once. Matrix
-products also differ in the last bits of a row with the number of rows they have; images must not, so products are made of
-as many rows as are known to give the same bits (`ROWS_ALIKE`).
+weight once (`models/inference.py`). Matrix products differ in the last bits of a row with the number of rows they have;
+images must not, so products are made of as many rows as are known to give the same bits (`ROWS_ALIKE`).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +18,8 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle, check_range, kept_text
+from dalle_ds.models.inference import InferenceLayer, Layer, StepGraph, ready_linear, ready_norm
 from dalle_ds.nn.attention.decoding import (
-    ROWS,
-    ROWS_ALIKE,
     KVCache,
     LayerCache,
     Runs,
@@ -34,9 +30,8 @@ from dalle_ds.nn.attention.decoding import (
     bytes_per_prompt,
     bytes_per_row,
 )
-from dalle_ds.nn.layers import Linear, RowParallelLinear, Unembedding
+from dalle_ds.nn.layers import Linear
 
-Layer = Callable[[Tensor], Tensor]
 Place = tuple[str, torch.device]
 """An attention kind, and where layers of it compute: these write and read alike."""
 
@@ -94,62 +89,6 @@ def prefill(model: Dalle, text: Tensor, cache: KVCache, codes: Tensor | None = N
     return logits.index_select(0, of_row.to(logits.device))
 
 
-class PackedLinear:
-    """A linear layer on the CPU, its weight in the layout that the matrix product works in.
-
-    Without oneDNN's operators for that, it is an ordinary one.
-
-    Args:
-        gelu: whether GELU follows.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
-        self.bias = bias
-        self.gelu = gelu
-        packed = _packed(weight)
-        self.weight = weight if packed is None else packed
-        self.packed = packed is not None
-        self.rows_at_once = ROWS_ALIKE[weight.dtype] if self.packed else ROWS
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(rows, inputs) → (rows, outputs)."""
-        if self.rows_at_once is None or len(x) <= self.rows_at_once:
-            return self._multiply(x)
-        return torch.cat([self._multiply(some) for some in x.split(self.rows_at_once)])
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        if self.packed:
-            # The last argument names the kind of GELU: none is the exact one.
-            activation = "gelu" if self.gelu else "none"
-            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, activation, [], "none")
-        x = F.linear(x, self.weight, self.bias)
-        return F.gelu(x) if self.gelu else x
-
-
-def _packed(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's own layout; None where this machine or this PyTorch cannot."""
-    if weight.dtype not in ROWS_ALIKE or not torch.backends.mkldnn.is_available():
-        return None
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(ROWS, weight.shape[1]), packed, None, "none", [], "none")
-    except (AttributeError, RuntimeError):
-        return None
-    return packed
-
-
-class _Layer(NamedTuple):
-    """One attention layer and its MLP."""
-
-    attention_norm: Layer
-    qkv: Layer
-    out: Layer
-    mlp_norm: Layer
-    up: Layer
-    """With GELU."""
-    down: Layer
-
-
 class DecodingWeights:
     """A model's weights, made ready for many steps of decoding.
 
@@ -168,18 +107,10 @@ class DecodingWeights:
         self._ready = reused and not dispatched
         self._tables: dict[Place, SlotTables] = {}
         # A graph must not outlive its cache, nor keep it: either may be a large part of a GPU's memory.
-        self._graphs: WeakKeyDictionary[KVCache, _StepGraph] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[KVCache, StepGraph] = WeakKeyDictionary()
         with torch.no_grad():
             self.layers = [
-                _Layer(
-                    self._norm(attention.norm),
-                    self._linear(attention.attention.qkv),
-                    self._linear(attention.attention.out),
-                    self._norm(mlp.norm),
-                    self._linear(mlp.up, gelu=True),
-                    self._linear(mlp.down),
-                )
-                for attention, mlp in model.layers
+                InferenceLayer.of(attention, mlp, self._norm, self._linear) for attention, mlp in model.layers
             ]
             self.norm = self._norm(model.norm)
             self.image_head = self._linear(model.image_head)
@@ -217,8 +148,9 @@ class DecodingWeights:
     def step_by_graph(self, codes: Tensor, step: int, cache: KVCache) -> Tensor:
         """`step`, held in a CUDA graph from the first call with a cache on."""
         if cache not in self._graphs:
-            self._graphs[cache] = _StepGraph(cache.rows, self.device)
-        return self._graphs[cache](self, codes, step, cache)
+            self._graphs[cache] = StepGraph(self.device)
+        compute = functools.partial(self.step_of_tensor, cache=cache)
+        return self._graphs[cache](compute, codes, torch.full((1,), step, device=self.device))
 
     def step_of_tensor(self, codes: Tensor, step: Tensor, cache: KVCache) -> Tensor:
         """`step` without a number that Python knows: `step` is (1,) int64, and all shapes are the same in every step."""
@@ -246,76 +178,17 @@ class DecodingWeights:
         return self.image_head(self.norm(x).to(self.dtype)).to(self.device, torch.float32)
 
     def _norm(self, norm: nn.LayerNorm) -> Layer:
-        if not self._ready:
-            return norm
-        gain, bias = norm.weight.float(), norm.bias.float()
-        return lambda x: F.layer_norm(x, norm.normalized_shape, gain, bias, norm.eps)
+        return ready_norm(norm) if self._ready else norm
 
     def _linear(self, linear: Linear, *, gelu: bool = False) -> Layer:
-        if not self._ready:
-            return (lambda x: F.gelu(linear(x))) if gelu else linear
-        weight, bias = linear.matrix.detach(), linear.bias.detach()
-        if isinstance(linear, RowParallelLinear) and linear.tensor.size > 1:
-            share = self._product(weight, None)
-            return lambda x: linear.tensor.sum_(share(x)).add_(bias)
-        product = self._product(weight, bias, gelu=gelu)
-        if isinstance(linear, Unembedding):
-            return lambda x: linear.tensor.gather(product(x))
-        return product
-
-    def _product(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Layer:
-        if self.device.type == "cpu":
-            return PackedLinear(weight, bias, gelu=gelu)
-        return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
+        if self._ready:
+            return ready_linear(linear, gelu=gelu)
+        return (lambda x: F.gelu(linear(x))) if gelu else linear
 
 
 def _layer_of_each(cache: KVCache) -> dict[Place, LayerCache]:
     """Any layer of each kind and device."""
     return {(kind, layer.codes.device): layer for kind, layer in zip(cache.kinds, cache.layers, strict=True)}
-
-
-class _StepGraph:
-    """A step held in a CUDA graph: one launch in place of some twenty for each layer.
-
-    Always called with the same weights and the same cache, whose tensors the graph reads and writes where they lie. Where a
-    step cannot be held, steps are computed one by one, with one warning.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.device = device
-        self.codes = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.logits: Tensor | None = None
-        self._tried = False
-
-    def __call__(self, weights: DecodingWeights, codes: Tensor, step: int, cache: KVCache) -> Tensor:
-        self.codes.copy_(codes)
-        self.step.fill_(step)
-        with torch.cuda.device(self.device):
-            if not self._tried:
-                self._tried = True
-                self._capture(weights, cache)
-            if self.logits is None:
-                return weights.step_of_tensor(self.codes, self.step, cache)
-            self.graph.replay()
-            return self.logits.clone()
-
-    def _capture(self, weights: DecodingWeights, cache: KVCache) -> None:
-        # What is computed to warm up, and while the graph is taken, writes to the cache; the first replay writes over it what
-        # belongs there, since it is for the same step.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            weights.step_of_tensor(self.codes, self.step, cache)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads of the process may go on to allocate memory meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.logits = weights.step_of_tensor(self.codes, self.step, cache)
-        except RuntimeError as error:
-            self.logits = None
-            warnings.warn(f"decoding goes on without a CUDA graph, more slowly: {error}", stacklevel=2)
 
 
 def decoding_device(model: Dalle) -> torch.device:

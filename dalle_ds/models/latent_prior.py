@@ -12,6 +12,7 @@ codes, so the caption must come in from outside of them; it does not say how, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, Checkpointing, LatentPriorConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, check_range
+from dalle_ds.models.pretrained import load_model, loaded, save_model
 from dalle_ds.nn.attention.pattern import dense_attention
 from dalle_ds.nn.layers import (
     ColumnParallelLinear,
@@ -86,8 +88,7 @@ class AutoregressivePrior(nn.Module):
         self, config: LatentPriorConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
     ) -> None:
         super().__init__()
-        if tensor.sequence:
-            raise ConfigError("the prior's few positions are not divided: leave parallel.sequence out")
+        tensor.check(config)
         if checkpointing == "selective":
             raise ConfigError("the autoregressive prior has no selective checkpointing: set none or full")
         self.config, self.tensor = config, tensor
@@ -156,7 +157,7 @@ class AutoregressivePrior(nn.Module):
                 x = self._run(block, x, states, dropout_seeds)
             else:
                 x = self._run(block, x, dropout_seeds)
-        hidden = self.norm(x[:, 1:])
+        hidden = self.tensor.copy_to_tensor_region(self.norm(x[:, 1:]))
         if logits:
             scores: Tensor = self.head(hidden)
             return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
@@ -207,6 +208,20 @@ class AutoregressivePrior(nn.Module):
                 f"text, embeddings (B, {config.embed_dim}), similarities and codes must have as many rows, found "
                 f"{len(text)}, {tuple(embedding.shape)}, {len(similarity)} and {len(codes)}"
             )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> AutoregressivePrior:
+        """The prior exported in `path`, or in `path`/export where that is a run directory, in eval mode on the CPU.
+
+        Raises:
+            CheckpointError: nothing there, another kind of model, or weights that do not fit.
+        """
+        config, weights = load_model(path, "latent_prior", LatentPriorConfig)
+        return loaded(lambda: cls(config), config, weights, path)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Export to folder `path`: `config.json` and `model.safetensors`; CheckpointError where it cannot be written."""
+        save_model(path, "latent_prior", self.config, self.state_dict())
 
 
 class LatentSampler:

@@ -1,8 +1,11 @@
-"""Image embeddings as a few tokens (unCLIP §2.2): principal components, the most varied first, each cut into buckets."""
+"""What priors make of CLIP's embeddings (unCLIP §2.2, App. C): numbers of a fit size, or a few tokens.
+
+Tokens are principal components, the most varied first, each cut into buckets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +32,15 @@ class EmbeddingMoments:
     def sums(self) -> list[Tensor]:
         """Tensors that add up over processes, in place."""
         return [self.count, self.total, self.products, self.norms]
+
+    @classmethod
+    def merged(cls, several: Sequence[EmbeddingMoments]) -> EmbeddingMoments:
+        """Of all rows of several."""
+        whole = cls(len(several[0].total))
+        for moments in several:
+            for total, part in zip(whole.sums, moments.sums, strict=True):
+                total += part
+        return whole
 
     def add(self, embeddings: Tensor) -> None:
         """Count (B, dim) embeddings of any dtype."""
@@ -83,6 +95,48 @@ class EmbeddingMoments:
     def _need_rows(self) -> None:
         if not self.count > 0:
             raise DataError("there are no embeddings to take moments of")
+
+
+class EmbeddingScaling:
+    """Embeddings as a diffusion model sees them: (z − shift) · factor.
+
+    Args:
+        shift, factor: (dim,) each; `constant` and `standardized` make them.
+
+    Raises:
+        ConfigError: a factor that is not finite and positive.
+    """
+
+    def __init__(self, shift: Tensor, factor: Tensor) -> None:
+        if not bool((factor > 0).all() and torch.isfinite(factor).all() and torch.isfinite(shift).all()):
+            raise ConfigError("embeddings can be scaled by finite numbers greater than 0 only")
+        self.shift, self.factor = shift.float(), factor.float()
+
+    @classmethod
+    def constant(cls, dim: int, scale: float) -> EmbeddingScaling:
+        """z · scale (17.2 in unCLIP App. C)."""
+        return cls(torch.zeros(dim), torch.full((dim,), scale))
+
+    @classmethod
+    def standardized(cls, moments: EmbeddingMoments) -> EmbeddingScaling:
+        """Mean 0 and variance 1 in each dimension; DataError where a dimension does not vary."""
+        return cls(moments.mean, 1 / moments.std)
+
+    def scale(self, embeddings: Tensor) -> Tensor:
+        """(…, dim) → (…, dim) fp32."""
+        return (embeddings.float() - self.shift.to(embeddings.device)) * self.factor.to(embeddings.device)
+
+    def unscale(self, scaled: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return scaled.float() / self.factor.to(scaled.device) + self.shift.to(scaled.device)
+
+    def variance(self, moments: EmbeddingMoments) -> float:
+        """Mean variance of the elements of scaled embeddings."""
+        return float((moments.covariance.diagonal() * self.factor.double().square()).mean())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors for an export: the arguments."""
+        return {"shift": self.shift, "factor": self.factor}
 
 
 def components_for(eigenvalues: Tensor, lost: float) -> int:
@@ -140,6 +194,13 @@ class LatentCodec:
         rows = embeddings.double()
         error = (self.decode(self.encode(embeddings)).double() - rows).square().sum()
         return float(error / (rows - rows.mean(0)).square().sum())
+
+    @classmethod
+    def fitted(cls, moments: EmbeddingMoments, embeddings: Tensor, components: int, buckets: int) -> LatentCodec:
+        """The first components of `moments`, between the least and the greatest values in (B, dim) embeddings."""
+        directions = moments.components()[1][:components].float()
+        coordinates = (embeddings.float() - moments.mean.float()) @ directions.T
+        return cls(moments.mean, directions, coordinates.amin(0), coordinates.amax(0), buckets)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for an export, read by `from_state_dict`."""

@@ -5,13 +5,15 @@ A decoder-only transformer with a causal mask over
     text (T)    z_t    timestep    noised z_i    query
 
 whose output at the last position is projected to the clean z_i. Only the last three change from one denoising step to the
-next. What comes before them is a prefix: in sampling its keys and values are computed once for a caption, and a step costs
-three tokens; in training K noised embeddings share one prefix, under a mask that hides them from each other.
+next. What comes before them is a prefix: in training K noised embeddings share one, under a mask that hides them from each
+other; in sampling its keys and values are computed once for a caption (`models/prior_sampling.py`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.config import PADDING, Checkpointing, PriorConfig
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import DataError
 from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, run_block
+from dalle_ds.models.pretrained import load_model, loaded, save_model
 from dalle_ds.nn.attention.pattern import dense_attention
 from dalle_ds.nn.layers import Embedding, LayerNorm, Linear, Unembedding, VocabParallelEmbedding
 from dalle_ds.parallel import WHOLE, TensorGroup
@@ -57,8 +60,7 @@ class DiffusionPrior(nn.Module):
         self, config: PriorConfig, *, checkpointing: Checkpointing = "none", tensor: TensorGroup = WHOLE
     ) -> None:
         super().__init__()
-        if tensor.sequence:
-            raise ConfigError("the prior's few positions are not divided: leave parallel.sequence out")
+        tensor.check(config)
         self.config = config
         self.checkpointing: Checkpointing = checkpointing
         self.tensor = tensor
@@ -118,9 +120,11 @@ class DiffusionPrior(nn.Module):
         mask = self.mask(caption, prefix.shape[1], noised.shape[1], dropped)
         if dropout_seeds is not None:
             dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = run_block(block, x, dropout_seeds, mask, self.checkpointing)
-        return self._read(x[:, prefix.shape[1] :])
+        # The last MLP is computed where it is read: at the queries.
+        queries = x[:, prefix.shape[1] + TAIL - 1 :: TAIL]
+        return self.read(run_block(self.blocks[-1], queries, dropout_seeds, mask, self.checkpointing))
 
     def prefix(self, caption: Caption, dropped: Tensor | None = None) -> Tensor:
         """(B, T' + 1, width) fp32, inputs of the text positions and of z_t."""
@@ -137,19 +141,32 @@ class DiffusionPrior(nn.Module):
 
     def tail(self, noised: Tensor, timesteps: Tensor) -> Tensor:
         """(B, 3 K, width) fp32, inputs of the three positions of each of K denoisings."""
-        time = sinusoid(timesteps, self.config.width).to(self.noised_input.weight.dtype)
-        query = self.query(torch.zeros_like(timesteps))
-        inputs = [self.time_input(time), self.noised_input(noised.to(self.noised_input.weight.dtype)), query]
-        places = torch.arange(TAIL, device=noised.device) + self.config.text_len + 1
-        return (torch.stack([part.float() for part in inputs], dim=2) + self.position(places).float()).flatten(1, 2)
+        noised = self.noised(noised)
+        inputs = [self.times(timesteps), noised, self.queries().expand_as(noised)]
+        return torch.stack(inputs, dim=2).flatten(1, 2)
 
-    def mask(self, caption: Caption, prefix: int, draws: int, dropped: Tensor | None = None) -> Tensor:
-        """(1 or B, 1, n, n) bool, [query, key]: causal, and the K denoisings do not see each other. Dropped captions have no
-        padding: their nulls are attended to like any text."""
+    def times(self, timesteps: Tensor) -> Tensor:
+        """(…) int64 → (…, width) fp32, inputs of timestep positions."""
+        time = sinusoid(timesteps, self.config.width).to(self.noised_input.weight.dtype)
+        return self.time_input(time).float() + self._tail_position(0)
+
+    def noised(self, noised: Tensor) -> Tensor:
+        """(…, embed_dim) → (…, width) fp32, inputs of positions of noised embeddings."""
+        return self.noised_input(noised.to(self.noised_input.weight.dtype)).float() + self._tail_position(1)
+
+    def queries(self) -> Tensor:
+        """(width,) fp32, the input of query positions."""
+        return self.query.weight[0].float() + self._tail_position(2)
+
+    def mask(
+        self, caption: Caption, prefix: int, draws: int, dropped: Tensor | None = None, tail: int = TAIL
+    ) -> Tensor:
+        """(1 or B, 1, n, n) bool, [query, key]: causal, and the K denoisings, of `tail` positions each, do not see each
+        other. Dropped captions have no padding: their nulls are attended to like any text."""
         device = caption.embedding.device
-        length = prefix + TAIL * draws
+        length = prefix + tail * draws
         places = torch.arange(length, device=device)
-        owner = torch.where(places < prefix, -1, (places - prefix) // TAIL)
+        owner = torch.where(places < prefix, -1, (places - prefix) // tail)
         mask = (places[:, None] >= places) & ((owner[:, None] == owner) | (owner == -1))
         padded = self._padded(caption) if self.config.mask_padding else None
         if padded is None:
@@ -160,10 +177,13 @@ class DiffusionPrior(nn.Module):
         keep[:, : padded.shape[1]] = ~padded
         return (mask & (keep[:, None] | torch.eye(length, dtype=torch.bool, device=device)))[:, None]
 
-    def _read(self, tail: Tensor) -> Tensor:
-        """The predictions in the last of each three positions: (B, 3 K, width) → (B, K, embed_dim) fp32."""
-        predicted: Tensor = self.output(self.norm(tail[:, TAIL - 1 :: TAIL]))
+    def read(self, queries: Tensor) -> Tensor:
+        """The predictions at query positions: (…, width) → (…, embed_dim) fp32."""
+        predicted: Tensor = self.output(self.norm(queries))
         return predicted
+
+    def _tail_position(self, number: int) -> Tensor:
+        return self.position.weight[self.config.text_len + 1 + number].float()
 
     def _padded(self, caption: Caption) -> Tensor | None:
         return caption.text == PADDING if self.config.text == "tokens" else caption.padded
@@ -197,6 +217,22 @@ class DiffusionPrior(nn.Module):
                 f"{tuple(noised.shape)} and {tuple(timesteps.shape)}"
             )
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DiffusionPrior:
+        """The prior exported in `path`, or in `path`/export where that is a run directory, in eval mode on the CPU.
+
+        Raises:
+            CheckpointError: nothing there, another kind of model, or weights that do not fit.
+        """
+        config, weights = load_model(path, "prior", PriorConfig)
+        # What the weights are measured by is what they have; the other kind of text is not among them.
+        sized = replace(config, text_width=1) if config.text == "tokens" else replace(config, text_vocab=1)
+        return loaded(lambda: cls(config), sized, weights, path)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Export to folder `path`: `config.json` and `model.safetensors`; CheckpointError where it cannot be written."""
+        save_model(path, "prior", self.config, self.state_dict())
+
 
 def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     """(…) → (…, width) fp32, cosines and sines of frequencies from 1 down to 1e-4 (Vaswani et al. 2017, as in ADM)."""
@@ -204,47 +240,3 @@ def sinusoid(timesteps: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps[..., None].float() * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))
-
-
-class CachedPrior:
-    """Denoises under fixed captions: the prefix's keys and values are computed once, a step computes three tokens a sample.
-
-    Args:
-        prior: in eval mode.
-        caption: of B captions.
-        draws: samples for each caption, K.
-        dropped: (B,) bool, captions that nulls stand in for.
-    """
-
-    @torch.no_grad()
-    def __init__(self, prior: DiffusionPrior, caption: Caption, draws: int, dropped: Tensor | None = None) -> None:
-        self.prior, self.draws = prior, draws
-        x = prior.prefix(caption, dropped)
-        self._prefix = x.shape[1]
-        mask = prior.mask(caption, self._prefix, draws, dropped)
-        self._mask = mask[..., self._prefix :, :]
-        self._keys: list[tuple[Tensor, Tensor]] = []
-        prefix_mask = mask[..., : self._prefix, : self._prefix]
-        for attention, mlp in zip(*[iter(prior.blocks)] * 2, strict=True):
-            assert isinstance(attention, AttentionBlock) and isinstance(mlp, MlpBlock)
-            qkv = attention.project(x)
-            rows, heads, size = len(x), qkv.shape[3], qkv.shape[4]
-            # Room for the tail's own keys and values behind the prefix's, written anew in each step.
-            pair = qkv.new_empty(2, rows, heads, self._prefix + TAIL * draws, size)
-            pair[:, :, :, : self._prefix] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
-            self._keys.append((pair[0], pair[1]))
-            x = mlp(x + attention.attention.attend(qkv, prefix_mask))
-
-    @torch.no_grad()
-    def __call__(self, noised: Tensor, timesteps: Tensor) -> Tensor:
-        """(B, K, embed_dim) and (B, K) int64 → (B, K, embed_dim) fp32, as `DiffusionPrior.forward`."""
-        x = self.prior.tail(noised, timesteps)
-        blocks = iter(self.prior.blocks)
-        for (keys, values), attention, mlp in zip(self._keys, blocks, blocks, strict=True):
-            qkv = attention.project(x)  # type: ignore[operator]
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)
-            keys[:, :, self._prefix :] = key
-            values[:, :, self._prefix :] = value
-            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask)
-            x = mlp(x + attention.attention.out(attended.transpose(1, 2).flatten(2)))  # type: ignore[operator,union-attr]
-        return self.prior._read(x)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from dalle_ds.config import DalleConfig, ParallelConfig
+from dalle_ds.config import DalleConfig, LatentPriorConfig, ParallelConfig, PriorConfig
 from dalle_ds.errors import ConfigError, DalleError, Interrupted
 from dalle_ds.parallel.tensor import WHOLE, TensorGroup
 
@@ -169,6 +169,13 @@ class Mesh:
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
 
     @classmethod
+    def join(cls, device: str = "auto") -> Mesh:
+        """As `start`, but a process that was started alone joins no process group, at no cost."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(0, 1, _pick_device(device, 0))
+        return cls.start(device)
+
+    @classmethod
     def tensor_group(cls, device: str) -> TensorGroup:
         """All processes of the launch as one tensor group; `WHOLE`, at no cost, where the process was started alone.
 
@@ -196,7 +203,7 @@ class Mesh:
         bare = replace(self, degrees=degrees, groups={})
         return replace(bare, groups=_groups(self.world_size, bare.sizes))
 
-    def check(self, model: DalleConfig) -> None:
+    def check(self, model: DalleConfig | PriorConfig | LatentPriorConfig) -> None:
         """Raise a `ConfigError` where a transformer cannot be divided so."""
         self.tensor.check(model)
         pipe = self.degrees.pipe

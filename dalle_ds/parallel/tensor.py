@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dalle_ds.config import DalleConfig
+from dalle_ds.config import DalleConfig, LatentPriorConfig, PriorConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.meta_device import skipped
 
@@ -79,20 +79,22 @@ class TensorGroup:
         piece.model_parallel = True  # type: ignore[attr-defined]
         return piece
 
-    def check(self, model: DalleConfig) -> None:
+    def check(self, model: DalleConfig | PriorConfig | LatentPriorConfig) -> None:
         """Raise a `ConfigError` where the group cannot divide a transformer."""
-        counts = {
-            "model.heads": model.heads,
-            "model.text_vocab": model.text_vocab,
-            "model.image_vocab": model.image_vocab,
-        }
-        for name, count in counts.items():
+        for name in model.divided:
+            count = getattr(model, name)
             if count % self.size:
                 raise ConfigError(
-                    f"{name}={count} cannot be divided among parallel.tensor={self.size} processes: set it to a multiple of "
-                    f"{self.size}, or parallel.tensor to a divisor of {count}"
+                    f"model.{name}={count} cannot be divided among parallel.tensor={self.size} processes: set it to a "
+                    f"multiple of {self.size}, or parallel.tensor to a divisor of {count}"
                 )
-        if self.sequence and model.total_len % self.size:
+        if not self.sequence:
+            return
+        if not isinstance(model, DalleConfig):
+            raise ConfigError(
+                "parallel.sequence divides the positions of the text-image transformer only: leave it out"
+            )
+        if model.total_len % self.size:
             raise ConfigError(
                 f"parallel.sequence divides the model's {model.total_len} positions (model.text_len={model.text_len} + "
                 f"model.grid={model.grid}²) among parallel.tensor={self.size} processes, which does not come out even: leave "

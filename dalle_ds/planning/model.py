@@ -22,7 +22,7 @@ from dalle_ds.planning.layout import Layout
 from dalle_ds.planning.trace import Exchange, Pass, Work, on_meta, traced
 from dalle_ds.precision import BranchPrecision
 from dalle_ds.tasks import Batch, Task
-from dalle_ds.tasks.base import ContrastiveTask, ModelParallelTask
+from dalle_ds.tasks.base import ContrastiveTask, ModelParallelTask, PipelineTask
 
 # --- parameters
 
@@ -223,15 +223,16 @@ class _Model:
 def _built(model: _Model) -> tuple[list[PipelineLayer], nn.ModuleList, ParameterSet]:
     """The layers of a model, or one without a kind that is all of it; as one process of its tensor group has them."""
     task, group = model.task, TensorGroup(0, model.tensor, sequence=model.sequence)
-    if isinstance(task, ModelParallelTask):
+    if isinstance(task, PipelineTask):
         layers = task.pipeline_layers(group)
     else:
-        layers = [PipelineLayer("", 1.0, task.build_model, lambda module, inputs: module)]
+        build = functools.partial(task.build_model, group) if isinstance(task, ModelParallelTask) else task.build_model
+        layers = [PipelineLayer("", 1.0, build, lambda module, inputs: module)]
     with on_meta(model.device), torch.device("meta"):
         modules = nn.ModuleList(layer.build() for layer in layers)
         if model.precision == "fp16" and isinstance(task, ModelParallelTask):
             for block in task.resblocks(modules):
-                block.use(BranchPrecision(torch.float16, torch.empty(1)))  # type: ignore[operator]
+                block.use(BranchPrecision(torch.float16, torch.empty(1)))
     if model.precision == "bf16":
         modules.to(torch.bfloat16)
     places = {
@@ -260,7 +261,7 @@ def _passes(model: _Model, rows: int) -> dict[str, Pass]:
     """A micro-batch of so many rows through one layer of each kind, the last one with the loss."""
     layers, modules, _ = _built(model)
     task = model.task
-    assert isinstance(task, ModelParallelTask)
+    assert isinstance(task, PipelineTask)
     batch = task.batch_spec(rows)
     inputs: tuple[Tensor, ...] = task.inputs(batch)
 

@@ -17,7 +17,7 @@ from dalle_ds.planning.memory import MOMENTS, Memory, stage_memory
 from dalle_ds.planning.model import Stage, needed_flops, stages_of
 from dalle_ds.planning.traffic import StepTime, Transfer, compression, step_time, traffic
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.base import ModelParallelTask
+from dalle_ds.tasks.base import ModelParallelTask, PipelineTask
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,13 @@ def _arrangements(
     stated = task.run.train.zero_stage
     if stated is None:
         stated = json_config.get("zero_optimization", {}).get("stage")
-    processes, is_divided = cluster.gpus, isinstance(task, ModelParallelTask)
+    processes = cluster.gpus
+    is_divided, is_cut = isinstance(task, ModelParallelTask), isinstance(task, PipelineTask)
     for tensor in _divisors(min(processes, cluster.gpus_per_node)) if is_divided else [1]:
-        for pipe in _divisors(processes // tensor) if is_divided and processes % tensor == 0 else [1]:
+        for pipe in _divisors(processes // tensor) if is_cut and processes % tensor == 0 else [1]:
             for replicas in _divisors(processes // (tensor * pipe)) if pipe == 1 else [1]:
                 for stage in [stated] if stated is not None else [1] if pipe > 1 else [0, 1, 2, 3]:
-                    for sequence in [False, True] if tensor > 1 else [False]:
+                    for sequence in [False, True] if is_cut and tensor > 1 else [False]:
                         yield ParallelConfig(replicas=replicas, tensor=tensor, pipe=pipe, sequence=sequence), stage
 
 

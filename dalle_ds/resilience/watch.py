@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from typing import IO, Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from dalle_ds.cli import explain
 from dalle_ds.config.parallel import WatchConfig
 from dalle_ds.errors import Interrupted, TrainingError
 from dalle_ds.parallel.mesh import Mesh
@@ -45,6 +46,16 @@ MAX_TRACEBACK = 20_000  # characters
 
 _MONITOR = "import sys; sys.path.append(sys.argv[1]); from resilience.monitor import main; main()"
 _numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto") -> Iterator[Mesh]:
+    """The processes that a command was started as, watched; nothing is, where it is one alone."""
+    mesh = Mesh.join(device)
+    with contextlib.nullcontext() if mesh.world_size == 1 else Watch(mesh, explain):
+        yield mesh
+        mesh.barrier()
+    mesh.stop()
 
 
 class Watch:

@@ -15,22 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_ds.config import PADDING, PriorConfig
 from dalle_ds.diffusion import AnalyticVariance, NoiseSchedule, clip_x0, ddim_step, ddpm_step, guide, step_grid
 from dalle_ds.errors import ConfigError
+from dalle_ds.models.clip import Clip
 from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
 from dalle_ds.models.latents import LatentCodec
-from dalle_ds.models.prior import CachedPrior, Caption, DiffusionPrior
+from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 from dalle_ds.sampling.codes import Sampling, sample
+
+STEPS = "64"
+"""Grid of the paper's sampler (Table 3)."""
 
 
 @dataclass(frozen=True)
 class PriorSampling:
     """How image embeddings are sampled. The defaults are the paper's (Table 3)."""
 
-    method: Literal["analytic", "ddpm", "ddim"] = "analytic"
-    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta."""
-    steps: str = "64"
-    """Timesteps visited, as `dalle_ds.diffusion.step_grid` takes them."""
+    method: Literal["analytic", "ddpm", "ddim"] | None = None
+    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta.
+    None takes analytic where it was measured on these steps, else ddpm."""
+    steps: str | None = None
+    """Timesteps visited, as `dalle_ds.diffusion.step_grid` takes them; None takes those that analytic was measured on, or
+    64."""
     eta: float = 0.0
     """Of DDIM: 0 is deterministic, 1 has DDPM's variance."""
     guidance: float = 1.0
@@ -41,7 +49,7 @@ class PriorSampling:
     """Samples of which the one with the greatest dot product with the text embedding is taken."""
 
     def __post_init__(self) -> None:
-        if self.method not in ("analytic", "ddpm", "ddim"):
+        if self.method not in ("analytic", "ddpm", "ddim", None):
             raise ConfigError(f"sampling.method must be analytic, ddpm or ddim, found {self.method!r}")
         if self.best_of < 1:
             raise ConfigError(f"sampling.best_of must be at least 1, found {self.best_of}")
@@ -51,9 +59,34 @@ class PriorSampling:
 
 def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
     """The normal numbers that decide sample number `sample` of the caption `key` under `seed`: fp32 on the CPU."""
+    return torch.randn(*shape, generator=_generator(key, seed, sample))
+
+
+def sample_uniforms(key: str, seed: int, sample: int, count: int) -> Tensor:
+    """(count,) float64 in [0, 1), as `sample_noise`."""
+    return torch.rand(count, generator=_generator(key, seed, sample), dtype=torch.float64)
+
+
+def _generator(key: str, seed: int, sample: int) -> torch.Generator:
     digest = hashlib.sha256(repr((seed, sample, key)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(*shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def prepare_caption(config: PriorConfig, text: Tensor, embedding: Tensor, clip: Clip | None = None) -> Caption:
+    """Tokens as the prior reads them, in training and in sampling.
+
+    Args:
+        text: (B, T) int64, -1 behind a caption's tokens: those of CLIP where the prior reads its states.
+        embedding: (B, embed_dim), scaled.
+        clip: for `config.text` "clip_states".
+    """
+    if config.mask_padding:  # what nobody attends to need not be computed
+        text = text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))]
+    if config.text == "tokens":
+        return Caption(text, embedding)
+    assert clip is not None
+    states, padded = clip.text_states(text)
+    return Caption(states, embedding, padded)
 
 
 @torch.no_grad()
@@ -64,6 +97,7 @@ def denoise(
     schedule: NoiseSchedule,
     sampling: PriorSampling,
     variance: AnalyticVariance | None = None,
+    weights: DenoisingWeights | None = None,
 ) -> Tensor:
     """Sample scaled image embeddings.
 
@@ -73,6 +107,7 @@ def denoise(
         noise: (B, K, N + 1, embed_dim) normal numbers: x_T, then one for each step of the grid, noisiest first.
         schedule: the one of training.
         variance: of the grid of `sampling.steps`, for the method analytic.
+        weights: the prior's, where it is sampled from again and again.
 
     Returns:
         (B, K, embed_dim) fp32.
@@ -80,7 +115,7 @@ def denoise(
     Raises:
         ConfigError: the method is analytic and there is no variance; noise of another number of steps.
     """
-    grid = schedule.on(step_grid(sampling.steps, len(schedule)))
+    grid = schedule.on(step_grid(sampling.steps or STEPS, len(schedule)))
     if noise.shape[2] != len(grid) + 1:
         raise ConfigError(
             f"a grid of {len(grid)} steps needs {len(grid) + 1} noises for each sample, found {noise.shape[2]}"
@@ -89,19 +124,19 @@ def denoise(
         raise ConfigError(
             "sampling.method=analytic needs the variances that are measured after training: take ddpm or ddim"
         )
-    variances = variance.ddpm() if sampling.method == "analytic" and variance is not None else grid.posterior_variances
+    is_analytic = variance is not None and sampling.method in ("analytic", None)
+    variances = variance.ddpm() if variance is not None and is_analytic else grid.posterior_variances
     rows, draws = noise.shape[:2]
     guided = sampling.guidance != 1
     if guided:
         caption = Caption(*(None if part is None else torch.cat([part, part]) for part in caption))  # type: ignore[arg-type]
     device = caption.embedding.device
     dropped = torch.arange(len(caption.embedding), device=device) >= rows if guided else None
-    cached = CachedPrior(prior, caption, draws, dropped)
+    cached = CachedPrior(weights or DenoisingWeights(prior), caption, draws, grid.timesteps.to(device), dropped)
     noise = noise.to(device)
     x = noise[:, :, 0]
     for number, step in enumerate(reversed(range(len(grid))), start=1):
-        times = grid.timesteps[step].to(device).expand(len(caption.embedding), draws)
-        x0 = cached(torch.cat([x, x]) if guided else x, times)
+        x0 = cached(torch.cat([x, x]) if guided else x, step)
         if guided:
             conditional, null = x0.chunk(2)
             x0 = guide(conditional, null, sampling.guidance)

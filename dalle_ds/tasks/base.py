@@ -1,9 +1,9 @@
-"""What the Trainer asks of a task, and two capabilities that a task may have besides."""
+"""What the Trainer asks of a task, and what a task may be able to besides: to be divided, and to compare a whole batch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,7 +18,8 @@ from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.optim import decay_groups
+from dalle_ds.models.dalle import ResidualBlock
+from dalle_ds.optim import decay_groups, resblock_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.parallel.stages import PipelineLayer
@@ -152,6 +153,13 @@ class Task(ABC, Generic[RunConfig]):
             are summed and given to `digest`.
         """
 
+    def measure(self, model: Callable[..., Any], batches: Iterator[Batch], mesh: Mesh) -> None:
+        """Measure on training data what an export tells of the averaged model; before the export, on all processes.
+
+        Args:
+            batches: this process's micro-batches, endless.
+        """
+
     def digest(self, sums: Metrics) -> dict[str, float]:
         """Metrics from the vectors among those of `loss`, summed over the whole batch."""
         return {}
@@ -195,12 +203,46 @@ class Task(ABC, Generic[RunConfig]):
 
 
 class ModelParallelTask(Task[RunConfig]):
-    """A task whose model is a row of residual blocks: tensor groups and pipelines divide it (DALL·E §2.5), and gradients are
-    scaled in each block by itself (§2.4)."""
+    """A task whose model is a row of `ResidualBlock`s: tensor groups divide it (DALL·E §2.5), and gradients are scaled in each
+    block by itself (§2.4). Its run has `scaling`, and its model's configuration says what a group divides."""
 
     @abstractmethod
     def build_model(self, tensor: TensorGroup = WHOLE) -> nn.Module:
         """The model, or this process's part of it in a tensor group."""
+
+    @property
+    @abstractmethod
+    def resblock_count(self) -> int:
+        """Residual blocks of the whole model."""
+
+    @property
+    def scaling(self) -> ScalingConfig:
+        """Gradient scales of `resblocks` in fp16."""
+        found: ScalingConfig = self.run.scaling  # type: ignore[attr-defined]
+        return found
+
+    def resblocks(self, model: nn.Module) -> Sequence[ResidualBlock]:
+        """Those residual blocks that this process's model has."""
+        return [module for module in model.modules() if isinstance(module, ResidualBlock)]
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return resblock_groups(model, self.resblocks(model), self.run.optim)
+
+    def check_layout(self, mesh: Mesh, micro_batch: int, precision: str) -> None:
+        if mesh.size("pipe") > 1 and not isinstance(self, PipelineTask):
+            raise ConfigError(
+                f"parallel.pipe={mesh.size('pipe')}, but a {self.name} is not made into a pipeline: leave it out; ZeRO and "
+                "parallel.tensor divide what is too large for one device"
+            )
+        mesh.check(self.run.model)  # type: ignore[attr-defined]
+        if self.scaling.in_fp32 and precision != "fp32":
+            raise ConfigError(
+                f"scaling.in_fp32 is for fp32 runs, and this is {precision}: leave it out, or give a DeepSpeed JSON for fp32"
+            )
+
+
+class PipelineTask(ModelParallelTask[RunConfig]):
+    """A task whose model can be cut into the stages of a pipeline."""
 
     @abstractmethod
     def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
@@ -209,31 +251,6 @@ class ModelParallelTask(Task[RunConfig]):
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the first of `pipeline_layers` takes of a batch."""
-
-    @property
-    @abstractmethod
-    def scaling(self) -> ScalingConfig:
-        """Gradient scales of `resblocks` in fp16."""
-
-    @abstractmethod
-    def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Those residual blocks that this process's model has; each has its `number` and `use(BranchPrecision)`."""
-
-    @property
-    @abstractmethod
-    def resblock_count(self) -> int:
-        """Residual blocks of the whole model."""
-
-    @abstractmethod
-    def check_division(self, mesh: Mesh) -> None:
-        """Raise a `ConfigError` where the model cannot be divided so."""
-
-    def check_layout(self, mesh: Mesh, micro_batch: int, precision: str) -> None:
-        self.check_division(mesh)
-        if self.scaling.in_fp32 and precision != "fp32":
-            raise ConfigError(
-                f"scaling.in_fp32 is for fp32 runs, and this is {precision}: leave it out, or give a DeepSpeed JSON for fp32"
-            )
 
 
 class ContrastiveTask(Task[RunConfig]):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from dalle_ds.config import ClipRun, DvaeRun, Run, TransformerRun
+from dalle_ds.config import ClipRun, DvaeRun, LatentPriorRun, PriorRun, Run, TransformerRun
 from dalle_ds.tasks.base import Task
 from dalle_ds.tasks.clip import ClipTask
 from dalle_ds.tasks.dvae import DvaeTask
+from dalle_ds.tasks.latent_prior import LatentPriorTask
+from dalle_ds.tasks.prior import PriorTask
 from dalle_ds.tasks.transformer import TransformerTask
 
 STAGES: dict[str, tuple[type[Run], type[Task[Any]]]] = {
     "dvae": (DvaeRun, DvaeTask),
     "transformer": (TransformerRun, TransformerTask),
     "clip": (ClipRun, ClipTask),
+    "prior": (PriorRun, PriorTask),
+    "latent_prior": (LatentPriorRun, LatentPriorTask),
 }

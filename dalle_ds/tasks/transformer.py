@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,26 +12,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.config import PADDING, ScalingConfig, TransformerRun
+from dalle_ds.config import PADDING, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
 from dalle_ds.errors import ConfigError
-from dalle_ds.models.dalle import Dalle, ResidualBlock
+from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.flops import model_flops
 from dalle_ds.models.pipeline import pipeline_layers
-from dalle_ds.optim import resblock_groups
-from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
+from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import image_grid, to_pil_images
-from dalle_ds.tasks.base import Batch, Metrics, ModelParallelTask, Samples, numbered
+from dalle_ds.tasks.base import Batch, Metrics, PipelineTask, Samples, numbered
 from dalle_ds.text.tokenizer import Tokenizer
 
 PREVIEW_ROWS = 6
 PREVIEW_SAMPLES = 4
 
 
-class TransformerTask(ModelParallelTask[TransformerRun]):
+class TransformerTask(PipelineTask[TransformerRun]):
     """Maximizes the likelihood of captions and of the codes of their images, with weights 1/8 and 7/8.
 
     Raises:
@@ -106,24 +105,11 @@ class TransformerTask(ModelParallelTask[TransformerRun]):
     def build_model(self, tensor: TensorGroup = WHOLE) -> Dalle:
         return Dalle(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
 
-    def check_division(self, mesh: Mesh) -> None:
-        mesh.check(self.run.model)
-
     def pipeline_layers(self, tensor: TensorGroup) -> list[PipelineLayer]:
         return pipeline_layers(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return tuple(batch[name] for name in ("text", "codes", "key") if name in batch)
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return resblock_groups(model, self.resblocks(model), self.run.optim)
-
-    @property
-    def scaling(self) -> ScalingConfig:
-        return self.run.scaling
-
-    def resblocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        return [module for module in model.modules() if isinstance(module, ResidualBlock)]
 
     @property
     def resblock_count(self) -> int:

@@ -22,7 +22,7 @@ from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.base import ModelParallelTask
+from dalle_ds.tasks.base import ModelParallelTask, PipelineTask
 
 
 def build_engine(
@@ -101,6 +101,7 @@ def build_part(task: Task[Any], mesh: Mesh) -> nn.Module:
         return task.build_model(mesh.tensor)
     from dalle_ds.parallel.pipeline import Pipeline
 
+    assert isinstance(task, PipelineTask)
     return Pipeline(task.pipeline_layers(mesh.tensor), mesh)
 
 
@@ -112,7 +113,7 @@ def scale_gradients(task: Task[Any], model: nn.Module, precision: str, mesh: Mes
     dtype = torch.float16 if precision == "fp16" else torch.float32
     scales = GradientScales(task.scaling, task.resblock_count, mesh.size("data"), mesh.device)
     for block in task.resblocks(model):
-        block.use(scales.precision(block.number, dtype))  # type: ignore[operator, arg-type]
+        block.use(scales.precision(block.number, dtype))
         for parameter in block.parameters():
             if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2:
                 # ZeRO-3 then gathers these weights in the dtype that the block casts them to anyway.

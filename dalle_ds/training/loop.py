@@ -183,7 +183,7 @@ class Loop:
         """Export the averaged model and make the last preview with it."""
         directory = self.directory
         with self._long("exporting"):
-            model = self._plain_model()
+            model = self._plain_model(is_last=True)
             if model is not None:
                 self.task.export(model, directory.export)
         self._preview(model)
@@ -360,10 +360,12 @@ class Loop:
             )
         self.tracker.alarm(f"{saved.failure}; the run goes on from the last complete checkpoint")
 
-    def _plain_model(self) -> nn.Module | None:
+    def _plain_model(self, *, is_last: bool = False) -> nn.Module | None:
         """The model with averaged weights, fp32 on the CPU and outside DeepSpeed, on the main rank; None elsewhere.
-        Collective."""
-        with self._averaged():
+        Collective. The last one's task measures it first."""
+        with self._averaged() as averaged:
+            if is_last:
+                self.task.measure(averaged, self.batches.train(self.rollbacks.data_step(self.step)), self.mesh)
             state = self.weights.consolidate()
         if state is None:
             return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import Peers
 from dalle_ds.tasks import Batch, Metrics, Task
-from dalle_ds.tasks.base import ContrastiveTask, ModelParallelTask, Outputs
+from dalle_ds.tasks.base import ContrastiveTask, Outputs, PipelineTask
 from dalle_ds.training.randomness import draw_again_from, generator_states
 
 
@@ -48,7 +48,7 @@ class StepStrategy(ABC):
 def strategy_for(task: Task[Any], engine: Any, mesh: Mesh) -> StepStrategy:
     """The strategy that fits an engine and its task."""
     if mesh.size("pipe") > 1:
-        assert isinstance(task, ModelParallelTask)
+        assert isinstance(task, PipelineTask)
         return PipelineStrategy(task, engine, mesh)
     if not isinstance(task, ContrastiveTask):
         return PlainStrategy(task, engine)
@@ -137,7 +137,7 @@ def in_parts(loss: Tensor, metrics: Metrics, count: int) -> list[Metrics]:
 class PipelineStrategy(StepStrategy):
     """Micro-batches that stages work on at the same time, by DeepSpeed's schedule (one forward, one backward)."""
 
-    def __init__(self, task: ModelParallelTask[Any], engine: Any, mesh: Mesh) -> None:
+    def __init__(self, task: PipelineTask[Any], engine: Any, mesh: Mesh) -> None:
         from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep
 
         super().__init__(task, engine)

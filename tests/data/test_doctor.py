@@ -11,9 +11,11 @@ import pytest
 
 from dalle_ds.data import store_writer
 from dalle_ds.data.codes import CodesCache, cache_codes
+from dalle_ds.data.embeddings import EmbeddingCache, cache_embeddings
 from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.doctor.data import DataOptions, inspect_data
 from dalle_ds.errors import DataError
+from dalle_ds.models import Clip
 from tests.data.test_samples import FINGERPRINT, CornerCodes
 from tests.processes import run_ranks
 
@@ -107,3 +109,17 @@ def test_the_command(data: Path) -> None:
 def test_what_is_no_prepared_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a prepared data folder"):
         inspect_data(DataOptions(str(tmp_path)))
+
+
+def test_embeddings_are_read_too(data: Path, clip: Clip) -> None:
+    cache_embeddings(clip, data)
+    counts = [entry for entry in inspect_data(DataOptions(str(data))).counts if entry.name.startswith("embeddings/")]
+    assert [(entry.rows, entry.files) for entry in counts] == [(24, 4), (6, 3)]
+    (folder,) = (data / "embeddings").iterdir()
+    paths = folder / "moments.safetensors", next((folder / "validation" / "texts").iterdir())
+    text = EmbeddingCache.open(data, clip.fingerprint, "validation").text(2, 1).tobytes()
+    for path, part in zip(paths, (paths[0].read_bytes()[-8:], text), strict=True):
+        path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
+    inspection = inspect_data(DataOptions(str(data)))
+    assert [fault.partition(" is damaged")[0] for fault in inspection.faults] == list(map(str, paths))
+    assert [entry.unreadable for entry in inspection.counts if entry.name.startswith("embeddings/")] == [0, 1]

@@ -9,19 +9,17 @@ import socket
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dalle_ds.data import prepare as prepare_module
-from dalle_ds.data import store_writer
 from dalle_ds.data.corpora import Unit
 from dalle_ds.data.filters import FilterOptions
 from dalle_ds.data.prepare import NothingKept, PrepareOptions, prepare, prepare_part
 from dalle_ds.data.prepare_on_ray import prepare_on_ray, start_ray
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, remove_leftovers
-from tests.data.conftest import picture_bytes
+from tests.data.conftest import picture_bytes, wait_before_rows
 from tests.data.test_prepare import all_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,14 +52,7 @@ def whole(options: PrepareOptions, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def step_by_step(steps: Connection, source: str, out: str) -> None:
     """A preparation that waits for a word before each row that it writes, to a part or to the result."""
-    add = store_writer.StoreWriter.add
-
-    def awaited(writer: store_writer.StoreWriter, row: dict[str, Any], size: int) -> None:
-        steps.send("row")
-        steps.recv()
-        add(writer, row, size)
-
-    store_writer.StoreWriter.add = awaited  # type: ignore[method-assign]
+    wait_before_rows(steps)
     prepare(PrepareOptions(corpus="folder", source=source, validation=0.2, filters=FILTERS), out, parts=6)
 
 

@@ -39,6 +39,7 @@ from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import choice
 from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling.prior import PriorSampling
 from tests.processes import run_ranks
 from tests.references import reference
 
@@ -382,19 +383,27 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_measured(
 
 @pytest.mark.launch
 def test_two_processes_find_the_same_and_results_are_compared(
-    options: EvaluateOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: EvaluateOptions,
+    embedded: Path,
+    prior_exports: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By the launcher, with the real feature network."""
     # What `auto` takes is measured, and may differ between launches.
     options = replace(options, captions=6, best_of="1,2", blur="0", split="validation", dtype="fp32")
-    command = ["--out", str(tmp_path / "two")]
-    for name in ("data", "transformer", "dvae", "clip", "judge", "captions", "best_of", "blur", "device", "dtype"):
+    prior = prior_exports["diffusion"]
+    options = replace(options, data=str(embedded), prior=str(prior), prior_sampling=PriorSampling("ddpm", "4"))
+    command = ["--out", str(tmp_path / "two"), "--prior_sampling.method", "ddpm", "--prior_sampling.steps", "4"]
+    models = ("transformer", "dvae", "clip", "judge", "prior")
+    for name in ("data", *models, "captions", "best_of", "blur", "device", "dtype"):
         command += [f"--{name}", str(getattr(options, name))]
     done = run_ranks("launchers/evaluate.py", *command, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = evaluate(options, ALONE), Result.load(tmp_path / "two" / "result.json")
     figures = compare(one, two)
     assert figures.keys() == one.metrics.keys() and "best_of_2/efficientnet_frechet/blur_0" in figures
+    assert "prior/nearest_caption/cosine" in figures
     for name, (first, second) in figures.items():
         assert first == pytest.approx(second, rel=1e-6, abs=1e-9), name
     assert not any("fid" in name or "inception" in name for name in figures)

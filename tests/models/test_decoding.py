@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dalle_ds.config import DalleConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.decoding import DecodingWeights, PackedLinear, bytes_per_step, new_cache, prefill
+from dalle_ds.models.decoding import DecodingWeights, bytes_per_step, new_cache, prefill
+from dalle_ds.models.inference import PackedLinear
 from dalle_ds.nn.attention import attention_mask
 from dalle_ds.nn.attention.decoding import _attend_plainly, bytes_per_prompt, bytes_per_row, slots_of
 

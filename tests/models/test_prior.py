@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dalle_ds.config import PriorConfig
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.prior import CachedPrior, Caption, DiffusionPrior
+from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 
 TOKENS = PriorConfig(width=32, depth=3, heads=4, text_len=7, embed_dim=12, text_vocab=50)
 STATES = PriorConfig(width=32, depth=3, heads=4, text_len=7, embed_dim=12, text="clip_states", text_width=20)
@@ -49,8 +52,6 @@ def repeated(caption: Caption, draws: int) -> Caption:
 @pytest.mark.parametrize("config", [TOKENS, STATES])
 def test_draws_over_one_prefix_are_as_many_rows(config: PriorConfig, mask_padding: bool) -> None:
     """Predictions and gradients."""
-    from dataclasses import replace
-
     prior, caption, (noised, times) = (
         prior_of(replace(config, mask_padding=mask_padding)),
         caption_of(config),
@@ -70,25 +71,33 @@ def test_draws_over_one_prefix_are_as_many_rows(config: PriorConfig, mask_paddin
 
 
 @pytest.mark.parametrize("mask_padding", [False, True])
+@pytest.mark.parametrize(("rows", "draws"), [(1, 1), (3, 1), (3, 4)])
 @pytest.mark.parametrize("config", [TOKENS, STATES])
-def test_the_cache_changes_nothing(config: PriorConfig, mask_padding: bool) -> None:
-    from dataclasses import replace
+def test_the_cache_changes_nothing(config: PriorConfig, rows: int, draws: int, mask_padding: bool) -> None:
+    """Neither in what order steps come, nor whose weights were made ready before."""
+    prior = prior_of(replace(config, mask_padding=mask_padding)).eval()
+    caption, weights, timesteps = caption_of(config, rows), DenoisingWeights(prior), torch.tensor([3, 500, 999])
+    for dropped in (None, torch.tensor([False, True, False])[:rows], torch.ones(rows, dtype=torch.bool)):
+        cached = CachedPrior(weights, caption, draws, timesteps, dropped)
+        for number in (2, 0, 1, 2):
+            noised = number + noised_of(config, rows, draws)[0]
+            with torch.no_grad():
+                want = prior(caption, noised, timesteps[number].expand(rows, draws), dropped=dropped)
+            torch.testing.assert_close(cached(noised, number), want, rtol=1e-5, atol=1e-5)
 
-    prior, caption = prior_of(replace(config, mask_padding=mask_padding)).eval(), caption_of(config)
-    dropped = torch.tensor([False, True, False])
-    cached = CachedPrior(prior, caption, 4, dropped)
-    for seed in range(3):  # steps do not disturb each other
-        noised, times = noised_of(config)
-        noised = noised + seed
-        with torch.no_grad():
-            want = prior(caption, noised, times, dropped=dropped)
-        torch.testing.assert_close(cached(noised, times), want, rtol=1e-5, atol=1e-5)
+
+def test_the_cache_of_a_bf16_prior() -> None:
+    prior, caption, timesteps = prior_of(STATES).eval(), caption_of(STATES), torch.tensor([3, 500])
+    noised, _ = noised_of(STATES)
+    with torch.no_grad():
+        want = prior(caption, noised, timesteps[1].expand(3, 4))
+    found = CachedPrior(DenoisingWeights(prior.bfloat16()), caption, 4, timesteps)(noised, 1)
+    assert found.dtype == torch.float32
+    assert 0 < (found - want).abs().max() < 0.05 * want.abs().max()
 
 
 @pytest.mark.parametrize("config", [TOKENS, STATES])
 def test_masked_padding_may_be_trimmed(config: PriorConfig) -> None:
-    from dataclasses import replace
-
     prior, (noised, times) = prior_of(replace(config, mask_padding=True)), noised_of(config, rows=1)
     caption = caption_of(config, rows=1)  # 3 tokens of 7
     short = Caption(caption.text[:, :4], caption.embedding, None if caption.padded is None else caption.padded[:, :4])
@@ -144,7 +153,7 @@ def test_a_callers_tensors_stay() -> None:
     prior, caption, (noised, times) = prior_of(STATES), caption_of(STATES), noised_of(STATES)
     copies = [tensor.clone() for tensor in (*caption, noised, times)]  # type: ignore[union-attr]
     prior(caption, noised, times, dropped=torch.tensor([True, False, True]))
-    CachedPrior(prior, caption, 4)(noised, times)
+    CachedPrior(DenoisingWeights(prior), caption, 4, times[0])(noised, 0)
     assert all(torch.equal(a, b) for a, b in zip((*caption, noised, times), copies, strict=True))  # type: ignore[arg-type]
 
 

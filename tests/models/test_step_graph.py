@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dalle_ds.config import DalleConfig
-from dalle_ds.models import decoding
+from dalle_ds.config import DalleConfig, PriorConfig
+from dalle_ds.models import inference
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
+from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 from dalle_ds.nn.attention.decoding import KVCache
 from dalle_ds.sampling import Sampling, SamplingRequest, sample_codes
 
@@ -53,19 +56,19 @@ def _address(tensor: Tensor) -> int:
 
 
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[KVCache]]:
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[KVCache | CachedPrior]]:
     """Steps are replayed from now on; the caches that one was recorded for."""
-    recorded: list[weakref.ref[KVCache]] = []
+    recorded: list[weakref.ref[KVCache | CachedPrior]] = []
 
-    def capture(graph: Any, weights: DecodingWeights, cache: KVCache) -> None:
-        recorded.append(weakref.ref(cache))
-        weights.step_of_tensor(graph.codes, graph.step, cache)
+    def capture(graph: Any, compute: Any, inputs: tuple[Tensor, ...]) -> None:
+        recorded.append(weakref.ref(compute.keywords["cache"] if isinstance(compute, partial) else compute.__self__))
+        compute(*inputs)
         graph.graph = Recording()
         with graph.graph:
-            graph.logits = weights.step_of_tensor(graph.codes, graph.step, cache)
+            graph.output = compute(*inputs)
 
-    monkeypatch.setattr(decoding, "_packed", lambda weight: None)  # its storage cannot be told apart
-    monkeypatch.setattr(decoding._StepGraph, "_capture", capture)
+    monkeypatch.setattr(inference, "_packed", lambda weight: None)  # its storage cannot be told apart
+    monkeypatch.setattr(inference.StepGraph, "_capture", capture)
     monkeypatch.setattr(DecodingWeights, "step", DecodingWeights.step_by_graph)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return recorded
@@ -89,7 +92,7 @@ def test_pictures_of_replayed_steps(
     options = {"num": 4, "sampling": Sampling(guidance=guidance), "batch_size": 4, "seed": 2}
     found = sample_codes(model, TEXT, SamplingRequest(**options))
     assert len(captures) == (1 if guidance == 1 else 2)  # the empty caption guides itself, as one prompt
-    monkeypatch.setattr(DecodingWeights, "step", decoding.DecodingWeights.step_of_number)
+    monkeypatch.setattr(DecodingWeights, "step", DecodingWeights.step_of_number)
     assert torch.equal(found, sample_codes(model, TEXT, SamplingRequest(**options)))
 
 
@@ -128,3 +131,18 @@ def test_a_graph_neither_keeps_its_cache_nor_outlives_it(model: Dalle, captures:
         assert all(cache() is None for cache in captures)
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+def test_a_priors_replayed_steps(captures: list) -> None:
+    torch.manual_seed(0)
+    prior = DiffusionPrior(PriorConfig(width=32, depth=2, heads=4, text_len=5, embed_dim=6, text_vocab=30)).eval()
+    caption, timesteps = Caption(torch.randint(30, (3, 5)), torch.randn(3, 6)), torch.tensor([3, 500, 999])
+    cached, replayed = (CachedPrior(DenoisingWeights(prior), caption, 2, timesteps) for _ in range(2))
+    replayed._graph = inference.StepGraph(torch.device("cpu"))
+    for number in (2, 1, 0):
+        noised = torch.randn(3, 2, 6)
+        torch.testing.assert_close(replayed(noised, number), cached(noised, number))
+    assert len(captures) == 1
+    del replayed
+    assert captures[0]() is None

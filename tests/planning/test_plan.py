@@ -263,7 +263,7 @@ def test_every_number_of_a_cluster_can_be_changed() -> None:
             "--gpus must be a whole number of at least 1, found 0",
         ),
         (["--preset", "toy", "--cluster", "cpu", "--gpus", "two"], "--gpus: invalid int value: 'two'"),
-        (["--preset", "toy", "--cluster", "cpu", "--stage", "prior"], "--stage: invalid choice: 'prior'"),
+        (["--preset", "toy", "--cluster", "cpu", "--stage", "nothing"], "--stage: invalid choice: 'nothing'"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.reserved_gb", "9"], "cluster.reserved_gb=9"),
         (["--preset", "toy", "--cluster", "cpu", "--cluster.overlap", "2"], "cluster.overlap must lie in"),
         (["--preset", "toy", "--cluster", "cpu", "--json", "/nowhere/x.json"], "--json must be a file in a folder"),

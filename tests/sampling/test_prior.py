@@ -86,8 +86,8 @@ def test_analytic_sampling_has_the_datas_spread(monkeypatch: pytest.MonkeyPatch)
         def __init__(self, *arguments: object) -> None:
             pass
 
-        def __call__(self, x: Tensor, times: Tensor) -> Tensor:
-            alpha_bar = SCHEDULE.alpha_bars[times][..., None].float()
+        def __call__(self, x: Tensor, step: int) -> Tensor:
+            alpha_bar = grid.alpha_bars[step].float()
             return alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar) * x
 
     monkeypatch.setattr("dalle_ds.sampling.prior.CachedPrior", Best)
@@ -143,6 +143,6 @@ def test_impossible_sampling_is_refused() -> None:
             PriorSampling(**fields)  # type: ignore[arg-type]
     prior, caption = prior_of(), caption_of()
     with pytest.raises(ConfigError, match="measured after training"):
-        denoise(prior, caption, caption_noise("abc", 0, 1, 64, 6), SCHEDULE, PriorSampling())
+        denoise(prior, caption, caption_noise("abc", 0, 1, 64, 6), SCHEDULE, PriorSampling("analytic"))
     with pytest.raises(ConfigError, match="noises"):
         denoise(prior, caption, caption_noise("abc", 0, 1, 9, 6), SCHEDULE, PriorSampling(method="ddpm"))

@@ -1,6 +1,6 @@
 """Trains tiny models under many layouts in one launch; started by test_layouts.py with the deepspeed launcher.
 
-Arguments: a JSON file with a list of {"name", "stage": "dvae" | "transformer", "run": fields, "deepspeed": JSON}.
+Arguments: a JSON file with a list of {"name", "stage", "run": fields, "deepspeed": JSON}.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import sys
 from pathlib import Path
 
 from dalle_ds.cli import run_launcher
-from dalle_ds.config import DvaeRun, TransformerRun, from_dict
+from dalle_ds.config import from_dict
 from dalle_ds.parallel import Mesh
-from dalle_ds.tasks.dvae import DvaeTask
-from dalle_ds.tasks.transformer import TransformerTask
+from dalle_ds.tasks.stages import STAGES
 from dalle_ds.training.trainer import Trainer
-
-STAGES = {"dvae": (DvaeRun, DvaeTask), "transformer": (TransformerRun, TransformerTask)}
 
 
 def main() -> None:
