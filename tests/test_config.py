@@ -14,7 +14,9 @@ from dalle_ds.config import (
     DalleConfig,
     DiscreteVAEConfig,
     DvaeRun,
+    LatentPriorRun,
     OptimConfig,
+    PriorRun,
     TransformerRun,
     differences,
     from_dict,
@@ -31,9 +33,14 @@ from dalle_ds.training.launch import parse_command
 
 def test_every_preset_is_whole_and_its_stages_fit() -> None:
     assert set(preset_names()) == {
-        "toy", "emoji", "small", "medium", "dalle-1b", "dalle-3b", "dalle-6b", "dalle-12b",
+        "toy", "emoji", "small", "medium", "dalle-1b", "dalle-3b", "dalle-6b", "dalle-12b", "unclip",
     }  # fmt: skip
-    for name in preset_names():
+    for name in ("toy", "emoji", "small", "unclip"):
+        clip, pieces = load_preset(name, "clip", ClipRun), load_preset(name, "tokenizer", TokenizerConfig).vocab_size
+        priors = load_preset(name, "prior", PriorRun), load_preset(name, "latent_prior", LatentPriorRun)
+        for run in priors:
+            assert run.model.embed_dim == clip.model.embed_dim and run.model.text_vocab >= pieces
+    for name in set(preset_names()) - {"unclip"}:
         dvae, transformer = load_preset(name, "dvae", DvaeRun), load_preset(name, "transformer", TransformerRun)
         assert (dvae.model.grid, dvae.model.vocab_size) == (transformer.model.grid, transformer.model.image_vocab)
         assert load_preset(name, "tokenizer", TokenizerConfig).vocab_size <= transformer.model.text_vocab

@@ -59,12 +59,14 @@ def posterior_mean(schedule: NoiseSchedule, step: int | Tensor, x: Tensor, x0: T
 def learned_log_variance(schedule: NoiseSchedule, step: int | Tensor, output: Tensor) -> Tensor:
     """log σ² between log β̃ and log β, by what a model gives for it (Nichol and Dhariwal 2021): output −1 is β̃, 1 is β.
 
+    Outputs beyond count as −1 or 1, since the best variance never lies there; their gradients pass, and lead back.
     The first step's β̃ is 0; the second's stands in for it, and β where the grid has one step only.
     """
     smallest = schedule.posterior_variances.clone()
     smallest[0] = smallest[1] if len(schedule) > 1 else schedule.betas[0]
     low, high = schedule.at(smallest.log(), step, output), schedule.at(schedule.betas.log(), step, output)
     share = (output + 1) / 2
+    share = share + (share.clamp(0, 1) - share).detach()
     return share * high + (1 - share) * low
 
 

@@ -21,6 +21,7 @@ from dalle_ds.diffusion import (
     step_grid,
 )
 from dalle_ds.diffusion.losses import discretized_nll
+from dalle_ds.diffusion.steps import learned_log_variance
 from dalle_ds.errors import ConfigError
 
 diffusers = pytest.importorskip("diffusers")
@@ -87,16 +88,26 @@ def test_ddpm_is_that_of_diffusers(predicts: str, count: int) -> None:
     reference.alphas_cumprod = noise_schedule("cosine").alpha_bars
     reference.one = torch.tensor(1.0, dtype=torch.float64)
     schedule = noise_schedule("cosine").on(step_grid(count, 1000))
-    from dalle_ds.diffusion.steps import learned_log_variance
-
     for step in {count - 1, count // 2, 1}:
-        x, output = randn(3, 3, 8, 8), randn(*SHAPE, seed=1) / 3
+        x, output = randn(3, 3, 8, 8), (randn(*SHAPE, seed=1) / 3).clamp(-1, 1)
         generator = torch.Generator().manual_seed(5)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         want = reference.step(output, int(schedule.timesteps[step]), x, generator=generator).prev_sample
         x0 = schedule.x0_of(predicts, output[:, :3], x, step)  # type: ignore[arg-type]
         variance = learned_log_variance(schedule, step, output[:, 3:]).exp()
         torch.testing.assert_close(ddpm_step(schedule, step, x, x0, noise, variance), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_learned_variance_stays_in_its_range_and_finds_back() -> None:
+    """Without a bound it may grow until it is infinite."""
+    schedule = noise_schedule("cosine").on(step_grid(50, 1000))
+    output = torch.tensor([-1e4, -1.0, 0.3, 1.0, 1e4], dtype=torch.float64, requires_grad=True)
+    found = learned_log_variance(schedule, 20, output)
+    low, high = schedule.posterior_variances[20].log(), schedule.betas[20].log()
+    torch.testing.assert_close(found[[0, 1, 3, 4]], torch.stack([low, low, high, high]))
+    found.sum().backward()
+    assert output.grad is not None
+    torch.testing.assert_close(output.grad, ((high - low) / 2).expand(5))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
