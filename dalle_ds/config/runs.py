@@ -153,36 +153,34 @@ class ClipRun(Run):
 
 
 @dataclass(frozen=True)
-class PriorRun(Run):
-    """Training of the diffusion prior (`launchers/train_prior.py --kind diffusion`)."""
+class TextToEmbeddingRun(Run):
+    """What both priors' runs have."""
 
     clip: str = ""
     """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
     tokenizer: str = ""
     """Tokenizer file that `launchers/train_tokenizer.py` made; not for model.text=clip_states, which reads CLIP's tokens."""
-    model: PriorConfig = field(default_factory=PriorConfig)
-    """Shape of the model."""
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
     """How updates are made."""
-    objective: PriorObjective = field(default_factory=PriorObjective)
-    """Noise, and what is made of the embeddings."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
 
 
 @dataclass(frozen=True)
-class LatentPriorRun(Run):
+class PriorRun(TextToEmbeddingRun):
+    """Training of the diffusion prior (`launchers/train_prior.py --kind diffusion`)."""
+
+    model: PriorConfig = field(default_factory=PriorConfig)
+    """Shape of the model."""
+    objective: PriorObjective = field(default_factory=PriorObjective)
+    """Noise, and what is made of the embeddings."""
+
+
+@dataclass(frozen=True)
+class LatentPriorRun(TextToEmbeddingRun):
     """Training of the autoregressive prior (`launchers/train_prior.py --kind autoregressive`)."""
 
-    clip: str = ""
-    """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
-    tokenizer: str = ""
-    """Tokenizer file that `launchers/train_tokenizer.py` made."""
     model: LatentPriorConfig = field(default_factory=LatentPriorConfig)
     """Shape of the model."""
-    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
-    """How updates are made."""
     objective: LatentPriorObjective = field(default_factory=LatentPriorObjective)
     """What is made of the embeddings."""
-    scaling: ScalingConfig = field(default_factory=ScalingConfig)
-    """Gradient scales in fp16."""
