@@ -98,6 +98,12 @@ OF_FOUR = ("zero1 replicas cached", "zero3 sharp replicas", "zero3 sharp broken"
 """Those of four only: what replicas of one shard are, "zero1 sharp replicas" shows."""
 
 
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """To the bit. What fills up a shard is not initialized, and may be no number."""
+    pairs = zip(some, others, strict=True)
+    return all(torch.allclose(one, other.detach(), rtol=0, atol=0, equal_nan=True) for one, other in pairs)
+
+
 def cases_of(processes: int) -> list[str]:
     """Names of the cases of one launch."""
     return [*OF_BOTH, *OF_FOUR] if processes == 4 else [name for name in CASES if name not in OF_FOUR]
@@ -183,7 +189,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
 
     def spied(*arguments: Any) -> None:
         """What the update is about to step with."""
-        found["restored"] = all(map(torch.equal, before, (shard.detach() for shard in weights.shards)))
+        found["restored"] = same(before, weights.shards)
         kept = [shard.detach().clone() for shard in weights.shards]
         for weight, gradient in zip(*matched(weights, gradients), strict=True):
             weight.copy_(gradient)
@@ -203,7 +209,7 @@ def run_case(processes: Mesh, case: Case) -> dict[str, Any]:
     train_step._apply = spied  # type: ignore[method-assign, assignment]
     result = train_step.run(batches, 0, 1e-3)
     found |= {"figures": result.metrics, "applied": result.decision.applied}
-    found["unchanged"] = all(map(torch.equal, before, (shard.detach() for shard in weights.shards)))
+    found["unchanged"] = same(before, weights.shards)
     found["steps"], found["samples"] = engine.global_steps, engine.global_samples
     after = weights.consolidate()
     # What the module computes with is what the optimizer keeps.
