@@ -11,8 +11,9 @@ codes, so the caption must come in from outside of them; it does not say how, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, Checkpointing, LatentPriorConfig
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, check_range
+from dalle_ds.models.inference import InferenceLayer, Layer, ready_linear, ready_norm
 from dalle_ds.models.pretrained import load_model, loaded, save_model
+from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.nn.attention.pattern import dense_attention
 from dalle_ds.nn.layers import (
     ColumnParallelLinear,
@@ -242,9 +245,26 @@ class LatentSampler:
         dropped: Tensor | None = None,
     ) -> None:
         self.prior, self.length = prior, 0
+        self._dtype = prior.embedding_input.weight.dtype
         states = prior.encode(text, dropped)
-        self._states = [b.keys(states) for b in prior.blocks if isinstance(b, CrossAttentionBlock)]
-        self._cache: list[Tensor] = []
+        linear = functools.partial(ready_linear, packed=len(text) >= ROWS)
+        self._layers: list[_SamplerLayer] = []
+        blocks = iter(prior.blocks)
+        for attention, cross, mlp in zip(blocks, blocks, blocks, strict=True):
+            assert isinstance(attention, AttentionBlock) and isinstance(cross, CrossAttentionBlock)
+            assert isinstance(mlp, MlpBlock)
+            keys, values = cross.keys(states)
+            cache = keys.new_empty(2, *keys.shape[:2], prior.config.components + 1, keys.shape[3], dtype=self._dtype)
+            self._layers.append(
+                _SamplerLayer(
+                    InferenceLayer.of(attention, mlp, ready_norm, linear),
+                    ready_norm(cross.norm),
+                    linear(cross.query),
+                    linear(cross.out),
+                    (keys.to(self._dtype), values.to(self._dtype)),
+                    cache,
+                )
+            )
         self.logits = self._advance(prior._start(embedding, similarity, dropped))
         """(B, buckets) fp32, of the next code."""
 
@@ -258,22 +278,29 @@ class LatentSampler:
 
     def _advance(self, x: Tensor) -> Tensor:
         start, self.length = self.length, self.length + x.shape[1]
-        layers = iter(self.prior.blocks)
-        blocks: Sequence[nn.Module]
-        for number, blocks in enumerate(zip(layers, layers, layers, strict=True)):
-            attention, cross, mlp = blocks
-            assert isinstance(attention, AttentionBlock) and isinstance(cross, CrossAttentionBlock)
-            qkv = attention.project(x)
-            if number == len(self._cache):
-                rows, _, _, heads, size = qkv.shape
-                self._cache.append(qkv.new_empty(2, rows, heads, self.prior.config.components + 1, size))
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)
-            cache = self._cache[number]
-            cache[0, :, :, start : self.length] = key
-            cache[1, :, :, start : self.length] = value
+        (rows, positions), x = x.shape[:2], x.flatten(0, 1)
+        for layer, cross_norm, cross_query, cross_out, states, cache in self._layers:
+            heads = cache.shape[2]
+            qkv = layer.qkv(layer.attention_norm(x).to(self._dtype)).view(rows, positions, 3, heads, -1)
+            qkv = qkv.permute(2, 0, 3, 1, 4)
+            cache[:, :, :, start : self.length] = qkv[1:]
             keys, values = cache[:, :, :, : self.length]
-            attended = F.scaled_dot_product_attention(query, keys, values, is_causal=start == 0)
-            x = x + attention.attention.out(attended.transpose(1, 2).flatten(2))
-            x = mlp(cross.attend(x, *self._states[number]))
-        scores: Tensor = self.prior.head(self.prior.norm(x[:, -1]))
+            attended = F.scaled_dot_product_attention(qkv[0], keys, values, is_causal=start == 0)
+            x = x + layer.out(attended.transpose(1, 2).reshape(len(x), -1))
+            query = cross_query(cross_norm(x).to(self._dtype)).view(rows, positions, heads, -1).transpose(1, 2)
+            attended = F.scaled_dot_product_attention(query, *states)
+            x = x + cross_out(attended.transpose(1, 2).reshape(len(x), -1))
+            x = x + layer.down(layer.up(layer.mlp_norm(x).to(self._dtype)))
+        scores: Tensor = self.prior.head(self.prior.norm(x.view(rows, positions, -1)[:, -1]))
         return scores
+
+
+class _SamplerLayer(NamedTuple):
+    own: InferenceLayer
+    cross_norm: Layer
+    cross_query: Layer
+    cross_out: Layer
+    states: tuple[Tensor, Tensor]
+    """Keys and values of the text."""
+    cache: Tensor
+    """(2, B, heads, components + 1, D), keys and values of the positions so far."""

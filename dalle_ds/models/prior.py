@@ -124,7 +124,9 @@ class DiffusionPrior(nn.Module):
             x = run_block(block, x, dropout_seeds, mask, self.checkpointing)
         # The last MLP is computed where it is read: at the queries.
         queries = x[:, prefix.shape[1] + TAIL - 1 :: TAIL]
-        return self.read(run_block(self.blocks[-1], queries, dropout_seeds, mask, self.checkpointing))
+        x = run_block(self.blocks[-1], queries, dropout_seeds, mask, self.checkpointing)
+        predicted: Tensor = self.output(self.norm(x))
+        return predicted
 
     def prefix(self, caption: Caption, dropped: Tensor | None = None) -> Tensor:
         """(B, T' + 1, width) fp32, inputs of the text positions and of z_t."""
@@ -148,15 +150,15 @@ class DiffusionPrior(nn.Module):
     def times(self, timesteps: Tensor) -> Tensor:
         """(…) int64 → (…, width) fp32, inputs of timestep positions."""
         time = sinusoid(timesteps, self.config.width).to(self.noised_input.weight.dtype)
-        return self.time_input(time).float() + self._tail_position(0)
+        return self.time_input(time).float() + self.tail_position(0)
 
     def noised(self, noised: Tensor) -> Tensor:
         """(…, embed_dim) → (…, width) fp32, inputs of positions of noised embeddings."""
-        return self.noised_input(noised.to(self.noised_input.weight.dtype)).float() + self._tail_position(1)
+        return self.noised_input(noised.to(self.noised_input.weight.dtype)).float() + self.tail_position(1)
 
     def queries(self) -> Tensor:
         """(width,) fp32, the input of query positions."""
-        return self.query.weight[0].float() + self._tail_position(2)
+        return self.query.weight[0].float() + self.tail_position(2)
 
     def mask(
         self, caption: Caption, prefix: int, draws: int, dropped: Tensor | None = None, tail: int = TAIL
@@ -177,12 +179,8 @@ class DiffusionPrior(nn.Module):
         keep[:, : padded.shape[1]] = ~padded
         return (mask & (keep[:, None] | torch.eye(length, dtype=torch.bool, device=device)))[:, None]
 
-    def read(self, queries: Tensor) -> Tensor:
-        """The predictions at query positions: (…, width) → (…, embed_dim) fp32."""
-        predicted: Tensor = self.output(self.norm(queries))
-        return predicted
-
-    def _tail_position(self, number: int) -> Tensor:
+    def tail_position(self, number: int) -> Tensor:
+        """(width,) fp32, the position embedding of each denoising's position 0, 1 or 2."""
         return self.position.weight[self.config.text_len + 1 + number].float()
 
     def _padded(self, caption: Caption) -> Tensor | None:

@@ -35,6 +35,10 @@ class DenoisingWeights:
     def __init__(self, prior: DiffusionPrior) -> None:
         self.prior = prior
         self.dtype = prior.noised_input.weight.dtype
+        with torch.no_grad():
+            self.noised_input, self.norm = ready_linear(prior.noised_input, packed=False), ready_norm(prior.norm)
+            self.output = prior.output.bias.float(), prior.output.weight.float().t()
+            self.noised_position, self.query = prior.tail_position(1), prior.queries()
 
     def layers(self, rows: int) -> list[InferenceLayer]:
         """For steps of so many rows."""
@@ -58,6 +62,7 @@ class CachedPrior:
     """Denoises under fixed captions and timesteps.
 
     Args:
+        weights: of the prior.
         caption: of B captions.
         draws: samples for each caption, K.
         timesteps: (N,) int64, of all steps, on the prior's device.
@@ -73,54 +78,56 @@ class CachedPrior:
         timesteps: Tensor,
         dropped: Tensor | None = None,
     ) -> None:
-        self.prior = prior = weights.prior
-        self.dtype = weights.dtype
+        self.weights, prior = weights, weights.prior
         x = prior.prefix(caption, dropped)
-        rows, self._prefix, width = x.shape
+        rows, prefix, width = x.shape
         self._layers = weights.layers(STEP * rows * draws)
         # Every timestep's position sees the prefix and itself.
-        mask = prior.mask(caption, self._prefix, len(timesteps), dropped, tail=1)
+        mask = prior.mask(caption, prefix, len(timesteps), dropped, tail=1)
         x = torch.cat([x, prior.times(timesteps).expand(rows, -1, -1)], dim=1)
-        length = self._prefix + 1 + STEP * draws
+        length = prefix + 1 + STEP * draws
         blocks = pairs(prior)
         self._heads = blocks[0][0].attention.heads
         shape = (len(blocks), 2, rows, self._heads, length, width // prior.config.heads)
-        self._cache = torch.empty(shape, dtype=self.dtype, device=x.device)
+        self._cache = torch.empty(shape, dtype=weights.dtype, device=x.device)
         """Keys and values of each layer: the prefix's; behind them the step's timestep's and positions', written anew."""
         self._times = self._cache.new_empty(len(timesteps), *shape[:4], shape[5])
         for number, (attention, mlp) in enumerate(blocks):
             qkv = attention.project(x)
             made = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
-            self._cache[number, :, :, :, : self._prefix] = made[:, :, :, : self._prefix]
-            self._times[:, number] = made[:, :, :, self._prefix :].movedim(3, 0)
+            self._cache[number, :, :, :, :prefix] = made[:, :, :, :prefix]
+            self._times[:, number] = made[:, :, :, prefix:].movedim(3, 0)
             if number + 1 < len(blocks):
                 x = mlp(x + attention.attention.attend(qkv, mask))
-        allowed = prior.mask(caption, self._prefix + 1, draws, dropped, tail=STEP)[..., self._prefix + 1 :, :]
-        self._mask = torch.zeros(allowed.shape, dtype=self.dtype, device=x.device)
+        allowed = prior.mask(caption, prefix + 1, draws, dropped, tail=STEP)[..., prefix + 1 :, :]
+        self._mask = torch.zeros(allowed.shape, dtype=weights.dtype, device=x.device)
         self._mask.masked_fill_(~allowed, float("-inf"))
-        self._numbers = torch.arange(len(timesteps), device=x.device)
-        self._query = prior.queries()
+        self._queries = weights.query.expand(rows * draws, -1)
+        # Views are made once: in a step, an operator takes longer to start than to run.
+        self._time = self._cache[..., prefix, :]
+        self._views = [(cache[..., prefix + 1 :, :], cache[0], cache[1]) for cache in self._cache]
         self._graph = StepGraph(x.device) if x.is_cuda else None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, noised: Tensor, number: int) -> Tensor:
         """(B, K, embed_dim) at timesteps[number] → (B, K, embed_dim) fp32, as `DiffusionPrior.forward`."""
-        inputs = noised, self._numbers[number, None]
-        return self._compute(*inputs) if self._graph is None else self._graph(self._compute, *inputs)
+        self._time.copy_(self._times[number])
+        return self._compute(noised) if self._graph is None else self._graph(self._compute, noised)
 
-    def _compute(self, noised: Tensor, number: Tensor) -> Tensor:
-        noised = self.prior.noised(noised)
-        rows, draws, width = noised.shape
-        x = torch.stack([noised, self._query.expand_as(noised)], dim=2).view(-1, width)
-        self._cache[..., self._prefix, :] = self._times.index_select(0, number)[0]
+    def _compute(self, noised: Tensor) -> Tensor:
+        weights, dtype = self.weights, self.weights.dtype
+        rows, draws = noised.shape[:2]
+        x = weights.noised_input(noised.flatten(0, 1).to(dtype)) + weights.noised_position
+        x = torch.stack([x, self._queries], dim=1).flatten(0, 1)
         parts = (rows, STEP * draws, 3, self._heads, -1)
-        for layer, cache in zip(self._layers, self._cache, strict=True):
-            qkv = layer.qkv(layer.attention_norm(x).to(self.dtype)).view(parts).permute(2, 0, 3, 1, 4)
-            cache[..., self._prefix + 1 :, :] = qkv[1:]
-            attended = F.scaled_dot_product_attention(qkv[0], cache[0], cache[1], attn_mask=self._mask)
-            x = x + layer.out(attended.transpose(1, 2).reshape(len(x), -1))
-            x = x + layer.down(layer.up(layer.mlp_norm(x).to(self.dtype)))
-        return self.prior.read(x.view(rows, draws, STEP, width)[:, :, 1])
+        for layer, (own, keys, values) in zip(self._layers, self._views, strict=True):
+            qkv = layer.qkv(layer.attention_norm(x).to(dtype)).view(parts).permute(2, 0, 3, 1, 4)
+            own.copy_(qkv[1:])
+            attended = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=self._mask)
+            x += layer.out(attended.transpose(1, 2).reshape(len(x), -1))
+            x += layer.down(layer.up(layer.mlp_norm(x).to(dtype)))
+        bias, output = weights.output
+        return torch.addmm(bias, weights.norm(x[1::STEP]), output).view(rows, draws, -1)
 
 
 def pairs(prior: DiffusionPrior) -> list[tuple[AttentionBlock, MlpBlock]]:

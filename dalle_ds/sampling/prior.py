@@ -133,6 +133,7 @@ def denoise(
     device = caption.embedding.device
     dropped = torch.arange(len(caption.embedding), device=device) >= rows if guided else None
     cached = CachedPrior(weights or DenoisingWeights(prior), caption, draws, grid.timesteps.to(device), dropped)
+    factors = [_factors(grid, step, sampling, variances[step]) for step in range(len(grid))]
     noise = noise.to(device)
     x = noise[:, :, 0]
     for number, step in enumerate(reversed(range(len(grid))), start=1):
@@ -141,11 +142,20 @@ def denoise(
             conditional, null = x0.chunk(2)
             x0 = guide(conditional, null, sampling.guidance)
         x0 = clip_x0(x0, sampling.bound)
-        if sampling.method == "ddim":
-            x = ddim_step(grid, step, x, x0, sampling.eta, noise[:, :, number])
-        else:
-            x = ddpm_step(grid, step, x, x0, noise[:, :, number], variances[step])
+        of_x, of_x0, of_noise = factors[step]
+        x = of_x * x + of_x0 * x0 + of_noise * noise[:, :, number]
     return x
+
+
+def _factors(grid: NoiseSchedule, step: int, sampling: PriorSampling, variance: Tensor) -> list[float]:
+    """What a step multiplies x, x₀ and the noise with. It is linear in them: three unit vectors find out, and sampling has
+    three products to compute instead of some thirty operators, each of which takes longer to start than to run."""
+    x, x0, noise = torch.eye(3, dtype=torch.float64)
+    if sampling.method == "ddim":
+        found: list[float] = ddim_step(grid, step, x, x0, sampling.eta, noise).tolist()
+    else:
+        found = ddpm_step(grid, step, x, x0, noise, variance).tolist()
+    return found
 
 
 @torch.no_grad()

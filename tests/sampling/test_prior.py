@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import LatentPriorConfig, PriorConfig
-from dalle_ds.diffusion import AnalyticVariance, noise_schedule, step_grid
+from dalle_ds.diffusion import AnalyticVariance, ddim_step, ddpm_step, noise_schedule, step_grid
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.latent_prior import AutoregressivePrior
 from dalle_ds.models.latents import LatentCodec
@@ -75,6 +75,27 @@ def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(method: str) -> N
     torch.testing.assert_close(alone, together[:1, :2], rtol=1e-4, atol=1e-4)
     assert torch.equal(caption_noise("c", 0, 2, 8, 6)[0], noise[2, :2])
     assert not torch.equal(caption_noise("c", 1, 2, 8, 6)[0], noise[2, :2])
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
+def test_sampling_takes_the_methods_steps(method: str, eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def __call__(self, x: Tensor, step: int) -> Tensor:
+            return x / 2
+
+    monkeypatch.setattr("dalle_ds.sampling.prior.CachedPrior", Half)
+    noise, grid = caption_noise("abc", 0, 2, 8, 6), SCHEDULE.on(step_grid("8", 1000))
+    found = denoise(prior_of(), caption_of(), noise, SCHEDULE, PriorSampling(method=method, steps="8", eta=eta))  # type: ignore[arg-type]
+    x = noise[:, :, 0]
+    for number, step in enumerate(reversed(range(8)), start=1):
+        if method == "ddim":
+            x = ddim_step(grid, step, x, x / 2, eta, noise[:, :, number])
+        else:
+            x = ddpm_step(grid, step, x, x / 2, noise[:, :, number])
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
