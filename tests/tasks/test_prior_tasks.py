@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,17 @@ LATENT = LatentPriorConfig(
     text_width=16, text_depth=1, text_heads=2, text_len=8, text_vocab=TINY_DALLE.text_vocab,
     width=16, depth=2, heads=2, embed_dim=16, components=5, buckets=8, similarity_buckets=4,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh() -> Iterator[Mesh]:
+    """This process as a run of its own; afterwards what it was, which others it starts would inherit."""
+    before = dict(os.environ)
+    mesh = Mesh.start("cpu")
+    yield mesh
+    mesh.stop()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
