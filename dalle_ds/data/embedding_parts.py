@@ -85,9 +85,8 @@ class Rows(Dataset[tuple[Tensor, bool, list[str]]]):
         size = self._size
         yield clip_center_view(self._dataset.image(row, size), size)
         if self.views > 1:
-            pixels = self._dataset.image(
-                row, 2 * size
-            )  # views are of a part of the image, whose pixels are to be as many
+            # Views are of a part of the image, whose pixels are to be as many.
+            pixels = self._dataset.image(row, 2 * size)
         for view in range(1, self.views):
             rng = np.random.default_rng(hash_integers(self._seed, row, view))
             yield clip_random_view(pixels, size, rng, MIN_CROP)

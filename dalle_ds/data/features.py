@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ class Vectors(Protocol):
     def __len__(self) -> int: ...
 
 
-class FeatureCache:
+class FeatureCache(ABC):
     """A cache of one split. Instances are small, also when sent to loader workers."""
 
     kind: ClassVar[Kind]
@@ -134,13 +135,13 @@ class FeatureCache:
         self.fingerprint = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         """Names the cache: its data, model, views, seed and contents."""
 
+    @abstractmethod
     def _stores(self, manifest: dict[str, Any]) -> tuple[Vectors, ...]:
         """Open the vectors; raises as `__init__`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_row(self, row: int) -> None:
         """Read all that is cached of a row; RowError where something is not what was written."""
-        raise NotImplementedError
 
     def _lost(self, store: Vectors) -> list[Fault]:
         """Faults of the files of a store, in rows of the split."""
