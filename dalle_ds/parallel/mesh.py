@@ -17,7 +17,6 @@ import datetime
 import math
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -135,9 +134,6 @@ class Mesh:
                 run uses.
             Interrupted: another process did not come.
         """
-        if "RANK" not in os.environ:
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-            os.environ["MASTER_PORT"] = str(_free_port())
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         chosen = _pick_device(device, local_rank)
         if chosen.type == "cpu":
@@ -151,12 +147,14 @@ class Mesh:
         else:
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
+            backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes)
+            if "RANK" not in os.environ:
+                # No port that another may take, and nothing in the environment that processes started from here would take
+                # for theirs, but what DeepSpeed insists on.
+                os.environ.setdefault("LOCAL_RANK", "0")
+                dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
             try:
-                deepspeed.init_distributed(
-                    dist_backend="nccl" if chosen.type == "cuda" else "gloo",
-                    timeout=datetime.timedelta(minutes=timeout_minutes),
-                    verbose=False,
-                )
+                deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
             except dist.DistError as error:
                 place = f"{os.environ.get('MASTER_ADDR', 'unknown')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
                 if re.search("EADDRINUSE|address already in use", str(error), re.IGNORECASE):
@@ -398,9 +396,3 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
             "start fewer processes (deepspeed --num_gpus), or train on the CPU with --device cpu"
         )
     return torch.device("cuda", local_rank)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import pytest
@@ -69,6 +70,17 @@ def test_it_is_deepspeeds_mpu() -> None:
 def test_a_process_of_its_own_draws_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert Mesh.tensor_group("cpu") is WHOLE
+
+
+def test_a_run_in_this_process_is_not_that_of_processes_started_from_it() -> None:
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match="device must be"):
+        Mesh.start("none")
+    mesh = Mesh.start("cpu")
+    changed = set(os.environ.items()) - set(before.items())
+    mesh.stop()
+    assert mesh.world_size == 1
+    assert changed <= {("LOCAL_RANK", "0"), ("DS_ACCELERATOR", "cpu")}  # which DeepSpeed reads
 
 
 def test_it_says_how_processes_are_arranged() -> None:

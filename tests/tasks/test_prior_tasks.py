@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,13 +61,10 @@ LATENT = LatentPriorConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def mesh() -> Iterator[Mesh]:
-    """This process as a run of its own; afterwards what it was, which others it starts would inherit."""
-    before = dict(os.environ)
+    """This process as a run of its own."""
     mesh = Mesh.start("cpu")
     yield mesh
     mesh.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
