@@ -66,7 +66,7 @@ class CachedPrior:
         caption: of B captions.
         draws: samples for each caption, K.
         timesteps: (N,) int64, of all steps, on the prior's device.
-        dropped: (B,) bool, captions that nulls stand in for.
+        guided: whether as many rows more have nulls in place of captions.
     """
 
     @torch.no_grad()
@@ -76,15 +76,21 @@ class CachedPrior:
         caption: Caption,
         draws: int,
         timesteps: Tensor,
-        dropped: Tensor | None = None,
+        guided: bool = False,
     ) -> None:
         self.weights, prior = weights, weights.prior
+        count = len(caption.embedding)
+        dropped, row_of, rows = None, slice(None), count
+        if guided:  # one row more, of nulls, which are the same beside every caption
+            caption = Caption(*(None if part is None else torch.cat([part, part[:1]]) for part in caption))  # type: ignore[arg-type]
+            places = torch.arange(2 * count, device=timesteps.device).clamp(max=count)
+            dropped, row_of, rows = places[: count + 1] == count, places, 2 * count
         x = prior.prefix(caption, dropped)
-        rows, prefix, width = x.shape
+        prefix, width = x.shape[1:]
         self._layers = weights.layers(STEP * rows * draws)
         # Every timestep's position sees the prefix and itself.
         mask = prior.mask(caption, prefix, len(timesteps), dropped, tail=1)
-        x = torch.cat([x, prior.times(timesteps).expand(rows, -1, -1)], dim=1)
+        x = torch.cat([x, prior.times(timesteps).expand(len(x), -1, -1)], dim=1)
         length = prefix + 1 + STEP * draws
         blocks = pairs(prior)
         self._heads = blocks[0][0].attention.heads
@@ -94,12 +100,13 @@ class CachedPrior:
         self._times = self._cache.new_empty(len(timesteps), *shape[:4], shape[5])
         for number, (attention, mlp) in enumerate(blocks):
             qkv = attention.project(x)
-            made = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+            made = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)[:, row_of]
             self._cache[number, :, :, :, :prefix] = made[:, :, :, :prefix]
             self._times[:, number] = made[:, :, :, prefix:].movedim(3, 0)
             if number + 1 < len(blocks):
                 x = mlp(x + attention.attention.attend(qkv, mask))
         allowed = prior.mask(caption, prefix + 1, draws, dropped, tail=STEP)[..., prefix + 1 :, :]
+        allowed = allowed if len(allowed) == 1 else allowed[row_of]
         self._mask = torch.zeros(allowed.shape, dtype=weights.dtype, device=x.device)
         self._mask.masked_fill_(~allowed, float("-inf"))
         self._queries = weights.query.expand(rows * draws, -1)
@@ -110,7 +117,8 @@ class CachedPrior:
 
     @torch.inference_mode()
     def __call__(self, noised: Tensor, number: int) -> Tensor:
-        """(B, K, embed_dim) at timesteps[number] → (B, K, embed_dim) fp32, as `DiffusionPrior.forward`."""
+        """(B, K, embed_dim), or (2 · B, …) where guided, at timesteps[number] → the same shape in fp32, as
+        `DiffusionPrior.forward`."""
         self._time.copy_(self._times[number])
         return self._compute(noised) if self._graph is None else self._graph(self._compute, noised)
 

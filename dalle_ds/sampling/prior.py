@@ -126,13 +126,10 @@ def denoise(
         )
     is_analytic = variance is not None and sampling.method in ("analytic", None)
     variances = variance.ddpm() if variance is not None and is_analytic else grid.posterior_variances
-    rows, draws = noise.shape[:2]
+    draws = noise.shape[1]
     guided = sampling.guidance != 1
-    if guided:
-        caption = Caption(*(None if part is None else torch.cat([part, part]) for part in caption))  # type: ignore[arg-type]
     device = caption.embedding.device
-    dropped = torch.arange(len(caption.embedding), device=device) >= rows if guided else None
-    cached = CachedPrior(weights or DenoisingWeights(prior), caption, draws, grid.timesteps.to(device), dropped)
+    cached = CachedPrior(weights or DenoisingWeights(prior), caption, draws, grid.timesteps.to(device), guided)
     factors = [_factors(grid, step, sampling, variances[step]) for step in range(len(grid))]
     noise = noise.to(device)
     x = noise[:, :, 0]

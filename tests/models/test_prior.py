@@ -77,13 +77,16 @@ def test_the_cache_changes_nothing(config: PriorConfig, rows: int, draws: int, m
     """Neither in what order steps come, nor whose weights were made ready before."""
     prior = prior_of(replace(config, mask_padding=mask_padding)).eval()
     caption, weights, timesteps = caption_of(config, rows), DenoisingWeights(prior), torch.tensor([3, 500, 999])
-    for dropped in (None, torch.tensor([False, True, False])[:rows], torch.ones(rows, dtype=torch.bool)):
-        cached = CachedPrior(weights, caption, draws, timesteps, dropped)
+    for guided in (False, True):
+        cached = CachedPrior(weights, caption, draws, timesteps, guided)
         for number in (2, 0, 1, 2):
-            noised = number + noised_of(config, rows, draws)[0]
+            noised = number + noised_of(config, rows * (1 + guided), draws)[0]
             with torch.no_grad():
-                want = prior(caption, noised, timesteps[number].expand(rows, draws), dropped=dropped)
-            torch.testing.assert_close(cached(noised, number), want, rtol=1e-5, atol=1e-5)
+                want = [
+                    prior(caption, part, timesteps[number].expand(rows, draws), dropped=torch.tensor([null] * rows))
+                    for null, part in zip((False, True), noised.split(rows), strict=False)
+                ]
+            torch.testing.assert_close(cached(noised, number), torch.cat(want), rtol=1e-5, atol=1e-5)
 
 
 def test_the_cache_of_a_bf16_prior() -> None:
