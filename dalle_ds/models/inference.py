@@ -50,8 +50,8 @@ class InferenceLayer(NamedTuple):
 
 def ready_norm(norm: nn.LayerNorm) -> Layer:
     """The norm, its gain and bias in fp32."""
-    gain, bias = norm.weight.float(), norm.bias.float()
-    return lambda x: F.layer_norm(x, norm.normalized_shape, gain, bias, norm.eps)
+    shape, gain, bias, eps = norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+    return lambda x: torch.layer_norm(x, shape, gain, bias, eps)
 
 
 def ready_linear(linear: Linear, *, gelu: bool = False, packed: bool = True) -> Layer:
@@ -78,7 +78,15 @@ def _product(weight: Tensor, bias: Tensor | None, *, gelu: bool, packed: bool) -
     transposed = weight.t()  # once, since even a view takes time in a step
     if bias is None:
         return lambda x: torch.mm(x, transposed)
-    return lambda x: F.gelu(torch.addmm(bias, x, transposed)) if gelu else torch.addmm(bias, x, transposed)
+    if not gelu:
+        return lambda x: torch.addmm(bias, x, transposed)
+    activation = _gelu_of_few if weight.device.type == "cpu" else F.gelu
+    return lambda x: activation(torch.addmm(bias, x, transposed))
+
+
+def _gelu_of_few(x: Tensor) -> Tensor:
+    """GELU in five operators, which together start sooner than the one that goes through oneDNN (40 µs)."""
+    return torch.addcmul(x, x, torch.erf(x * 2**-0.5)).mul_(0.5)
 
 
 class PackedLinear:

@@ -113,6 +113,7 @@ class CachedPrior:
         # Views are made once: in a step, an operator takes longer to start than to run.
         self._time = self._cache[..., prefix, :]
         self._views = [(cache[..., prefix + 1 :, :], cache[0], cache[1]) for cache in self._cache]
+        self._query_mask = self._mask[..., 1::STEP, :]
         self._graph = StepGraph(x.device) if x.is_cuda else None
 
     @torch.inference_mode()
@@ -128,14 +129,18 @@ class CachedPrior:
         x = weights.noised_input(noised.flatten(0, 1).to(dtype)) + weights.noised_position
         x = torch.stack([x, self._queries], dim=1).flatten(0, 1)
         parts = (rows, STEP * draws, 3, self._heads, -1)
+        mask = self._mask
         for layer, (own, keys, values) in zip(self._layers, self._views, strict=True):
             qkv = layer.qkv(layer.attention_norm(x).to(dtype)).view(parts).permute(2, 0, 3, 1, 4)
             own.copy_(qkv[1:])
-            attended = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=self._mask)
+            query = qkv[0]
+            if layer is self._layers[-1]:  # only queries are read after it
+                x, query, mask = x[1::STEP], query[..., 1::STEP, :], self._query_mask
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
             x += layer.out(attended.transpose(1, 2).reshape(len(x), -1))
             x += layer.down(layer.up(layer.mlp_norm(x).to(dtype)))
         bias, output = weights.output
-        return torch.addmm(bias, weights.norm(x[1::STEP]), output).view(rows, draws, -1)
+        return torch.addmm(bias, weights.norm(x), output).view(rows, draws, -1)
 
 
 def pairs(prior: DiffusionPrior) -> list[tuple[AttentionBlock, MlpBlock]]:
