@@ -52,6 +52,9 @@ class Preparation(PrepareOptions):
     views: int | None = None
     """Views of each training image. Cached codes: augmented ones, 8 if None. Embeddings: the central one and random ones, 1 if
     None."""
+    text_states: bool = False
+    """Cached embeddings: keep what CLIP makes of each token of a caption, too, for priors with model.text clip_states, which
+    compute it in every step otherwise."""
     batch_size: int = 64
     """Cached codes and embeddings: images encoded at a time."""
 
@@ -115,6 +118,6 @@ def run(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
 
         with joined() as mesh:
             clip = Clip.from_pretrained(options.cache_embeddings)
-            report = cache_embeddings(clip, options.out, mesh=mesh, **cached)
+            report = cache_embeddings(clip, options.out, text_states=options.text_states, mesh=mesh, **cached)
         if mesh.is_main:
             yield str(report)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -46,20 +47,28 @@ MIN_CROP = 0.9
 PART_ROWS = 1024
 """Rows of a part, or a thousandth of the split where that is more."""
 _MOST_PARTS = 1000
-COLUMNS = ("images", "texts", "captions")
-"""Stores of a split: vectors of views, vectors of captions, and for each row its first text within its part, and how many."""
 NUMBER, PLACE = np.dtype("<f4"), np.dtype("<u4")
 _SUMS = ("count", "total", "products", "norms")
 
 
-def widths(dim: int) -> tuple[int, int, int]:
-    """Bytes of a vector of each column."""
-    return dim * NUMBER.itemsize, dim * NUMBER.itemsize, 2 * PLACE.itemsize
+def columns(dim: int, text_width: int) -> dict[str, int]:
+    """Stores of a split, and the bytes of a vector of each: embeddings of views; embeddings of captions, each with its first
+    state within its part, and how many; for each row its first text within its part, and how many; and states of captions,
+    where their width is not 0."""
+    place = 2 * PLACE.itemsize
+    embedding, state = dim * NUMBER.itemsize, text_width * NUMBER.itemsize
+    states = {"states": state} if state else {}
+    return {"images": embedding, "texts": embedding + place, "captions": place, **states}
 
 
 def seed_of_text(row: int, caption: int) -> int:
     """Of the check of a text's vector, whose place depends on what came before."""
     return row * 2**16 + caption
+
+
+def seed_of_state(row: int, caption: int, number: int) -> int:
+    """As `seed_of_text`, of one of its states."""
+    return hash_integers(row, caption, number)
 
 
 class Rows(Dataset[tuple[Tensor, bool, list[str]]]):
@@ -134,6 +143,7 @@ class Work:
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self._target = folder
         self._identity = identity
+        self._columns = columns(identity["embed_dim"], identity["text_width"])
         self._folder = folder.with_name(f"{folder.name}.parts")
         self._files = self._folder / "files"
 
@@ -157,7 +167,7 @@ class Work:
         """What is told of a part whose files are there, or None."""
         try:
             about = dict(parse_json((self._folder / f"{part.name}.json").read_bytes()))
-            for column in COLUMNS:
+            for column in self._columns:
                 for file in (DataFile(**entry) for entry in about["files"][column]):
                     if size_problem(self._files / part.split / column / file.file, file.bytes) is not None:
                         return None
@@ -174,11 +184,12 @@ class Work:
         """Make a part: always of the same batches, on which the last bits of an embedding depend."""
         dim, device = clip.config.embed_dim, clip.logit_scale.device
         folder = self._files / part.split
-        images, texts, captions = writers = [
-            StoreWriter(folder / column, vector_schema(width), f"{part.number:05d}")
-            for column, width in zip(COLUMNS, widths(dim), strict=True)
-        ]
-        moments, row, count, unreadable = EmbeddingMoments(dim), part.rows.start, 0, 0
+        writers = {
+            column: StoreWriter(folder / column, vector_schema(width), f"{part.number:05d}")
+            for column, width in self._columns.items()
+        }
+        images, texts, captions, *states = writers.values()
+        moments, row, count, unreadable, state_count = EmbeddingMoments(dim), part.rows.start, 0, 0, 0
         batches = DataLoader(
             Subset(rows, part.rows),
             batch_size=max(1, batch_size // rows.views),
@@ -192,26 +203,31 @@ class Work:
             moments.add(embedded.unflatten(0, views.shape[:2])[torch.tensor(readable)].flatten(0, 1))
             flat = [caption for row_captions in told for caption in row_captions]
             chunks = (flat[start : start + batch_size] for start in range(0, len(flat), batch_size))
-            of_texts = (vector for chunk in chunks for vector in _finite(clip.embed_texts(chunk)))
+            of_texts = (text for chunk in chunks for text in _embedded(clip, chunk))
             for of_views, is_readable, row_captions in zip(embedded.split(rows.views), readable, told, strict=True):
                 for view, vector in enumerate(of_views):
                     images.add_vector(_bytes(vector), row * rows.views + view, readable=is_readable)
                 place = np.array([count, len(row_captions)], PLACE).tobytes()
                 captions.add_vector(place, row, readable=bool(row_captions))
                 for caption in range(len(row_captions)):
-                    texts.add_vector(_bytes(next(of_texts)), seed_of_text(row, caption))
+                    vector, of_tokens = next(of_texts)
+                    kept = of_tokens if states else of_tokens[:0]
+                    place = np.array([state_count, len(kept)], PLACE).tobytes()
+                    texts.add_vector(_bytes(vector) + place, seed_of_text(row, caption))
+                    for number, state in enumerate(kept):
+                        states[0].add_vector(_bytes(state), seed_of_state(row, caption, number))
+                    state_count += len(kept)
                 count += len(row_captions)
                 unreadable += not (is_readable and row_captions)
                 row += 1
-        files = {
-            column: [vars(file) for file in writer.close()] for column, writer in zip(COLUMNS, writers, strict=True)
-        }
-        for column in COLUMNS:
+        files = {column: [vars(file) for file in writer.close()] for column, writer in writers.items()}
+        for column in writers:
             sync_directory(folder / column)
         sums = f"{part.name}.safetensors"
         about = {
             "files": files,
             "texts": count,
+            "states": state_count,
             "unreadable": unreadable,
             "moments": _write_moments(self._folder, moments, sums) if part.split == "train" else None,
         }
@@ -221,8 +237,9 @@ class Work:
     def finish(self, parts: list[Part], splits: dict[str, int]) -> dict[str, int]:
         """Put the parts together: rows that could not be read, by split."""
         moments = EmbeddingMoments(self._identity["embed_dim"])
-        files: dict[str, Any] = {column: {split: [] for split in splits} for column in COLUMNS}
+        files: dict[str, Any] = {column: {split: [] for split in splits} for column in self._columns}
         texts: dict[str, list[int]] = {split: [] for split in splits}
+        states: dict[str, list[int]] = {split: [] for split in splits}
         unreadable = dict.fromkeys(splits, 0)
         for part in parts:  # in their order: sums of floats depend on it
             about = self.done(part)
@@ -232,15 +249,17 @@ class Work:
                 added = read_moments(self._folder, about["moments"], self._identity["embed_dim"])
                 for total, term in zip(moments.sums, added.sums, strict=True):
                     total += term
-            for column in COLUMNS:
+            for column in files:
                 files[column][part.split] += about["files"][column]
             texts[part.split].append(about["texts"])
+            states[part.split].append(about["states"])
             unreadable[part.split] += about["unreadable"]
         manifest = {
             **self._identity,
             "rows": splits,
             "unreadable": unreadable,
             "texts": texts,
+            "states": states,
             "moments": _write_moments(self._files, moments, "moments.safetensors"),
             "files": files,
         }
@@ -248,6 +267,15 @@ class Work:
         replace_folder(self._files, self._target)
         self.remove()
         return unreadable
+
+
+def _embedded(clip: Clip, captions: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each caption its vector, and its (tokens, text_width) states."""
+    states, padded = clip.text_states(captions)
+    vectors = _finite(F.normalize(clip.project_states(states, padded), dim=-1))
+    lengths = (~padded).sum(dim=1).tolist()
+    for vector, of_tokens, length in zip(vectors, states.cpu(), lengths, strict=True):
+        yield vector, of_tokens[:length]
 
 
 def _finite(embeddings: Tensor) -> Tensor:

@@ -18,18 +18,18 @@ import torch
 
 from dalle_ds.data.dataset import PairDataset, read_info
 from dalle_ds.data.embedding_parts import (
-    COLUMNS,
     KIND,
     NUMBER,
     PLACE,
     Part,
     Rows,
     Work,
+    columns,
     parts_of,
     read_moments,
     rows_of_part,
+    seed_of_state,
     seed_of_text,
-    widths,
 )
 from dalle_ds.data.features import CacheReport, FeatureCache, Vectors, check_counts
 from dalle_ds.data.snapshot import DataFile
@@ -48,6 +48,7 @@ def cache_embeddings(
     data_dir: str | Path,
     *,
     views: int = 1,
+    text_states: bool = False,
     seed: int = 0,
     batch_size: int = 64,
     workers: int = 0,
@@ -62,6 +63,8 @@ def cache_embeddings(
         clip: is moved to the process's device.
         data_dir: what `prepare` made.
         views: of each training image: the central one, then random ones.
+        text_states: also keep what CLIP makes of each token of a caption (`Clip.text_states`), in fp32, for priors that read
+            it. They compute it otherwise, in every step.
         seed: of the random views.
         batch_size: images, and captions, embedded at a time, images rounded to whole rows; another one changes rounding only.
         workers: processes that decode; the result does not depend on it.
@@ -84,7 +87,8 @@ def cache_embeddings(
     info = read_info(data)
     folder = KIND.folder(data, clip.fingerprint)
     identity = {"data_fingerprint": info["fingerprint"], "clip_fingerprint": clip.fingerprint}
-    identity |= {"embed_dim": clip.config.embed_dim, "views": views, "seed": seed}
+    text_width = clip.config.text_width if text_states else 0
+    identity |= {"embed_dim": clip.config.embed_dim, "text_width": text_width, "views": views, "seed": seed}
     identity["part_rows"] = {split: rows_of_part(rows) for split, rows in info["splits"].items()}
     parts = parts_of(info["splits"])
     work = Work(folder, {"format_version": KIND.versions[0], **identity})
@@ -120,21 +124,25 @@ class EmbeddingCache(FeatureCache):
     def _stores(self, manifest: dict[str, Any]) -> tuple[Vectors, ...]:
         self.dim: int = manifest["embed_dim"]
         """Of the embeddings."""
+        self.text_width: int = manifest["text_width"]
+        """Of the states of captions; 0 where they are not cached."""
         self._part_rows: int = manifest["part_rows"][self._split]
-        texts = manifest["texts"][self._split]
-        check_counts(self.dim, self._part_rows, *(count + 1 for count in texts))
-        self._first_texts = [0, *accumulate(texts)]  # of each part
+        texts, states = (manifest[name][self._split] for name in ("texts", "states"))
+        check_counts(self.dim, self.text_width + 1, self._part_rows, *(count + 1 for count in (*texts, *states)))
+        self._first_texts, self._first_states = ([0, *accumulate(counts)] for counts in (texts, states))  # of each part
         self._of_moments = DataFile(**manifest["moments"])
-        self._images, self._texts, self._captions = (
+        stores = [
             Store(self._folder / self._split / column, [DataFile(**file) for file in files], width)
-            for column, width in zip(COLUMNS, widths(self.dim), strict=True)
+            for column, width in columns(self.dim, self.text_width).items()
             for files in (manifest["files"][column][self._split],)
-        )
-        found = len(self._images), len(self._texts), len(self._captions), len(texts)
+        ]
+        self._images, self._texts, self._captions, *self._states = stores
+        found = [len(texts), len(states), *map(len, stores)]
         parts = -(-self._rows // self._part_rows)
-        if found != (self._rows * self.views, self._first_texts[-1], self._rows, parts):
+        wanted = [parts, parts, self._rows * self.views, self._first_texts[-1], self._rows, self._first_states[-1]]
+        if found != wanted[: len(found)]:
             raise ValueError("its files have other rows")
-        return self._images, self._texts, self._captions
+        return tuple(stores)
 
     def image(self, row: int, view: int) -> npt.NDArray[np.float32]:
         """(dim,) of unit length, of one view of a row's image; `RowError` where it could not be read when the cache was made,
@@ -146,13 +154,27 @@ class EmbeddingCache(FeatureCache):
 
     def text(self, row: int, caption: int) -> npt.NDArray[np.float32]:
         """(dim,) of unit length, of one of a row's captions, in the order of `PairDataset.captions`; raises as `image`."""
+        return np.frombuffer(self._text(row, caption), NUMBER, self.dim).astype(np.float32)
+
+    def states(self, row: int, caption: int) -> npt.NDArray[np.float32]:
+        """(tokens, text_width), what CLIP makes of each token of a caption from start to end; raises as `image`.
+        To be called where `text_width` is not 0."""
+        first, count = np.frombuffer(self._text(row, caption), PLACE, offset=self.dim * NUMBER.itemsize).tolist()
+        first += self._first_states[row // self._part_rows]
+        stored = [self._states[0].vector(first + place, seed_of_state(row, caption, place)) for place in range(count)]
+        if None in stored:
+            raise self._none(row, "caption")
+        return np.frombuffer(b"".join(map(bytes, stored)), NUMBER).astype(np.float32).reshape(count, -1)  # type: ignore[arg-type]
+
+    def _text(self, row: int, caption: int) -> bytes:
+        """What is stored of a caption: its vector, and where its states are."""
         first, count = self._texts_of(row)
         if not 0 <= caption < count:
             raise IndexError(f"caption {caption} of {count}")
         stored = self._texts.vector(first + caption, seed_of_text(row, caption))
         if stored is None:
             raise self._none(row, "caption")
-        return np.frombuffer(stored, NUMBER).astype(np.float32)
+        return stored
 
     def _texts_of(self, row: int) -> tuple[int, int]:
         """The first text of a row, and how many it has."""
@@ -166,7 +188,7 @@ class EmbeddingCache(FeatureCache):
         for view in range(self.views):
             self.image(row, view)
         for caption in range(self._texts_of(row)[1]):
-            self.text(row, caption)
+            self.states(row, caption) if self.text_width else self.text(row, caption)
 
     @property
     def files(self) -> Iterator[tuple[Path, DataFile]]:

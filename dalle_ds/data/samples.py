@@ -195,12 +195,14 @@ class EmbeddingSamples(RowSamples):
     """Embeddings of images and of their captions, and the captions, for priors.
 
     `image_embedding` and `text_embedding` are (embed_dim,) float32 of unit length; `text` is (text_len,) int64, -1 after the
-    caption's tokens, and `truncated` is 1 where they were more than fit; in evaluation `row` is the row's number.
+    caption's tokens, and `truncated` is 1 where they were more than fit; `states` are CLIP's of these tokens, (text_len,
+    text_width) float32, 0 after them; in evaluation `row` is the row's number.
 
     Args:
         dataset, train: see `RowSamples`.
         embeddings: the dataset's, of which training takes a random view.
         encode: `own_tokens` or `clip_tokens` of a tokenizer and a length.
+        states: whether samples have states.
     """
 
     def __init__(
@@ -210,10 +212,12 @@ class EmbeddingSamples(RowSamples):
         encode: Callable[[str], tuple[npt.NDArray, int]],
         *,
         train: bool,
+        states: bool = False,
     ) -> None:
         super().__init__(dataset, 0, train=train)
         self._embeddings = embeddings
         self._encode = encode
+        self._states = states
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -236,6 +240,9 @@ class EmbeddingSamples(RowSamples):
             "image_embedding": cached.image(row, view),
             "text_embedding": cached.text(row, number),
         }
+        if self._states:
+            states = cached.states(row, number)
+            found["states"] = np.pad(states, ((0, len(text) - len(states)), (0, 0)))
         return found if self._train else {**found, "row": row}
 
 

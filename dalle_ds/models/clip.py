@@ -138,7 +138,7 @@ class Clip(nn.Module):
             DataError: one text in place of a list; tokens of another shape or type, outside the vocabulary, or without an end
                 token.
         """
-        embeddings = self._project_text(self.tokens(texts))
+        embeddings = self.project_states(*self.text_states(texts))
         return F.normalize(embeddings, dim=-1) if normalize else embeddings
 
     @torch.no_grad()
@@ -158,6 +158,13 @@ class Clip(nn.Module):
         text = self.tokens(texts)
         ends = (text == self.config.end).int().argmax(dim=1, keepdim=True)
         return self._text_hidden(text).float(), torch.arange(text.shape[1], device=text.device) > ends
+
+    @torch.no_grad()
+    def project_states(self, states: Tensor, padded: Tensor) -> Tensor:
+        """(B, embed_dim) fp32 embeddings, of any length, of captions with these states (`text_states`)."""
+        # Not the tower's own pooling, which takes the greatest token where the end token is 2.
+        ends = states[torch.arange(len(states), device=states.device), (~padded).sum(dim=1) - 1]
+        return self.text_projection(ends.to(self.text_projection.weight.dtype)).float()
 
     def tokens(self, texts: Sequence[str] | Tensor) -> Tensor:
         """(B, T) int64 on the model's device: of captions, or tokens that are looked at; errors as `embed_texts`."""

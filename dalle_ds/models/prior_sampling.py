@@ -80,7 +80,8 @@ class CachedPrior:
     ) -> None:
         self.weights, prior = weights, weights.prior
         count = len(caption.embedding)
-        dropped, row_of, rows = None, slice(None), count
+        dropped, rows = None, count
+        row_of: Tensor | slice = slice(None)
         if guided:  # one row more, of nulls, which are the same beside every caption
             caption = Caption(*(None if part is None else torch.cat([part, part[:1]]) for part in caption))  # type: ignore[arg-type]
             places = torch.arange(2 * count, device=timesteps.device).clamp(max=count)

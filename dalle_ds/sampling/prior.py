@@ -72,18 +72,23 @@ def _generator(key: str, seed: int, sample: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def prepare_caption(config: PriorConfig, text: Tensor, embedding: Tensor, clip: Clip | None = None) -> Caption:
+def prepare_caption(
+    config: PriorConfig, text: Tensor, embedding: Tensor, clip: Clip | None = None, states: Tensor | None = None
+) -> Caption:
     """Tokens as the prior reads them, in training and in sampling.
 
     Args:
         text: (B, T) int64, -1 behind a caption's tokens: those of CLIP where the prior reads its states.
         embedding: (B, embed_dim), scaled.
-        clip: for `config.text` "clip_states".
+        clip: for `config.text` "clip_states", where there are no `states`.
+        states: (B, T, text_width) CLIP's of the tokens.
     """
     if config.mask_padding:  # what nobody attends to need not be computed
         text = text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))]
     if config.text == "tokens":
         return Caption(text, embedding)
+    if states is not None:
+        return Caption(states[:, : text.shape[1]], embedding, text == PADDING)
     assert clip is not None
     states, padded = clip.text_states(text)
     return Caption(states, embedding, padded)

@@ -53,6 +53,10 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
                 )
         return None
 
+    @property
+    def has_states(self) -> bool:
+        return self.run.model.text == "clip_states" and all(cache.text_width for cache in self.caches)
+
     @cached_property
     def scaling_of_embeddings(self) -> EmbeddingScaling:
         """Between CLIP's embeddings and those that are noised."""
@@ -89,8 +93,8 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
 
     def prepare(self, batch: Batch) -> Batch:
         image, text = (self.scaling_of_embeddings.scale(batch[f"{name}_embedding"]) for name in ("image", "text"))
-        clip = self.clip.to(image.device) if self.run.model.text == "clip_states" else None
-        caption = prepare_caption(self.run.model, batch["text"], text, clip)
+        clip = self.clip.to(image.device) if self.run.model.text == "clip_states" and "states" not in batch else None
+        caption = prepare_caption(self.run.model, batch["text"], text, clip, batch.get("states"))
         padded = {} if caption.padded is None else {"padded": caption.padded}
         return {**batch, "image_embedding": image, "text_embedding": text, "text": caption.text, **padded}
 

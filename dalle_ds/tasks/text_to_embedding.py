@@ -69,6 +69,11 @@ class TextToEmbeddingTask(ModelParallelTask[AnyPriorRun]):
         """The embeddings of all corpora's training splits."""
         return [EmbeddingCache.open(folder, self.clip.fingerprint, "train") for folder in self.run.corpora]
 
+    @property
+    def has_states(self) -> bool:
+        """Whether CLIP's text states are read, and from the caches."""
+        return False
+
     @cached_property
     def moments(self) -> EmbeddingMoments:
         """Of all training images' embeddings."""
@@ -81,7 +86,11 @@ class TextToEmbeddingTask(ModelParallelTask[AnyPriorRun]):
         if tokenizer is None:
             encode, tokenizer = clip_tokens, self.clip.tokenizer
         return EmbeddingSamples(
-            PairDataset.open(folder, split), cache, partial(encode, tokenizer, length), train=split == "train"
+            PairDataset.open(folder, split),
+            cache,
+            partial(encode, tokenizer, length),
+            train=split == "train",
+            states=self.has_states,
         )
 
     def identity(self) -> dict[str, str]:

@@ -74,11 +74,14 @@ def pixels(*views: np.ndarray) -> Tensor:
 def test_embeddings_are_those_of_the_views_and_of_the_captions(
     copy: Path, clip: Clip, batch_size: int, workers: int
 ) -> None:
-    report = cache_embeddings(clip, copy, views=3, seed=9, batch_size=batch_size, workers=workers)
+    states = batch_size == 5
+    how: dict[str, Any] = {"views": 3, "seed": 9, "batch_size": batch_size, "workers": workers, "text_states": states}
+    report = cache_embeddings(clip, copy, **how)
     assert report.unreadable == {"train": 0, "validation": 0} and not report.already_there
     for split, views in (("train", 3), ("validation", 1)):
         dataset, cache = PairDataset.open(copy, split), opened(copy, clip, split)
         assert (len(cache), cache.views, cache.dim) == (len(dataset), views, 6)
+        assert cache.text_width == states * TINY_CLIP.text_width
         for row in range(len(dataset)):
             image = dataset.image(row)
             rngs = [np.random.default_rng(hash_integers(9, row, view)) for view in range(1, views)]
@@ -104,12 +107,14 @@ def test_rows_have_as_many_texts_as_captions(copy: Path, clip: Clip, monkeypatch
         return [f"{row} {n}" for n in range(1 + row % 4)] if column == "captions" else value(self, row, column)
 
     monkeypatch.setattr(PairDataset, "_value", several)
-    cache_embeddings(clip, copy, batch_size=4)
+    cache_embeddings(clip, copy, batch_size=4, text_states=True)
     cache = opened(copy, clip)
     for row in range(len(cache)):
         captions = [f"{row} {n}" for n in range(1 + row % 4)]
         found = np.stack([cache.text(row, caption) for caption in range(len(captions))])
         np.testing.assert_allclose(found, clip.embed_texts(captions), atol=1e-6)
+        for caption, (states, padded) in enumerate(zip(*clip.text_states(captions), strict=True)):
+            np.testing.assert_allclose(cache.states(row, caption), states[~padded], atol=1e-5)
 
 
 def test_moments_are_those_of_all_training_images_in_float64(whole: Path, clip: Clip) -> None:

@@ -75,7 +75,7 @@ def clip(data: Path, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFact
     tokenizer = ClipTokenizer.load(tokenizer_file, start=SHAPE.start, end=SHAPE.end)
     model = Clip(SHAPE, tokenizer=tokenizer)
     model.save_pretrained(folder)
-    cache_embeddings(model, data, views=2)
+    cache_embeddings(model, data, views=2, text_states=True)
     return folder
 
 
@@ -151,6 +151,18 @@ def test_a_diffusion_prior_is_trained_exported_and_sampled_from(run: PriorRun, t
         pipeline.sample(captions, sampling=PriorSampling("analytic", "4"))
     with pytest.raises(DataError):
         pipeline.sample("a red circle")  # type: ignore[arg-type]
+
+
+def test_cached_text_states_are_those_that_are_computed_otherwise(run: PriorRun) -> None:
+    shape = {"text_width": SHAPE.text_width, "text_len": SHAPE.text_len}
+    model = dataclasses.replace(run.model, text="clip_states", mask_padding=True, **shape)
+    task = PriorTask(dataclasses.replace(run, tokenizer="", model=model))
+    batch = next(iter(BatchLoader(task.samples("train"), seed=0, batch_size=8, micro_batch=8, rank=0, world_size=1)))
+    cached = task.prepare(batch)
+    computed = task.prepare({name: value for name, value in batch.items() if name != "states"})
+    assert torch.equal(cached["padded"], computed["padded"]) and 0 < cached["padded"].sum() < cached["padded"].numel()
+    kept = ~cached["padded"]
+    torch.testing.assert_close(cached["text"][kept], computed["text"][kept], rtol=1e-5, atol=1e-5)
 
 
 def test_an_autoregressive_prior_is_trained_exported_and_sampled_from(latent_run: LatentPriorRun) -> None:
