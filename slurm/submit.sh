@@ -22,7 +22,7 @@ request=(--requeue --open-mode=append --output="$DALLE_LOGS/$pattern.log")
 [[ -z $PARTITION ]] || request+=(--partition="$PARTITION")
 nodes=1 processes=1 gpus=0 stage=$(basename "$1" .sbatch)
 case $stage in
-    dvae | transformer | clip)
+    dvae | transformer | clip | prior)
         nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE
         request+=(--signal="USR1@$WARNING_SECONDS")
         ;;
@@ -30,7 +30,7 @@ case $stage in
         nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE
         request+=(--no-requeue) # the last one counts
         ;;
-    evaluate) nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE ;;
+    evaluate | embeddings) nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE ;;
     codes) gpus=$((GPUS_PER_NODE > 0)) ;;
 esac
 request+=(--nodes="$nodes" --ntasks-per-node="$processes")

@@ -84,19 +84,19 @@ def test_stages_wait_for_each_other(calls: list[Call]) -> None:
     judged = [*chain[:-1], "clip", "evaluate"]
     assert [call.stage for call in calls] == [
         *("doctor", "prepare_data", "prepare_data"),
-        *(*chain, "prepare_data", "prepare_data", *chain, *judged, "transformer"),
+        *(*chain, "prepare_data", "prepare_data", *chain, *judged, "transformer", "embeddings", "prior"),
     ]
     waits = {number: call.options.get("dependency") for number, call in enumerate(calls, 101)}
     assert waits == {
-        **dict.fromkeys((101, 102, 104, 109, 116, 122)),
-        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 116), *range(117, 122))},
+        **dict.fromkeys((101, 102, 104, 109, 116, 122, 123)),
+        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124)},
     }
 
 
 def test_stages_that_train_get_all_nodes_and_a_warning(calls: list[Call]) -> None:
     for call in calls:
-        trains = call.stage in ("dvae", "transformer", "clip")
-        everywhere = trains or call.stage in ("doctor", "evaluate")
+        trains = call.stage in ("dvae", "transformer", "clip", "prior")
+        everywhere = trains or call.stage in ("doctor", "evaluate", "embeddings")
         assert ("signal" in call.options) == trains
         assert call.options["ntasks-per-node"] == ("8" if everywhere else "1")
         gpus = "8" if everywhere else "1" if call.stage == "codes" else None
