@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 from dalle_ds.config import PADDING, Checkpointing, ClipConfig, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside
+from dalle_ds.models.clip_images import check_images, square_pixels
+from dalle_ds.models.clip_init import initialize
 from dalle_ds.models.pretrained import export_folder, fingerprint, load_model, loaded, save_model
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 
@@ -330,152 +330,3 @@ class _LimitedExp(torch.autograd.Function):
         (gradient,) = gradients
         raises = (value >= LARGEST_SCALE) & (gradient < 0)
         return torch.where(raises, 0.0, gradient * value)
-
-
-def square_pixels(images: Tensor | Sequence[Image.Image], size: int) -> Tensor:
-    """The central squares of images.
-
-    Args:
-        images: (B, 3, H, W) floats in [0, 1]; or PIL images of any sizes and modes, shown on white where transparent.
-        size: side of the squares.
-
-    Returns:
-        (B, 3, size, size) fp32 in [0, 1]. PIL images are resized by Pillow, in bytes, as in OpenAI's and Hugging Face's
-        pipelines; tensors by torch's antialiased bicubic filter, which differs from that by rounding only. A crop that
-        cannot be central is half a pixel to the left and to the top, as Hugging Face's; torchvision's may be half a pixel to
-        the right.
-
-    Raises:
-        DataError: a tensor of another shape or type, or no image at all.
-    """
-    if isinstance(images, Tensor):
-        check_images(images)
-        return _center(_resized(images.float(), size), size)
-    if isinstance(images, Image.Image):
-        raise DataError("images must be one tensor or a list of PIL images, found one PIL image: put it into a list")
-    if len(images) == 0:
-        raise DataError("there are no images to embed: give at least one")
-    for image in images:
-        if not isinstance(image, Image.Image):
-            raise DataError(f"images must be one tensor or a list of PIL images, found a {type(image).__name__}")
-    squares = [_square(image, size) for image in images]
-    return torch.stack(squares).permute(0, 3, 1, 2).float() / 255
-
-
-def check_images(images: Tensor, size: int | None = None) -> None:
-    """Raise a `DataError` unless `images` are (B, 3, H, W) floats, of H = W = `size` if that is given."""
-    sides = "(B, 3, H, W)" if size is None else f"(B, 3, {size}, {size})"
-    fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape) > 0
-    if not fits or (size is not None and images.shape[2:] != (size, size)):
-        raise DataError(f"images must be {sides} with B of at least 1, found shape {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise DataError(f"images must be floats in [0, 1], found {images.dtype}: divide bytes by 255")
-
-
-def _resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) whose shorter one is `size`; the longer one is rounded down, as in CLIP's pipeline."""
-    short = min(height, width)
-    return size * height // short, size * width // short
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    shape = _resized_shape(images.shape[2], images.shape[3], size)
-    if images.shape[2:] == shape:
-        return images
-    return F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def _square(image: Image.Image, size: int) -> Tensor:
-    height, width = _resized_shape(image.height, image.width, size)
-    resized = _rgb(image).resize((width, height), Image.Resampling.BICUBIC)
-    return _center(torch.from_numpy(np.array(resized)).permute(2, 0, 1), size).permute(1, 2, 0)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-def _center(images: Tensor, size: int) -> Tensor:
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
-    return images[..., top : top + size, left : left + size]
-
-
-Draw = Callable[[Tensor], object]
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, config: ClipConfig) -> None:
-    """Draw the weights of a `Clip` from torch's global generator, also where ZeRO-3 has divided them already."""
-    for parameter, draw in _plan(model, config):
-        with _whole(parameter):
-            # In fp32 first: 16-bit engines of ZeRO-3 have 16-bit weights by now, which would be drawn in another way.
-            drawn = torch.empty_like(parameter, dtype=torch.float32)
-            draw(drawn)
-            parameter.copy_(drawn)
-
-
-def _plan(model: Any, config: ClipConfig) -> Iterator[tuple[Tensor, Draw]]:
-    """Every parameter but the logit scale with what draws it."""
-    vision, text = model.vision_model, model.text_model
-    width, depth = config.vision_width, config.vision_depth
-    yield vision.embeddings.class_embedding, _normal(width**-0.5)
-    yield vision.embeddings.patch_embedding.weight, _default
-    yield vision.embeddings.position_embedding.weight, _normal(width**-0.5)
-    yield from _norm(vision.pre_layrnorm)
-    for layer in vision.encoder.layers:
-        # torch's MultiheadAttention: Xavier's over the three stacked matrices.
-        bound = math.sqrt(6 / (width + 3 * width))
-        uniform = partial(nn.init.uniform_, a=-bound, b=bound)
-        yield from _block(layer, attention=uniform, out=_default, widen=_default, narrow=_default)
-    yield from _norm(vision.post_layernorm)
-    yield model.visual_projection.weight, _normal(width**-0.5)
-
-    width, depth = config.text_width, config.text_depth
-    residual = _normal(width**-0.5 * (2 * depth) ** -0.5)
-    yield text.embeddings.token_embedding.weight, _normal(0.02)
-    yield text.embeddings.position_embedding.weight, _normal(0.01)
-    for layer in text.encoder.layers:
-        attention, widen = _normal(width**-0.5), _normal((2 * width) ** -0.5)
-        yield from _block(layer, attention=attention, out=residual, widen=widen, narrow=residual)
-    yield from _norm(text.final_layer_norm)
-    yield model.text_projection.weight, _normal(width**-0.5)
-
-
-def _block(layer: Any, *, attention: Draw, out: Draw, widen: Draw, narrow: Draw) -> Iterator[tuple[Tensor, Draw]]:
-    yield from _norm(layer.layer_norm1)
-    for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-        yield linear.weight, attention
-        yield linear.bias, nn.init.zeros_
-    yield layer.self_attn.out_proj.weight, out
-    yield layer.self_attn.out_proj.bias, nn.init.zeros_
-    yield from _norm(layer.layer_norm2)
-    for linear, draw in ((layer.mlp.fc1, widen), (layer.mlp.fc2, narrow)):
-        bound = linear.in_features**-0.5
-        yield linear.weight, draw
-        yield linear.bias, partial(nn.init.uniform_, a=-bound, b=bound)
-
-
-def _norm(norm: nn.LayerNorm) -> Iterator[tuple[Tensor, Draw]]:
-    yield norm.weight, nn.init.ones_
-    yield norm.bias, nn.init.zeros_
-
-
-def _normal(std: float) -> Draw:
-    return partial(nn.init.normal_, std=std)
-
-
-def _default(weight: Tensor) -> None:
-    """PyTorch's own for linear layers and convolutions."""
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-
-def _whole(parameter: Tensor) -> AbstractContextManager[object]:
-    """Within it, a parameter that ZeRO-3 has divided is whole; what is done to it there is kept."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

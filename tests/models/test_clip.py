@@ -20,7 +20,8 @@ from dalle_ds.config import ClipConfig, from_dict, to_dict
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.interop.clip_layouts import open_clip_config, to_huggingface, to_openai
 from dalle_ds.models import Clip, DiscreteVAE
-from dalle_ds.models.clip import huggingface_config, square_pixels
+from dalle_ds.models.clip import huggingface_config
+from dalle_ds.models.clip_images import square_pixels
 from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from tests.clip_shapes import CLIP_SHAPES
 from tests.references import FOLDER, reference

@@ -89,7 +89,10 @@ def test_stages_wait_for_each_other(calls: list[Call]) -> None:
     waits = {number: call.options.get("dependency") for number, call in enumerate(calls, 101)}
     assert waits == {
         **dict.fromkeys((101, 102, 104, 109, 116, 122, 123)),
-        **{number: f"afterok:{number - 1}" for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124)},
+        **{
+            number: f"afterok:{number - 1}"
+            for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124)
+        },
     }
 
 

@@ -19,7 +19,7 @@ from dalle_ds.data.augment import clip_center_view, clip_random_view
 from dalle_ds.data.dataset import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.models import Clip
-from dalle_ds.models.clip import square_pixels
+from dalle_ds.models.clip_images import square_pixels
 from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.tasks.clip import ClipTask, recalls
