@@ -95,7 +95,9 @@ def cache_embeddings(
 
     def begin() -> tuple[CacheReport | None, list[Part]]:
         held.enter_context(only_process(folder, f".{folder.name}.lock"))
-        existing = None if overwrite else KIND.existing(folder, identity)
+        # States that are there although nobody asks for them are no reason to make all anew.
+        wanted = {name: value for name, value in identity.items() if name != "text_width" or value}
+        existing = None if overwrite else KIND.existing(folder, wanted)
         if existing is not None:
             work.remove()
             return existing, []

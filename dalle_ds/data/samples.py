@@ -196,7 +196,7 @@ class EmbeddingSamples(RowSamples):
 
     `image_embedding` and `text_embedding` are (embed_dim,) float32 of unit length; `text` is (text_len,) int64, -1 after the
     caption's tokens, and `truncated` is 1 where they were more than fit; `states` are CLIP's of these tokens, (text_len,
-    text_width) float32, 0 after them; in evaluation `row` is the row's number.
+    text_width) float32, 0 after them.
 
     Args:
         dataset, train: see `RowSamples`.
@@ -243,7 +243,7 @@ class EmbeddingSamples(RowSamples):
         if self._states:
             states = cached.states(row, number)
             found["states"] = np.pad(states, ((0, len(text) - len(states)), (0, 0)))
-        return found if self._train else {**found, "row": row}
+        return found
 
 
 def own_tokens(

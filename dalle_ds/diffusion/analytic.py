@@ -5,8 +5,6 @@ Step n's depends on one number, Γ_n = E ‖∇ log q_n(x_n)‖² / d, which is 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -78,11 +76,3 @@ class AnalyticVariance:
         previous = self._schedule.previous_alpha_bars
         of_x0 = previous.sqrt() * self._schedule.betas / (1 - self._schedule.alpha_bars)
         return self._schedule.posterior_variances + of_x0.square() * self._covariance
-
-    def to_dict(self) -> dict[str, Any]:
-        """What an export holds, for JSON."""
-        return {
-            "timesteps": self._schedule.timesteps.tolist(),
-            "gamma": self.gamma.tolist(),
-            "data_variance": self.data_variance,
-        }

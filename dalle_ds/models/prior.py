@@ -164,7 +164,7 @@ class DiffusionPrior(nn.Module):
         self, caption: Caption, prefix: int, draws: int, dropped: Tensor | None = None, tail: int = TAIL
     ) -> Tensor:
         """(1 or B, 1, n, n) bool, [query, key]: causal, and the K denoisings, of `tail` positions each, do not see each
-        other. Dropped captions have no padding: their nulls are attended to like any text."""
+        other. Where padding is masked, dropped captions are one null long: how far others reach must not matter to them."""
         device = caption.embedding.device
         length = prefix + tail * draws
         places = torch.arange(length, device=device)
@@ -174,7 +174,7 @@ class DiffusionPrior(nn.Module):
         if padded is None:
             return mask[None, None]
         if dropped is not None:
-            padded = padded & ~dropped[:, None]
+            padded = torch.where(dropped[:, None], torch.arange(padded.shape[1], device=device) > 0, padded)
         keep = torch.ones(len(padded), length, dtype=torch.bool, device=device)
         keep[:, : padded.shape[1]] = ~padded
         return (mask & (keep[:, None] | torch.eye(length, dtype=torch.bool, device=device)))[:, None]

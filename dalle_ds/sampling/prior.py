@@ -7,6 +7,7 @@ beside it changes it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.config import PADDING, PriorConfig
-from dalle_ds.diffusion import AnalyticVariance, NoiseSchedule, clip_x0, ddim_step, ddpm_step, guide, step_grid
+from dalle_ds.diffusion import (
+    AnalyticVariance,
+    NoiseSchedule,
+    clip_x0,
+    ddim_step,
+    ddpm_step,
+    dpm_solver,
+    guide,
+    step_grid,
+)
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
@@ -33,9 +43,10 @@ STEPS = "64"
 class PriorSampling:
     """How image embeddings are sampled. The defaults are the paper's (Table 3)."""
 
-    method: Literal["analytic", "ddpm", "ddim"] | None = None
-    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta.
-    None takes analytic where it was measured on these steps, else ddpm."""
+    method: Literal["analytic", "ddpm", "ddim", "dpm"] | None = None
+    """Variance of the reverse steps: Analytic-DPM's, which is measured after training; the posterior's; or DDIM's, by eta; dpm
+    is DPM-Solver++ of second order, which is deterministic (`diffusers`). None takes analytic where it was measured on these
+    steps, else ddpm."""
     steps: str | None = None
     """Timesteps visited, as `dalle_ds.diffusion.step_grid` takes them; None takes those that analytic was measured on, or
     64."""
@@ -49,12 +60,18 @@ class PriorSampling:
     """Samples of which the one with the greatest dot product with the text embedding is taken."""
 
     def __post_init__(self) -> None:
-        if self.method not in ("analytic", "ddpm", "ddim", None):
-            raise ConfigError(f"sampling.method must be analytic, ddpm or ddim, found {self.method!r}")
+        if self.method not in ("analytic", "ddpm", "ddim", "dpm", None):
+            raise ConfigError(f"prior_sampling.method must be analytic, ddpm, ddim or dpm, found {self.method!r}")
         if self.best_of < 1:
-            raise ConfigError(f"sampling.best_of must be at least 1, found {self.best_of}")
+            raise ConfigError(f"prior_sampling.best_of must be at least 1, found {self.best_of}")
         if not 0 <= self.eta <= 1 or (self.eta and self.method != "ddim"):
-            raise ConfigError(f"sampling.eta must lie in [0, 1] and belongs to method ddim, found {self.eta}")
+            raise ConfigError(f"prior_sampling.eta must lie in [0, 1] and belongs to method ddim, found {self.eta}")
+        if not 0 <= self.guidance < math.inf:
+            raise ConfigError(
+                f"prior_sampling.guidance must be 0 (ignore the caption), 1 (off) or greater, found {self.guidance}"
+            )
+        if self.bound is not None and not self.bound > 0:
+            raise ConfigError(f"prior_sampling.bound must be greater than 0, or None, found {self.bound}")
 
 
 def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
@@ -127,7 +144,7 @@ def denoise(
         )
     if sampling.method == "analytic" and variance is None:
         raise ConfigError(
-            "sampling.method=analytic needs the variances that are measured after training: take ddpm or ddim"
+            "prior_sampling.method=analytic needs the variances that are measured after training: take ddpm or ddim"
         )
     is_analytic = variance is not None and sampling.method in ("analytic", None)
     variances = variance.ddpm() if variance is not None and is_analytic else grid.posterior_variances
@@ -136,6 +153,7 @@ def denoise(
     device = caption.embedding.device
     cached = CachedPrior(weights or DenoisingWeights(prior), caption, draws, grid.timesteps.to(device), guided)
     factors = [_factors(grid, step, sampling, variances[step]) for step in range(len(grid))]
+    solver = dpm_solver(schedule, grid.timesteps.tolist()) if sampling.method == "dpm" else None
     noise = noise.to(device)
     x = noise[:, :, 0]
     for number, step in enumerate(reversed(range(len(grid))), start=1):
@@ -144,6 +162,9 @@ def denoise(
             conditional, null = x0.chunk(2)
             x0 = guide(conditional, null, sampling.guidance)
         x0 = clip_x0(x0, sampling.bound)
+        if solver is not None:
+            x = solver(x0, x)
+            continue
         of_x, of_x0, of_noise = factors[step]
         x = of_x * x + of_x0 * x0 + of_noise * noise[:, :, number]
     return x

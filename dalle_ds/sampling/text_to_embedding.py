@@ -1,6 +1,7 @@
 """Captions to CLIP's image embeddings: a prior with all that using it needs (unCLIP §2.2).
 
-A sample is a function of (seed, its number, its caption), up to the rounding of products of other sizes.
+A sample is a function of (seed, its number, its caption), up to the rounding of products of other sizes: by which, in bf16, an
+autoregressive prior may come to other codes in another batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,9 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
         CheckpointError: they do not belong together.
     """
 
-    kind: Literal["diffusion", "autoregressive"]
+    kind: ClassVar[Literal["diffusion", "autoregressive"]]
+    how: ClassVar[type[PriorSampling | Sampling]]
+    """What says how to sample."""
 
     def __init__(self, prior: Prior, clip: Clip, tokenizer: Tokenizer | None) -> None:
         if clip.config.embed_dim != prior.config.embed_dim:
@@ -172,6 +175,8 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
             raise DataError(f"captions must be a list of texts, found the text {captions[:50]!r}: put it into a list")
         if num < 1:
             raise ConfigError(f"num must be at least 1, found {num}")
+        if sampling is not None and not isinstance(sampling, self.how):
+            raise ConfigError(f"a prior of kind {self.kind} takes {self.how.__name__}, found {type(sampling).__name__}")
         found = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
@@ -216,6 +221,7 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
     """
 
     kind = "diffusion"
+    how = PriorSampling
 
     def __init__(
         self,
@@ -259,8 +265,8 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
         if self.analytic is None or str(self.analytic["grid"]) != str(steps):
             measured = "nothing" if self.analytic is None else f"the grid {self.analytic['grid']}"
             raise ConfigError(
-                f"sampling.method=analytic on the grid {steps}, but {measured} was measured after training "
-                "(objective.analytic_steps): take that, or sampling.method ddpm or ddim"
+                f"prior_sampling.method=analytic on the grid {steps}, but {measured} was measured after training "
+                "(objective.analytic_steps): take that, or prior_sampling.method ddpm or ddim"
             )
         grid = self.schedule.on(step_grid(steps, len(self.schedule)))
         return AnalyticVariance(grid, torch.tensor(self.analytic["gamma"]), self.analytic["data_variance"])
@@ -280,6 +286,7 @@ class LatentTextToEmbedding(TextToEmbedding[AutoregressivePrior, Sampling]):
     """
 
     kind = "autoregressive"
+    how = Sampling
 
     def __init__(self, prior: AutoregressivePrior, clip: Clip, tokenizer: Tokenizer | None, codec: LatentCodec) -> None:
         super().__init__(prior, clip, tokenizer)

@@ -130,6 +130,10 @@ class Task(ABC, Generic[RunConfig]):
     def identity(self) -> dict[str, str]:
         """Fingerprints of what the run learns from; a resumed run must find the same."""
 
+    def parts(self) -> dict[str, str]:
+        """Those entries of `identity` of which an export has copies, or is made with."""
+        return {}
+
     def prepare(self, batch: Batch) -> Batch:
         """A batch, already on the device, made ready for `loss`; called once, outside the model's forward pass."""
         return batch
@@ -159,6 +163,9 @@ class Task(ABC, Generic[RunConfig]):
         Args:
             batches: this process's micro-batches, endless.
         """
+
+    def recall(self, export: Path) -> None:
+        """Take what `measure` found from an export of the same weights."""
 
     def digest(self, sums: Metrics) -> dict[str, float]:
         """Metrics from the vectors among those of `loss`, summed over the whole batch."""

@@ -98,11 +98,10 @@ class ClipTask(ContrastiveTask[ClipRun]):
         )
 
     def identity(self) -> dict[str, str]:
-        return {
-            **self.data_identity(),
-            "tokenizer": self.tokenizer.fingerprint,
-            "init": self._begins_with,
-        }
+        return {**self.data_identity(), **self.parts(), "init": self._begins_with}
+
+    def parts(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer.fingerprint}
 
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "image": batch["image"].float() / 255}

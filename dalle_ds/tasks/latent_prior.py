@@ -29,8 +29,10 @@ class LatentPriorTask(TextToEmbeddingTask[LatentPriorRun]):
     name = "latent_prior"
 
     @cached_property
-    def _fit(self) -> tuple[Tensor, Tensor]:
-        """(N, embed_dim) embeddings of training images, evenly spread over all corpora, and of their first captions."""
+    def _fitted(self) -> tuple[LatentCodec, Tensor, float]:
+        """The codec, the edges of similarity, and the share of variance lost, by training images and their first captions that
+        are evenly spread over all corpora."""
+        model = self.run.model
         total = sum(len(cache) for cache in self.caches)
         image, text = [], []
         for cache in self.caches:
@@ -42,20 +44,25 @@ class LatentPriorTask(TextToEmbeddingTask[LatentPriorRun]):
                     continue
                 image.append(torch.from_numpy(pair[0]))
                 text.append(torch.from_numpy(pair[1]))
-        return torch.stack(image), torch.stack(text)
+        if not image:
+            raise DataError("no training image can be read that the codes could be fitted to")
+        images, texts = torch.stack(image), torch.stack(text)
+        codec = LatentCodec.fitted(self.moments, images, model.components, model.buckets)
+        places = torch.arange(1, model.similarity_buckets) / model.similarity_buckets
+        return codec, (images * texts).sum(dim=1).quantile(places), codec.lost(images)
 
-    @cached_property
+    @property
     def codec(self) -> LatentCodec:
         """Between embeddings and codes."""
-        model = self.run.model
-        return LatentCodec.fitted(self.moments, self._fit[0], model.components, model.buckets)
+        return self._fitted[0]
 
-    @cached_property
+    @property
     def similarity_edges(self) -> Tensor:
         """(similarity_buckets − 1,) where the buckets of z_i · z_t meet: as many training images are in each."""
-        image, text = self._fit
-        places = torch.arange(1, self.run.model.similarity_buckets) / self.run.model.similarity_buckets
-        return (image * text).sum(dim=1).quantile(places)
+        return self._fitted[1]
+
+    def parts(self) -> dict[str, str]:
+        return {**super().parts(), **self.embeddings()}  # which the codec is of
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> AutoregressivePrior:
         checkpointing = self.run.train.activation_checkpointing
@@ -115,7 +122,7 @@ class LatentPriorTask(TextToEmbeddingTask[LatentPriorRun]):
         left_out = 1 - float(values[: model.components].sum() / values.sum())
         return [
             f"codes: {model.components} of {model.embed_dim} components in {model.buckets} buckets lose "
-            f"{self.codec.lost(self._fit[0]):.2%} of the variance of training embeddings, {left_out:.2%} by components left "
+            f"{self._fitted[2]:.2%} of the variance of training embeddings, {left_out:.2%} by components left "
             f"out, of which {components_for(values, LOST)} would leave less than {LOST:.0%}"
         ]
 

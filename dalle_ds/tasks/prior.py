@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,9 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.latents import EmbeddingScaling
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
+from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.prior import prepare_caption
-from dalle_ds.sampling.text_to_embedding import DiffusionTextToEmbedding
+from dalle_ds.sampling.text_to_embedding import PARTS_NAME, DiffusionTextToEmbedding
 from dalle_ds.tasks.base import Batch, Metrics
 from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask, row_noise
 from dalle_ds.text.tokenizer import Tokenizer
@@ -69,6 +71,10 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
     def schedule(self) -> NoiseSchedule:
         """Of the noise."""
         return noise_schedule(self.run.objective.schedule, self.run.objective.timesteps)
+
+    def parts(self) -> dict[str, str]:
+        standardized = self.run.objective.embeddings == "standardized"
+        return {**super().parts(), **(self.embeddings() if standardized else {})}
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> DiffusionPrior:
         return DiffusionPrior(self.run.model, checkpointing=self.run.train.activation_checkpointing, tensor=tensor)
@@ -164,6 +170,9 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
             "rows": rows,
             "data_variance": self.scaling_of_embeddings.variance(self.moments),
         }
+
+    def recall(self, export: Path) -> None:
+        self.analytic = parse_json((export / PARTS_NAME).read_bytes())["analytic"]
 
     def pipeline(self, model: nn.Module) -> DiffusionTextToEmbedding:
         objective = self.run.objective

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,7 +17,7 @@ from dalle_ds.config import LatentPriorRun, PriorRun
 from dalle_ds.data import EmbeddingSamples, PairDataset
 from dalle_ds.data.embeddings import EmbeddingCache
 from dalle_ds.data.samples import clip_tokens, own_tokens
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.latents import EmbeddingMoments
 from dalle_ds.sampling.grid import image_grid
@@ -94,9 +95,15 @@ class TextToEmbeddingTask(ModelParallelTask[AnyPriorRun]):
         )
 
     def identity(self) -> dict[str, str]:
+        return {**self.data_identity(), **self.embeddings(), **self.parts()}
+
+    def embeddings(self) -> dict[str, str]:
+        """Fingerprints of the caches."""
+        return numbered("embeddings", [cache.fingerprint for cache in self.caches])
+
+    def parts(self) -> dict[str, str]:
         tokenizer = "none" if self.tokenizer is None else self.tokenizer.fingerprint
-        embeddings = numbered("embeddings", [cache.fingerprint for cache in self.caches])
-        return {**self.data_identity(), "clip": self.clip.fingerprint, "tokenizer": tokenizer, **embeddings}
+        return {"clip": self.clip.fingerprint, "tokenizer": tokenizer}
 
     @abstractmethod
     def pipeline(self, model: nn.Module) -> TextToEmbedding[Any, Any]:
@@ -104,24 +111,27 @@ class TextToEmbeddingTask(ModelParallelTask[AnyPriorRun]):
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         """Captions, each with its image and the validation images whose embeddings are most like a sampled one."""
-        folder = self.run.corpora[0]
-        images = PairDataset.open(folder, "validation")
-        cache = EmbeddingCache.open(folder, self.clip.fingerprint, "validation")
-        count = min(len(images), PREVIEW_IMAGES)
-        rows = [number * len(images) // count for number in range(count)]
-        known = torch.stack([torch.from_numpy(cache.image(row, 0)) for row in rows])
-        own = [int(row) % len(images) for row in batch["row"][:PREVIEW_ROWS]]
-        captions = [images.captions(row)[0] for row in own]
+        known: list[tuple[PairDataset, int, Tensor, str]] = []
+        for folder in self.run.corpora:
+            images = PairDataset.open(folder, "validation")
+            cache = EmbeddingCache.open(folder, self.clip.fingerprint, "validation")
+            count = min(len(images), PREVIEW_IMAGES // len(self.run.corpora))
+            for row in (number * len(images) // count for number in range(count)):
+                with suppress(DataError):
+                    known.append((images, row, torch.from_numpy(cache.image(row, 0)), images.captions(row)[0]))
+        if not known:
+            raise DataError("no validation image can be read")
+        own = known[:: -(-len(known) // PREVIEW_ROWS)]
+        captions = [caption for *_, caption in own]
+        device = self.clip.logit_scale.device
         samples = self.pipeline(model).sample(captions, seed=self.run.seed)[:, 0].cpu()
-        best = (samples @ known.T).topk(min(PREVIEW_MATCHES, count), dim=1).indices.tolist()
-
-        def image(row: int) -> Image.Image:
-            return Image.fromarray(images.image(row))
-
-        shown = [
-            (caption, [image(row), *(image(rows[found]) for found in matches)])
-            for row, caption, matches in zip(own, captions, best, strict=True)
-        ]
+        self.clip.to(device)  # the pipeline has moved it to the model's
+        likeness = samples @ torch.stack([embedding for _, _, embedding, _ in known]).T
+        best = likeness.topk(min(PREVIEW_MATCHES, len(known)), dim=1).indices.tolist()
+        shown = []
+        for (images, row, *_), caption, matches in zip(own, captions, best, strict=True):
+            places = [(images, row), *(known[match][:2] for match in matches)]
+            shown.append((caption, [Image.fromarray(of.image(row)) for of, row in places]))
         return image_grid(shown, titles=["its own", *(f"match {n + 1}" for n in range(PREVIEW_MATCHES))], cell=64)
 
     def export(self, model: nn.Module, folder: Path) -> None:

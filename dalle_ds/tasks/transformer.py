@@ -138,12 +138,11 @@ class TransformerTask(PipelineTask[TransformerRun]):
         )
 
     def identity(self) -> dict[str, str]:
-        return {
-            **self.data_identity(),
-            "dvae": self.dvae.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
-            **(numbered("codes", [cache.fingerprint for cache in self._caches]) if self._caches else {"codes": "live"}),
-        }
+        codes = numbered("codes", [cache.fingerprint for cache in self._caches]) if self._caches else {"codes": "live"}
+        return {**self.data_identity(), **self.parts(), **codes}
+
+    def parts(self) -> dict[str, str]:
+        return {"dvae": self.dvae.fingerprint, "tokenizer": self.tokenizer.fingerprint}
 
     def prepare(self, batch: Batch) -> Batch:
         if "codes" in batch:

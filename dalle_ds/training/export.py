@@ -72,16 +72,17 @@ def export_checkpoint(
         raise CheckpointError(f"the run in {path} has {what}: it has {', '.join(kept) or 'none yet'}")
     require_whole(checkpoint)
     state = load_state(checkpoint)
-    for name in ("dvae", "tokenizer"):  # of which the export has copies
-        part = getattr(task, name, None)
-        if part is not None and part.fingerprint != state["identity"].get(name):
-            raise CheckpointError(
-                f"the {name} at {getattr(run, name)} is not the one that the run began with: put that one back there"
-            )
+    for name, found in task.parts().items():
+        if found != state["identity"].get(name):
+            where = f" at {getattr(run, name)}" if hasattr(run, name) else ""
+            raise CheckpointError(f"the {name}{where} is not the one that the run began with: put that one back there")
     has_average = run.train.average_decay is not None and state["step"] >= run.train.average_every
     if weights == "average" and not has_average:
         raise ConfigError(f"{checkpoint} has no average of the weights yet: leave --weights out, or give raw")
     kind = AVERAGE if has_average and weights != "raw" else WEIGHT
+    is_usual = (kind == AVERAGE) == has_average
+    if is_usual and directory.exported_step() == state["step"]:
+        task.recall(directory.export)
     index = Index(checkpoint / TENSORS_NAME)
     folder = Path(out) if out is not None else directory.export
     if folder.exists() and not (folder / WEIGHTS_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
@@ -91,7 +92,7 @@ def export_checkpoint(
             task.export(_stored_model(task, index, kind, DTYPES[dtype]), partial)
     except OSError as error:
         raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
-    if folder == directory.export and dtype == "fp32" and (kind == AVERAGE) == has_average:
+    if folder == directory.export and dtype == "fp32" and is_usual:
         directory.mark_exported(state["step"])
     return folder, state["step"]
 

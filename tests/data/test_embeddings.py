@@ -306,6 +306,13 @@ def test_a_full_disk_is_told_and_gone_on_from(
     assert all_files(copy) == all_files(whole)
 
 
+def test_a_cache_with_states_is_one_without(cached: Path, clip: Clip) -> None:
+    with pytest.raises(DataError, match="text_width"):
+        cache_embeddings(clip, cached, views=2, seed=3, text_states=True)
+    cache_embeddings(clip, cached, views=2, seed=3, text_states=True, overwrite=True)
+    assert cache_embeddings(clip, cached, views=2, seed=3).already_there
+
+
 def test_the_same_cache_is_left_alone_and_another_refused(cached: Path, clip: Clip) -> None:
     before = all_files(cached)
     assert cache_embeddings(clip, cached, views=2, seed=3).already_there

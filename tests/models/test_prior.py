@@ -104,7 +104,9 @@ def test_masked_padding_may_be_trimmed(config: PriorConfig) -> None:
     prior, (noised, times) = prior_of(replace(config, mask_padding=True)), noised_of(config, rows=1)
     caption = caption_of(config, rows=1)  # 3 tokens of 7
     short = Caption(caption.text[:, :4], caption.embedding, None if caption.padded is None else caption.padded[:, :4])
-    torch.testing.assert_close(prior(caption, noised, times), prior(short, noised, times), rtol=1e-5, atol=1e-5)
+    for dropped in (None, torch.ones(1, dtype=torch.bool)):
+        found = (prior(some, noised, times, dropped=dropped) for some in (caption, short))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     attended = prior_of(replace(config, mask_padding=False))
     assert (attended(caption, noised, times) - attended(short, noised, times)).abs().max() > 1e-3
 

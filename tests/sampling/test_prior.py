@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,24 +16,26 @@ from dalle_ds.models.latent_prior import AutoregressivePrior
 from dalle_ds.models.latents import LatentCodec
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.sampling.codes import Sampling
-from dalle_ds.sampling.prior import PriorSampling, best_of, caption_noise, denoise, sample_codes
+from dalle_ds.sampling.prior import PriorSampling, best_of, caption_noise, denoise, prepare_caption, sample_codes
 
 CONFIG = PriorConfig(width=32, depth=2, heads=4, text_len=5, embed_dim=6, text_vocab=30)
 SCHEDULE = noise_schedule("cosine")
 
 
-def prior_of() -> DiffusionPrior:
+def prior_of(mask_padding: bool = False) -> DiffusionPrior:
     torch.manual_seed(0)
-    prior = DiffusionPrior(CONFIG).eval()
+    prior = DiffusionPrior(replace(CONFIG, mask_padding=mask_padding)).eval()
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return prior
 
 
-def caption_of(rows: int = 3) -> Caption:
+def caption_of(rows: int = 3, length: int = 5) -> Caption:
+    """The first one has `length` tokens, the others 5."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(30, (3, 5), generator=generator)
+    text[0, length:] = -1
     return Caption(text[:rows], torch.randn(3, 6, generator=generator)[:rows])
 
 
@@ -65,13 +69,17 @@ def test_ddpm_is_diffusers_loop_over_whole_passes(guidance: float, monkeypatch: 
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("mask_padding", [False, True])
 @pytest.mark.parametrize("method", ["analytic", "ddpm", "ddim"])
-def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(method: str) -> None:
-    prior, noise = prior_of(), caption_noise("abc", 0, 4, 8, 6)
+def test_a_sample_does_not_depend_on_what_is_sampled_beside_it(method: str, mask_padding: bool) -> None:
+    prior, noise = prior_of(mask_padding), caption_noise("abc", 0, 4, 8, 6)
     sampling = PriorSampling(method=method, steps="8", guidance=2.0)  # type: ignore[arg-type]
     variance = AnalyticVariance(SCHEDULE.on(step_grid("8", 1000)), torch.ones(8), 0.3)
-    together = denoise(prior, caption_of(), noise, SCHEDULE, sampling, variance)
-    alone = denoise(prior, caption_of(1), noise[:1, :2], SCHEDULE, sampling, variance)
+    length = 2 if mask_padding else 5
+    several, one = (prepare_caption(prior.config, *caption_of(rows, length)[:2]) for rows in (3, 1))
+    assert one.text.shape[1] == length
+    together = denoise(prior, several, noise, SCHEDULE, sampling, variance)
+    alone = denoise(prior, one, noise[:1, :2], SCHEDULE, sampling, variance)
     torch.testing.assert_close(alone, together[:1, :2], rtol=1e-4, atol=1e-4)
     assert torch.equal(caption_noise("c", 0, 2, 8, 6)[0], noise[2, :2])
     assert not torch.equal(caption_noise("c", 1, 2, 8, 6)[0], noise[2, :2])

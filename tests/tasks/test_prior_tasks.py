@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,9 @@ from tests.processes import run_ranks
 from tests.tasks.test_clip_task import SHAPE
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
-PRIOR = PriorConfig(width=16, depth=2, heads=2, text_len=8, embed_dim=16, text_vocab=TINY_DALLE.text_vocab)
+PRIOR = PriorConfig(
+    width=16, depth=2, heads=2, text_len=8, embed_dim=16, text_vocab=TINY_DALLE.text_vocab, mask_padding=True
+)
 LATENT = LatentPriorConfig(
     text_width=16, text_depth=1, text_heads=2, text_len=8, text_vocab=TINY_DALLE.text_vocab,
     width=16, depth=2, heads=2, embed_dim=16, components=5, buckets=8, similarity_buckets=4,
@@ -231,6 +234,26 @@ def test_a_checkpoint_is_exported_as_training_does(run: PriorRun, tmp_path: Path
     pipeline = TextToEmbedding.from_pretrained(folder)
     assert isinstance(pipeline, DiffusionTextToEmbedding) and pipeline.analytic is None
     assert pipeline.sample(["a red circle"], sampling=PriorSampling(method="ddim", steps="3")).shape == (1, 1, 16)
+    before = (Path(run.run_dir) / "export" / PARTS_NAME).read_text()
+    assert "gamma" in before
+    export_checkpoint(run.run_dir)
+    assert (Path(run.run_dir) / "export" / PARTS_NAME).read_text() == before
+
+
+def test_an_export_is_of_the_clip_and_the_embeddings_that_the_run_began_with(
+    run: PriorRun, latent_run: LatentPriorRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(some: PriorRun | LatentPriorRun, part: str) -> None:
+        with pytest.raises(CheckpointError, match=f"the {part}.* is not the one that the run began with"):
+            export_checkpoint(some.run_dir)
+
+    fit(run)
+    fit(latent_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentPriorTask, "embeddings", lambda task: {"embeddings": "other"})
+        refused(latent_run, "embeddings")
+    monkeypatch.setattr(Clip, "fingerprint", "other")
+    refused(run, "clip")
 
 
 def test_an_export_refuses_another_clip(run: PriorRun, clip: Path, tmp_path: Path) -> None:
@@ -309,7 +332,9 @@ def test_embeddings_are_standardized_by_the_training_images(run: PriorRun) -> No
 
 def test_similarities_are_in_buckets_of_as_many_images(latent_run: LatentPriorRun) -> None:
     task = LatentPriorTask(latent_run)
-    image, text = task._fit
+    (cache,) = task.caches
+    image = torch.from_numpy(np.stack([cache.image(row, row % cache.views) for row in range(len(cache))]))
+    text = torch.from_numpy(np.stack([cache.text(row, 0) for row in range(len(cache))]))
     batch = task.prepare({"image_embedding": image, "text_embedding": text})
     assert torch.bincount(batch["similarity"], minlength=4).float().std() <= 1
     order = (image * text).sum(1).argsort()
