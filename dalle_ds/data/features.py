@@ -42,7 +42,7 @@ class CacheReport:
         rows = ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
         lost = sum(self.unreadable.values())
         done = "were there already" if self.already_there else "cached"
-        return f"{self.folder}: {self.kind} {done}: {rows}" + (f"; {lost:,} images could not be read" if lost else "")
+        return f"{self.folder}: {self.kind} {done}: {rows}" + (f"; {lost:,} rows could not be read" if lost else "")
 
 
 @dataclass(frozen=True)

@@ -340,11 +340,7 @@ class Dalle(nn.Module):
     @property
     def layers(self) -> list[tuple[AttentionBlock, MlpBlock]]:
         """The residual blocks, two by two."""
-        blocks = iter(self.blocks)
-        return [
-            (cast(AttentionBlock, attention), cast(MlpBlock, mlp))
-            for attention, mlp in zip(blocks, blocks, strict=True)
-        ]
+        return two_by_two(self.blocks)
 
     # --- export
 
@@ -399,3 +395,9 @@ def check_range(tokens: Tensor, name: str, length: int, lowest: int, vocab: int)
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="sum")
+
+
+def two_by_two(blocks: nn.ModuleList) -> list[tuple[AttentionBlock, MlpBlock]]:
+    """Each attention with the MLP behind it."""
+    each = iter(blocks)
+    return [(cast(AttentionBlock, attention), cast(MlpBlock, mlp)) for attention, mlp in zip(each, each, strict=True)]

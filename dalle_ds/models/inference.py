@@ -175,4 +175,4 @@ class StepGraph:
                 self.output = compute(*inputs)
         except RuntimeError as error:
             self.output = None
-            warnings.warn(f"decoding goes on without a CUDA graph, more slowly: {error}", stacklevel=2)
+            warnings.warn(f"steps go on without a CUDA graph, more slowly: {error}", stacklevel=2)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.models.dalle import AttentionBlock, MlpBlock
+from dalle_ds.models.dalle import two_by_two
 from dalle_ds.models.inference import InferenceLayer, StepGraph, ready_linear, ready_norm
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.nn.attention.decoding import ROWS
@@ -55,7 +55,7 @@ class DenoisingWeights:
     def _ready(self, *, packed: bool) -> list[InferenceLayer]:
         linear = functools.partial(ready_linear, packed=packed)
         with torch.no_grad():
-            return [InferenceLayer.of(*blocks, ready_norm, linear) for blocks in pairs(self.prior)]
+            return [InferenceLayer.of(*blocks, ready_norm, linear) for blocks in two_by_two(self.prior.blocks)]
 
 
 class CachedPrior:
@@ -93,7 +93,7 @@ class CachedPrior:
         mask = prior.mask(caption, prefix, len(timesteps), dropped, tail=1)
         x = torch.cat([x, prior.times(timesteps).expand(len(x), -1, -1)], dim=1)
         length = prefix + 1 + STEP * draws
-        blocks = pairs(prior)
+        blocks = two_by_two(prior.blocks)
         self._heads = blocks[0][0].attention.heads
         shape = (len(blocks), 2, rows, self._heads, length, width // prior.config.heads)
         self._cache = torch.empty(shape, dtype=weights.dtype, device=x.device)
@@ -142,9 +142,3 @@ class CachedPrior:
             x += layer.down(layer.up(layer.mlp_norm(x).to(dtype)))
         bias, output = weights.output
         return torch.addmm(bias, weights.norm(x), output).view(rows, draws, -1)
-
-
-def pairs(prior: DiffusionPrior) -> list[tuple[AttentionBlock, MlpBlock]]:
-    """Each attention with the MLP behind it."""
-    blocks = iter(prior.blocks)
-    return list(zip(blocks, blocks, strict=True))  # type: ignore[arg-type]

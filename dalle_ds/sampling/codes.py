@@ -49,7 +49,7 @@ class Sampling:
     """Sample among the fewest likeliest codes that have this probability together, after temperature and top_k."""
     guidance: float = 1.0
     """Classifier-free guidance g: logits = unconditional + g · (conditional − unconditional). 1 is off; more needs a model
-    trained with loader.caption_dropout."""
+    that learned without captions, too (loader.caption_dropout, of priors objective.text_drop)."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -103,11 +103,16 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def candidate_uniforms(tokens: tuple[int, ...], seed: int, candidate: int, count: int) -> Tensor:
-    """The uniform numbers that decide image `candidate` of a caption under `seed`: (count,) float64 on the CPU."""
-    digest = hashlib.sha256(repr((seed, candidate, tokens)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(count, dtype=torch.float64, generator=generator)
+def candidate_generator(key: tuple[int, ...] | str, seed: int, candidate: int) -> torch.Generator:
+    """Of the random numbers that decide sample number `candidate` of the caption `key`, tokens or text, under `seed`: on the
+    CPU."""
+    digest = hashlib.sha256(repr((seed, candidate, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def candidate_uniforms(key: tuple[int, ...] | str, seed: int, candidate: int, count: int) -> Tensor:
+    """(count,) float64 in [0, 1) of `candidate_generator`."""
+    return torch.rand(count, dtype=torch.float64, generator=candidate_generator(key, seed, candidate))
 
 
 # --- images of captions

@@ -6,7 +6,6 @@ beside it changes it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
 from dalle_ds.models.latents import LatentCodec
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
-from dalle_ds.sampling.codes import Sampling, sample
+from dalle_ds.sampling.codes import Sampling, candidate_generator, sample
 
 STEPS = "64"
 """Grid of the paper's sampler (Table 3)."""
@@ -76,17 +75,7 @@ class PriorSampling:
 
 def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
     """The normal numbers that decide sample number `sample` of the caption `key` under `seed`: fp32 on the CPU."""
-    return torch.randn(*shape, generator=_generator(key, seed, sample))
-
-
-def sample_uniforms(key: str, seed: int, sample: int, count: int) -> Tensor:
-    """(count,) float64 in [0, 1), as `sample_noise`."""
-    return torch.rand(count, generator=_generator(key, seed, sample), dtype=torch.float64)
-
-
-def _generator(key: str, seed: int, sample: int) -> torch.Generator:
-    digest = hashlib.sha256(repr((seed, sample, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(*shape, generator=candidate_generator(key, seed, sample))
 
 
 def prepare_caption(
@@ -222,18 +211,19 @@ def sample_codes(
 
 
 def best_of(samples: Tensor, text_embedding: Tensor, count: int) -> Tensor:
-    """Of each `count` samples the one that is most similar to the caption (unCLIP §2.2, where it is two).
+    """Of each `count` samples the one with the greatest dot product with the caption's embedding (unCLIP §2.2: of two), after both
+    are brought to length 1, as embeddings are.
 
     Args:
-        samples: (B, K · count, embed_dim).
+        samples: (B, K · count, embed_dim), of any length.
         text_embedding: (B, embed_dim).
 
     Returns:
         (B, K, embed_dim).
     """
     groups = samples.unflatten(1, (-1, count))
-    similarity = (F.normalize(groups, dim=-1) * F.normalize(text_embedding, dim=-1)[:, None, None]).sum(-1)
-    chosen = similarity.argmax(dim=2)[..., None, None].expand(-1, -1, 1, groups.shape[-1])
+    product = (F.normalize(groups, dim=-1) * F.normalize(text_embedding, dim=-1)[:, None, None]).sum(-1)
+    chosen = product.argmax(dim=2)[..., None, None].expand(-1, -1, 1, groups.shape[-1])
     return groups.gather(2, chosen).squeeze(2)
 
 

@@ -28,7 +28,7 @@ from dalle_ds.models.pretrained import CONFIG_NAME, export_folder, read_safetens
 from dalle_ds.models.prior import DiffusionPrior
 from dalle_ds.models.prior_sampling import DenoisingWeights
 from dalle_ds.parsing import parse_json
-from dalle_ds.sampling.codes import Sampling
+from dalle_ds.sampling.codes import Sampling, candidate_uniforms
 from dalle_ds.sampling.prior import (
     STEPS,
     PriorSampling,
@@ -37,7 +37,6 @@ from dalle_ds.sampling.prior import (
     denoise,
     prepare_caption,
     sample_codes,
-    sample_uniforms,
 )
 from dalle_ds.text.tokenizer import Tokenizer
 
@@ -294,7 +293,9 @@ class LatentTextToEmbedding(TextToEmbedding[AutoregressivePrior, Sampling]):
 
     def _sample(self, captions: Sequence[str], embeddings: Tensor, num: int, seed: int, how: Sampling | None) -> Tensor:
         count = self.prior.config.components + 1
-        uniforms = torch.stack([sample_uniforms(key, seed, number, count) for key in captions for number in range(num)])
+        uniforms = torch.stack(
+            [candidate_uniforms(key, seed, number, count) for key in captions for number in range(num)]
+        )
         text, embeddings = (part.repeat_interleave(num, dim=0) for part in (self._tokens(captions), embeddings))
         samples = sample_codes(self.prior, self.codec, text, embeddings, uniforms, how or Sampling())
         return samples.unflatten(0, (len(captions), num))
