@@ -285,11 +285,15 @@ class LatentPriorConfig:
     """Values of each of these tokens."""
     similarity_buckets: int = 64
     """Values of the token of the similarity of image and text embedding, equally many images in each; even."""
+    mask_padding: bool = False
+    """Hide padding positions of the caption; otherwise they have learned embeddings, one for each position."""
     dropout: float = 0.0
     """Share of the outputs of residual branches that is dropped in training."""
 
     def __post_init__(self) -> None:
-        positive("model", self, *(entry.name for entry in fields(self) if entry.name != "dropout"))
+        positive(
+            "model", self, *(entry.name for entry in fields(self) if entry.name not in ("dropout", "mask_padding"))
+        )
         fraction("model", self, "dropout")
         for width, heads in (("text_width", "text_heads"), ("width", "heads")):
             if getattr(self, width) % getattr(self, heads):

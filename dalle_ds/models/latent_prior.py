@@ -41,6 +41,9 @@ from dalle_ds.precision import enter_branch
 
 HEAD_START = 2
 """Positions before the first code: z_t and the similarity."""
+REACH = 0.5
+"""How far, as a share of all buckets, those of a code begin alike (`make_neighbours_alike`). Where they are classes without an
+order, thousands of embeddings are too few to find one; the paper had millions."""
 
 
 class CrossAttentionBlock(ResidualBlock):
@@ -55,9 +58,15 @@ class CrossAttentionBlock(ResidualBlock):
         self.states = ColumnParallelLinear(states_width, 2 * width, tensor, fused=2)
         self.out = RowParallelLinear(width, width, tensor, scale=residual_scale)
 
-    def forward(self, x: Tensor, states: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
-        """(B, n, width) and (B, T, states_width) fp32 → (B, n, width)."""
-        return self.attend(x, *self.keys(states), dropout_seeds)
+    def forward(
+        self, x: Tensor, states: Tensor, dropout_seeds: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, n, width) and (B, T, states_width) fp32 → (B, n, width), where `mask`, (B, 1, 1, T) bool, is True."""
+        key, value = self.keys(states)
+        query = self.query(self._enter(x, self.query.weight.dtype))
+        query = query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), attn_mask=mask)
+        return self._join(x, self.out(attended.transpose(1, 2).flatten(2)), dropout_seeds)
 
     def keys(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, (B, heads, T, D) each."""
@@ -67,19 +76,12 @@ class CrossAttentionBlock(ResidualBlock):
         key, value = both.view(*both.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         return key, value
 
-    def attend(self, x: Tensor, key: Tensor, value: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
-        """As `forward`, with what `keys` returned."""
-        query = self.query(self._enter(x, self.query.weight.dtype))
-        query = query.view(*query.shape[:2], self.heads, -1).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype))
-        return self._join(x, self.out(attended.transpose(1, 2).flatten(2)), dropout_seeds)
-
 
 class AutoregressivePrior(nn.Module):
     """Predicts the codes of image embeddings.
 
-    Padding positions of a caption have learned embeddings of their own and are attended to. Dropping a caption puts learned
-    nulls in place of its text and of z_t; the similarity stays.
+    Padding positions of a caption have learned embeddings of their own and are attended to, or with `config.mask_padding` are
+    not. Dropping a caption puts learned nulls in place of its text and of z_t; the similarity stays.
 
     Args:
         config: shape of the model.
@@ -111,7 +113,8 @@ class AutoregressivePrior(nn.Module):
         self.embedding_input = Linear(config.embed_dim, width)
         self.null_embedding = Embedding(1, width)
         self.similarity_input = Embedding(config.similarity_buckets, width)
-        self.code_input = VocabParallelEmbedding(config.buckets, width, tensor)
+        reach = REACH * config.buckets
+        self.code_input = VocabParallelEmbedding(config.buckets, width, tensor, reach=reach)
         self.position = Embedding(config.components, width)
         self.blocks = nn.ModuleList()
         for _ in range(config.depth):
@@ -119,7 +122,7 @@ class AutoregressivePrior(nn.Module):
             self.blocks.append(CrossAttentionBlock(width, config.text_width, config.heads, scale, tensor))
             self.blocks.append(MlpBlock(width, scale, tensor))
         self.norm = LayerNorm(width)
-        self.head = Unembedding(width, config.buckets, tensor)
+        self.head = Unembedding(width, config.buckets, tensor, reach=reach)
         for number, block in enumerate([*self.text_blocks, *self.blocks]):
             block.number, block.dropout = number, config.dropout
 
@@ -137,8 +140,8 @@ class AutoregressivePrior(nn.Module):
         """Loss and, if asked for, logits.
 
         Args:
-            text: (B, T) int64 in [0, text_vocab), −1 where padded.
-            embedding: (B, embed_dim), CLIP's text embedding z_t.
+            text: (B, T) int64 in [0, text_vocab), −1 where padded; T is text_len, or less where padding is masked.
+            embedding: (B, embed_dim), CLIP's text embedding z_t, of length 1.
             similarity: (B,) int64 in [0, similarity_buckets), the bucket of z_i · z_t.
             codes: (B, components) int64 in [0, buckets).
             dropped: (B,) bool, captions that nulls stand in for; None: none.
@@ -153,11 +156,11 @@ class AutoregressivePrior(nn.Module):
         self._check(text, embedding, similarity, codes)
         if dropout_seeds is not None:
             dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None
-        states = self.encode(text, dropped, dropout_seeds)
+        states, mask = self.encode(text, dropped, dropout_seeds)
         x = torch.cat([self._start(embedding, similarity, dropped), self._codes(codes[:, :-1], 0)], dim=1)
         for block in self.blocks:
             if isinstance(block, CrossAttentionBlock):
-                x = self._run(block, x, states, dropout_seeds)
+                x = self._run(block, x, states, dropout_seeds, mask)
             else:
                 x = self._run(block, x, dropout_seeds)
         hidden = self.tensor.copy_to_tensor_region(self.norm(x[:, 1:]))
@@ -166,20 +169,27 @@ class AutoregressivePrior(nn.Module):
             return F.cross_entropy(scores.flatten(0, 1), codes.flatten()), scores
         return self.head(hidden, codes) / codes.numel(), None
 
-    def encode(self, text: Tensor, dropped: Tensor | None = None, dropout_seeds: Tensor | None = None) -> Tensor:
-        """(B, T, text_width) fp32, the encoder's normalized states."""
+    def encode(
+        self, text: Tensor, dropped: Tensor | None = None, dropout_seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, text_width) fp32, the encoder's normalized states; and, where padding is masked, (B, 1, 1, T) bool, which of
+        them are attended to: of a dropped caption one, as in `DiffusionPrior.mask`."""
         places = torch.arange(text.shape[1], device=text.device)
         padded = (text == PADDING)[..., None]
         x = torch.where(padded, self.padding(places), self.text_input(text.clamp(min=0))).float()
         if dropped is not None:
             x = torch.where(dropped[:, None, None], self.null_text(torch.zeros_like(places[0])).float(), x)
         x = x + self.text_position(places).float()
+        mask = None
+        if self.config.mask_padding:
+            keep = text != PADDING
+            mask = (keep if dropped is None else torch.where(dropped[:, None], places == 0, keep))[:, None, None]
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=text.device)  # None would be a causal mask
         for block in self.text_blocks:
-            inputs = (dropout_seeds, everything) if isinstance(block, AttentionBlock) else (dropout_seeds,)
-            x = self._run(block, x, *inputs)
+            of_attention = (everything if mask is None else mask,) if isinstance(block, AttentionBlock) else ()
+            x = self._run(block, x, dropout_seeds, *of_attention)
         normalized: Tensor = self.text_norm(x)
-        return normalized
+        return normalized, mask
 
     def _run(self, block: nn.Module, x: Tensor, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
@@ -189,7 +199,8 @@ class AutoregressivePrior(nn.Module):
 
     def _start(self, embedding: Tensor, similarity: Tensor, dropped: Tensor | None) -> Tensor:
         """(B, 2, width) fp32, inputs of the two positions before the codes. The first has no position embedding."""
-        first = self.embedding_input(embedding.to(self.embedding_input.weight.dtype)).float()
+        unit = embedding * self.config.embed_dim**0.5  # elements of about 1, for which weights are drawn
+        first = self.embedding_input(unit.to(self.embedding_input.weight.dtype)).float()
         if dropped is not None:
             null = self.null_embedding(torch.zeros((), dtype=torch.int64, device=first.device)).float()
             first = torch.where(dropped[:, None], null, first)
@@ -203,7 +214,8 @@ class AutoregressivePrior(nn.Module):
 
     def _check(self, text: Tensor, embedding: Tensor, similarity: Tensor, codes: Tensor) -> None:
         config = self.config
-        check_range(text, "text", config.text_len, PADDING, config.text_vocab)
+        shorter = config.mask_padding and text.dim() == 2 and 0 < text.shape[1] < config.text_len
+        check_range(text, "text", text.shape[1] if shorter else config.text_len, PADDING, config.text_vocab)
         check_range(codes, "codes", config.components, 0, config.buckets)
         check_range(similarity[:, None], "similarity", 1, 0, config.similarity_buckets)
         if embedding.shape != (len(text), config.embed_dim) or not len(text) == len(codes) == len(similarity):
@@ -246,7 +258,7 @@ class LatentSampler:
     ) -> None:
         self.prior, self.length = prior, 0
         self._dtype = prior.embedding_input.weight.dtype
-        states = prior.encode(text, dropped)
+        states, self._mask = prior.encode(text, dropped)
         linear = functools.partial(ready_linear, packed=len(text) >= ROWS)
         self._layers: list[_SamplerLayer] = []
         blocks = iter(prior.blocks)
@@ -288,7 +300,7 @@ class LatentSampler:
             attended = F.scaled_dot_product_attention(qkv[0], keys, values, is_causal=start == 0)
             x = x + layer.out(attended.transpose(1, 2).reshape(len(x), -1))
             query = cross_query(cross_norm(x).to(self._dtype)).view(rows, positions, heads, -1).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(query, *states)
+            attended = F.scaled_dot_product_attention(query, *states, attn_mask=self._mask)
             x = x + cross_out(attended.transpose(1, 2).reshape(len(x), -1))
             x = x + layer.down(layer.up(layer.mlp_norm(x).to(self._dtype)))
         scores: Tensor = self.prior.head(self.prior.norm(x.view(rows, positions, -1)[:, -1]))

@@ -116,10 +116,14 @@ class Unembedding(Linear):
     """Logits of a vocabulary, fp32 whatever the dtype of the weights (DALL·E App. D, guideline 2).
 
     The vocabulary is divided among a tensor group, all of whose processes have the hidden states and get all logits.
+
+    Args:
+        reach: as `make_neighbours_alike` takes it.
     """
 
-    def __init__(self, inputs: int, outputs: int, tensor: TensorGroup = WHOLE) -> None:
+    def __init__(self, inputs: int, outputs: int, tensor: TensorGroup = WHOLE, *, reach: float = 0.0) -> None:
         super().__init__(inputs, outputs)
+        make_neighbours_alike(self.weight, reach)
         self.tensor = tensor
         self.weight = tensor.divide(self.weight, Split(0))
         self.bias = tensor.divide(self.bias, Split(0))
@@ -159,10 +163,15 @@ class Embedding(nn.Embedding):
 
 
 class VocabParallelEmbedding(Embedding):
-    """An embedding table whose rows are divided among a tensor group, all of whose processes get whole vectors."""
+    """An embedding table whose rows are divided among a tensor group, all of whose processes get whole vectors.
 
-    def __init__(self, count: int, width: int, tensor: TensorGroup = WHOLE) -> None:
+    Args:
+        reach: as `make_neighbours_alike` takes it.
+    """
+
+    def __init__(self, count: int, width: int, tensor: TensorGroup = WHOLE, *, reach: float = 0.0) -> None:
         super().__init__(count, width)
+        make_neighbours_alike(self.weight, reach)
         self.tensor = tensor
         self.weight = tensor.divide(self.weight, Split(0))
 
@@ -175,6 +184,20 @@ class VocabParallelEmbedding(Embedding):
         elsewhere = (local < 0) | (local >= rows)
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return self.tensor.reduce(found.masked_fill(elsewhere[..., None], 0.0))
+
+
+@torch.no_grad()
+def make_neighbours_alike(weight: Tensor, reach: float) -> None:
+    """Mix random rows, in place, so that those of values with an order begin alike where these are near: the correlation of
+    rows a and b becomes exp(−(a − b)² / 2 reach²). 0 leaves them."""
+    if not reach or weight.is_meta:
+        return
+    places = torch.arange(len(weight), dtype=torch.float64, device=weight.device)
+    covariance = torch.exp(-0.5 * ((places[:, None] - places) / reach).square())
+    factor = torch.linalg.cholesky(
+        covariance + 1e-4 * torch.eye(len(weight), dtype=torch.float64, device=weight.device)
+    )
+    weight.copy_(factor @ weight.double())
 
 
 class LayerNorm(nn.LayerNorm):

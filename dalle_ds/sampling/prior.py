@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.config import PADDING, PriorConfig
+from dalle_ds.config import PADDING, LatentPriorConfig, PriorConfig
 from dalle_ds.diffusion import (
     AnalyticVariance,
     NoiseSchedule,
@@ -78,6 +78,11 @@ def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=candidate_generator(key, seed, sample))
 
 
+def trim_padding(config: PriorConfig | LatentPriorConfig, text: Tensor) -> Tensor:
+    """(B, T) tokens up to the last that is no padding, where padding is masked: what nobody attends to is not computed."""
+    return text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))] if config.mask_padding else text
+
+
 def prepare_caption(
     config: PriorConfig, text: Tensor, embedding: Tensor, clip: Clip | None = None, states: Tensor | None = None
 ) -> Caption:
@@ -89,8 +94,7 @@ def prepare_caption(
         clip: for `config.text` "clip_states", where there are no `states`.
         states: (B, T, text_width) CLIP's of the tokens.
     """
-    if config.mask_padding:  # what nobody attends to need not be computed
-        text = text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))]
+    text = trim_padding(config, text)
     if config.text == "tokens":
         return Caption(text, embedding)
     if states is not None:
@@ -211,8 +215,8 @@ def sample_codes(
 
 
 def best_of(samples: Tensor, text_embedding: Tensor, count: int) -> Tensor:
-    """Of each `count` samples the one with the greatest dot product with the caption's embedding (unCLIP §2.2: of two), after both
-    are brought to length 1, as embeddings are.
+    """Of each `count` samples the one with the greatest dot product with the caption's embedding (unCLIP §2.2: of two), both
+    brought to length 1, as embeddings are.
 
     Args:
         samples: (B, K · count, embed_dim), of any length.

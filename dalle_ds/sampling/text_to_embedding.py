@@ -37,6 +37,7 @@ from dalle_ds.sampling.prior import (
     denoise,
     prepare_caption,
     sample_codes,
+    trim_padding,
 )
 from dalle_ds.text.tokenizer import Tokenizer
 
@@ -296,7 +297,8 @@ class LatentTextToEmbedding(TextToEmbedding[AutoregressivePrior, Sampling]):
         uniforms = torch.stack(
             [candidate_uniforms(key, seed, number, count) for key in captions for number in range(num)]
         )
-        text, embeddings = (part.repeat_interleave(num, dim=0) for part in (self._tokens(captions), embeddings))
+        text = trim_padding(self.prior.config, self._tokens(captions))
+        text, embeddings = (part.repeat_interleave(num, dim=0) for part in (text, embeddings))
         samples = sample_codes(self.prior, self.codec, text, embeddings, uniforms, how or Sampling())
         return samples.unflatten(0, (len(captions), num))
 

@@ -15,6 +15,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.models.latent_prior import AutoregressivePrior
 from dalle_ds.models.latents import LatentCodec, components_for
 from dalle_ds.parallel import WHOLE, TensorGroup
+from dalle_ds.sampling.prior import trim_padding
 from dalle_ds.sampling.text_to_embedding import LatentTextToEmbedding
 from dalle_ds.tasks.base import Batch, Metrics
 from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask, row_noise
@@ -87,7 +88,8 @@ class LatentPriorTask(TextToEmbeddingTask[LatentPriorRun]):
         image, text = batch["image_embedding"], batch["text_embedding"]
         edges = self.similarity_edges.to(image.device)
         similarity = torch.bucketize((image * text).sum(dim=1), edges, right=True)
-        return {**batch, "codes": self.codec.encode(image), "similarity": similarity}
+        text = trim_padding(self.run.model, batch["text"])
+        return {**batch, "text": text, "codes": self.codec.encode(image), "similarity": similarity}
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         uniforms, _ = row_noise(batch["key"], 0, 0, batch["codes"].device)

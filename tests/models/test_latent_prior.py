@@ -59,18 +59,19 @@ def test_a_code_is_predicted_from_the_ones_before_it_only() -> None:
 def test_all_of_the_caption_counts_whatever_its_order(place: int) -> None:
     """The encoder is not causal: its first states see the last token."""
     prior, (text, embedding, similarity, codes) = prior_of(), inputs()
-    states = prior.encode(text)
+    states, _ = prior.encode(text)
     changed = text.clone()
     changed[1:, place] = (changed[1:, place] + 1) % 40
-    assert ((prior.encode(changed) - states)[1:].abs().amax(dim=2) > 1e-3).all()
+    assert ((prior.encode(changed)[0] - states)[1:].abs().amax(dim=2) > 1e-3).all()
     for bad in ((text, embedding + 1, similarity, codes), (text, embedding, (similarity + 1) % 8, codes)):
         assert (
             prior(*bad, logits=True)[1] - prior(text, embedding, similarity, codes, logits=True)[1]
         ).abs().max() > 1e-2
 
 
-def test_sampling_by_the_cache_equals_the_whole_pass() -> None:
-    prior, (text, embedding, similarity, codes) = prior_of().eval(), inputs()
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_sampling_by_the_cache_equals_the_whole_pass(mask_padding: bool) -> None:
+    prior, (text, embedding, similarity, codes) = prior_of(mask_padding=mask_padding).eval(), inputs()
     dropped = torch.tensor([False, True, False])
     with torch.no_grad():
         _, logits = prior(text, embedding, similarity, codes, dropped=dropped, logits=True)
@@ -81,6 +82,27 @@ def test_sampling_by_the_cache_equals_the_whole_pass() -> None:
             sampler.step(codes[:, place])
     with pytest.raises(ConfigError):
         sampler.step(codes[:, 8])
+
+
+def test_masked_padding_may_be_trimmed() -> None:
+    """Also of dropped captions, which must not depend on how far others of a batch reach."""
+    prior, (text, *others) = prior_of(mask_padding=True), inputs()
+    first = [part[:1] for part in others]  # 3 tokens of 6
+    for dropped in (None, torch.ones(1, dtype=torch.bool)):
+        found = (prior(some, *first, dropped=dropped, logits=True)[1] for some in (text[:1], text[:1, :4]))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    whole, short = (prior_of()(some, *first, logits=True)[1] for some in (text[:1], text[:1].clamp(min=0)))
+    assert (whole - short).abs().max() > 1e-3
+
+
+def test_buckets_that_are_near_begin_alike() -> None:
+    torch.manual_seed(0)
+    prior = AutoregressivePrior(LatentPriorConfig(**(SMALL | {"buckets": 64, "width": 512})))  # type: ignore[arg-type]
+    for weight, std in ((prior.code_input.weight, 0.02), (prior.head.weight, (3 * 512) ** -0.5)):
+        rows = F.normalize(weight.detach(), dim=1)
+        distance = torch.arange(64) - torch.arange(64)[:, None]
+        torch.testing.assert_close(rows @ rows.T, torch.exp(-0.5 * (distance / 32).square()), rtol=0, atol=0.15)
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.1)
 
 
 def test_a_dropped_caption_says_nothing() -> None:
