@@ -81,17 +81,25 @@ def test_decoding_step_by_step() -> None:
 
 
 @torch.no_grad()
-def test_a_priors_steps() -> None:
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_priors_steps(dtype: torch.dtype, bound: float, guided: bool) -> None:
     """Each held in a CUDA graph."""
     torch.manual_seed(2)
-    prior = DiffusionPrior(PriorConfig(width=128, depth=2, heads=2, text_len=16, embed_dim=64, text_vocab=100)).eval()
-    there = copy.deepcopy(prior).to(GPU)
+    shape = PriorConfig(width=128, depth=2, heads=2, text_len=16, embed_dim=64, text_vocab=100, mask_padding=guided)
+    prior = DiffusionPrior(shape).eval()
+    there = copy.deepcopy(prior).to(GPU, dtype)
     text, embedding, timesteps = torch.randint(100, (2, 16)), torch.randn(2, 64), torch.tensor([3, 500, 999])
-    cached = CachedPrior(DenoisingWeights(there), Caption(text.to(GPU), embedding.to(GPU)), 2, timesteps.to(GPU))
+    text[0, 9:] = -1
+    caption = Caption(text.to(GPU), embedding.to(GPU))
+    cached = CachedPrior(DenoisingWeights(there), caption, 2, timesteps.to(GPU), guided)
     for number in (2, 1, 0):
-        noised = torch.randn(2, 2, 64)
-        wanted = prior(Caption(text, embedding), noised, timesteps[number].expand(2, 2))
-        assert error(cached(noised.to(GPU), number), wanted) < 1e-4
+        noised = torch.randn(2 * (1 + guided), 2, 64)
+        wanted = [
+            prior(Caption(text, embedding), part, timesteps[number].expand(2, 2), dropped=torch.tensor([null, null]))
+            for null, part in zip((False, True), noised.split(2), strict=False)
+        ]
+        assert error(cached(noised.to(GPU), number), torch.cat(wanted)) < bound
     assert cached._graph is not None and cached._graph.output is not None
 
 

@@ -29,6 +29,7 @@ from dalle_ds.config import (
 from dalle_ds.config.training import LoaderConfig, RecomputingTrainConfig
 from dalle_ds.data import BatchLoader, evaluation_batches
 from dalle_ds.data.embeddings import cache_embeddings
+from dalle_ds.data.prepare import PrepareOptions, prepare
 from dalle_ds.diffusion import noise_schedule
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models import Clip
@@ -44,6 +45,7 @@ from dalle_ds.sampling.text_to_embedding import (
 )
 from dalle_ds.tasks.latent_prior import LatentPriorTask
 from dalle_ds.tasks.prior import PriorTask, caption_of
+from dalle_ds.tasks.stages import STAGES
 from dalle_ds.tasks.text_to_embedding import row_noise
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.training.export import export_checkpoint
@@ -291,6 +293,39 @@ def test_the_loss_is_the_papers(run: PriorRun) -> None:
         total += float((found - clean).square().mean()) / objective.draws_per_row
     assert float(loss) == pytest.approx(total, rel=1e-5)
     assert float(told["dropped"]) == float(dropped.float().mean())
+
+
+def test_validation_cosines_are_those_of_a_model_that_knows_the_truth(run: PriorRun) -> None:
+    task = PriorTask(run)
+    sums: dict[str, torch.Tensor] = {}
+    texts = []
+    for raw in evaluation_batches(task.samples("validation"), 8, rank=0, world_size=1):
+        batch = task.prepare(raw)
+        clean = batch["image_embedding"]
+        found = task.evaluate(lambda _, noised, *__, x0=clean, **___: x0[:, None].expand_as(noised), batch)
+        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        both = (batch[name][batch["valid"] == 1] for name in ("image_embedding", "text_embedding"))
+        texts.append(F.cosine_similarity(*both))
+    metrics = task.summarize(sums)
+    assert metrics["loss"] == 0 and metrics["cosine"] == pytest.approx(1, abs=1e-5)
+    assert metrics["text_cosine"] == pytest.approx(float(torch.cat(texts).mean()), abs=1e-5)
+
+
+def test_several_corpora_are_learned_from(
+    run: PriorRun, latent_run: LatentPriorRun, corpus: Path, clip: Path, tmp_path: Path
+) -> None:
+    """One of them without validation rows, of which previews show none."""
+    other = tmp_path / "other"
+    options = PrepareOptions(corpus="folder", source=str(corpus), validation=0)
+    prepare(options, str(other), workers=1, overwrite=False)
+    cache_embeddings(Clip.from_pretrained(clip), other)
+    for some in (run, latent_run):
+        both = dataclasses.replace(some, data=(str(other), str(some.data)))
+        fit(both)
+        assert (Path(both.run_dir) / "samples" / "step-4.png").is_file()
+        task = STAGES[PriorTask.name if some is run else LatentPriorTask.name][1](both)
+        assert [len(cache) for cache in task.caches] == [90, 68]  # type: ignore[attr-defined]
+        assert int(task.moments.count) == 90 + 2 * 68  # type: ignore[attr-defined]
 
 
 def test_noise_and_drops_are_each_rows_own_and_of_the_rate_asked_for() -> None:
