@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -192,12 +193,11 @@ def make_neighbours_alike(weight: Tensor, reach: float) -> None:
     rows a and b becomes exp(−(a − b)² / 2 reach²). 0 leaves them."""
     if not reach or weight.is_meta:
         return
-    places = torch.arange(len(weight), dtype=torch.float64, device=weight.device)
-    covariance = torch.exp(-0.5 * ((places[:, None] - places) / reach).square())
-    factor = torch.linalg.cholesky(
-        covariance + 1e-4 * torch.eye(len(weight), dtype=torch.float64, device=weight.device)
-    )
-    weight.copy_(factor @ weight.double())
+    # By NumPy, since within ZeRO-3's construction torch makes no tensors of float64.
+    places = np.arange(len(weight))
+    covariance = np.exp(-0.5 * ((places[:, None] - places) / reach) ** 2)
+    factor = np.linalg.cholesky(covariance + 1e-4 * np.eye(len(weight)))
+    weight.copy_(torch.from_numpy(factor @ weight.double().cpu().numpy()))
 
 
 class LayerNorm(nn.LayerNorm):

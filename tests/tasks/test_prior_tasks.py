@@ -370,7 +370,8 @@ def test_similarities_are_in_buckets_of_as_many_images(latent_run: LatentPriorRu
     (cache,) = task.caches
     image = torch.from_numpy(np.stack([cache.image(row, row % cache.views) for row in range(len(cache))]))
     text = torch.from_numpy(np.stack([cache.text(row, 0) for row in range(len(cache))]))
-    batch = task.prepare({"image_embedding": image, "text_embedding": text})
+    tokens = torch.zeros(len(image), 8, dtype=torch.int64)
+    batch = task.prepare({"image_embedding": image, "text_embedding": text, "text": tokens})
     assert torch.bincount(batch["similarity"], minlength=4).float().std() <= 1
     order = (image * text).sum(1).argsort()
     assert bool((batch["similarity"][order].diff() >= 0).all())
