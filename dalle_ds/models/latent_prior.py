@@ -182,8 +182,8 @@ class AutoregressivePrior(nn.Module):
         x = x + self.text_position(places).float()
         mask = None
         if self.config.mask_padding:
-            keep = text != PADDING
-            mask = (keep if dropped is None else torch.where(dropped[:, None], places == 0, keep))[:, None, None]
+            keep = text != PADDING if dropped is None else (text != PADDING) & ~dropped[:, None]
+            mask = (keep | (places == 0))[:, None, None]  # an empty caption has something to attend to, too
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=text.device)  # None would be a causal mask
         for block in self.text_blocks:
             of_attention = (everything if mask is None else mask,) if isinstance(block, AttentionBlock) else ()

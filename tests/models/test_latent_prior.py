@@ -91,6 +91,8 @@ def test_masked_padding_may_be_trimmed() -> None:
     for dropped in (None, torch.ones(1, dtype=torch.bool)):
         found = (prior(some, *first, dropped=dropped, logits=True)[1] for some in (text[:1], text[:1, :4]))
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    empty = prior(torch.full((1, 2), -1), *first, logits=True)[1]
+    assert bool(empty.isfinite().all())
     whole, short = (prior_of()(some, *first, logits=True)[1] for some in (text[:1], text[:1].clamp(min=0)))
     assert (whole - short).abs().max() > 1e-3
 
