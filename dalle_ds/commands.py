@@ -90,23 +90,43 @@ def train_clip() -> None:
 
 def train_prior() -> None:
     """Train a prior of CLIP's image embeddings, on cached embeddings: --kind diffusion (the default) or autoregressive."""
+    kind = _choice("kind", ["diffusion", "autoregressive"], "diffusion")
+    _train("prior" if kind == "diffusion" else "latent_prior")
+
+
+def train_decoder() -> None:
+    """Train unCLIP's decoder, on images and their cached embeddings."""
+    _train("decoder")
+
+
+def train_upsampler() -> None:
+    """Train an upsampler: --stage 64-256 (the first, a preset's section upsampler_1) or 256-1024 (the second)."""
+    sections = {"64-256": "upsampler_1", "256-1024": "upsampler_2"}
+    _train(sections[_choice("stage", list(sections), None)])
+
+
+def _choice(name: str, choices: list[str], default: str | None) -> str:
+    """Take --NAME out of the command line, which decides what its other options are."""
     import argparse
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--kind", choices=["diffusion", "autoregressive"], default="diffusion")
+    first.add_argument(f"--{name}", choices=choices, default=default)
     try:
         known, sys.argv[1:] = first.parse_known_args(sys.argv[1:])
     except argparse.ArgumentError as error:
-        raise ConfigError(f"--kind: {error.message}") from error
-    _train("prior" if known.kind == "diffusion" else "latent_prior")
+        raise ConfigError(f"--{name}: {error.message}") from error
+    found = getattr(known, name)
+    if found is None:
+        raise ConfigError(f"--{name} is missing: give one of {', '.join(choices)}")
+    return str(found)
 
 
-def _train(stage: str) -> None:
+def _train(section: str) -> None:
     from dalle_ds.planning.check import check_plan
-    from dalle_ds.tasks.stages import STAGES
+    from dalle_ds.tasks.stages import SECTIONS, STAGES
     from dalle_ds.training.launch import train
 
-    train(*STAGES[stage], stage, check_plan)
+    train(*STAGES[SECTIONS[section]], section, check_plan)
 
 
 def plan() -> None:
@@ -416,6 +436,6 @@ COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
         curves, doctor, evaluate, export, export_clip, generate, import_clip, import_dvae, overlap, plan, prepare_data,
-        report, study, train_clip, train_dvae, train_prior, train_tokenizer, train_transformer,
+        report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer, train_transformer, train_upsampler,
     )
 }  # fmt: skip

@@ -11,28 +11,45 @@ from dalle_ds.config.models import (
     ClipConfig,
     DalleConfig,
     DiscreteVAEConfig,
-    LatentPriorConfig,
-    PriorConfig,
 )
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, load_preset, preset_names, to_dict
-from dalle_ds.config.runs import ClipRun, DvaeRun, LatentPriorRun, PriorRun, Run, TransformerRun
+from dalle_ds.config.runs import (
+    ClipRun,
+    DecoderRun,
+    DvaeRun,
+    LatentPriorRun,
+    PriorRun,
+    Run,
+    TransformerRun,
+    UpsamplerRun,
+)
 from dalle_ds.config.training import (
     Checkpointing,
     ClipObjective,
     DvaeObjective,
     GuardConfig,
-    LatentPriorObjective,
     LoaderConfig,
     OptimConfig,
     Precision,
-    PriorObjective,
     RecomputingTrainConfig,
     ReportConfig,
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
     TransformerLoaderConfig,
+)
+from dalle_ds.config.unclip import (
+    DecoderConfig,
+    DecoderObjective,
+    ImageSampling,
+    LatentPriorConfig,
+    LatentPriorObjective,
+    PriorConfig,
+    PriorObjective,
+    UnetConfig,
+    UpsamplerConfig,
+    UpsamplerObjective,
 )
 
 __all__ = [
@@ -43,10 +60,14 @@ __all__ = [
     "ClipObjective",
     "ClipRun",
     "DalleConfig",
+    "DecoderConfig",
+    "DecoderObjective",
+    "DecoderRun",
     "DiscreteVAEConfig",
     "DvaeObjective",
     "DvaeRun",
     "GuardConfig",
+    "ImageSampling",
     "LatentPriorConfig",
     "LatentPriorObjective",
     "LatentPriorRun",
@@ -66,6 +87,10 @@ __all__ = [
     "TrainConfig",
     "TransformerLoaderConfig",
     "TransformerRun",
+    "UnetConfig",
+    "UpsamplerConfig",
+    "UpsamplerObjective",
+    "UpsamplerRun",
     "differences",
     "from_dict",
     "load_preset",

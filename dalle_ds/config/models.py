@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from dalle_ds.config.plain import at_least, fraction, positive
@@ -212,99 +212,3 @@ class ClipConfig:
     def grid(self) -> int:
         """Patches along each side of an image."""
         return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """Shape of the diffusion prior (unCLIP Table 3). The defaults are the paper's."""
-
-    divided: ClassVar = ("heads", "text_vocab")
-    """What a tensor group divides evenly."""
-    width: int = 2048
-    """Width of the residual stream."""
-    depth: int = 24
-    """Attention layers, each followed by an MLP."""
-    heads: int = 32
-    """Attention heads."""
-    text_len: int = 256
-    """Text positions."""
-    embed_dim: int = 1024
-    """Dimensions of CLIP's embeddings."""
-    text: Literal["tokens", "clip_states"] = "tokens"
-    """What is read of a caption: tokens (the paper's 24 blocks are its text encoder), or the last states of CLIP's frozen text
-    tower, as Karlo's does."""
-    text_vocab: int = 16384
-    """Vocabulary of `tokens`."""
-    text_width: int = 1024
-    """Width of `clip_states`."""
-    mask_padding: bool = False
-    """Whether padding is left out of what every position attends to; the positions' learned padding embeddings are attended to
-    otherwise."""
-    dropout: float = 0.0
-    """Share of the outputs of residual branches that is dropped in training."""
-
-    def __post_init__(self) -> None:
-        names = ("width", "depth", "heads", "text_len", "embed_dim", "text_vocab", "text_width")
-        positive("model", self, *names)
-        fraction("model", self, "dropout")
-        if self.width % self.heads:
-            raise ConfigError(
-                f"model.width={self.width} cannot be split over model.heads={self.heads}: set model.heads to a divisor"
-            )
-        if self.text not in ("tokens", "clip_states"):
-            raise ConfigError(f"model.text must be tokens or clip_states, found {self.text!r}")
-
-
-@dataclass(frozen=True)
-class LatentPriorConfig:
-    """Shape of the autoregressive prior (unCLIP Table 3). The defaults are the paper's."""
-
-    divided: ClassVar = ("text_heads", "heads", "text_vocab", "buckets")
-    """What a tensor group divides evenly."""
-    text_width: int = 2048
-    """Width of the text encoder."""
-    text_depth: int = 24
-    """Layers of the text encoder."""
-    text_heads: int = 32
-    """Attention heads of the text encoder."""
-    text_len: int = 256
-    """Text positions."""
-    text_vocab: int = 16384
-    """Vocabulary of the captions."""
-    width: int = 1664
-    """Width of the latent decoder."""
-    depth: int = 24
-    """Layers of the latent decoder, each attending to the text encoder's states as well."""
-    heads: int = 26
-    """Attention heads of the latent decoder."""
-    embed_dim: int = 1024
-    """Dimensions of CLIP's embeddings."""
-    components: int = 319
-    """Principal components of an image embedding, a token each."""
-    buckets: int = 1024
-    """Values of each of these tokens."""
-    similarity_buckets: int = 64
-    """Values of the token of the similarity of image and text embedding, equally many images in each; even."""
-    mask_padding: bool = False
-    """Hide padding positions of the caption; otherwise they have learned embeddings, one for each position."""
-    dropout: float = 0.0
-    """Share of the outputs of residual branches that is dropped in training."""
-
-    def __post_init__(self) -> None:
-        positive(
-            "model", self, *(entry.name for entry in fields(self) if entry.name not in ("dropout", "mask_padding"))
-        )
-        fraction("model", self, "dropout")
-        for width, heads in (("text_width", "text_heads"), ("width", "heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ConfigError(
-                    f"model.{width}={getattr(self, width)} cannot be split over model.{heads}={getattr(self, heads)}: set "
-                    f"model.{heads} to a divisor"
-                )
-        at_least(2, "model", self, "buckets")
-        if self.similarity_buckets % 2:
-            raise ConfigError(f"model.similarity_buckets must be even, found {self.similarity_buckets}")
-        if self.components > self.embed_dim:
-            raise ConfigError(
-                f"model.components={self.components} is more than the embeddings' {self.embed_dim} dimensions: set it lower"
-            )

@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dalle_ds.config.models import ClipConfig, DalleConfig, DiscreteVAEConfig, LatentPriorConfig, PriorConfig
+from dalle_ds.config.models import ClipConfig, DalleConfig, DiscreteVAEConfig
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig, WatchConfig
 from dalle_ds.config.plain import positive, sound
 from dalle_ds.config.training import (
     ClipObjective,
     DvaeObjective,
     GuardConfig,
-    LatentPriorObjective,
     LoaderConfig,
     OptimConfig,
-    PriorObjective,
     RecomputingTrainConfig,
     ReportConfig,
     ScalingConfig,
     SharpnessConfig,
     TrainConfig,
     TransformerLoaderConfig,
+)
+from dalle_ds.config.unclip import (
+    DecoderConfig,
+    DecoderObjective,
+    ImageSampling,
+    LatentPriorConfig,
+    LatentPriorObjective,
+    PriorConfig,
+    PriorObjective,
+    UpsamplerConfig,
+    UpsamplerObjective,
 )
 from dalle_ds.errors import ConfigError
 
@@ -184,3 +193,54 @@ class LatentPriorRun(TextToEmbeddingRun):
     """Shape of the model."""
     objective: LatentPriorObjective = field(default_factory=LatentPriorObjective)
     """What is made of the embeddings."""
+
+
+@dataclass(frozen=True)
+class DecoderRun(Run):
+    """Training of unCLIP's decoder (`launchers/train_decoder.py`)."""
+
+    clip: str = ""
+    """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
+    tokenizer: str = ""
+    """Tokenizer file that `launchers/train_tokenizer.py` made; not for model.text=clip_states, which reads CLIP's tokens."""
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    """Shape of the model."""
+    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
+    """How updates are made."""
+    objective: DecoderObjective = field(default_factory=DecoderObjective)
+    """Noise, and what is dropped."""
+    sampling: ImageSampling = field(default_factory=ImageSampling)
+    """How previews, and who uses the export, sample where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class UpsamplerRun(Run):
+    """Training of an upsampler (`launchers/train_upsampler.py`)."""
+
+    model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    """Shape of the model."""
+    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
+    """How updates are made."""
+    objective: UpsamplerObjective = field(default_factory=UpsamplerObjective)
+    """Noise, crops, and what is done to small images."""
+    sampling: ImageSampling = field(default_factory=lambda: ImageSampling("ddim", "27"))
+    """How previews, and who uses the export, sample where nothing else is said."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model, crop = self.model, self.crop_size
+        step = math.lcm(model.factor, model.scale)
+        if crop < step or crop % step:
+            raise ConfigError(
+                f"objective.crop={self.objective.crop} of model.image_size={model.image_size} is {crop} pixels, which "
+                f"must be a multiple of {step}: set another share"
+            )
+        if self.objective.noise and not model.noise_augmentation:
+            raise ConfigError(f"objective.noise={self.objective.noise} needs model.noise_augmentation True")
+        if self.sampling.guidance != 1:
+            raise ConfigError(f"sampling.guidance={self.sampling.guidance}: upsamplers have no guidance, leave it out")
+
+    @property
+    def crop_size(self) -> int:
+        """Side in pixels of the squares that it is trained on."""
+        return round(self.objective.crop * self.model.image_size)

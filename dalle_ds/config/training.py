@@ -54,47 +54,6 @@ class ClipObjective:
 
 
 @dataclass(frozen=True)
-class PriorObjective:
-    """What the diffusion prior learns to undo (unCLIP §2.2, App. C)."""
-
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """Noise schedule."""
-    timesteps: int = 1_000
-    """Steps of the schedule."""
-    draws_per_row: int = 1
-    """Noised embeddings of each image in an update, which share the computation of its caption."""
-    text_drop: float = 0.1
-    """Share of captions, with their embeddings, that learned nulls stand in for: classifier-free guidance needs it."""
-    embeddings: Literal["constant", "standardized"] = "constant"
-    """Scale of the embeddings: unit length times `scale`, or mean 0 and variance 1 in each dimension."""
-    scale: float = 17.2
-    """Of `constant` (unCLIP App. C)."""
-    analytic_steps: str = "64"
-    """Grid of timesteps on which the variance of Analytic-DPM is measured after training, as `dalle_ds.diffusion.step_grid`
-    takes it: the one to sample with."""
-    analytic_rows: int = 4_096
-    """Images that it is measured on, rounded up to whole updates."""
-
-    def __post_init__(self) -> None:
-        positive("objective", self, "timesteps", "draws_per_row", "scale", "analytic_rows")
-        fraction("objective", self, "text_drop")
-
-
-@dataclass(frozen=True)
-class LatentPriorObjective:
-    """What the autoregressive prior learns from (unCLIP §2.2)."""
-
-    text_drop: float = 0.1
-    """Share of captions, with their embeddings, that learned nulls stand in for: classifier-free guidance needs it."""
-    fit_rows: int = 65_536
-    """Training images, evenly spread, that bounds of the components and of the similarities are taken from."""
-
-    def __post_init__(self) -> None:
-        positive("objective", self, "fit_rows")
-        fraction("objective", self, "text_drop")
-
-
-@dataclass(frozen=True)
 class SharpnessConfig:
     """Sharpness-aware minimization (SAM): gradients are taken where a small step has made the loss higher."""
 

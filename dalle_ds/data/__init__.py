@@ -24,7 +24,7 @@ from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.loader import BatchLoader, evaluation_batches
 from dalle_ds.data.order import Mixture
-from dalle_ds.data.samples import ClipSamples, DvaeSamples, EmbeddingSamples, TextImageSamples
+from dalle_ds.data.samples import ClipSamples, DvaeSamples, EmbeddingSamples, TextImageSamples, UpsamplerSamples
 
 __all__ = [
     "BatchLoader",
@@ -35,5 +35,6 @@ __all__ = [
     "Mixture",
     "PairDataset",
     "TextImageSamples",
+    "UpsamplerSamples",
     "evaluation_batches",
 ]

@@ -16,7 +16,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from dalle_ds.data.images import Pixels
+from dalle_ds.data.order import hash_integers
 
+EMBEDDED_CROP = 0.9
+"""Of random views whose embeddings are cached: what CLIP is trained with by default, so that views of square images differ,
+too."""
 LONGEST = 16
 """How many times as long as it is wide an image of CLIP may be without being cut before it is resized."""
 
@@ -98,6 +102,12 @@ def clip_random_view(
     view = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
     mirrored = mirror and rng.random() < 0.5
     return np.ascontiguousarray(view[:, ::-1] if mirrored else view)
+
+
+def embedded_view(pixels: Pixels, size: int, seed: tuple[int, int, int]) -> Pixels:
+    """A random view whose embedding is cached, from the cache's seed, row and view: of any `size`, always of the same part of
+    the image."""
+    return clip_random_view(pixels, size, np.random.default_rng(hash_integers(*seed)), EMBEDDED_CROP)
 
 
 def resize_area(square: Pixels, size: int) -> Pixels:

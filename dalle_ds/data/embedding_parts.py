@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dalle_ds.data.augment import clip_center_view, clip_random_view
+from dalle_ds.data.augment import clip_center_view, embedded_view
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.features import Kind
 from dalle_ds.data.order import hash_integers
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from dalle_ds.models import Clip
 
 KIND = Kind("embeddings", "clip", (1,))
-MIN_CROP = 0.9
-"""Of random views (`clip_random_view`): what CLIP is trained with by default, so that views of square images differ, too."""
 PART_ROWS = 1024
 """Rows of a part, or a thousandth of the split where that is more."""
 _MOST_PARTS = 1000
@@ -97,8 +95,7 @@ class Rows(Dataset[tuple[Tensor, bool, list[str]]]):
             # Views are of a part of the image, whose pixels are to be as many.
             pixels = self._dataset.image(row, 2 * size)
         for view in range(1, self.views):
-            rng = np.random.default_rng(hash_integers(self._seed, row, view))
-            yield clip_random_view(pixels, size, rng, MIN_CROP)
+            yield embedded_view(pixels, size, (self._seed, row, view))
 
 
 def _collate(rows: list[tuple[Tensor, bool, list[str]]]) -> tuple[Tensor, list[bool], list[list[str]]]:

@@ -128,6 +128,8 @@ class EmbeddingCache(FeatureCache):
         """Of the embeddings."""
         self.text_width: int = manifest["text_width"]
         """Of the states of captions; 0 where they are not cached."""
+        self.seed: int = manifest["seed"]
+        """Of the random views (`augment.embedded_view`)."""
         self._part_rows: int = manifest["part_rows"][self._split]
         texts, states = (manifest[name][self._split] for name in ("texts", "states"))
         check_counts(self.dim, self.text_width + 1, self._part_rows, *(count + 1 for count in (*texts, *states)))

@@ -14,12 +14,14 @@ from dalle_ds.data.augment import (
     augment_for_transformer,
     clip_center_view,
     clip_random_view,
+    embedded_view,
     useful_short_side,
 )
 from dalle_ds.data.codes import CodesCache
 from dalle_ds.data.dataset import PairDataset
 from dalle_ds.data.faults import Fault
 from dalle_ds.data.images import Pixels, center_crop_resize
+from dalle_ds.diffusion.degradation import shrink
 
 if TYPE_CHECKING:
     from dalle_ds.data.embeddings import EmbeddingCache
@@ -192,17 +194,18 @@ class ClipSamples(RowSamples):
 
 
 class EmbeddingSamples(RowSamples):
-    """Embeddings of images and of their captions, and the captions, for priors.
+    """Embeddings of images and of their captions, and the captions, for priors; and the images, for decoders.
 
     `image_embedding` and `text_embedding` are (embed_dim,) float32 of unit length; `text` is (text_len,) int64, -1 after the
     caption's tokens, and `truncated` is 1 where they were more than fit; `states` are CLIP's of these tokens, (text_len,
-    text_width) float32, 0 after them.
+    text_width) float32, 0 after them; `image` is (3, R, R) uint8, the view that is embedded.
 
     Args:
         dataset, train: see `RowSamples`.
         embeddings: the dataset's, of which training takes a random view.
         encode: `own_tokens` or `clip_tokens` of a tokenizer and a length.
         states: whether samples have states.
+        image_size: side R of images; 0 leaves them out.
     """
 
     def __init__(
@@ -213,8 +216,9 @@ class EmbeddingSamples(RowSamples):
         *,
         train: bool,
         states: bool = False,
+        image_size: int = 0,
     ) -> None:
-        super().__init__(dataset, 0, train=train)
+        super().__init__(dataset, image_size, train=train)
         self._embeddings = embeddings
         self._encode = encode
         self._states = states
@@ -243,7 +247,62 @@ class EmbeddingSamples(RowSamples):
         if self._states:
             states = cached.states(row, number)
             found["states"] = np.pad(states, ((0, len(text) - len(states)), (0, 0)))
+        if self._image_size:
+            found["image"] = channels_first(self._view(row, view))
         return found
+
+    def _view(self, row: int, view: int) -> Pixels:
+        size = self._image_size
+        if view == 0:
+            return clip_center_view(self._dataset.image(row, size), size)
+        return embedded_view(self._dataset.image(row, 2 * size), size, (self._embeddings.seed, row, view))
+
+
+class UpsamplerSamples(RowSamples):
+    """Images with small ones of the same, for upsamplers.
+
+    `image` is (3, R, R) uint8 and `low` (3, R / scale, R / scale) uint8: in training a random crop, whose small image may be
+    degraded; otherwise the central square, R = image_size.
+
+    Args:
+        dataset, image_size, train: see `RowSamples`.
+        scale: how many times smaller `low` is.
+        crop: R in training, a multiple of `scale`.
+        degrade: makes `low` of a crop; None, or where it is not drawn, takes means of scale² pixels.
+        degraded: share of crops that `degrade` makes `low` of.
+        mirror: mirror every other training image.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        image_size: int,
+        *,
+        train: bool,
+        scale: int,
+        crop: int,
+        degrade: Callable[[Pixels, int, np.random.Generator], Pixels] | None = None,
+        degraded: float = 1.0,
+        mirror: bool = False,
+    ) -> None:
+        super().__init__(dataset, image_size, train=train)
+        self._scale, self._crop, self._mirror = scale, crop, mirror
+        self._degrade, self._degraded = degrade, degraded
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
+        size, scale = self._image_size, self._scale
+        pixels = self._dataset.image(row, size)
+        if not self._train:
+            view = clip_center_view(pixels, size)
+            return {"image": channels_first(view), "low": channels_first(shrink(view, scale))}
+        view = clip_random_view(pixels, size, rng, mirror=self._mirror)
+        top, left = (int(rng.integers(size - self._crop + 1)) for _ in range(2))
+        view = view[top : top + self._crop, left : left + self._crop]
+        if self._degrade is not None and rng.random() < self._degraded:
+            low = self._degrade(view, scale, rng)
+        else:
+            low = shrink(view, scale)
+        return {"image": channels_first(view), "low": channels_first(low)}
 
 
 def own_tokens(

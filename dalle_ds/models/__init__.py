@@ -2,8 +2,10 @@
 
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dalle import Dalle
+from dalle_ds.models.decoder import UnclipDecoder
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.latent_prior import AutoregressivePrior
 from dalle_ds.models.prior import DiffusionPrior
+from dalle_ds.models.upsampler import Upsampler
 
-__all__ = ["AutoregressivePrior", "Clip", "Dalle", "DiffusionPrior", "DiscreteVAE"]
+__all__ = ["AutoregressivePrior", "Clip", "Dalle", "DiffusionPrior", "DiscreteVAE", "UnclipDecoder", "Upsampler"]

@@ -24,6 +24,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, check_range
 from dalle_ds.models.inference import InferenceLayer, Layer, ready_linear, ready_norm
 from dalle_ds.models.pretrained import load_model, loaded, save_model
+from dalle_ds.models.text_encoder import TextEncoder
 from dalle_ds.nn.attention.decoding import ROWS
 from dalle_ds.nn.attention.pattern import dense_attention
 from dalle_ds.nn.layers import (
@@ -98,16 +99,17 @@ class AutoregressivePrior(nn.Module):
             raise ConfigError("the autoregressive prior has no selective checkpointing: set none or full")
         self.config, self.tensor = config, tensor
         self.checkpointing: Checkpointing = checkpointing
-        self.text_input = VocabParallelEmbedding(config.text_vocab, config.text_width, tensor)
-        self.padding = Embedding(config.text_len, config.text_width)
-        self.null_text = Embedding(1, config.text_width)
-        self.text_position = Embedding(config.text_len, config.text_width)
-        self.text_blocks = nn.ModuleList()
-        scale, width = (2 * config.text_depth) ** -0.5, config.text_width
-        for _ in range(config.text_depth):
-            self.text_blocks.append(AttentionBlock(dense_attention, width, config.text_heads, scale, tensor))
-            self.text_blocks.append(MlpBlock(width, scale, tensor))
-        self.text_norm = LayerNorm(width)
+        self.text_encoder = TextEncoder(
+            config.text_vocab,
+            config.text_len,
+            config.text_width,
+            config.text_depth,
+            config.text_heads,
+            mask_padding=config.mask_padding,
+            dropout=config.dropout,
+            checkpointing=checkpointing,
+            tensor=tensor,
+        )
 
         width, scale = config.width, (3 * config.depth) ** -0.5
         self.embedding_input = Linear(config.embed_dim, width)
@@ -123,7 +125,7 @@ class AutoregressivePrior(nn.Module):
             self.blocks.append(MlpBlock(width, scale, tensor))
         self.norm = LayerNorm(width)
         self.head = Unembedding(width, config.buckets, tensor, reach=reach)
-        for number, block in enumerate([*self.text_blocks, *self.blocks]):
+        for number, block in enumerate([*self.blocks], len(self.text_encoder.blocks)):
             block.number, block.dropout = number, config.dropout
 
     def forward(
@@ -173,23 +175,9 @@ class AutoregressivePrior(nn.Module):
         self, text: Tensor, dropped: Tensor | None = None, dropout_seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, text_width) fp32, the encoder's normalized states; and, where padding is masked, (B, 1, 1, T) bool, which of
-        them are attended to: of a dropped caption one, as in `DiffusionPrior.mask`."""
-        places = torch.arange(text.shape[1], device=text.device)
-        padded = (text == PADDING)[..., None]
-        x = torch.where(padded, self.padding(places), self.text_input(text.clamp(min=0))).float()
-        if dropped is not None:
-            x = torch.where(dropped[:, None, None], self.null_text(torch.zeros_like(places[0])).float(), x)
-        x = x + self.text_position(places).float()
-        mask = None
-        if self.config.mask_padding:
-            keep = text != PADDING if dropped is None else (text != PADDING) & ~dropped[:, None]
-            mask = (keep | (places == 0))[:, None, None]  # an empty caption has something to attend to, too
-        everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=text.device)  # None would be a causal mask
-        for block in self.text_blocks:
-            of_attention = (everything if mask is None else mask,) if isinstance(block, AttentionBlock) else ()
-            x = self._run(block, x, dropout_seeds, *of_attention)
-        normalized: Tensor = self.text_norm(x)
-        return normalized, mask
+        them are attended to."""
+        states, keep = self.text_encoder(text, dropped, dropout_seeds)
+        return states, None if keep is None else keep[:, None, None]
 
     def _run(self, block: nn.Module, x: Tensor, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():

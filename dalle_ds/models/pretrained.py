@@ -130,7 +130,7 @@ def check_shapes(
     filled = [value.shape for value in weights.values() if value.numel()]
     limit = max([len(filled), *(size for shape in filled for size in shape)])
     for name, number in to_dict(config).items():
-        if name not in ("image_size", "kernel") and isinstance(number, int) and number > limit:
+        if name not in ("image_size", "low_size", "kernel") and isinstance(number, int) and number > limit:
             raise CheckpointError(
                 f"the weights in {where} are not those of a model with {name}={number}: export it again"
             )

@@ -17,7 +17,7 @@ from dalle_ds.config.deepspeed import load_deepspeed_json
 from dalle_ds.errors import ConfigError
 from dalle_ds.planning.layout import CLUSTERS, Cluster, named_cluster
 from dalle_ds.tasks import Task
-from dalle_ds.tasks.stages import STAGES
+from dalle_ds.tasks.stages import SECTIONS, STAGES
 
 _USAGE = f"""Plan a run before anything is started: memory, traffic, and time of an update. The model is traced without memory.
 
@@ -29,7 +29,7 @@ Besides the options below, which are those of the training launcher and of the c
 
 --gpus N: how many, instead of one machine's
 
---stage {"|".join(STAGES)}: which model of the preset; the transformer unless given
+--stage {"|".join(SECTIONS)}: which model of the preset; the transformer unless given
 
 --deepspeed_config FILE: DeepSpeed JSON, such as ds_configs/zero3_bf16.json
 
@@ -61,7 +61,7 @@ def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
     first.add_argument("--preset", choices=preset_names())
     first.add_argument("--cluster", choices=list(CLUSTERS))
     first.add_argument("--gpus", type=int)
-    first.add_argument("--stage", default="transformer", choices=list(STAGES))
+    first.add_argument("--stage", default="transformer", choices=list(SECTIONS))
     first.add_argument("--deepspeed_config")
     first.add_argument("--search", default="False", choices=["True", "False"])
     first.add_argument("--json", type=Path)
@@ -76,7 +76,7 @@ def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
         raise ConfigError(f"--gpus must be a whole number of at least 1, found {known.gpus}")
     if known.json is not None and (known.json.is_dir() or not known.json.parent.is_dir()):
         raise ConfigError(f"--json must be a file in a folder that exists, found {known.json}")
-    kind, task = STAGES[known.stage]
+    kind, task = STAGES[SECTIONS[known.stage]]
     run = kind() if known.preset is None else load_preset(known.preset, known.stage, kind)
     cluster = Cluster() if known.cluster is None else named_cluster(known.cluster, known.gpus)
     options: Any = make_dataclass(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.config import PADDING, LatentPriorConfig, PriorConfig
+from dalle_ds.config import PADDING, DecoderConfig, LatentPriorConfig, PriorConfig
 from dalle_ds.diffusion import (
     AnalyticVariance,
     NoiseSchedule,
@@ -78,19 +78,23 @@ def sample_noise(key: str, seed: int, sample: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=candidate_generator(key, seed, sample))
 
 
-def trim_padding(config: PriorConfig | LatentPriorConfig, text: Tensor) -> Tensor:
+def trim_padding(config: PriorConfig | LatentPriorConfig | DecoderConfig, text: Tensor) -> Tensor:
     """(B, T) tokens up to the last that is no padding, where padding is masked: what nobody attends to is not computed."""
     return text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))] if config.mask_padding else text
 
 
 def prepare_caption(
-    config: PriorConfig, text: Tensor, embedding: Tensor, clip: Clip | None = None, states: Tensor | None = None
+    config: PriorConfig | DecoderConfig,
+    text: Tensor,
+    embedding: Tensor,
+    clip: Clip | None = None,
+    states: Tensor | None = None,
 ) -> Caption:
-    """Tokens as the prior reads them, in training and in sampling.
+    """Tokens as priors and decoders read them, in training and in sampling.
 
     Args:
-        text: (B, T) int64, -1 behind a caption's tokens: those of CLIP where the prior reads its states.
-        embedding: (B, embed_dim), scaled.
+        text: (B, T) int64, -1 behind a caption's tokens: those of CLIP where its states are read.
+        embedding: (B, embed_dim), scaled for a prior.
         clip: for `config.text` "clip_states", where there are no `states`.
         states: (B, T, text_width) CLIP's of the tokens.
     """

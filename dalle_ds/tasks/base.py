@@ -301,3 +301,23 @@ def numbered(name: str, fingerprints: Sequence[str]) -> dict[str, str]:
         return {name: fingerprints[0]}
     each = {f"{name} {number}": fingerprint for number, fingerprint in enumerate(fingerprints, 1)}
     return {name: f"{len(each)} corpora", **each}
+
+
+def row_noise(seeds: Tensor, draws: int, dim: int, device: torch.device, uniforms: int = 2) -> tuple[Tensor, Tensor]:
+    """Random numbers of each row, from its seed alone: the same in every layout.
+
+    Args:
+        seeds: (B,) int64.
+
+    Returns:
+        (B, uniforms) uniform in [0, 1), and (B, draws, dim) normal, fp32.
+    """
+    shares = torch.empty(len(seeds), uniforms, device=device)
+    noise = torch.empty(len(seeds), draws, dim, device=device)
+    if not noise.is_meta:
+        generator = torch.Generator(device=device)
+        for seed, few, many in zip(seeds.tolist(), shares, noise, strict=True):
+            generator.manual_seed(seed)
+            few.uniform_(generator=generator)
+            many.normal_(generator=generator)
+    return shares, noise

@@ -17,8 +17,8 @@ from dalle_ds.models.latents import LatentCodec, components_for
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.sampling.prior import trim_padding
 from dalle_ds.sampling.text_to_embedding import LatentTextToEmbedding
-from dalle_ds.tasks.base import Batch, Metrics
-from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask, row_noise
+from dalle_ds.tasks.base import Batch, Metrics, row_noise
+from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask
 
 LOST = 0.01
 """Share of variance that the paper's components leave out at most (unCLIP §2.2)."""

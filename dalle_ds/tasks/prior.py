@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from dalle_ds.config import PriorRun
 from dalle_ds.diffusion import NoiseSchedule, ScoreMoments, noise_schedule, simple_loss, step_grid
-from dalle_ds.errors import ConfigError
 from dalle_ds.models.latents import EmbeddingScaling
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.prior import prepare_caption
 from dalle_ds.sampling.text_to_embedding import PARTS_NAME, DiffusionTextToEmbedding
-from dalle_ds.tasks.base import Batch, Metrics
-from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask, row_noise
-from dalle_ds.text.tokenizer import Tokenizer
+from dalle_ds.tasks.base import Batch, Metrics, row_noise
+from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask
 
 VALIDATION_DRAWS = 8
 """Timesteps at which each validation row is noised, evenly spread."""
@@ -38,26 +36,6 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
     def __init__(self, run: PriorRun) -> None:
         super().__init__(run)
         self.grid = self.schedule.on(step_grid(run.objective.analytic_steps, len(self.schedule)))
-
-    def _tokenizer(self) -> Tokenizer | None:
-        run, clip = self.run, self.clip.config
-        if run.model.text == "tokens":
-            return super()._tokenizer()
-        if run.tokenizer:
-            raise ConfigError(f"--tokenizer {run.tokenizer} is not for model.text=clip_states: leave it out")
-        if self.clip.tokenizer is None:
-            raise ConfigError(f"the CLIP in {run.clip} has no tokenizer: import it again with --tokenizer")
-        for name, found in (("text_width", clip.text_width), ("text_len", clip.text_len)):
-            if getattr(run.model, name) != found:
-                raise ConfigError(
-                    f"the CLIP in {run.clip} has a {name} of {found} but model.{name} is {getattr(run.model, name)}: set "
-                    f"--model.{name} {found}"
-                )
-        return None
-
-    @property
-    def has_states(self) -> bool:
-        return self.run.model.text == "clip_states" and all(cache.text_width for cache in self.caches)
 
     @cached_property
     def scaling_of_embeddings(self) -> EmbeddingScaling:

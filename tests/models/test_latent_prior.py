@@ -122,7 +122,7 @@ def test_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in ("none", "full"):
         prior = prior_of()
-        prior.checkpointing = checkpointing  # type: ignore[assignment]
+        prior.checkpointing = prior.text_encoder.checkpointing = checkpointing  # type: ignore[assignment]
         prior(*inputs())[0].backward()
         gradients.append([parameter.grad for parameter in prior.parameters() if parameter.grad is not None])
     for one, other in zip(*gradients, strict=True):
@@ -137,7 +137,7 @@ def test_the_papers_sizes() -> None:
         prior = AutoregressivePrior(LatentPriorConfig())
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.named_children()}
     cross = sum(p.numel() for number, block in enumerate(prior.blocks) if number % 3 == 1 for p in block.parameters())
-    assert count["text_blocks"] == pytest.approx(1.209e9, rel=1e-3)
+    assert sum(p.numel() for p in prior.text_encoder.blocks.parameters()) == pytest.approx(1.209e9, rel=1e-3)
     assert count["blocks"] - cross == pytest.approx(0.798e9, rel=1e-3)
     assert count["blocks"] == pytest.approx(1.095e9, rel=1e-3)
 

@@ -43,10 +43,10 @@ from dalle_ds.sampling.text_to_embedding import (
     LatentTextToEmbedding,
     TextToEmbedding,
 )
+from dalle_ds.tasks.base import row_noise
 from dalle_ds.tasks.latent_prior import LatentPriorTask
 from dalle_ds.tasks.prior import PriorTask, caption_of
 from dalle_ds.tasks.stages import STAGES
-from dalle_ds.tasks.text_to_embedding import row_noise
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.training.export import export_checkpoint
 from dalle_ds.training.trainer import Trainer

@@ -1,0 +1,195 @@
+"""CLIP's image embeddings to images: unCLIP's decoder with all that using it needs (unCLIP §2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle_ds.config import ImageSampling
+from dalle_ds.diffusion import guide
+from dalle_ds.errors import CheckpointError, DataError
+from dalle_ds.files import built_beside
+from dalle_ds.models.clip import Clip
+from dalle_ds.models.decoder import Condition, UnclipDecoder
+from dalle_ds.models.pretrained import export_folder
+from dalle_ds.sampling.image_diffusion import DiffusionFacts, OnStep, denoise_images, image_generators
+from dalle_ds.sampling.prior import prepare_caption
+from dalle_ds.sampling.text_to_embedding import CLIP_NAME, TOKENIZER_NAME
+from dalle_ds.text.tokenizer import Tokenizer
+
+
+class EmbeddingToImage:
+    """Samples images from embeddings, captions, or both.
+
+    Args:
+        decoder: in eval mode; its device is where everything runs.
+        tokenizer: the one that it was trained with; None where it reads CLIP's states.
+        clip: whose states it reads; None where it reads tokens.
+        clip_fingerprint: of the CLIP whose embeddings it was trained on.
+        facts: of its training.
+    """
+
+    def __init__(
+        self,
+        decoder: UnclipDecoder,
+        tokenizer: Tokenizer | None,
+        clip: Clip | None,
+        clip_fingerprint: str,
+        facts: DiffusionFacts,
+    ) -> None:
+        self.decoder, self.tokenizer, self.clip = decoder, tokenizer, clip
+        self.clip_fingerprint, self.facts = clip_fingerprint, facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything runs."""
+        return next(self.decoder.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        clip: Clip | None = None,
+    ) -> EmbeddingToImage:
+        """Load what a run of launchers/train_decoder.py exports.
+
+        Args:
+            path: the run directory or its export.
+            dtype: of the decoder's weights.
+            clip: whose embeddings it was trained on, where the folder need not have one.
+
+        Raises:
+            CheckpointError: something is missing or does not belong together.
+        """
+        folder = export_folder(path)
+        facts, parts = DiffusionFacts.read(folder)
+        decoder = UnclipDecoder.from_pretrained(folder).to(device, dtype)
+        file = folder / TOKENIZER_NAME
+        tokenizer = Tokenizer.load(file) if file.is_file() else None
+        if decoder.config.text == "tokens":
+            clip = None if clip is None or clip.fingerprint == parts.get("clip") else clip
+        elif clip is None:
+            clip = Clip.from_pretrained(folder / CLIP_NAME)
+        for name, part in (("clip", clip), ("tokenizer", tokenizer)):
+            if part is not None and part.fingerprint != parts.get(name):
+                raise CheckpointError(
+                    f"the {name} of {folder} is not the one that the decoder was trained with (fingerprint "
+                    f"{part.fingerprint[:12]}, trained with {str(parts.get(name))[:12]}): put the right one there"
+                )
+        if decoder.config.text == "tokens" and tokenizer is None:
+            raise CheckpointError(f"{folder} has no {TOKENIZER_NAME}: export the decoder again")
+        return cls(decoder, tokenizer, clip, str(parts.get("clip")), facts)
+
+    def save_pretrained(self, path: str | Path, *, with_clip: bool = True) -> None:
+        """Write what `from_pretrained` reads into folder `path`, whole or not at all.
+
+        Args:
+            with_clip: whether CLIP is among it, where captions are read as its states.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        tokenizer = None if self.tokenizer is None else self.tokenizer.fingerprint
+        try:
+            with built_beside(Path(path)) as partial:
+                self.decoder.save_pretrained(partial)
+                if self.tokenizer is not None:
+                    self.tokenizer.save(partial / TOKENIZER_NAME)
+                if self.clip is not None and with_clip:
+                    self.clip.save_pretrained(partial / CLIP_NAME)
+                self.facts.write(partial, clip=self.clip_fingerprint, tokenizer=tokenizer)
+        except OSError as error:
+            raise CheckpointError(f"could not write the decoder to {path}: {error}; free some space") from error
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        embeddings: Tensor | None,
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        read_captions: bool = True,
+        sampling: ImageSampling | None = None,
+        batch_size: int = 16,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Sample an image for each row.
+
+        Args:
+            embeddings: (B, embed_dim), CLIP's of images; None: of captions alone.
+            seed, numbers: image i depends on the seed, numbers[i] (0 where None), its caption and its embedding.
+            read_captions: False: of embeddings alone; captions then only choose the noise.
+            sampling: None takes that of the export.
+            batch_size: images at a time.
+            on_step: told of steps done, over all images.
+
+        Returns:
+            (B, 3, image_size, image_size) fp32 in [0, 1], on the decoder's device.
+
+        Raises:
+            DataError: another number of embeddings than captions.
+        """
+        if embeddings is not None and len(embeddings) != len(captions):
+            raise DataError(f"{len(captions)} captions need as many embeddings, found {len(embeddings)}")
+        sampling, size = sampling or self.facts.sampling, self.decoder.config.image_size
+        generators = image_generators("decoder", captions, seed, numbers)
+        found, chunks = [], range(0, len(captions), batch_size)
+        for number, start in enumerate(chunks):
+            chunk = slice(start, start + batch_size)
+            condition = self.condition(
+                captions[chunk], None if embeddings is None else embeddings[chunk], read_captions
+            )
+            if sampling.guidance != 1:
+                condition = _both(condition, self.condition(captions[chunk], None, False))
+
+            def predict(x: Tensor, timestep: int, condition: Condition = condition) -> Tensor:
+                guided = len(condition.added) > len(x)
+                x = torch.cat([x, x]) if guided else x
+                steps = torch.full((len(x),), timestep, device=x.device)
+                output = self.decoder.denoise(x, steps, condition)
+                if not guided:
+                    return output
+                conditional, null = output.chunk(2)
+                return guide(conditional, null, sampling.guidance, channels=3)
+
+            def told(done: int, steps: int, number: int = number) -> None:
+                if on_step is not None:
+                    on_step(number * steps + done, len(chunks) * steps)
+
+            found.append(
+                denoise_images(predict, (3, size, size), generators[chunk], self.facts, sampling, self.device, told)
+            )
+        return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, size, size)
+
+    def condition(self, captions: Sequence[str], embeddings: Tensor | None, read_captions: bool = True) -> Condition:
+        """What the decoder is told of each row; None and False: nulls."""
+        config = self.decoder.config
+        rows = len(captions)
+        everywhere = torch.ones(rows, dtype=torch.bool, device=self.device)
+        of_text = torch.zeros(rows, config.embed_dim, device=self.device)
+        if self.tokenizer is not None:
+            text = self.tokenizer.encode_padded(captions, config.text_len)[0].to(self.device)
+        else:
+            assert self.clip is not None
+            self.clip.to(self.device)
+            text, of_text = self.clip.tokens(captions), self.clip.embed_texts(captions)
+        caption = prepare_caption(config, text, of_text, self.clip)
+        given = torch.zeros_like(of_text) if embeddings is None else embeddings.to(self.device)
+        return self.decoder.condition(
+            given,
+            caption,
+            everywhere if embeddings is None else None,
+            None if read_captions else everywhere,
+        )
+
+
+def _both(one: Condition, other: Condition) -> Condition:
+    keep = None if one.keep is None or other.keep is None else torch.cat([one.keep, other.keep])
+    return Condition(torch.cat([one.context, other.context]), torch.cat([one.added, other.added]), keep)

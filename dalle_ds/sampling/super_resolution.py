@@ -1,0 +1,155 @@
+"""Small images to large ones: an upsampler with all that using it needs (unCLIP §2.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle_ds.config import ImageSampling
+from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.files import built_beside
+from dalle_ds.models.pretrained import export_folder
+from dalle_ds.models.upsampler import Upsampler
+from dalle_ds.sampling.image_diffusion import DiffusionFacts, OnStep, denoise_images, image_generators
+
+
+class SuperResolution:
+    """Samples large images, given small ones.
+
+    Args:
+        upsampler: in eval mode; its device is where everything runs.
+        facts: of its training.
+    """
+
+    def __init__(self, upsampler: Upsampler, facts: DiffusionFacts) -> None:
+        self.upsampler, self.facts = upsampler, facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything runs."""
+        return next(self.upsampler.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> SuperResolution:
+        """Load what a run of launchers/train_upsampler.py exports, from the run directory or its export; CheckpointError where
+        something is missing."""
+        folder = export_folder(path)
+        facts, _ = DiffusionFacts.read(folder)
+        return cls(Upsampler.from_pretrained(folder).to(device, dtype), facts)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write what `from_pretrained` reads into folder `path`, whole or not at all; CheckpointError where it cannot be."""
+        try:
+            with built_beside(Path(path)) as partial:
+                self.upsampler.save_pretrained(partial)
+                self.facts.write(partial)
+        except OSError as error:
+            raise CheckpointError(f"could not write the upsampler to {path}: {error}; free some space") from error
+
+    @torch.no_grad()
+    def sample(
+        self,
+        low: Tensor,
+        captions: Sequence[str],
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        sampling: ImageSampling | None = None,
+        tile: int | None = None,
+        batch_size: int = 4,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Enlarge images of any size.
+
+        Args:
+            low: (B, 3, h, w) in [0, 1].
+            captions, seed, numbers: choose the noise, as `EmbeddingToImage.sample`.
+            sampling: None takes that of the export.
+            tile: side in pixels of overlapping squares of the large image that are computed one at a time, for small memory:
+                what is predicted is blended at every step. None computes it whole; the two differ a little, since
+                normalization then is over a tile.
+            batch_size: images at a time.
+            on_step: told of steps done, over all images.
+
+        Returns:
+            (B, 3, scale · h, scale · w) fp32 in [0, 1].
+
+        Raises:
+            ConfigError: noise for a model that is not told of it; a tile that is no multiple of what sides must be.
+        """
+        sampling, config = sampling or self.facts.sampling, self.upsampler.config
+        if sampling.guidance != 1:
+            raise ConfigError(f"sampling.guidance={sampling.guidance}: upsamplers have no guidance, leave it out")
+        if sampling.noise and not config.noise_augmentation:
+            raise ConfigError(
+                f"sampling.noise={sampling.noise} needs an upsampler trained with model.noise_augmentation"
+            )
+        step = math.lcm(config.factor, config.scale)
+        if tile is not None and (tile < 2 * step or tile % step):
+            raise ConfigError(f"tile must be a multiple of {step}, at least {2 * step}, found {tile}")
+        # Of a number of its own for each size: two upsamplers in a row must not begin with the same noise.
+        generators = image_generators(f"upsampler {config.image_size}", captions, seed, numbers)
+        height, width = (side * config.scale for side in low.shape[2:])
+        found, chunks = [], range(0, len(low), batch_size)
+        for number, start in enumerate(chunks):
+            chunk = slice(start, start + batch_size)
+            small, noise_step = low[chunk].to(self.device) * 2 - 1, 0
+            if sampling.noise:
+                schedule = self.facts.noise
+                noise_step = int(sampling.noise * len(schedule))
+                drawn = [torch.randn(small.shape[1:], generator=generator) for generator in generators[chunk]]
+                small = schedule.add_noise(small, torch.stack(drawn).to(small), noise_step)
+
+            def predict(x: Tensor, timestep: int, small: Tensor = small, noise_step: int = noise_step) -> Tensor:
+                return self._predict(x, timestep, small, noise_step, tile)
+
+            def told(done: int, steps: int, number: int = number) -> None:
+                if on_step is not None:
+                    on_step(number * steps + done, len(chunks) * steps)
+
+            shape = (3, height, width)
+            found.append(denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, told))
+        return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, height, width)
+
+    def _predict(self, x: Tensor, timestep: int, low: Tensor, noise_step: int, tile: int | None) -> Tensor:
+        scale = self.upsampler.config.scale
+        steps, noise_steps = (torch.full((len(x),), value, device=x.device) for value in (timestep, noise_step))
+        if tile is None or tile >= max(x.shape[2:]):
+            return self.upsampler(x, steps, low, noise_steps=noise_steps)
+        step = math.lcm(self.upsampler.config.factor, scale)
+        total: Tensor | None = None
+        weights = x.new_zeros(1, 1, *x.shape[2:])
+        for top in _starts(x.shape[2], tile, step):
+            for left in _starts(x.shape[3], tile, step):
+                rows, columns = slice(top, top + tile), slice(left, left + tile)
+                small = low[:, :, top // scale : (top + tile) // scale, left // scale : (left + tile) // scale]
+                part = self.upsampler(x[:, :, rows, columns], steps, small, noise_steps=noise_steps)
+                if total is None:
+                    total = x.new_zeros(len(x), part.shape[1], *x.shape[2:])
+                # Falls toward the edges, where a tile sees least of what is around.
+                ramp_y, ramp_x = (_ramp(size, tile, x.device) for size in part.shape[2:])
+                weight = ramp_y[:, None] * ramp_x
+                total[:, :, rows, columns] += part * weight
+                weights[:, :, rows, columns] += weight
+        assert total is not None
+        return total / weights
+
+
+def _starts(side: int, tile: int, step: int) -> list[int]:
+    """Where tiles of a side begin, multiples of `step`, which overlap by a quarter at least."""
+    if side <= tile:
+        return [0]
+    count = math.ceil((side - tile) / (tile * 3 // 4 // step * step or step)) + 1
+    return [round(place * (side - tile) / (count - 1) / step) * step for place in range(count)]
+
+
+def _ramp(size: int, tile: int, device: torch.device) -> Tensor:
+    """(size,) weights: 1 in the middle, falling to near 0 over an eighth of a tile at both ends."""
+    places = torch.arange(size, device=device) + 0.5
+    return (torch.minimum(places, size - places) / (tile / 8)).clamp(max=1)
