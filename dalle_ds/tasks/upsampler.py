@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from dalle_ds.config import UpsamplerRun
 from dalle_ds.data import PairDataset, UpsamplerSamples
 from dalle_ds.data.images import Pixels
 from dalle_ds.diffusion.degradation import LIGHT, blur, bsr, shrink
-from dalle_ds.models.upsampler import Upsampler
+from dalle_ds.models.upsampler import Upsampler, enlarge
 from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.sampling.image_diffusion import DiffusionFacts
 from dalle_ds.sampling.super_resolution import SuperResolution
@@ -80,9 +79,7 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         _, noise, _ = self.random_noise(batch, 1)
         steps, valid = self.spread_timesteps(batch), batch["valid"]
         errors, bits = self._losses(model, batch, batch["low"], steps, noise)
-        resized = F.interpolate(batch["low"], batch["image"].shape[2:], mode="bicubic", align_corners=False).clamp(
-            -1, 1
-        )
+        resized = enlarge(batch["low"], self.run.model.scale).clamp(-1, 1)
         return {
             "count": valid.sum(),
             "loss": ((errors + bits) * valid).sum(),
@@ -118,7 +115,7 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         low = (batch["low"] + 1) / 2
         rows = [str(number) for number in range(len(low))]
         enlarged = self.pipeline(model).sample(low, rows, seed=self.run.seed).cpu()
-        resized = F.interpolate(low, batch["image"].shape[2:], mode="bicubic", align_corners=False)
+        resized = enlarge(low, self.run.model.scale)
         columns = map(to_pil_images, (low, resized, enlarged, (batch["image"] + 1) / 2))
         shown = [("", images) for images in zip(*columns, strict=True)]
         cell = max(128, self.run.model.image_size)
