@@ -230,7 +230,7 @@ def _resize(x: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
 
 
 def _to_tensor(image: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), np.float32)) / 255
 
 
 def _to_pixels(x: Tensor) -> Pixels:
