@@ -375,6 +375,36 @@ def export_clip() -> None:
 
 
 @dataclass(frozen=True)
+class ExportUnclipOptions:
+    """Put prior, decoder and upsamplers into one folder, which launchers/generate.py takes as --model."""
+
+    decoder: str
+    """Run directory or export of launchers/train_decoder.py."""
+    out: str
+    """Folder to write, or to replace."""
+    prior: str | None = None
+    """Run directory or export of launchers/train_prior.py; without one, captions' embeddings stand in for images'."""
+    upsampler: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Run directory or export of launchers/train_upsampler.py; given again, the one after it."""
+    clip: str | None = None
+    """The CLIP that they were trained with, where there is no prior, which has it."""
+
+
+def export_unclip() -> None:
+    """Put the stages of an unCLIP, trained one by one, into one folder."""
+    options = parse_options(ExportUnclipOptions)
+    out = Path(options.out)
+    from dalle_ds.sampling.unclip import Unclip, is_unclip
+
+    if out.exists() and not is_unclip(out) and (out.is_file() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there already, and no unCLIP: name a new folder")
+    pipe = Unclip.from_runs(options.decoder, options.prior, options.upsampler, options.clip)
+    pipe.save_pretrained(out)
+    stages = [*(["prior"] if pipe.prior else []), "decoder", *(["upsampler"] * len(pipe.upsamplers))]
+    print(f"{out}: {', '.join(stages)}; images of {pipe.image_size} pixels")
+
+
+@dataclass(frozen=True)
 class ImportClipOptions:
     """Make an exported CLIP, as launchers/train_clip.py does, of OpenAI's, Hugging Face's or open_clip's files."""
 
@@ -435,7 +465,7 @@ def import_dvae() -> None:
 COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
-        curves, doctor, evaluate, export, export_clip, generate, import_clip, import_dvae, overlap, plan, prepare_data,
-        report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer, train_transformer, train_upsampler,
+        curves, doctor, evaluate, export, export_clip, export_unclip, generate, import_clip, import_dvae, overlap,
+        plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer, train_transformer, train_upsampler,
     )
 }  # fmt: skip

@@ -30,7 +30,7 @@ class Condition(NamedTuple):
     context: Tensor
     """(B, image_tokens + T, context_width)."""
     added: Tensor
-    """(B, 4 · channels), to the embedding of the timestep."""
+    """(B, 4 · channels · multiples[0]), to the embedding of the timestep."""
     keep: Tensor | None
     """(B, image_tokens + T) bool, which context is attended to; None: all."""
 
@@ -50,7 +50,7 @@ class UnclipDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, *, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
         self.config = config
-        width, added = config.context_width, 4 * config.channels
+        width, added = config.context_width, 4 * config.channels * config.multiples[0]
         self.unet = decoder_unet(config, checkpointing)
         self._give_seeds = use_keyed_dropout(self.unet, config.dropout)
         self.embedding_time = Linear(config.embed_dim, added)

@@ -5,6 +5,7 @@ from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_
 from dalle_ds.sampling.completion import default_rows, kept_rows_mask
 from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
+from dalle_ds.sampling.unclip import Unclip, UnclipSampling
 
 __all__ = [
     "ClipReranker",
@@ -14,6 +15,8 @@ __all__ = [
     "Sampling",
     "SamplingRequest",
     "TextToImage",
+    "Unclip",
+    "UnclipSampling",
     "default_rows",
     "image_grid",
     "kept_rows_mask",

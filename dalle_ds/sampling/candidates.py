@@ -147,7 +147,7 @@ def rank_candidates(
             of_prompt = batch.codes[start : start + len(numbers)]
             start += len(numbers)
             images = pipe.decode(of_prompt)
-            scores = _agreed(pipe, _checked(score(ranking.prompt, images), ranking.prompt, len(images)))
+            scores = _agreed(pipe, checked_scores(score(ranking.prompt, images), ranking.prompt, len(images)))
             ranking.scores += scores
             codes = [one.clone() for one in of_prompt]  # a view would keep the codes of the whole batch
             found = [RankedImage(*each) for each in zip(numbers, scores, codes, images, strict=True)]
@@ -167,7 +167,8 @@ def rank_candidates(
     return rankings
 
 
-def _checked(scores: Sequence[float], prompt: str, count: int) -> list[float]:
+def checked_scores(scores: Sequence[float], prompt: str, count: int) -> list[float]:
+    """What a reranker gave, one number for each image; DataError otherwise."""
     values = [float(value) for value in scores]
     if len(values) != count:
         raise DataError(f"rerank must give one score per image: found {len(values)} for {count} images")

@@ -16,7 +16,7 @@ import torch
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_
 from dalle_ds.sampling.completion import open_image, top_rows
 from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.pipeline import TextToImage
+from dalle_ds.sampling.unclip import OnStage, Unclip, is_unclip
+from dalle_ds.sampling.unclip_options import UnclipOptions
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -68,7 +70,7 @@ class GenerateOptions:
     """Generate images for prompts."""
 
     model: str
-    """Run directory of launchers/train_transformer.py, or its export."""
+    """Run directory of launchers/train_transformer.py, or its export; or a folder of launchers/export_unclip.py."""
     out: str
     """PNG file to write, a row for each prompt. A name without a suffix is a folder instead: one PNG for each image, and
     pictures.json, which tells their captions."""
@@ -81,7 +83,10 @@ class GenerateOptions:
     seed: int = 0
     """Image i of a prompt depends on the seed, i and the prompt only."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    """--temperature, --top_k, --top_p, --guidance."""
+    """--temperature, --top_k, --top_p, --guidance; of an unCLIP, --guidance is the decoder's, the rest an autoregressive
+    prior's."""
+    unclip: Annotated[UnclipOptions, tyro.conf.arg(name="")] = field(default_factory=UnclipOptions)
+    """How the stages of an unCLIP sample."""
     rerank: str | None = None
     """Run directory of launchers/train_clip.py, or an exported CLIP: keep those of --num images that fit best."""
     keep: int | None = None
@@ -155,6 +160,9 @@ def generate_to_file(options: GenerateOptions) -> list[Path]:
         ConfigError, DataError, CheckpointError: as `TextToImage` and `Scores`.
     """
     options.check()
+    if is_unclip(options.model):
+        return _generate_unclip(options)
+    options.unclip.refuse_all(options.model)
     prompts, out = options.all_prompts(), Path(options.out)
     tensor = Mesh.tensor_group(options.device)
     # Of those that auto spreads a transformer over, one that computes.
@@ -194,6 +202,41 @@ def generate_to_file(options: GenerateOptions) -> list[Path]:
     else:
         _write_folder(out, prompts, images, rankings)
     return [out] if scores is None else [out, scores.path]
+
+
+def _generate_unclip(options: GenerateOptions) -> list[Path]:
+    for name in ("init_image", "init_rows", "scores"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"{name}={getattr(options, name)} is a DALL·E's, and {options.model} is an unCLIP: leave it out"
+            )
+    if options.device == "auto":
+        raise ConfigError("device=auto spreads a transformer: give cuda, and --max_memory where an unCLIP is too large")
+    prompts, out = options.all_prompts(), Path(options.out)
+    dtype = DTYPES[choose_precision(options.dtype, Mesh(0, 1, torch.device(options.device)))]
+    pipe = Unclip.from_pretrained(options.model, options.device, dtype, max_memory=options.unclip.max_bytes)
+    rerank = None
+    if options.rerank is not None:
+        from dalle_ds.models.clip import Clip
+
+        rerank = Clip.from_pretrained(options.rerank)
+    keep = None if rerank is None else options.keep or min(KEEP, options.num)
+    with show_stages() as on_stage:
+        images = pipe.generate(
+            prompts,
+            options.num,
+            seed=options.seed,
+            sampling=options.unclip.resolved(pipe, options.sampling),
+            rerank=rerank,
+            keep=keep,
+            batch_size=options.batch_size or 16,
+            on_stage=on_stage,
+        )
+    if out.suffix:
+        _write_sheet(out, prompts, images, None, None, "", cell=max(128, pipe.image_size))
+    else:
+        _write_folder(out, prompts, images, None)
+    return [out]
 
 
 def _origin(
@@ -241,6 +284,7 @@ def _write_sheet(
     rankings: Sequence[Ranking] | None,
     init: Image.Image | None,
     given: str,
+    cell: int = 128,
 ) -> None:
     """A row for each prompt; first the image that was completed, if any, of which `given` says how much was."""
     rows = list(images)
@@ -251,7 +295,7 @@ def _write_sheet(
         rows = [[init, *of_prompt] for of_prompt in rows]
         notes = [[given, *of_prompt] for of_prompt in notes]
     buffer = io.BytesIO()
-    image_grid(list(zip(prompts, rows, strict=True)), notes=notes).save(buffer, format="PNG")
+    image_grid(list(zip(prompts, rows, strict=True)), notes=notes, cell=cell).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())
 
 
@@ -314,3 +358,32 @@ def show_progress(
                 console.print(f"sampling: {status}, {left:.0f} s left", highlight=False)
 
         yield on_row
+
+
+@contextmanager
+def show_stages(console: Console | None = None) -> Iterator[OnStage]:
+    """Show how far each stage of an unCLIP is, as `show_progress` does; gives what to pass as `on_stage`."""
+    console = console or Console(soft_wrap=True)
+    printed = time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    started: dict[str, tuple[TaskID, float]] = {}
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def on_stage(stage: str, done: int, total: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if stage not in started:
+                started[stage] = bar.add_task(stage, total=total), now
+            task, begun = started[stage]
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and done and now - printed >= SECONDS_BETWEEN_LINES:
+                printed = now
+                left = (now - begun) / done * (total - done)
+                console.print(f"{stage}: {done}/{total}, {left:.0f} s left", highlight=False)
+
+        yield on_stage

@@ -48,6 +48,15 @@ class EmbeddingToImage:
         """Where everything runs."""
         return next(self.decoder.parameters()).device
 
+    @property
+    def module(self) -> UnclipDecoder:
+        """What has the weights."""
+        return self.decoder
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the model."""
+        self.decoder.to(device)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -33,6 +33,15 @@ class SuperResolution:
         """Where everything runs."""
         return next(self.upsampler.parameters()).device
 
+    @property
+    def module(self) -> Upsampler:
+        """What has the weights."""
+        return self.upsampler
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the model."""
+        self.upsampler.to(device)
+
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

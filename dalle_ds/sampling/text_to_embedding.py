@@ -73,18 +73,39 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
                 f"CLIP's embeddings have {clip.config.embed_dim} dimensions, but the prior was trained with "
                 f"{prior.config.embed_dim}: use the CLIP it was trained with"
             )
-        self.device = next(prior.parameters()).device
-        self.prior, self.clip, self.tokenizer = prior, clip.to(self.device), tokenizer
+        self.prior, self.tokenizer = prior, tokenizer
+        self.clip = clip.to(self.device)
+
+    @property
+    def module(self) -> Prior:
+        """What has the weights."""
+        return self.prior
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything runs."""
+        return next(self.prior.parameters()).device
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the prior; CLIP follows where it is used."""
+        if torch.device(device) != self.device:
+            self.prior.to(device)
+            self.__dict__.pop("_weights", None)
 
     @staticmethod
     def from_pretrained(
-        path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        clip: Clip | None = None,
     ) -> TextToEmbedding[Any, Any]:
         """Load what a run of either kind of prior exports.
 
         Args:
             path: the run directory or its export.
             dtype: of the prior's weights; CLIP stays in fp32.
+            clip: the one that it was trained with, where the folder has none.
 
         Raises:
             CheckpointError: something is missing or does not belong together.
@@ -97,7 +118,7 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
             raise CheckpointError(
                 f"{folder} is no exported prior: {PARTS_NAME} cannot be read ({error}): name a run of train_prior.py"
             ) from error
-        clip = Clip.from_pretrained(folder / CLIP_NAME)
+        clip = Clip.from_pretrained(folder / CLIP_NAME) if clip is None else clip
         file = folder / TOKENIZER_NAME
         tokenizer = Tokenizer.load(file) if file.is_file() else None
         for name, part in (("clip", clip), ("tokenizer", tokenizer)):
@@ -122,8 +143,8 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
                 f"{folder}: {PARTS_NAME} or {SPACE_NAME} lacks {error}: export the prior again"
             ) from error
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write what `from_pretrained` reads into folder `path`, whole or not at all.
+    def save_pretrained(self, path: str | Path, *, with_clip: bool = True) -> None:
+        """Write what `from_pretrained` reads into folder `path`, whole or not at all; CLIP only if asked.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -136,7 +157,8 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
         try:
             with built_beside(Path(path)) as partial:
                 self.prior.save_pretrained(partial)
-                self.clip.save_pretrained(partial / CLIP_NAME)
+                if with_clip:
+                    self.clip.save_pretrained(partial / CLIP_NAME)
                 if self.tokenizer is not None:
                     self.tokenizer.save(partial / TOKENIZER_NAME)
                 save_file({name: value.contiguous() for name, value in self._space().items()}, partial / SPACE_NAME)
@@ -177,6 +199,7 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
             raise ConfigError(f"num must be at least 1, found {num}")
         if sampling is not None and not isinstance(sampling, self.how):
             raise ConfigError(f"a prior of kind {self.kind} takes {self.how.__name__}, found {type(sampling).__name__}")
+        self.clip.to(self.device)
         found = []
         for start in range(0, len(captions), batch_size):
             some = captions[start : start + batch_size]
