@@ -466,6 +466,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
         curves, doctor, evaluate, export, export_clip, export_unclip, generate, import_clip, import_dvae, overlap,
-        plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer, train_transformer, train_upsampler,
+        plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer,
+        train_transformer, train_upsampler,
     )
 }  # fmt: skip

@@ -132,3 +132,28 @@ def best_of_curves(metrics: Mapping[str, float]) -> str:
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_xlabel("n", fontsize=8)
     return svg_of(figure)
+
+
+def pareto_of_guidance(metrics: Mapping[str, float]) -> str:
+    """An SVG of distance from real images over cosine to the true image, a point for each guidance of a decoder; "" where
+    there are fewer than two."""
+    found: dict[float, dict[str, float]] = {}
+    for name, value in metrics.items():
+        part, _, figure = name.partition("/")[2].partition("/")
+        if name.startswith("unclip/guidance_"):
+            found.setdefault(float(part.removeprefix("guidance_")), {})[figure] = value
+    if len(found) < 2:
+        return ""
+    guidances = sorted(found)
+    cosine = "judge_cosine" if "judge_cosine" in found[guidances[0]] else "cosine"
+    distance = next(name for name in found[guidances[0]] if name.endswith("/blur_0"))
+    x, y = ([found[guidance][name] for guidance in guidances] for name in (cosine, distance))
+    drawing = Figure(figsize=(6, 4), layout="constrained")
+    axis = drawing.add_subplot()
+    axis.plot(x, y, marker="o", linewidth=1)
+    for guidance, at in zip(guidances, zip(x, y, strict=True), strict=True):
+        axis.annotate(f"{guidance:g}", at, textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axis.set_xlabel(f"{cosine} to the true image")
+    axis.set_ylabel(distance)
+    axis.grid(alpha=0.25)
+    return svg_of(drawing)

@@ -44,15 +44,23 @@ from dalle_ds.evaluation.sets import (
     stacked,
     without_overlap,
 )
+from dalle_ds.evaluation.unclip import (
+    UnclipRequest,
+    check_sizes,
+    measure_swaps,
+    measure_unclip,
+    measure_upsamplers,
+)
 from dalle_ds.files import write_text
 from dalle_ds.models import Clip, DiscreteVAE
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.choice import DTYPES, choose_precision
 from dalle_ds.resilience.watch import joined
-from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage
+from dalle_ds.sampling import ClipReranker, Sampling, SamplingRequest, TextToImage, Unclip
 from dalle_ds.sampling.prior import PriorSampling
 from dalle_ds.sampling.text_to_embedding import TextToEmbedding
+from dalle_ds.sampling.unclip_options import UnclipOptions
 
 RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
 JUDGED_BY_ITSELF = (
@@ -67,7 +75,7 @@ class EvaluateOptions:
 
     Every part runs whose model is given: reconstructions and codebook with --dvae; likelihoods and images generated for
     captions with --transformer; caption matching and the choice among candidates with --clip; sampled image embeddings with
-    --prior. Several processes (deepspeed or torchrun) divide the work, with the same figures.
+    --prior, all of an unCLIP with --unclip. Several processes (deepspeed or torchrun) divide the work, with the same figures.
     """
 
     out: str
@@ -86,6 +94,13 @@ class EvaluateOptions:
     """A second CLIP, for CLIP score and retrieval, so that candidates are not judged by the model that chose them."""
     prior: str | None = None
     """Run directory or export of a prior: image embeddings that it samples for first captions are held against true ones."""
+    unclip: str | None = None
+    """Folder of launchers/export_unclip.py: images of true embeddings, the prior's, captions' own and captions alone are held
+    against true ones, and upsamplers against resizing."""
+    guidances: str = ""
+    """Of the unCLIP's decoder, as 1,2,4: what each makes of appearance and match."""
+    stages: Annotated[UnclipOptions, tyro.conf.arg(name="")] = field(default_factory=UnclipOptions)
+    """How the stages of the unCLIP sample."""
     num: int = 8
     """Samples of the prior for each caption."""
     prior_sampling: PriorSampling = field(default_factory=PriorSampling)
@@ -129,9 +144,12 @@ class EvaluateOptions:
         if self.prior is not None:
             at_least(2 * self.prior_sampling.best_of, "evaluation", self, "num")
         _ = self.radii, self.numbers
+        if any(not 0 <= value < math.inf for value in _numbers("guidances", self.guidances)):
+            raise ConfigError(f"guidances must be 0 or greater, as 1,2,4, found {self.guidances!r}")
         if (self.real is None) != (self.fake is None):
             raise ConfigError("--real and --fake belong together: name a folder of real and one of generated images")
-        models = [name for name in ("transformer", "dvae", "clip", "judge", "prior") if getattr(self, name) is not None]
+        known = ("transformer", "dvae", "clip", "judge", "prior", "unclip")
+        models = [name for name in known if getattr(self, name) is not None]
         if self.real is not None:
             if self.data is not None or models:
                 raise ConfigError("--real and --fake compare two folders: leave --data and the models out")
@@ -140,7 +158,7 @@ class EvaluateOptions:
                 "nothing to measure on: name prepared data with --data, or two folders with --real, --fake"
             )
         elif not models:
-            raise ConfigError("nothing to measure: give --transformer, --dvae, --clip or --prior, or several of them")
+            raise ConfigError("nothing to measure: give --transformer, --dvae, --clip, --prior, --unclip, or several")
         if self.transformer is not None and max(self.numbers, default=1) > 1 and self.clip is None:
             raise ConfigError(f"--best_of {self.best_of} needs a model that chooses: name one with --clip")
 
@@ -208,16 +226,23 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
     chooser = _clip(options.clip, mesh)
     judge = _clip(options.judge, mesh) or chooser
     prior = TextToEmbedding.from_pretrained(options.prior, mesh.device) if options.prior is not None else None
+    unclip = None
+    if options.unclip is not None:
+        dtype = choose_precision(options.dtype, mesh)
+        unclip = Unclip.from_pretrained(options.unclip, mesh.device, DTYPES[dtype], max_memory=options.stages.max_bytes)
     seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge, prior.clip if prior is not None else None)
+    sizes = [model.config.image_size for model in seen_by if model is not None]
     generates = pipeline is not None and bool(options.numbers)
     chooses = generates and max(options.numbers) > 1
     context = Context(
         mesh=mesh,
         dataset=dataset,
         captions=choose_captions(dataset, options.captions, options.seed),
-        size=options.size or next(model.config.image_size for model in seen_by if model is not None),
+        size=options.size or (unclip.image_size if unclip is not None else sizes[0]),
         radii=options.radii,
-        network=load_network(options.inception, mesh.device) if vae is not None or generates else None,
+        network=load_network(options.inception, mesh.device)
+        if vae is not None or generates or unclip is not None
+        else None,
         kept=without_overlap(options.without, dataset) if options.without is not None else None,
         reference_of_captions=options.reference == "captions",
         judge=judge,
@@ -261,6 +286,19 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
         models["prior"] = fingerprint(prior.prior.state_dict())
         with context.timed("prior"):
             measure_prior(context, prior, options.num, options.seed, sampling, options.prior_sampling.best_of)
+    if unclip is not None:
+        request = UnclipRequest(
+            options.stages.resolved(unclip, options.sampling), _numbers("guidances", options.guidances), options.seed
+        )
+        check_sizes(context)
+        protocol["unclip"] = {"clip": unclip.clip.fingerprint, "seed": options.seed, "guidances": options.guidances}
+        protocol["unclip"] |= {"stages": vars(options.stages), "sampling": vars(options.sampling), "dtype": dtype}
+        models |= unclip.fingerprints()
+        with context.timed("unclip"):
+            measure_unclip(context, unclip, request)
+            measure_swaps(context, unclip, request)
+        with context.timed("upsamplers"):
+            measure_upsamplers(context, unclip, request)
     result = Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds)
     return result, context.sheets
 

@@ -238,10 +238,10 @@ def measure_real_matching(context: Context) -> None:
     own = torch.tensor([place[caption.row] for caption in context.captions])
     for name, chosen in context.of_captions.items():
         pool, own_in_pool = own[chosen].unique(return_inverse=True)
-        context.record(name, "real", _matching(images[pool], texts[chosen], own_in_pool))
+        context.record(name, "real", matching(images[pool], texts[chosen], own_in_pool))
 
 
-def _matching(images: Tensor, texts: Tensor, own: Tensor) -> dict[str, float]:
+def matching(images: Tensor, texts: Tensor, own: Tensor) -> dict[str, float]:
     """CLIP score and retrieval of embeddings (P, D) and (N, D), of which `own` (N,) is each caption's image."""
     ranks = retrieval_ranks(images, texts, own)
     return {"clip_score": float(clip_scores(images[own], texts).mean())} | recalls(ranks, len(images))
@@ -294,7 +294,7 @@ def measure_generated(
             figures = apart[name] | quality[name]
             if images is not None:
                 own = torch.arange(int(members.sum()))
-                figures |= _matching(images[members, index], context.caption_embeddings[members], own)
+                figures |= matching(images[members, index], context.caption_embeddings[members], own)
             if reranker is not None:
                 figures["reranker_score"] = 100 * float(all_scores[members, index].mean())
             context.record(name, f"best_of_{n}", figures)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dalle_ds.cli import parse_options
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.evaluation.curves import best_of_curves
+from dalle_ds.evaluation.curves import best_of_curves, pareto_of_guidance
 from dalle_ds.evaluation.pages import encoded, figures_table, image_element, write_document
 from dalle_ds.files import write_bytes, write_json
 from dalle_ds.parsing import parse_json, shown
@@ -139,6 +139,9 @@ MEANING = {
     "text_cosine": "to the caption's embedding",
     "diversity": "1 − cosine, mean over pairs of different rows",
     "caption_diversity": "1 − cosine, mean over pairs of samples of one caption",
+    "judge_cosine": "of the images' embeddings, generated and true, by the judge",
+    "consistency_psnr": "of the result made small again, from what it was made of, dB",
+    "swapped": "1 − cosine to the image before, where this alone is another's",
     "norm": "length, where true embeddings have 1",
 }
 
@@ -211,6 +214,7 @@ SHEETS = {
     "pictures": "Images generated for captions",
     "reconstructions": "Reconstructions by the dVAE",
     "codebook": "The most and the least used codes",
+    "unclip": "Images of each kind of embedding",
 }
 """Headings of the page's images, by their files' names."""
 
@@ -224,6 +228,8 @@ def write_page(out: Path, result: Result, sheets: Mapping[str, Image.Image]) -> 
     ]
     if curves := best_of_curves(result.metrics):
         sections += ["<h2>Best of n</h2>", curves]
+    if curves := pareto_of_guidance(result.metrics):
+        sections += ["<h2>Guidance of the decoder</h2>", curves]
     for name, sheet in sheets.items():
         content = encoded(sheet)
         write_bytes(out / f"{name}.png", content)
@@ -232,4 +238,4 @@ def write_page(out: Path, result: Result, sheets: Mapping[str, Image.Image]) -> 
     protocol = {"protocol": result.protocol, "models": result.models, "seconds": result.seconds}
     text = html.escape(json.dumps(protocol, indent=2, ensure_ascii=False))
     sections += ["<h2>Figures</h2>", figures_table(rows), "<h2>Protocol</h2>", f"<pre>{text}</pre>"]
-    write_document(out / "evaluation.html", "DALL·E: evaluation", sections)
+    write_document(out / "evaluation.html", "dalle_ds: evaluation", sections)

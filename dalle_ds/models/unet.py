@@ -19,8 +19,8 @@ from dalle_ds.parallel import WHOLE
 
 
 def decoder_unet(config: DecoderConfig, checkpointing: Checkpointing) -> nn.Module:
-    """Attends to a context at the resolutions of `config.attention`; `class_labels`, (B, 4 · channels · multiples[0]), are added to the
-    embedding of the timestep."""
+    """Attends to a context at the resolutions of `config.attention`; `class_labels`, (B, 4 · channels · multiples[0]), are
+    added to the embedding of the timestep."""
     kinds = ["SimpleCrossAttn" if side in config.attention else "Resnet" for side in config.resolutions]
     down = [f"{kind}Down{'sample' * (kind == 'Resnet')}Block2D" for kind in kinds]
     up = [f"{kind}Up{'sample' * (kind == 'Resnet')}Block2D" for kind in reversed(kinds)]

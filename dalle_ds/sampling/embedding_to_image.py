@@ -124,6 +124,7 @@ class EmbeddingToImage:
         *,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
+        keys: Sequence[str] | None = None,
         read_captions: bool = True,
         sampling: ImageSampling | None = None,
         batch_size: int = 16,
@@ -133,7 +134,8 @@ class EmbeddingToImage:
 
         Args:
             embeddings: (B, embed_dim), CLIP's of images; None: of captions alone.
-            seed, numbers: image i depends on the seed, numbers[i] (0 where None), its caption and its embedding.
+            seed, numbers, keys: choose image i's noise: the seed, numbers[i] (0 where None) and keys[i] (its caption where
+                None).
             read_captions: False: of embeddings alone; captions then only choose the noise.
             sampling: None takes that of the export.
             batch_size: images at a time.
@@ -148,7 +150,7 @@ class EmbeddingToImage:
         if embeddings is not None and len(embeddings) != len(captions):
             raise DataError(f"{len(captions)} captions need as many embeddings, found {len(embeddings)}")
         sampling, size = sampling or self.facts.sampling, self.decoder.config.image_size
-        generators = image_generators("decoder", captions, seed, numbers)
+        generators = image_generators("decoder", keys or captions, seed, numbers)
         found, chunks = [], range(0, len(captions), batch_size)
         for number, start in enumerate(chunks):
             chunk = slice(start, start + batch_size)

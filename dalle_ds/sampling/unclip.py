@@ -24,6 +24,7 @@ from dalle_ds.config import ImageSampling
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.clip import Clip
+from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.candidates import ClipReranker, checked_scores
 from dalle_ds.sampling.codes import Sampling
@@ -143,7 +144,7 @@ class Unclip:
         if max_memory is None:
             for part in (clip, prior, decoder, *self.upsamplers):
                 if part is not None:
-                    self._bring(part)
+                    self.bring(part)
 
     # --- files
 
@@ -309,9 +310,9 @@ class Unclip:
         if num < 1:
             raise ConfigError(f"num must be at least 1, found {num}")
         if self.prior is None:
-            self._bring(self.clip)
+            self.bring(self.clip)
             return self.clip.embed_texts(list(prompts))[:, None].expand(-1, num, -1)
-        self._bring(self.prior)
+        self.bring(self.prior)
         how = None if sampling is None else sampling.prior
         found = []
         for done, start in enumerate(range(0, len(prompts), PRIOR_BATCH)):
@@ -341,14 +342,14 @@ class Unclip:
             (B, 3, image_size, image_size) fp32 in [0, 1], on the device.
         """
         sampling = sampling or UnclipSampling()
-        self._bring(self.decoder)
+        self.bring(self.decoder)
         pixels = self.decoder.sample(
             captions, embeddings, seed=seed, numbers=numbers, read_captions=read_captions, sampling=sampling.decoder,
             batch_size=batch_size, on_step=_named(on_stage, DECODER_NAME),
         )  # fmt: skip
         settings = [*sampling.upsamplers, *[None] * len(self.upsamplers)]
         for name, stage, how in zip(self._upsampler_names, self.upsamplers, settings, strict=False):
-            self._bring(stage)
+            self.bring(stage)
             fewer = max(1, batch_size // stage.upsampler.config.scale**2)
             pixels = stage.sample(
                 pixels, captions, seed=seed, numbers=numbers, sampling=how, tile=sampling.tile, batch_size=fewer,
@@ -356,11 +357,23 @@ class Unclip:
             )  # fmt: skip
         return pixels
 
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the weights of each stage, by name; "clip" is CLIP's."""
+        stages: dict[str, Any] = {
+            DECODER_NAME: self.decoder,
+            **dict(zip(self._upsampler_names, self.upsamplers, strict=True)),
+        }
+        if self.prior is not None:
+            stages[PRIOR_NAME] = self.prior
+        weights = {name: fingerprint(stage.module.state_dict()) for name, stage in stages.items()}
+        return {"clip": self.clip.fingerprint, **weights}
+
     @property
     def _upsampler_names(self) -> list[str]:
         return [f"upsampler_{number}" for number in range(1, len(self.upsamplers) + 1)]
 
-    def _bring(self, stage: Clip | TextToEmbedding[Any, Any] | EmbeddingToImage | SuperResolution) -> None:
+    def bring(self, stage: Clip | TextToEmbedding[Any, Any] | EmbeddingToImage | SuperResolution) -> None:
+        """Have a stage, or CLIP, on the device."""
         reads_clip = isinstance(stage, TextToEmbedding) or (
             isinstance(stage, EmbeddingToImage) and stage.clip is not None
         )
