@@ -22,7 +22,7 @@ request=(--requeue --open-mode=append --output="$DALLE_LOGS/$pattern.log")
 [[ -z $PARTITION ]] || request+=(--partition="$PARTITION")
 nodes=1 processes=1 gpus=0 stage=$(basename "$1" .sbatch)
 case $stage in
-    dvae | transformer | clip | prior)
+    dvae | transformer | clip | prior | decoder | upsampler)
         nodes=$NODES processes=$PROCESSES_PER_NODE gpus=$GPUS_PER_NODE
         request+=(--signal="USR1@$WARNING_SECONDS")
         ;;

@@ -12,12 +12,14 @@ from dalle_ds.cli import parse_options
 from dalle_ds.config import (
     ClipRun,
     DalleConfig,
+    DecoderRun,
     DiscreteVAEConfig,
     DvaeRun,
     LatentPriorRun,
     OptimConfig,
     PriorRun,
     TransformerRun,
+    UpsamplerRun,
     differences,
     from_dict,
     load_preset,
@@ -38,7 +40,10 @@ def test_every_preset_is_whole_and_its_stages_fit() -> None:
     for name in ("toy", "emoji", "small", "unclip"):
         clip, pieces = load_preset(name, "clip", ClipRun), load_preset(name, "tokenizer", TokenizerConfig).vocab_size
         priors = load_preset(name, "prior", PriorRun), load_preset(name, "latent_prior", LatentPriorRun)
-        for run in priors:
+        decoder = load_preset(name, "decoder", DecoderRun)
+        first, second = (load_preset(name, f"upsampler_{number}", UpsamplerRun).model for number in (1, 2))
+        assert decoder.model.image_size == first.low_size and first.image_size == second.low_size
+        for run in (*priors, decoder):
             assert run.model.embed_dim == clip.model.embed_dim and run.model.text_vocab >= pieces
     for name in set(preset_names()) - {"unclip"}:
         dvae, transformer = load_preset(name, "dvae", DvaeRun), load_preset(name, "transformer", TransformerRun)

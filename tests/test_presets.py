@@ -10,6 +10,8 @@ import torch
 from dalle_ds.config import (
     ClipRun,
     DalleConfig,
+    DecoderConfig,
+    DecoderRun,
     DiscreteVAEConfig,
     DvaeObjective,
     DvaeRun,
@@ -22,6 +24,8 @@ from dalle_ds.config import (
     ScalingConfig,
     TransformerLoaderConfig,
     TransformerRun,
+    UpsamplerConfig,
+    UpsamplerRun,
     load_preset,
     to_dict,
 )
@@ -241,9 +245,76 @@ UNCLIP: list[tuple[str, str, Any, str]] = [
     ("latent_prior", "optim.beta2", 0.91, "unCLIP Table 3"),
     ("latent_prior", "optim.eps", 1e-10, "unCLIP Table 3"),
     ("latent_prior", "optim.weight_decay", 4.0e-2, "unCLIP Table 3"),
+    ("decoder", "steps", 800_000, "unCLIP Table 3"),
+    ("decoder", "train.batch_size", 2048, "unCLIP Table 3"),
+    ("decoder", "model.image_size", 64, "unCLIP Table 3"),
+    ("decoder", "model.channels", 512, "unCLIP Table 3"),
+    ("decoder", "model.depth", 3, "unCLIP Table 3"),
+    ("decoder", "model.multiples", [1, 2, 3, 4], "unCLIP Table 3"),
+    ("decoder", "model.dropout", 0.1, "unCLIP Table 3"),
+    ("decoder", "model.attention", [32, 16, 8], "unCLIP Table 3"),
+    ("decoder", "model.head_channels", 64, "unCLIP Table 3"),
+    ("decoder", "model.embed_dim", 1024, "unCLIP §2.2"),
+    ("decoder", "model.image_tokens", 4, "unCLIP §2.1"),
+    ("decoder", "model.text", "tokens", "unCLIP App. C"),
+    ("decoder", "model.context_width", 2048, "unCLIP Table 3"),
+    ("decoder", "model.text_len", 256, "unCLIP Table 3"),
+    ("decoder", "model.text_vocab", 16_384, "DALL·E §2.2; unCLIP names none"),
+    ("decoder", "model.text_depth", 24, "unCLIP Table 3"),
+    ("decoder", "model.text_heads", 32, "unCLIP Table 3"),
+    ("decoder", "objective.embedding_drop", 0.1, "unCLIP §2.1"),
+    ("decoder", "objective.text_drop", 0.5, "unCLIP §2.1"),
+    ("decoder", "sampling.method", "ddpm", "unCLIP Table 3: variance learned"),
+    ("decoder", "sampling.steps", "250", "unCLIP Table 3"),
+    ("decoder", "sampling.guidance", 1.25, "unCLIP Table 2"),
+    ("upsampler_1", "steps", 1_000_000, "unCLIP Table 3"),
+    ("upsampler_1", "train.batch_size", 1024, "unCLIP Table 3"),
+    ("upsampler_1", "model.image_size", 256, "unCLIP Table 3"),
+    ("upsampler_1", "model.low_size", 64, "unCLIP Table 3"),
+    ("upsampler_1", "model.channels", 320, "unCLIP Table 3"),
+    ("upsampler_1", "model.depth", 3, "unCLIP Table 3"),
+    ("upsampler_1", "model.multiples", [1, 2, 3, 4], "unCLIP Table 3"),
+    ("upsampler_1", "model.dropout", 0.1, "unCLIP Table 3"),
+    ("upsampler_1", "objective.degradation", "blur", "unCLIP §2.1"),
+    ("upsampler_1", "sampling.steps", "27", "unCLIP Table 3"),
+    ("upsampler_2", "steps", 1_000_000, "unCLIP Table 3"),
+    ("upsampler_2", "train.batch_size", 512, "unCLIP Table 3"),
+    ("upsampler_2", "model.image_size", 1024, "unCLIP Table 3"),
+    ("upsampler_2", "model.low_size", 256, "unCLIP Table 3"),
+    ("upsampler_2", "model.channels", 192, "unCLIP Table 3"),
+    ("upsampler_2", "model.depth", 2, "unCLIP Table 3"),
+    ("upsampler_2", "model.multiples", [1, 1, 2, 2, 4, 4], "unCLIP Table 3"),
+    ("upsampler_2", "model.dropout", 0.0, "unCLIP Table 3 names none"),
+    ("upsampler_2", "objective.degradation", "bsr", "unCLIP §2.1"),
+    ("upsampler_2", "sampling.steps", "15", "unCLIP Table 3"),
+    *(
+        (stage, name, value, "unCLIP Table 3")
+        for stage, schedule, lr in (
+            ("decoder", "cosine", 1.2e-4),
+            ("upsampler_1", "cosine", 1.2e-4),
+            ("upsampler_2", "linear", 1e-4),
+        )
+        for name, value in (
+            ("train.average_decay", 0.9999),
+            ("objective.schedule", schedule),
+            ("objective.timesteps", 1_000),
+            ("optim.lr", lr),
+            ("optim.beta1", 0.9),
+            ("optim.beta2", 0.999),
+            ("optim.eps", 1e-8),
+            ("optim.weight_decay", 0.0),
+        )
+    ),
+    *((stage, "objective.crop", 0.25, "unCLIP Table 3") for stage in ("upsampler_1", "upsampler_2")),
+    *((stage, "sampling.method", "ddim", "unCLIP Table 3") for stage in ("upsampler_1", "upsampler_2")),
+    *(
+        (stage, name, value, "GLIDE §4; Nichol and Dhariwal 2021")
+        for stage in ("decoder", "upsampler_1", "upsampler_2")
+        for name, value in (("model.learned_variance", True), ("objective.predicts", "epsilon"))
+    ),
     *(
         (stage, f"optim.{field}", value, "unCLIP names none")
-        for stage in ("prior", "latent_prior")
+        for stage in ("prior", "latent_prior", "decoder", "upsampler_1", "upsampler_2")
         for field, value in (
             ("clip", None),
             ("second_moment_clip", None),
@@ -258,7 +329,8 @@ def kinds(preset: str) -> dict[str, Any]:
     """Stage → what configures it."""
     if preset != "unclip":
         return KINDS
-    return {"tokenizer": TokenizerConfig, "clip": ClipRun, "prior": PriorRun, "latent_prior": LatentPriorRun}
+    stages = {"clip": ClipRun, "prior": PriorRun, "latent_prior": LatentPriorRun, "decoder": DecoderRun}
+    return {"tokenizer": TokenizerConfig, **stages, "upsampler_1": UpsamplerRun, "upsampler_2": UpsamplerRun}
 
 
 def rows(preset: str) -> list[tuple[str, str, Any, str]]:
@@ -313,6 +385,8 @@ def test_what_no_setting_says() -> None:
     assert DalleConfig() == load_preset("dalle-12b", "transformer", TransformerRun).model
     assert PriorConfig() == load_preset("unclip", "prior", PriorRun).model
     assert LatentPriorConfig() == load_preset("unclip", "latent_prior", LatentPriorRun).model
+    assert DecoderConfig() == load_preset("unclip", "decoder", DecoderRun).model
+    assert UpsamplerConfig() == load_preset("unclip", "upsampler_1", UpsamplerRun).model
     with torch.device("meta"):
         vae = DiscreteVAE(DiscreteVAEConfig())
     assert {module.gain for module in vae.modules() if hasattr(module, "gain")} == {1 / 64}  # the released model

@@ -261,7 +261,9 @@ class UpsamplerConfig(UnetConfig):
     from 64 to 256 pixels."""
 
     image_size: int = 256
+    """Side in pixels of the square images that it makes."""
     channels: int = 320
+    """Channels at full resolution."""
     low_size: int = 64
     """Side in pixels of the images that it enlarges."""
     noise_augmentation: bool = False

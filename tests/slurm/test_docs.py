@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from dalle_ds.cli import parse_options
-from dalle_ds.config import ClipRun, DvaeRun, TransformerRun
+from dalle_ds.commands import ExportUnclipOptions
+from dalle_ds.config import ClipRun, DecoderRun, DvaeRun, PriorRun, TransformerRun, UpsamplerRun
 from dalle_ds.data.command import Preparation
 from dalle_ds.doctor.cluster import ClusterOptions
 from dalle_ds.evaluation.evaluate import EvaluateOptions
@@ -82,30 +84,48 @@ def calls(place: Path) -> list[Call]:
 def test_stages_wait_for_each_other(calls: list[Call]) -> None:
     chain = ["tokenizer", "dvae", "codes", "transformer", "evaluate"]
     judged = [*chain[:-1], "clip", "evaluate"]
+    unclip = ["tokenizer", "clip", "embeddings", "prior", "decoder", "upsampler", "upsampler", "unclip", "evaluate"]
     assert [call.stage for call in calls] == [
         *("doctor", "prepare_data", "prepare_data"),
-        *(*chain, "prepare_data", "prepare_data", *chain, *judged, "transformer", "embeddings", "prior"),
+        *(*chain, "prepare_data", "prepare_data", *chain, *judged, "transformer", *unclip),
     ]
     waits = {number: call.options.get("dependency") for number, call in enumerate(calls, 101)}
     assert waits == {
         **dict.fromkeys((101, 102, 104, 109, 116, 122, 123)),
         **{
             number: f"afterok:{number - 1}"
-            for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124)
+            for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124, 125, 131)
         },
+        # Prior, decoder and upsamplers are side by side, and what is made of them waits for all.
+        **dict.fromkeys((126, 127, 128, 129), "afterok:125"),
+        130: "afterok:126:127:128:129",
     }
+
+
+def test_stages_of_an_unclip_find_what_those_before_made(calls: list[Call], place: Path) -> None:
+    parts = [call for call in calls if f"{place}/runs/unclip" in " ".join(call.launcher)]
+    made = {call.launcher[call.launcher.index("--run_dir") + 1] for call in parts if "--run_dir" in call.launcher}
+    assert {Path(folder).name for folder in made} == {"clip", "prior", "decoder", "upsampler_1", "upsampler_2"}
+    for call in parts:
+        for name in ("--clip", "--prior", "--decoder", "--upsampler", "--cache_embeddings"):
+            given = [value for option, value in pairwise(call.launcher) if option == name]
+            assert set(given) <= made, (call.stage, name)
+    assert [call.launcher[1] for call in parts if call.stage == "upsampler"] == ["64-256", "256-1024"]
+    assert call.launcher[call.launcher.index("--unclip") + 1] == f"{place}/runs/unclip/unclip"
+    assert "256" in next(call.launcher for call in parts if call.stage == "decoder")
+    assert shell("slurm/chain.sh small my_data runs/other --system glide", place)[0] == 2
 
 
 def test_stages_that_train_get_all_nodes_and_a_warning(calls: list[Call]) -> None:
     for call in calls:
-        trains = call.stage in ("dvae", "transformer", "clip", "prior")
+        trains = call.stage in ("dvae", "transformer", "clip", "prior", "decoder", "upsampler")
         everywhere = trains or call.stage in ("doctor", "evaluate", "embeddings")
         assert ("signal" in call.options) == trains
         assert call.options["ntasks-per-node"] == ("8" if everywhere else "1")
         gpus = "8" if everywhere else "1" if call.stage == "codes" else None
         assert call.options.get("gpus-per-node") == gpus
     assert [call.options["nodes"] for call in calls if call.stage == "transformer"] == ["1", "4", "1", "8"]
-    assert [call.options["nodes"] for call in calls if call.stage == "evaluate"] == ["1", "4", "1"]
+    assert [call.options["nodes"] for call in calls if call.stage == "evaluate"] == ["1", "4", "1", "1"]
     assert calls[1].options["array"] == "0-15" and "%A_%a" in calls[1].options["output"]
 
 
@@ -137,6 +157,9 @@ def test_the_papers_presets_are_trained_on_data_with_the_papers_filters(place: P
                 assert call.options["nodes"] == "1"
 
 
+JUDGES = (("judged", "clip"), ("unclip", "clip"))
+
+
 def test_launchers_understand_what_they_are_given(
     calls: list[Call], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +171,15 @@ def test_launchers_understand_what_they_are_given(
         elif call.stage == "transformer":
             found.append(parse_command(TransformerRun, "transformer", call.launcher).run.train.batch_size)
         elif call.stage == "clip":
-            assert parse_command(ClipRun, "clip", call.launcher).run.run_dir.endswith("runs/judged/clip")
+            assert Path(parse_command(ClipRun, "clip", call.launcher).run.run_dir).parts[-2:] in JUDGES
+        elif call.stage in ("prior", "decoder"):
+            kind = {"prior": PriorRun, "decoder": DecoderRun}[call.stage]
+            assert parse_command(kind, call.stage, call.launcher).run.clip.endswith("runs/unclip/clip")
+        elif call.stage == "upsampler":
+            section = "upsampler_1" if call.launcher[1] == "64-256" else "upsampler_2"
+            assert parse_command(UpsamplerRun, section, call.launcher[2:]).run.run_dir.endswith(section)
+        elif call.stage == "unclip":
+            assert len(parse_options(ExportUnclipOptions, call.launcher).upsampler) == 2
         elif call.stage == "evaluate":
             options = parse_options(EvaluateOptions, call.launcher)
             clip = str(Path(options.out).parent / "clip")
