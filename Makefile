@@ -1,5 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; Python 3.10+ and make are all they need.
-# `make demo-clip` goes on where the demo ends.
+# `make demo-clip` goes on where the demo ends, and `make demo-unclip` where that ends.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -10,10 +10,14 @@ DVAE_ARGS ?=
 TRANSFORMER_ARGS ?=
 CLIP_ARGS ?=
 EVALUATE_ARGS ?= --captions 100 --best_of 1,8,64
+PRIOR_ARGS ?=
+DECODER_ARGS ?=
+UPSAMPLER_ARGS ?=
+UNCLIP_ARGS ?= --captions 96 --guidances 1,2,4
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 DEEPSPEED := $(CPU) $(RUN) -m dalle_ds.launch --quiet --num_gpus 2
 
-.PHONY: demo demo-clip test test-all lint setup clean
+.PHONY: demo demo-clip demo-unclip test test-all lint setup clean
 
 setup: $(READY)
 
@@ -53,6 +57,27 @@ demo-clip: $(READY) demo/transformer/export/config.json
 		--prompt "woman: dark skin tone" --num 64 --rerank demo/clip --keep 8 --out demo/best.png
 	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --dvae demo/dvae --transformer demo/transformer \
 		--clip demo/clip --judge demo/judge $(EVALUATE_ARGS) --out demo/evaluation
+
+demo/clip/export/config.json:
+	$(MAKE) demo-clip
+
+# DALL·E 2 on the same corpus, by demo/clip's embeddings: prior, decoder of 16 pixels, upsamplers to 32 and 64; pictures and figures.
+demo-unclip: $(READY) demo/clip/export/config.json
+	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_embeddings demo/clip --views 4
+	$(DEEPSPEED) launchers/train_prior.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/prior $(PRIOR_ARGS)
+	$(DEEPSPEED) launchers/train_decoder.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/decoder $(DECODER_ARGS)
+	$(DEEPSPEED) launchers/train_upsampler.py --stage 64-256 --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+		--data demo/data --run_dir demo/upsampler_1 $(UPSAMPLER_ARGS)
+	$(DEEPSPEED) launchers/train_upsampler.py --stage 256-1024 --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+		--data demo/data --run_dir demo/upsampler_2 $(UPSAMPLER_ARGS)
+	$(RUN) launchers/export_unclip.py --prior demo/prior --decoder demo/decoder --upsampler demo/upsampler_1 \
+		--upsampler demo/upsampler_2 --out demo/unclip
+	DS_ACCELERATOR=cpu $(RUN) launchers/generate.py --model demo/unclip --prompt "flag of Iceland" \
+		--prompt "woman: dark skin tone" --num 8 --out demo/unclip.png
+	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --unclip demo/unclip --judge demo/judge $(UNCLIP_ARGS) \
+		--out demo/unclip-evaluation
 
 # A test file a core; then, one after the other, what goes by the clock.
 test: $(READY)

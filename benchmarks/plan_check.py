@@ -29,6 +29,8 @@ from dalle_ds.config import (
     ClipConfig,
     ClipRun,
     DalleConfig,
+    DecoderConfig,
+    DecoderRun,
     DiscreteVAEConfig,
     DvaeRun,
     LatentPriorConfig,
@@ -45,6 +47,9 @@ from dalle_ds.config import (
     SharpnessConfig,
     TrainConfig,
     TransformerRun,
+    UpsamplerConfig,
+    UpsamplerObjective,
+    UpsamplerRun,
 )
 from dalle_ds.config.deepspeed import resolve
 from dalle_ds.parallel import Mesh
@@ -142,6 +147,10 @@ class Setting:
             return PriorRun(model=PRIOR, train=train, objective=PriorObjective(draws_per_row=4), **shared)
         if self.stage == "latent_prior":
             return LatentPriorRun(model=LATENT_PRIOR, train=train, **shared)
+        if self.stage == "decoder":
+            return DecoderRun(model=DECODER, train=train, **shared)
+        if self.stage == "upsampler":
+            return UpsamplerRun(model=UPSAMPLER, train=train, objective=UpsamplerObjective(crop=0.5), **shared)
         text_len, grid = (64, 16) if self.is_long else (4, 4)
         model = DalleConfig(width=64, depth=8, heads=2, text_len=text_len, grid=grid, text_vocab=32, image_vocab=32)
         return TransformerRun(model=model, train=train, **shared)
@@ -168,6 +177,11 @@ LATENT_PRIOR = LatentPriorConfig(
     text_width=64, text_depth=4, text_heads=2, text_len=16, text_vocab=64, width=64, depth=4, heads=2, embed_dim=32,
     components=8, buckets=16,
 )  # fmt: skip
+DECODER = DecoderConfig(
+    image_size=16, channels=32, depth=1, multiples=(1, 2), attention=(8,), head_channels=32, embed_dim=32,
+    context_width=32, text_len=16, text_vocab=64, text_depth=2, text_heads=2,
+)  # fmt: skip
+UPSAMPLER = UpsamplerConfig(image_size=32, low_size=8, channels=32, depth=1, multiples=(1, 2))
 # Of a small model, DeepSpeed would otherwise keep all that it has gathered.
 SHARDED = (
     ("stage3_param_persistence_threshold", 0),
@@ -204,6 +218,10 @@ SETTINGS = [
     Setting(3, stage="prior", accumulation=2, zero=SHARDED),
     Setting(2, "fp16", "16-bit", stage="latent_prior", checkpointing="none"),
     Setting(3, "bf16", stage="latent_prior", accumulation=2, zero=SHARDED),
+    Setting(1, "bf16", stage="decoder", checkpointing="none"),
+    Setting(3, stage="decoder", accumulation=2, zero=SHARDED),
+    Setting(1, "bf16", stage="upsampler", checkpointing="none"),
+    Setting(3, stage="upsampler", accumulation=2, zero=SHARDED),
 ]
 
 FEW = [
@@ -217,6 +235,8 @@ FEW = [
     Setting(0, stage="clip", accumulation=2, sharpness=SHARP),
     Setting(1, "bf16", stage="prior", checkpointing="none"),
     Setting(3, "bf16", stage="latent_prior", accumulation=2, zero=SHARDED),
+    Setting(1, "bf16", stage="decoder", checkpointing="none"),
+    Setting(3, stage="upsampler", accumulation=2, zero=SHARDED),
 ]
 PARALLEL = [
     Setting(1, "bf16", degrees=ParallelConfig(tensor=2)),
@@ -260,7 +280,7 @@ def check_activations() -> Iterator[Check]:
     for precision in ("fp32", "bf16"):
         yield from _check_passes("dvae", Setting(0, stage="dvae").run(1), precision)
         for policy in ("none", "full"):
-            for stage in ("clip", "prior", "latent_prior"):
+            for stage in ("clip", "prior", "latent_prior", "decoder", "upsampler"):
                 run = Setting(0, stage=stage, checkpointing=policy).run(1)
                 yield from _check_passes(stage, run, precision)
 

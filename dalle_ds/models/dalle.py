@@ -35,6 +35,7 @@ from dalle_ds.nn.layers import (
     VocabParallelEmbedding,
     dropout,
     recomputed,
+    seeds_on_host,
 )
 from dalle_ds.parallel import WHOLE, TensorGroup, split_of
 from dalle_ds.precision import BranchPrecision, enter_branch, join_branch
@@ -321,8 +322,7 @@ class Dalle(nn.Module):
                 on a GPU would make it wait in every step.
         """
         check_tokens(self.config, text, codes)
-        if dropout_seeds is not None:
-            dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None  # read once, not in every block
+        dropout_seeds = seeds_on_host(dropout_seeds, self.config.dropout)
         x = self.residual_blocks(self.embedding(text, codes), dropout_seeds, kept_text(self.config, text))
         return transformer_output(self, x, text, codes, logits=logits)
 

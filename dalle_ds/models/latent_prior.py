@@ -36,6 +36,7 @@ from dalle_ds.nn.layers import (
     Unembedding,
     VocabParallelEmbedding,
     recomputed,
+    seeds_on_host,
 )
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.precision import enter_branch
@@ -156,8 +157,7 @@ class AutoregressivePrior(nn.Module):
             DataError: a wrong shape, dtype or, on the CPU, value.
         """
         self._check(text, embedding, similarity, codes)
-        if dropout_seeds is not None:
-            dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None
+        dropout_seeds = seeds_on_host(dropout_seeds, self.config.dropout)
         states, mask = self.encode(text, dropped, dropout_seeds)
         x = torch.cat([self._start(embedding, similarity, dropped), self._codes(codes[:, :-1], 0)], dim=1)
         for block in self.blocks:

@@ -25,7 +25,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.models.dalle import AttentionBlock, MlpBlock, ResidualBlock, run_block
 from dalle_ds.models.pretrained import load_model, loaded, save_model
 from dalle_ds.nn.attention.pattern import dense_attention
-from dalle_ds.nn.layers import Embedding, LayerNorm, Linear, Unembedding, VocabParallelEmbedding
+from dalle_ds.nn.layers import Embedding, LayerNorm, Linear, Unembedding, VocabParallelEmbedding, seeds_on_host
 from dalle_ds.parallel import WHOLE, TensorGroup
 
 TAIL = 3
@@ -118,8 +118,7 @@ class DiffusionPrior(nn.Module):
         prefix = self.prefix(caption, dropped)
         x = torch.cat([prefix, self.tail(noised, timesteps)], dim=1)
         mask = self.mask(caption, prefix.shape[1], noised.shape[1], dropped)
-        if dropout_seeds is not None:
-            dropout_seeds = dropout_seeds.cpu() if self.config.dropout else None
+        dropout_seeds = seeds_on_host(dropout_seeds, self.config.dropout)
         for block in self.blocks[:-1]:
             x = run_block(block, x, dropout_seeds, mask, self.checkpointing)
         # The last MLP is computed where it is read: at the queries.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import Checkpointing, DecoderConfig, UnetConfig, UpsamplerConfig
 from dalle_ds.errors import ConfigError
-from dalle_ds.nn.layers import dropout
+from dalle_ds.nn.layers import dropout, seeds_on_host
 from dalle_ds.parallel import WHOLE
 
 
@@ -117,8 +117,7 @@ def use_keyed_dropout(unet: nn.Module, rate: float) -> Callable[[Tensor | None],
             module.dropout = found[-1]
 
     def give(seeds: Tensor | None) -> None:
-        seeds = None if seeds is None or not rate else seeds.cpu()
         for each in found:
-            each.seeds = seeds
+            each.seeds = seeds_on_host(seeds, rate)
 
     return give

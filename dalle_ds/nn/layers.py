@@ -242,6 +242,13 @@ def dropout(x: Tensor, seeds: Tensor, block: int, rate: float, tensor: TensorGro
     return _Dropout.apply(x, seeds, block, rate, tensor)
 
 
+def seeds_on_host(seeds: Tensor | None, rate: float) -> Tensor | None:
+    """Seeds as `dropout` reads them, on the CPU: moved once, not in every block. None where nothing is dropped."""
+    if seeds is None or not rate:
+        return None
+    return seeds if seeds.is_meta else seeds.cpu()
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seeds: Tensor, block: int, rate: float, tensor: TensorGroup) -> Tensor:
@@ -257,6 +264,8 @@ class _Dropout(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, seeds: Tensor, block: int, rate: float, tensor: TensorGroup) -> Tensor:
+    if x.is_meta:
+        return torch.empty_like(x)
     divided = tensor.sequence and tensor.size > 1
     own = slice(tensor.rank * x.shape[1], (tensor.rank + 1) * x.shape[1]) if divided else slice(None)
     noise = torch.empty(x.shape[1] * (tensor.size if divided else 1), x.shape[2], device=x.device)
