@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_ds.config import DalleConfig, PriorConfig
+from dalle_ds.config import DalleConfig, DecoderConfig, PriorConfig, UpsamplerConfig
 from dalle_ds.evaluation.features import load_network
-from dalle_ds.models import Clip, Dalle, DiscreteVAE
+from dalle_ds.models import Clip, Dalle, DiscreteVAE, UnclipDecoder, Upsampler
 from dalle_ds.models.decoding import DecodingWeights, new_cache, prefill
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
+from dalle_ds.sampling.unclip import Residents
 from tests.clip_shapes import CLIP_SHAPES
+from tests.models.test_decoder import fill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -121,3 +123,35 @@ def test_features() -> None:
     pixels = torch.rand(8, 3, 64, 64)
     for found, wanted in zip(load_network(device=GPU)(pixels.to(GPU)), load_network()(pixels), strict=True):
         assert error(found, wanted) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_decoder_and_an_upsampler(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(0)
+    shape = DecoderConfig(
+        32, 64, 1, (1, 2, 3), attention=(16, 8), embed_dim=64, context_width=128, text_len=16, text_vocab=100,
+        text_depth=2, text_heads=2, mask_padding=True,
+    )  # fmt: skip
+    decoder, upsampler = UnclipDecoder(shape).eval(), Upsampler(UpsamplerConfig(64, 64, 1, (1, 2), low_size=16)).eval()
+    fill(decoder)
+    fill(upsampler)
+    text = torch.randint(100, (2, 16))
+    text[1, 5:] = -1
+    x, steps, embedding = torch.randn(2, 3, 32, 32), torch.tensor([3, 900]), torch.randn(2, 64)
+    caption = Caption(text, torch.zeros(2, 64))
+    there = copy.deepcopy(decoder).to(GPU, dtype)
+    of_gpu = Caption(text.to(GPU), caption.embedding.to(GPU))
+    found = there(x.to(GPU), steps.to(GPU), embedding.to(GPU), of_gpu)
+    assert error(found, decoder(x, steps, embedding, caption)) < bound
+    x, low = torch.randn(2, 3, 64, 64), torch.rand(2, 3, 16, 16)
+    found = copy.deepcopy(upsampler).to(GPU, dtype)(x.to(GPU), steps.to(GPU), low.to(GPU))
+    assert error(found, upsampler(x, steps, low)) < bound
+
+
+def test_stages_leave_the_gpu_under_a_bound() -> None:
+    models = [torch.nn.Linear(1024, 1024) for _ in range(3)]
+    residents = Residents(torch.device(GPU), 2 * 4 * 1024 * 1025)
+    for model in models:
+        residents.bring((model, 4 * 1024 * 1025))
+    assert [next(model.parameters()).device.type for model in models] == ["cpu", "cuda", "cuda"]

@@ -19,7 +19,7 @@ def test_formulas_hold_in_engines_of_every_kind(tmp_path: Path) -> None:
     done = run_ranks("benchmarks/plan_check.py", *arguments, processes=2)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     checks = json.loads(figures.read_text())
-    assert len({check["setting"] for check in checks}) == 14
+    assert len({check["setting"] for check in checks}) == 16
     for check in checks:
         assert abs(check["error"]) < 0.1, check
         if check["what"] in (

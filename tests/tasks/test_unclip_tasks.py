@@ -364,3 +364,11 @@ def test_random_views_are_of_the_same_part_at_any_size() -> None:
     small, large = (clip_random_view(pixels, size, np.random.default_rng(5), 0.9) for size in (16, 48))
     means = large.reshape(16, 3, 16, 3, 3).mean((1, 3))
     assert np.corrcoef(small.ravel(), means.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_is_planned_without_reading_files(dropout: float) -> None:
+    """Dropout reads seeds, which a plan has none of."""
+    decoder = DecoderTask.planned(DecoderRun(model=dataclasses.replace(DECODER, dropout=dropout)))
+    upsampler = UpsamplerTask.planned(UpsamplerRun(model=dataclasses.replace(UPSAMPLER, dropout=dropout)))
+    assert decoder.flops_per_sample() > 1e7 < upsampler.flops_per_sample()
