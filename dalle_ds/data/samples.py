@@ -45,6 +45,7 @@ class RowSamples:
         self._dataset = dataset
         self._image_size = image_size
         self._train = train
+        self._decoded: dict[tuple[int, int], Pixels] = {}
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -56,6 +57,15 @@ class RowSamples:
     def check_unchanged(self) -> None:
         self._dataset.check_unchanged()
 
+    def _pixels(self, row: int, short_side: int) -> Pixels:
+        """An image, decoded once where the whole split is small: decoding may take longer than all else that is done to it."""
+        pixels = self._decoded.get((row, short_side))
+        if pixels is None:
+            pixels = self._dataset.image(row, short_side)
+            if len(self._dataset) * pixels.nbytes <= KEPT_BYTES:
+                self._decoded[row, short_side] = pixels
+        return pixels
+
     def _caption(self, row: int, rng: np.random.Generator) -> str:
         captions = self._dataset.captions(row)
         return captions[int(rng.integers(len(captions)))] if self._train else captions[0]
@@ -64,23 +74,11 @@ class RowSamples:
 class DvaeSamples(RowSamples):
     """Images for the dVAE: `image`, (3, R, R) uint8, in training a view as in DALL·E Listing 1. Args: see `RowSamples`."""
 
-    def __init__(self, dataset: PairDataset, image_size: int, *, train: bool) -> None:
-        super().__init__(dataset, image_size, train=train)
-        self._decoded: dict[int, Pixels] = {}
-
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
-        pixels, size = self._pixels(row), self._image_size
+        size = self._image_size
+        pixels = self._pixels(row, useful_short_side(size))
         view = augment_for_dvae(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
         return {"image": channels_first(view)}
-
-    def _pixels(self, row: int) -> Pixels:
-        """An image, decoded once where the whole split is small: decoding takes longer than all else that is done to it."""
-        pixels = self._decoded.get(row)
-        if pixels is None:
-            pixels = self._dataset.image(row, useful_short_side(self._image_size))
-            if len(self._dataset) * pixels.nbytes <= KEPT_BYTES:
-                self._decoded[row] = pixels
-        return pixels
 
 
 class TextImageSamples(RowSamples):
@@ -147,7 +145,7 @@ class TextImageSamples(RowSamples):
             view = int(rng.integers(self._codes.views)) if self._train else 0
             return {"codes": self._codes.codes(row, view)}
         size = self._image_size
-        pixels = self._dataset.image(row, useful_short_side(size))
+        pixels = self._pixels(row, useful_short_side(size))
         view_pixels = augment_for_transformer(pixels, size, rng) if self._train else center_crop_resize(pixels, size)
         return {"image": channels_first(view_pixels)}
 
@@ -186,10 +184,10 @@ class ClipSamples(RowSamples):
         caption, size = self._caption(row, rng), self._image_size
         text, truncated = clip_tokens(self._tokenizer, self._text_len, caption)
         if self._train:  # views may be of a part of the image, whose pixels are to be as many
-            pixels = self._dataset.image(row, 2 * size)
+            pixels = self._pixels(row, 2 * size)
             view = clip_random_view(pixels, size, rng, self._min_crop, self._mirror)
         else:
-            view = clip_center_view(self._dataset.image(row, size), size)
+            view = clip_center_view(self._pixels(row, size), size)
         return {"text": text, "truncated": truncated, "image": channels_first(view)}
 
 
@@ -254,8 +252,8 @@ class EmbeddingSamples(RowSamples):
     def _view(self, row: int, view: int) -> Pixels:
         size = self._image_size
         if view == 0:
-            return clip_center_view(self._dataset.image(row, size), size)
-        return embedded_view(self._dataset.image(row, 2 * size), size, (self._embeddings.seed, row, view))
+            return clip_center_view(self._pixels(row, size), size)
+        return embedded_view(self._pixels(row, 2 * size), size, (self._embeddings.seed, row, view))
 
 
 class UpsamplerSamples(RowSamples):
@@ -291,7 +289,7 @@ class UpsamplerSamples(RowSamples):
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, npt.NDArray | int]:
         size, scale = self._image_size, self._scale
-        pixels = self._dataset.image(row, size)
+        pixels = self._pixels(row, size)
         if not self._train:
             view = clip_center_view(pixels, size)
             return {"image": channels_first(view), "low": channels_first(shrink(view, scale))}
