@@ -130,9 +130,6 @@ class UnclipDecoder(nn.Module):
         if keep is not None:
             keep = F.pad(keep, (self.config.image_tokens, 0), value=True)
         context = torch.cat([tokens, states.to(dtype)], dim=1)
-        if keep is not None and context.shape[1] in {side**2 for side in self.config.resolutions}:
-            # diffusers takes a mask as long as the image for one that has the image's positions already.
-            context, keep = F.pad(context, (0, 0, 0, 1)), F.pad(keep, (0, 1), value=False)
         return Condition(context, self.embedding_time(given) + self.text_time(of_time.to(dtype)), keep)
 
     def denoise(

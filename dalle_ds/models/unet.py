@@ -1,5 +1,5 @@
 """The U-Net of ADM and GLIDE (Dhariwal and Nichol 2021; Nichol et al. 2021), as `diffusers` has it, with what it lacks: ADM's
-zero initialization, and dropout that depends on a sample's seed alone.
+zero initialization, dropout that depends on a sample's seed alone, and attention that takes a mask of any context.
 
 State-dict keys are those of `diffusers`.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_ds.config import Checkpointing, DecoderConfig, UnetConfig, UpsamplerConfig
@@ -24,7 +25,7 @@ def decoder_unet(config: DecoderConfig, checkpointing: Checkpointing) -> nn.Modu
     kinds = ["SimpleCrossAttn" if side in config.attention else "Resnet" for side in config.resolutions]
     down = [f"{kind}Down{'sample' * (kind == 'Resnet')}Block2D" for kind in kinds]
     up = [f"{kind}Up{'sample' * (kind == 'Resnet')}Block2D" for kind in reversed(kinds)]
-    return _unet(
+    unet: Any = _unet(
         "UNet2DConditionModel",
         config,
         checkpointing,
@@ -36,6 +37,9 @@ def decoder_unet(config: DecoderConfig, checkpointing: Checkpointing) -> nn.Modu
         attention_head_dim=config.head_channels,
         class_embed_type="identity",
     )
+    unet.set_attn_processor(ContextAttention())
+    decoder: nn.Module = unet
+    return decoder
 
 
 def upsampler_unet(config: UpsamplerConfig, checkpointing: Checkpointing) -> nn.Module:
@@ -86,6 +90,38 @@ def _zero(module: nn.Module) -> None:
         getattr(
             parameter, "ds_tensor", parameter
         ).zero_()  # within ZeRO-3's construction, of which this process has a shard
+
+
+SHORT = 256
+"""Image positions up to which the backward pass of attention in 16 bits takes two to eight times as long as in fp32 on a CPU."""
+
+
+class ContextAttention:
+    """Attention of image positions to a context and to each other, in one softmax (GLIDE §2.3). `diffusers`' own takes a mask
+    as long as the image for one of the image's positions."""
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) and a context (B, T, D) → (B, C, H, W); `attention_mask` is (B, 1, T), what is added to scores."""
+        positions = attention.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        keys = attention.add_k_proj(encoder_hidden_states), attention.to_k(positions)
+        values = attention.add_v_proj(encoder_hidden_states), attention.to_v(positions)
+        query, key, value = (
+            part.unflatten(2, (attention.heads, -1)).transpose(1, 2)
+            for part in (attention.to_q(positions), torch.cat(keys, dim=1), torch.cat(values, dim=1))
+        )
+        mask = None if attention_mask is None else F.pad(attention_mask, (0, positions.shape[1]))[:, None]
+        dtype = query.dtype
+        if query.device.type == "cpu" and dtype != torch.float32 and query.requires_grad and query.shape[2] <= SHORT:
+            query, key, value, mask = (part if part is None else part.float() for part in (query, key, value, mask))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).to(dtype)
+        joined = attention.to_out[0](attended.transpose(1, 2).flatten(2))
+        return hidden_states + joined.transpose(1, 2).reshape(hidden_states.shape)
 
 
 class KeyedDropout(nn.Module):
