@@ -93,7 +93,7 @@ def _zero(module: nn.Module) -> None:
 
 
 SHORT = 256
-"""Image positions up to which the backward pass of attention in 16 bits takes two to eight times as long as in fp32 on a CPU."""
+"""Image positions up to which the backward pass of attention in 16 bits takes up to eight times as long as in fp32 on CPUs."""
 
 
 class ContextAttention:
