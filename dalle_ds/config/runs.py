@@ -237,6 +237,10 @@ class UpsamplerRun(Run):
             )
         if self.objective.noise and not model.noise_augmentation:
             raise ConfigError(f"objective.noise={self.objective.noise} needs model.noise_augmentation True")
+        if self.objective.residual and model.learned_variance:
+            raise ConfigError(
+                "objective.residual has no learned variance: set model.learned_variance False, or leave it out"
+            )
         if self.sampling.guidance != 1:
             raise ConfigError(f"sampling.guidance={self.sampling.guidance}: upsamplers have no guidance, leave it out")
 

@@ -175,7 +175,9 @@ class EmbeddingToImage:
                     on_step(number * steps + done, len(chunks) * steps)
 
             found.append(
-                denoise_images(predict, (3, size, size), generators[chunk], self.facts, sampling, self.device, told)
+                denoise_images(
+                    predict, (3, size, size), generators[chunk], self.facts, sampling, self.device, on_step=told
+                )
             )
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, size, size)
 

@@ -45,6 +45,8 @@ class DiffusionFacts:
     timesteps: int
     predicts: Prediction
     sampling: ImageSampling
+    residual: bool = False
+    """Whether that is of the difference from a small image, enlarged."""
 
     @property
     def noise(self) -> NoiseSchedule:
@@ -61,7 +63,7 @@ class DiffusionFacts:
         try:
             found = dict(parse_json((folder / PARTS_NAME).read_bytes()))
             where = str(folder / PARTS_NAME)
-            facts = from_dict(cls, {name: found.pop(name) for name in cls.__dataclass_fields__}, where)
+            facts = from_dict(cls, {name: found.pop(name) for name in cls.__dataclass_fields__ if name in found}, where)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{folder / PARTS_NAME} cannot be read ({error}): export the model again") from error
         return facts, found
@@ -83,6 +85,7 @@ def denoise_images(
     facts: DiffusionFacts,
     sampling: ImageSampling,
     device: torch.device,
+    base: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample images from noise.
@@ -91,6 +94,7 @@ def denoise_images(
         predict: (x_t, timestep) → (B, 3 or 6, H, W) fp32, what the model predicts, guided or not.
         shape: of an image, (3, H, W).
         generators: one for each image.
+        base: like the images, of which what is predicted is the difference.
 
     Returns:
         (B, 3, H, W) fp32 in [−1, 1].
@@ -107,7 +111,12 @@ def denoise_images(
     x = noise()
     for done, step in enumerate(reversed(range(len(grid))), start=1):
         output = predict(x, int(grid.timesteps[step]))
-        x0 = clip_x0(grid.x0_of(facts.predicts, output[:, :3], x, step), bound, quantile)
+        if base is None:
+            seen = grid.x0_of(facts.predicts, output[:, :3], x, step)
+        else:
+            noised = x - grid.at(grid.alpha_bars.sqrt(), step, x) * base
+            seen = base + grid.x0_of(facts.predicts, output[:, :3], noised, step)
+        x0 = clip_x0(seen, bound, quantile)
         if solver is not None:
             x = solver(x0, x)
         elif sampling.method == "ddim":

@@ -13,7 +13,7 @@ from dalle_ds.config import ImageSampling
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import export_folder
-from dalle_ds.models.upsampler import Upsampler
+from dalle_ds.models.upsampler import Upsampler, enlarge
 from dalle_ds.sampling.image_diffusion import DiffusionFacts, OnStep, denoise_images, image_generators
 
 
@@ -122,8 +122,10 @@ class SuperResolution:
                 if on_step is not None:
                     on_step(number * steps + done, len(chunks) * steps)
 
-            shape = (3, height, width)
-            found.append(denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, told))
+            shape, base = (3, height, width), enlarge(small, config.scale) if self.facts.residual else None
+            found.append(
+                denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, base, told)
+            )
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, height, width)
 
     def _predict(self, x: Tensor, timestep: int, low: Tensor, noise_step: int, tile: int | None) -> Tensor:

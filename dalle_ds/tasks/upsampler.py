@@ -102,12 +102,15 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         image = batch["image"]
         noised = self.schedule.add_noise(image, noise, steps)
         output = model(noised, steps, low, noise_steps=noise_steps, dropout_seeds=dropout_seeds)
-        return self.losses(output, image, noise, steps)
+        clean = image - enlarge(low, self.run.model.scale) if self.run.objective.residual else image
+        return self.losses(output, clean, noise, steps)
 
     def pipeline(self, model: nn.Module) -> SuperResolution:
         """The plain model, with all that using it needs."""
-        objective = self.run.objective
-        facts = DiffusionFacts(objective.schedule, objective.timesteps, objective.predicts, self.run.sampling)
+        objective, sampling = self.run.objective, self.run.sampling
+        facts = DiffusionFacts(
+            objective.schedule, objective.timesteps, objective.predicts, sampling, objective.residual
+        )
         return SuperResolution(cast(Upsampler, model), facts)
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:

@@ -33,6 +33,7 @@ from dalle_ds.diffusion import noise_schedule
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models import Clip
 from dalle_ds.models.prior import Caption
+from dalle_ds.models.upsampler import enlarge
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
 from dalle_ds.sampling.super_resolution import SuperResolution
@@ -306,6 +307,18 @@ def test_noise_augmentation_is_of_the_timesteps_that_are_told(upsampler_run: Ups
     assert abs(float(both[0, 1])) < 0.05
 
 
+def test_a_difference_is_learned_from_the_enlarged_small_image(upsampler_run: UpsamplerRun) -> None:
+    """A model that tells nothing is off by what the small image does not tell."""
+    objective = dataclasses.replace(upsampler_run.objective, predicts="x0", residual=True)
+    model = dataclasses.replace(UPSAMPLER, learned_variance=False)
+    task = UpsamplerTask(dataclasses.replace(upsampler_run, model=model, objective=objective))
+    batch = first_batch(task)
+    loss, _ = task.loss(task.build_model(), batch, 0)
+    missed = (batch["image"] - enlarge(batch["low"], 2)).square().mean()
+    assert float(loss.detach()) == pytest.approx(float(missed), rel=1e-5)
+    assert task.pipeline(task.build_model()).facts.residual
+
+
 def test_validation_does_not_depend_on_how_rows_are_batched(
     decoder_run: DecoderRun, upsampler_run: UpsamplerRun
 ) -> None:
@@ -349,6 +362,7 @@ def test_mistakes_of_the_decoder_are_told(decoder_run: DecoderRun, change: dict[
         ({"objective": UpsamplerObjective(crop=0.0)}, "objective.crop"),
         ({"objective": UpsamplerObjective(crop=0.5, noise=0.2)}, "model.noise_augmentation"),
         ({"sampling": ImageSampling(guidance=2.0)}, "sampling.guidance"),
+        ({"objective": UpsamplerObjective(predicts="v", crop=0.5, residual=True)}, "objective.residual"),
     ],
 )
 def test_mistakes_of_an_upsampler_are_told(upsampler_run: UpsamplerRun, change: dict[str, Any], words: str) -> None:
