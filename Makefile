@@ -63,7 +63,7 @@ demo/clip/export/config.json:
 
 # DALL·E 2 on the same corpus, by demo/clip's embeddings: prior, decoder of 16 pixels, upsamplers to 32 and 64; pictures and figures.
 demo-unclip: $(READY) demo/clip/export/config.json
-	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_embeddings demo/clip --views 4
+	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_embeddings demo/clip --views 8
 	$(DEEPSPEED) launchers/train_prior.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
 		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/prior $(PRIOR_ARGS)
 	$(DEEPSPEED) launchers/train_decoder.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
