@@ -20,12 +20,17 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 FEW = "--steps 2 --report.validation_rows 4 --train.batch_size 4"
-DEMO = f"DVAE_ARGS={shlex.quote(FEW)} TRANSFORMER_ARGS={shlex.quote(FEW)} READY= VENV={shlex.quote(sys.prefix)}"
+HERE = f"READY= VENV={shlex.quote(sys.prefix)}"
+DEMO, UNCLIP = (
+    " ".join([*(f"{stage}_ARGS={shlex.quote(FEW)}" for stage in stages), HERE])
+    for stages in (("DVAE", "TRANSFORMER"), ("PRIOR", "DECODER", "UPSAMPLER"))
+)
 # What a command gets in addition, so that it ends in seconds; by the words that it contains.
 SHORTER = {
     "make demo-clip": f"{DEMO} CLIP_ARGS={shlex.quote(FEW)} EVALUATE_ARGS='--captions 4 --best_of 1,2 --blur 0'",
+    "make demo-unclip": f"{UNCLIP} UNCLIP_ARGS='--captions 4 --blur 0 --decoder_steps 2'",
     "make demo": DEMO,
-    "make test": f"--dry-run READY= VENV={shlex.quote(sys.prefix)}",  # this suite
+    "make test": f"--dry-run {HERE}",  # this suite
     "train_dvae.py": FEW,
     "train_transformer.py": f"{FEW} --report.preview_every 1000",
     "--prompt": "--num 2",
