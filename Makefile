@@ -64,13 +64,13 @@ demo/clip/export/config.json:
 # DALL·E 2 on the same corpus, by demo/clip's embeddings: prior, decoder of 16 pixels, upsamplers to 32 and 64; pictures and figures.
 demo-unclip: $(READY) demo/clip/export/config.json
 	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_embeddings demo/clip --views 8
-	$(DEEPSPEED) launchers/train_prior.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+	$(DEEPSPEED) launchers/train_prior.py --deepspeed_config ds_configs/zero1_auto.json --preset toy \
 		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/prior $(PRIOR_ARGS)
-	$(DEEPSPEED) launchers/train_decoder.py --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+	$(DEEPSPEED) launchers/train_decoder.py --deepspeed_config ds_configs/zero1_auto.json --preset toy \
 		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/decoder $(DECODER_ARGS)
-	$(DEEPSPEED) launchers/train_upsampler.py --stage 64-256 --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+	$(DEEPSPEED) launchers/train_upsampler.py --stage 64-256 --deepspeed_config ds_configs/zero1_auto.json --preset toy \
 		--data demo/data --run_dir demo/upsampler_1 $(UPSAMPLER_ARGS)
-	$(DEEPSPEED) launchers/train_upsampler.py --stage 256-1024 --deepspeed_config ds_configs/zero3_auto.json --preset toy \
+	$(DEEPSPEED) launchers/train_upsampler.py --stage 256-1024 --deepspeed_config ds_configs/zero1_auto.json --preset toy \
 		--data demo/data --run_dir demo/upsampler_2 $(UPSAMPLER_ARGS)
 	$(RUN) launchers/export_unclip.py --prior demo/prior --decoder demo/decoder --upsampler demo/upsampler_1 \
 		--upsampler demo/upsampler_2 --out demo/unclip
