@@ -13,7 +13,7 @@ EVALUATE_ARGS ?= --captions 100 --best_of 1,8,64
 PRIOR_ARGS ?=
 DECODER_ARGS ?=
 UPSAMPLER_ARGS ?=
-UNCLIP_ARGS ?= --captions 96 --guidances 1,2,4
+UNCLIP_ARGS ?= --captions 96 --guidances 1,2,4 --blur 0
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(RUN) -m pytest -q
 DEEPSPEED := $(CPU) $(RUN) -m dalle_ds.launch --quiet --num_gpus 2
 
@@ -58,11 +58,11 @@ demo-clip: $(READY) demo/transformer/export/config.json
 	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --dvae demo/dvae --transformer demo/transformer \
 		--clip demo/clip --judge demo/judge $(EVALUATE_ARGS) --out demo/evaluation
 
-demo/clip/export/config.json:
+demo/judge/export/config.json:
 	$(MAKE) demo-clip
 
 # DALL·E 2 on the same corpus, by demo/clip's embeddings: prior, decoder of 16 pixels, upsamplers to 32 and 64; pictures and figures.
-demo-unclip: $(READY) demo/clip/export/config.json
+demo-unclip: $(READY) demo/judge/export/config.json
 	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_embeddings demo/clip --views 8
 	$(DEEPSPEED) launchers/train_prior.py --deepspeed_config ds_configs/zero1_auto.json --preset toy \
 		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/prior $(PRIOR_ARGS)

@@ -115,7 +115,7 @@ def _choice(name: str, choices: list[str], default: str | None) -> str:
         known, sys.argv[1:] = first.parse_known_args(sys.argv[1:])
     except argparse.ArgumentError as error:
         raise ConfigError(f"--{name}: {error.message}") from error
-    found = getattr(known, name)
+    found = getattr(known, name) or (choices[0] if {"-h", "--help"} & set(sys.argv) else None)
     if found is None:
         raise ConfigError(f"--{name} is missing: give one of {', '.join(choices)}")
     return str(found)

@@ -81,7 +81,7 @@ submit_unclip() {
     last=${after#:}:$last
     stage unclip --prior "$out/prior" --decoder "$out/decoder" --upsampler "$out/upsampler_1" --upsampler "$out/upsampler_2" \
         --out "$out/unclip"
-    stage evaluate --data "${data[0]}" --unclip "$out/unclip" --out "$out/report" ${EVALUATE_ARGS:-}
+    stage evaluate --data "${data[0]}" --unclip "$out/unclip" --captions 1000 --out "$out/report" ${EVALUATE_ARGS:-}
 }
 
 zero1=$DALLE_ROOT/ds_configs/zero1_fp32.json zero3=$DALLE_ROOT/ds_configs/zero3_auto.json

@@ -212,6 +212,11 @@ class DecoderRun(Run):
     sampling: ImageSampling = field(default_factory=ImageSampling)
     """How previews, and who uses the export, sample where nothing else is said."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampling.noise:
+            raise ConfigError(f"sampling.noise={self.sampling.noise} is an upsampler's: leave it out")
+
 
 @dataclass(frozen=True)
 class UpsamplerRun(Run):
@@ -237,6 +242,11 @@ class UpsamplerRun(Run):
             )
         if self.objective.noise and not model.noise_augmentation:
             raise ConfigError(f"objective.noise={self.objective.noise} needs model.noise_augmentation True")
+        if self.sampling.noise > self.objective.noise:
+            raise ConfigError(
+                f"sampling.noise={self.sampling.noise} is more than objective.noise={self.objective.noise}, with which it is "
+                "trained: lower it"
+            )
         if self.objective.residual and model.learned_variance:
             raise ConfigError(
                 "objective.residual has no learned variance: set model.learned_variance False, or leave it out"

@@ -249,11 +249,6 @@ class DecoderConfig(UnetConfig):
         if self.text not in ("tokens", "clip_states"):
             raise ConfigError(f"model.text must be tokens or clip_states, found {self.text!r}")
 
-    @property
-    def context_len(self) -> int:
-        """Context tokens: of the image embedding, then of the caption."""
-        return self.image_tokens + self.text_len
-
 
 @dataclass(frozen=True)
 class UpsamplerConfig(UnetConfig):

@@ -146,7 +146,7 @@ def pareto_of_guidance(metrics: Mapping[str, float]) -> str:
         return ""
     guidances = sorted(found)
     cosine = "judge_cosine" if "judge_cosine" in found[guidances[0]] else "cosine"
-    distance = next(name for name in found[guidances[0]] if name.endswith("/blur_0"))
+    distance = next(name for name in found[guidances[0]] if "/blur_" in name)  # the least
     x, y = ([found[guidance][name] for guidance in guidances] for name in (cosine, distance))
     drawing = Figure(figsize=(6, 4), layout="constrained")
     axis = drawing.add_subplot()

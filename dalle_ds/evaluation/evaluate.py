@@ -18,6 +18,7 @@ from PIL import Image
 import dalle_ds
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.cli import parse_options
+from dalle_ds.config import to_dict
 from dalle_ds.config.plain import at_least, positive, sound
 from dalle_ds.data import PairDataset
 from dalle_ds.data.dataset import read_info
@@ -46,7 +47,6 @@ from dalle_ds.evaluation.sets import (
 )
 from dalle_ds.evaluation.unclip import (
     UnclipRequest,
-    check_sizes,
     measure_swaps,
     measure_unclip,
     measure_upsamplers,
@@ -66,6 +66,9 @@ RESULT_NAME, CAPTIONS_NAME = "result.json", "captions.jsonl"
 JUDGED_BY_ITSELF = (
     "The CLIP that chose among candidates also judged them: CLIP score and retrieval grow with n by that alone. Name another "
     "one with --judge."
+)
+JUDGED_BY_THE_STAGES = (
+    "The CLIP that the unCLIP's stages were trained with also judged its images: name another one with --judge."
 )
 
 
@@ -144,6 +147,12 @@ class EvaluateOptions:
         if self.prior is not None:
             at_least(2 * self.prior_sampling.best_of, "evaluation", self, "num")
         _ = self.radii, self.numbers
+        if self.unclip is None:
+            self.stages.refuse_all("what is measured")
+            if self.guidances:
+                raise ConfigError(
+                    f"guidances={self.guidances} are of an unCLIP: name it with --unclip, or leave them out"
+                )
         if any(not 0 <= value < math.inf for value in _numbers("guidances", self.guidances)):
             raise ConfigError(f"guidances must be 0 or greater, as 1,2,4, found {self.guidances!r}")
         if (self.real is None) != (self.fake is None):
@@ -230,6 +239,9 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
     if options.unclip is not None:
         dtype = choose_precision(options.dtype, mesh)
         unclip = Unclip.from_pretrained(options.unclip, mesh.device, DTYPES[dtype], max_memory=options.stages.max_bytes)
+        codes = options.sampling if transformer is None else Sampling()  # else they are the transformer's
+        how = options.stages.resolved(unclip, codes)
+        unclip_request = UnclipRequest(how, _numbers("guidances", options.guidances), options.seed)
     seen_by = (vae, pipeline.dvae if pipeline is not None else None, judge, prior.clip if prior is not None else None)
     sizes = [model.config.image_size for model in seen_by if model is not None]
     generates = pipeline is not None and bool(options.numbers)
@@ -249,8 +261,9 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
     )
     protocol = _protocol(options, context)
     models: dict[str, str] = {}
-    if generates:
+    if generates or unclip is not None:
         _check_captions(context)
+    if generates:
         protocol["generation"] = {
             "best_of": options.numbers,
             "seed": options.seed,
@@ -287,18 +300,16 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
         with context.timed("prior"):
             measure_prior(context, prior, options.num, options.seed, sampling, options.prior_sampling.best_of)
     if unclip is not None:
-        request = UnclipRequest(
-            options.stages.resolved(unclip, options.sampling), _numbers("guidances", options.guidances), options.seed
-        )
-        check_sizes(context)
-        protocol["unclip"] = {"clip": unclip.clip.fingerprint, "seed": options.seed, "guidances": options.guidances}
-        protocol["unclip"] |= {"stages": vars(options.stages), "sampling": vars(options.sampling), "dtype": dtype}
+        protocol["unclip"] = {"clip": unclip.clip.fingerprint, "seed": options.seed, "dtype": dtype}
+        protocol["unclip"] |= {"guidances": options.guidances, "sampling": to_dict(unclip_request.sampling)}
         models |= unclip.fingerprints()
+        if judge is not None and judge.fingerprint == unclip.clip.fingerprint:
+            context.notes.append(JUDGED_BY_THE_STAGES)
         with context.timed("unclip"):
-            measure_unclip(context, unclip, request)
-            measure_swaps(context, unclip, request)
+            measure_unclip(context, unclip, unclip_request)
+            measure_swaps(context, unclip, unclip_request)
         with context.timed("upsamplers"):
-            measure_upsamplers(context, unclip, request)
+            measure_upsamplers(context, unclip, unclip_request)
     result = Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds)
     return result, context.sheets
 

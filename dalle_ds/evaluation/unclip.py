@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dalle_ds.data.augment import clip_center_view
 from dalle_ds.diffusion.degradation import shrink
-from dalle_ds.errors import DataError
 from dalle_ds.evaluation.frechet import Appearance, distances
 from dalle_ds.evaluation.measure import Context, matching
 from dalle_ds.evaluation.metrics import psnr
@@ -29,6 +28,8 @@ from dalle_ds.sampling.grid import to_pil_images
 TRUE, PRIOR, TEXT, CAPTION = "true_embedding", "prior", "text_embedding", "caption_only"
 SHOWN = 8
 """Captions on the sheet."""
+SWAPPED = 64
+"""Captions whose embeddings and words are swapped."""
 RESIZINGS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -142,6 +143,7 @@ def _sheet(
     for name in kinds:
         embeddings = given[name]
         some = None if embeddings is None else embeddings[: len(texts)]
+        pipe.bring(pipe.decoder)
         images = pipe.decoder.sample(texts, some, seed=request.seed, sampling=request.sampling.decoder)
         for row, image in zip(rows, to_pil_images(images), strict=True):
             row.append(image)
@@ -162,15 +164,18 @@ def measure_swaps(context: Context, pipe: Unclip, request: UnclipRequest) -> Non
     noise stays. On the main process."""
     if not context.mesh.is_main or len(context.captions) < 2:
         return
-    captions = context.captions[:64]
+    captions = context.captions[:SWAPPED]
     texts = [caption.text for caption in captions]
     views = [clip_center_view(context.dataset.image(caption.row), pipe.clip.config.image_size) for caption in captions]
+    pipe.bring(pipe.clip)
     embeddings = pipe.clip.embed_images(stacked(views).to(pipe.clip.logit_scale.device).float() / 255)
     half = len(texts) // 2
     other_texts, other_embeddings = texts[half:] + texts[:half], embeddings.roll(-half, 0)
     how, found = request.sampling.decoder, []
     for words, of in ((texts, embeddings), (texts, other_embeddings), (other_texts, embeddings)):
+        pipe.bring(pipe.decoder)
         images = pipe.decoder.sample(words, of, keys=texts, seed=request.seed, sampling=how)
+        pipe.bring(pipe.clip)
         found.append(pipe.clip.embed_images(images))
     changes = {name: 1 - (found[0] * found[n]).sum(dim=1) for name, n in (("embedding", 1), ("caption", 2))}
     for name, change in changes.items():
@@ -215,12 +220,6 @@ def measure_upsamplers(context: Context, pipe: Unclip, request: UnclipRequest) -
                 values = error[members].mean(dim=0).tolist()
                 figures = {"psnr": values[0], "consistency_psnr": values[1], **apart[selection]}
                 context.record(selection, f"{name}/{way}", figures)
-
-
-def check_sizes(context: Context) -> None:
-    """Refuse a split with too few captions, of whose images nothing can be said."""
-    if len(context.captions) < 2:
-        raise DataError(f"{len(context.captions)} captions are too few to measure an unCLIP on: take another split")
 
 
 def _bytes(pixels: Tensor) -> Tensor:

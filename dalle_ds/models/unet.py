@@ -45,7 +45,7 @@ def decoder_unet(config: DecoderConfig, checkpointing: Checkpointing) -> nn.Modu
 def upsampler_unet(config: UpsamplerConfig, checkpointing: Checkpointing) -> nn.Module:
     """Convolutions alone, over x_t and, behind it, the enlarged small image."""
     count = len(config.multiples)
-    return _unet(
+    unet: Any = _unet(
         "UNet2DModel",
         config,
         checkpointing,
@@ -55,6 +55,13 @@ def upsampler_unet(config: UpsamplerConfig, checkpointing: Checkpointing) -> nn.
         add_attention=False,
         class_embed_type="timestep" if config.noise_augmentation else None,
     )
+    if config.noise_augmentation:
+        # diffusers gives it fp32, whatever the weights are.
+        unet.class_embedding.register_forward_pre_hook(
+            lambda module, given: (given[0].to(module.linear_1.weight.dtype),)
+        )
+    upsampler: nn.Module = unet
+    return upsampler
 
 
 def _unet(kind: str, config: UnetConfig, checkpointing: Checkpointing, **settings: Any) -> nn.Module:

@@ -83,8 +83,7 @@ class GenerateOptions:
     seed: int = 0
     """Image i of a prompt depends on the seed, i and the prompt only."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
-    """--temperature, --top_k, --top_p, --guidance; of an unCLIP, --guidance is the decoder's, the rest an autoregressive
-    prior's."""
+    """--temperature, --top_k, --top_p, --guidance; of an unCLIP, the first three are an autoregressive prior's."""
     unclip: Annotated[UnclipOptions, tyro.conf.arg(name="")] = field(default_factory=UnclipOptions)
     """How the stages of an unCLIP sample."""
     rerank: str | None = None
@@ -103,7 +102,7 @@ class GenerateOptions:
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute; auto spreads a transformer larger than one device over GPUs and main memory."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the transformer; auto takes what the device computes fastest."""
+    """Arithmetic of the transformer, or of an unCLIP's stages; auto takes what the device computes fastest."""
 
     def check(self) -> None:
         """Refuse, with a ConfigError, what cannot be written or belongs to something that was not asked for."""

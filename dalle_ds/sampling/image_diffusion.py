@@ -47,6 +47,8 @@ class DiffusionFacts:
     sampling: ImageSampling
     residual: bool = False
     """Whether that is of the difference from a small image, enlarged."""
+    noise_share: float = 0.0
+    """Share of the schedule whose noise small images had (`objective.noise`)."""
 
     @property
     def noise(self) -> NoiseSchedule:

@@ -108,7 +108,7 @@ class TextToImage:
         else:
             if max_memory is not None:
                 raise ConfigError(f"max_memory needs device=auto, found device={device}")
-            model = Dalle.from_pretrained(folder, tensor=tensor).to(device=_usable(device), dtype=dtype)
+            model = Dalle.from_pretrained(folder, tensor=tensor).to(device=usable_device(device), dtype=dtype)
         for part in (TOKENIZER_NAME, DVAE_NAME):
             if not (folder / part).exists():
                 raise CheckpointError(
@@ -241,7 +241,7 @@ class TextToImage:
         return [to_pil_images(self.dvae.decode(one.view(1, side, side).to(self.device)))[0] for one in codes]
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     """The device of that name.
 
     Raises:

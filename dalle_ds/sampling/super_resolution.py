@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.config import ImageSampling
-from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import export_folder
 from dalle_ds.models.upsampler import Upsampler, enlarge
@@ -74,7 +74,7 @@ class SuperResolution:
         batch_size: int = 4,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Enlarge images of any size.
+        """Enlarge images, of any size whose sides, enlarged, are multiples of `config.factor`.
 
         Args:
             low: (B, 3, h, w) in [0, 1].
@@ -95,23 +95,24 @@ class SuperResolution:
         sampling, config = sampling or self.facts.sampling, self.upsampler.config
         if sampling.guidance != 1:
             raise ConfigError(f"sampling.guidance={sampling.guidance}: upsamplers have no guidance, leave it out")
-        if sampling.noise and not config.noise_augmentation:
+        if sampling.noise and not (config.noise_augmentation and sampling.noise <= self.facts.noise_share):
             raise ConfigError(
-                f"sampling.noise={sampling.noise} needs an upsampler trained with model.noise_augmentation"
+                f"sampling.noise={sampling.noise} needs an upsampler trained with model.noise_augmentation and as much of "
+                f"objective.noise, of which this one had {self.facts.noise_share}"
             )
-        step = math.lcm(config.factor, config.scale)
-        if tile is not None and (tile < 2 * step or tile % step):
-            raise ConfigError(f"tile must be a multiple of {step}, at least {2 * step}, found {tile}")
+        self.check_tile(tile)
+        if len(low) != len(captions):
+            raise DataError(f"{len(low)} images need as many captions, found {len(captions)}")
         # Of a number of its own for each size: two upsamplers in a row must not begin with the same noise.
         generators = image_generators(f"upsampler {config.image_size}", captions, seed, numbers)
         height, width = (side * config.scale for side in low.shape[2:])
         found, chunks = [], range(0, len(low), batch_size)
         for number, start in enumerate(chunks):
             chunk = slice(start, start + batch_size)
-            small, noise_step = low[chunk].to(self.device) * 2 - 1, 0
-            if sampling.noise:
-                schedule = self.facts.noise
-                noise_step = int(sampling.noise * len(schedule))
+            small = low[chunk].to(self.device) * 2 - 1
+            schedule = self.facts.noise
+            noise_step = int(sampling.noise * len(schedule))
+            if noise_step:
                 drawn = [torch.randn(small.shape[1:], generator=generator) for generator in generators[chunk]]
                 small = schedule.add_noise(small, torch.stack(drawn).to(small), noise_step)
 
@@ -127,6 +128,15 @@ class SuperResolution:
                 denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, base, told)
             )
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, height, width)
+
+    def check_tile(self, tile: int | None) -> None:
+        """Raise a `ConfigError` for a side of tiles that this model cannot have."""
+        step = math.lcm(self.upsampler.config.factor, self.upsampler.config.scale)
+        if tile is not None and (tile < 2 * step or tile % step):
+            side = self.upsampler.config.image_size
+            raise ConfigError(
+                f"tile must be a multiple of {step}, at least {2 * step}, to make {side} pixels, found {tile}"
+            )
 
     def _predict(self, x: Tensor, timestep: int, low: Tensor, noise_step: int, tile: int | None) -> Tensor:
         scale = self.upsampler.config.scale

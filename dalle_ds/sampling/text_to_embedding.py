@@ -88,8 +88,9 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
 
     def to(self, device: str | torch.device) -> None:
         """Move the prior; CLIP follows where it is used."""
-        if torch.device(device) != self.device:
-            self.prior.to(device)
+        before = self.device
+        self.prior.to(device)
+        if self.device != before:
             self.__dict__.pop("_weights", None)
 
     @staticmethod

@@ -30,6 +30,7 @@ from dalle_ds.sampling.candidates import ClipReranker, checked_scores
 from dalle_ds.sampling.codes import Sampling
 from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
 from dalle_ds.sampling.grid import to_pil_images
+from dalle_ds.sampling.pipeline import usable_device
 from dalle_ds.sampling.prior import PriorSampling
 from dalle_ds.sampling.super_resolution import SuperResolution
 from dalle_ds.sampling.text_to_embedding import CLIP_NAME, TextToEmbedding
@@ -140,7 +141,7 @@ class Unclip:
             side = config.image_size
         self.image_size: int = side
         """Side in pixels of the images that it makes."""
-        self.residents = Residents(torch.device(device), max_memory)
+        self.residents = Residents(usable_device(device), max_memory)
         if max_memory is None:
             for part in (clip, prior, decoder, *self.upsamplers):
                 if part is not None:
@@ -165,12 +166,14 @@ class Unclip:
             CheckpointError: something is missing or does not belong together.
             ConfigError: neither a prior nor a CLIP.
         """
-        first = None if prior is None else TextToEmbedding.from_pretrained(prior)
-        if clip is None and first is None:
+        if clip is None and prior is None:
             raise ConfigError(
                 "without a prior, a CLIP is needed: name the one whose embeddings the decoder was trained on"
             )
-        read = first.clip if clip is None and first is not None else Clip.from_pretrained(clip or "")
+        given = None if clip is None else Clip.from_pretrained(clip)
+        first = None if prior is None else TextToEmbedding.from_pretrained(prior, clip=given)
+        read = first.clip if first is not None else given
+        assert read is not None
         second = EmbeddingToImage.from_pretrained(decoder, clip=read)
         return cls(read, second, first, [SuperResolution.from_pretrained(path) for path in upsamplers])
 
@@ -288,7 +291,7 @@ class Unclip:
             return found
         score = ClipReranker(rerank) if isinstance(rerank, Clip) else rerank
         if isinstance(rerank, Clip):
-            rerank.to(self.residents.device)
+            self.residents.bring((rerank, _bytes(rerank)))
         sorted_images = []
         for prompt, images in zip(prompts, found, strict=True):
             scores = checked_scores(score(prompt, images), prompt, len(images))

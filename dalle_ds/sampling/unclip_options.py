@@ -6,9 +6,12 @@ from dataclasses import dataclass, fields, replace
 
 from dalle_ds.config import ImageSampling
 from dalle_ds.config.plain import positive
+from dalle_ds.diffusion import step_grid
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.codes import Sampling
+from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
 from dalle_ds.sampling.prior import PriorSampling
+from dalle_ds.sampling.super_resolution import SuperResolution
 from dalle_ds.sampling.unclip import Unclip, UnclipSampling
 
 
@@ -47,20 +50,23 @@ class UnclipOptions:
                 raise ConfigError(f"{entry.name}={found} is for an unCLIP, and {model} is none: leave it out")
 
     def resolved(self, pipe: Unclip, codes: Sampling) -> UnclipSampling:
-        """With what the exports say; of `codes`, the guidance is the decoder's where nothing else is given, the rest an
-        autoregressive prior's."""
-        guidance = self.decoder_guidance
-        if guidance is None and codes.guidance != 1:
-            guidance = codes.guidance
-        upsamplers = []
-        for number, steps in enumerate(self.upsampler_steps):
-            if number >= len(pipe.upsamplers):
-                have = len(pipe.upsamplers)
-                raise ConfigError(f"upsampler_steps has {len(self.upsampler_steps)} grids for {have} upsamplers")
-            upsamplers.append(_changed(pipe.upsamplers[number].facts.sampling, steps, None))
+        """With what the exports say; `codes` are for an autoregressive prior.
+
+        Raises:
+            ConfigError: settings of stages that are not there, or that these cannot have.
+        """
+        if codes.guidance != 1:
+            raise ConfigError(f"guidance={codes.guidance}: an unCLIP has decoder_guidance and prior_guidance instead")
+        given, have = len(self.upsampler_steps), len(pipe.upsamplers)
+        if given > have:
+            raise ConfigError(f"upsampler_steps has {given} grids for {have} upsamplers")
+        every = zip(pipe.upsamplers, [*self.upsampler_steps, *[None] * (have - given)], strict=True)
+        upsamplers = [_changed(stage, steps, None) for stage, steps in every]
+        for stage in pipe.upsamplers:
+            stage.check_tile(self.tile)
         return UnclipSampling(
             prior=self._of_prior(pipe, codes),
-            decoder=_changed(pipe.decoder.facts.sampling, self.decoder_steps, guidance),
+            decoder=_changed(pipe.decoder, self.decoder_steps, self.decoder_guidance),
             upsamplers=tuple(upsamplers),
             tile=self.tile,
         )
@@ -70,7 +76,7 @@ class UnclipOptions:
             if self.prior_steps is not None:
                 raise ConfigError("prior_steps are a diffusion prior's, and this one is autoregressive: leave them out")
             return replace(codes, guidance=1.0 if self.prior_guidance is None else self.prior_guidance)
-        if replace(codes, guidance=1.0) != Sampling():
+        if codes != Sampling():
             raise ConfigError(
                 "temperature, top_k and top_p are for codes, which this unCLIP samples none of: leave them out"
             )
@@ -78,11 +84,17 @@ class UnclipOptions:
             raise ConfigError(
                 "prior_steps and prior_guidance are for a prior, which this unCLIP has none of: leave them out"
             )
+        if pipe.prior is None:
+            return None
         guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
-        return PriorSampling(steps=self.prior_steps, guidance=guidance)
+        how: PriorSampling = pipe.prior.resolved(PriorSampling(steps=self.prior_steps, guidance=guidance))
+        step_grid(how.steps or "", len(pipe.prior.schedule))  # type: ignore[attr-defined]
+        return how
 
 
-def _changed(sampling: ImageSampling, steps: str | None, guidance: float | None) -> ImageSampling:
+def _changed(stage: EmbeddingToImage | SuperResolution, steps: str | None, guidance: float | None) -> ImageSampling:
+    sampling = stage.facts.sampling
+    step_grid(sampling.steps if steps is None else steps, stage.facts.timesteps)  # refuses it before other stages run
     return replace(
         sampling,
         steps=sampling.steps if steps is None else steps,

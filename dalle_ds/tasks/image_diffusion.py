@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.config import DecoderRun, UpsamplerRun
-from dalle_ds.diffusion import NoiseSchedule, hybrid_loss, noise_schedule, simple_loss
+from dalle_ds.diffusion import NoiseSchedule, hybrid_loss, noise_schedule, simple_loss, step_grid
 from dalle_ds.tasks.base import Batch, Metrics, Task, row_noise
 
 LEVELS = 256
@@ -21,6 +21,10 @@ ImageRun = TypeVar("ImageRun", bound=DecoderRun | UpsamplerRun)
 class ImageDiffusionTask(Task[ImageRun]):
     """What learns to denoise images in [−1, 1]: the mean squared error of what it predicts, and with a learned variance its
     variational bound (`diffusion.losses.hybrid_loss`)."""
+
+    def __init__(self, run: ImageRun) -> None:
+        super().__init__(run)
+        step_grid(run.sampling.steps, run.objective.timesteps)  # refuses what export and previews could not sample by
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

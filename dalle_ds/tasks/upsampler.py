@@ -78,7 +78,15 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         """The loss, of whole images whose small ones are not degraded, and what resizing makes of these."""
         _, noise, _ = self.random_noise(batch, 1)
         steps, valid = self.spread_timesteps(batch), batch["valid"]
-        errors, bits = self._losses(model, batch, batch["low"], steps, noise)
+        # As many pixels at a time as in training, whose images are crops.
+        rows = max(1, len(valid) * self.run.crop_size**2 // self.run.model.image_size**2)
+        parts = [
+            self._losses(model, {"image": image}, low, some_steps, some_noise)
+            for image, low, some_steps, some_noise in zip(
+                *(part.split(rows) for part in (batch["image"], batch["low"], steps, noise)), strict=True
+            )
+        ]
+        errors, bits = (torch.cat(each) for each in zip(*parts, strict=True))
         resized = enlarge(batch["low"], self.run.model.scale).clamp(-1, 1)
         return {
             "count": valid.sum(),
@@ -109,7 +117,12 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         """The plain model, with all that using it needs."""
         objective, sampling = self.run.objective, self.run.sampling
         facts = DiffusionFacts(
-            objective.schedule, objective.timesteps, objective.predicts, sampling, objective.residual
+            objective.schedule,
+            objective.timesteps,
+            objective.predicts,
+            sampling,
+            objective.residual,
+            objective.noise,
         )
         return SuperResolution(cast(Upsampler, model), facts)
 

@@ -110,7 +110,12 @@ def test_a_decoder_that_knows_images_by_their_embeddings(
 def test_real_stages_are_measured_and_settings_reach_them(data: Path, unclip_export: Path, tmp_path: Path) -> None:
     stages = UnclipOptions(decoder_steps="1", upsampler_steps=("1",), prior_steps="2")
     result = evaluate(options(data, unclip_export, tmp_path, stages=stages, captions=3), ALONE)
-    assert result.protocol["unclip"]["stages"]["decoder_steps"] == "1"
+    settings = result.protocol["unclip"]["sampling"]
+    assert (settings["decoder"]["steps"], settings["upsamplers"][0]["steps"], settings["prior"]["steps"]) == (
+        "1",
+        "1",
+        "2",
+    )
     assert {"clip", "prior", "decoder", "upsampler_1"} <= result.models.keys()
     assert not [name for name in result.metrics if "judge" in name or "retrieval" in name]
     for name in ("true_embedding", "prior", "text_embedding", "caption_only"):
@@ -129,3 +134,6 @@ def test_a_pareto_plot_has_a_point_for_each_guidance() -> None:
 def test_mistakes_are_told(data: Path, unclip_export: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="guidances"):
         options(data, unclip_export, tmp_path, guidances="-1")
+    for change in ({"guidances": "1,2"}, {"stages": UnclipOptions(tile=64)}):
+        with pytest.raises(ConfigError, match="unCLIP"):
+            EvaluateOptions(data=str(data), out=str(tmp_path), prior="some", **change)

@@ -70,6 +70,15 @@ def test_images_of_any_size_are_taken() -> None:
         assert model(*inputs(16, 48)[:1], STEPS, inputs(16, 48)[1]).shape == (2, 6, 16, 48)
 
 
+def test_noise_augmentation_is_told_in_16_bits_too() -> None:
+    """`diffusers` gives the noise's embedding in fp32, whatever the weights are."""
+    model, (x, low) = upsampler_of(dataclasses.replace(CONFIG, noise_augmentation=True)), inputs()
+    with torch.no_grad():
+        wanted = model(x, STEPS, low, noise_steps=STEPS)
+        found = model.to(torch.bfloat16)(x, STEPS, low, noise_steps=STEPS)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_noise_augmentation_is_told() -> None:
     model, (x, low) = upsampler_of(dataclasses.replace(CONFIG, noise_augmentation=True)), inputs()
     with torch.no_grad():

@@ -250,8 +250,11 @@ def test_tiles_of_a_real_model_are_near_the_whole() -> None:
 def test_noise_is_added_to_the_small_image_where_it_is_told() -> None:
     low = torch.rand(1, 3, 16, 16)
     stage = upsampler_stage(noise_augmentation=True)
+    stage.facts = dataclasses.replace(stage.facts, noise_share=0.5)
     how = dataclasses.replace(stage.facts.sampling, noise=0.3)
     assert (stage.sample(low, ["a"], sampling=how) - stage.sample(low, ["a"])).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"objective\.noise"):
+        stage.sample(low, ["a"], sampling=dataclasses.replace(how, noise=0.6))
     with pytest.raises(ConfigError, match="noise_augmentation"):
         upsampler_stage().sample(low, ["a"], sampling=how)
     with pytest.raises(ConfigError, match="guidance"):
@@ -426,6 +429,9 @@ def test_the_command_takes_it_like_a_dalle(pipe: Unclip, clip: Clip, tmp_path: P
         ({"sampling": Sampling(temperature=0.5)}, "temperature"),
         ({"unclip": UnclipOptions(upsampler_steps=("1", "1", "1"))}, "upsampler_steps"),
         ({"device": "auto"}, "device"),
+        ({"sampling": Sampling(guidance=2.0)}, "decoder_guidance"),
+        ({"unclip": UnclipOptions(tile=17)}, "tile"),
+        ({"unclip": UnclipOptions(upsampler_steps=("3", "5000"))}, "step grid"),
     ):
         with pytest.raises(ConfigError, match=words):
             generate_to_file(dataclasses.replace(given, **change))  # type: ignore[arg-type]
