@@ -120,6 +120,9 @@ def test_samples_have_whole_captions_or_cut_ones_with_their_end(data: Path, toke
 
 def test_training_takes_each_caption_of_several_and_validation_the_first(tokenizer_file: Path) -> None:
     class Rows:
+        def __len__(self) -> int:
+            return 1
+
         def captions(self, row: int) -> list[str]:
             return ["red", "green", "blue"]
 
