@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dalle_ds.config import Checkpointing, DecoderConfig, UnetConfig, UpsamplerConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.meta_device import device_type
 from dalle_ds.nn.layers import dropout, seeds_on_host
 from dalle_ds.parallel import WHOLE
 
@@ -124,7 +125,7 @@ class ContextAttention:
         )
         mask = None if attention_mask is None else F.pad(attention_mask, (0, positions.shape[1]))[:, None]
         dtype = query.dtype
-        if query.device.type == "cpu" and dtype != torch.float32 and query.requires_grad and query.shape[2] <= SHORT:
+        if device_type(query) == "cpu" and dtype != torch.float32 and query.requires_grad and query.shape[2] <= SHORT:
             query, key, value, mask = (part if part is None else part.float() for part in (query, key, value, mask))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).to(dtype)
         joined = attention.to_out[0](attended.transpose(1, 2).flatten(2))
