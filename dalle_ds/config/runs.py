@@ -162,8 +162,8 @@ class ClipRun(Run):
 
 
 @dataclass(frozen=True)
-class TextToEmbeddingRun(Run):
-    """What both priors' runs have."""
+class EmbeddedRun(Run):
+    """What the runs of stages have that train on CLIP's embeddings."""
 
     clip: str = ""
     """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
@@ -171,6 +171,12 @@ class TextToEmbeddingRun(Run):
     """Tokenizer file that `launchers/train_tokenizer.py` made; not for model.text=clip_states, which reads CLIP's tokens."""
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
     """How updates are made."""
+
+
+@dataclass(frozen=True)
+class TextToEmbeddingRun(EmbeddedRun):
+    """What both priors' runs have."""
+
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
 
@@ -196,17 +202,11 @@ class LatentPriorRun(TextToEmbeddingRun):
 
 
 @dataclass(frozen=True)
-class DecoderRun(Run):
+class DecoderRun(EmbeddedRun):
     """Training of unCLIP's decoder (`launchers/train_decoder.py`)."""
 
-    clip: str = ""
-    """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
-    tokenizer: str = ""
-    """Tokenizer file that `launchers/train_tokenizer.py` made; not for model.text=clip_states, which reads CLIP's tokens."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
     """Shape of the model."""
-    train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
-    """How updates are made."""
     objective: DecoderObjective = field(default_factory=DecoderObjective)
     """Noise, and what is dropped."""
     sampling: ImageSampling = field(default_factory=ImageSampling)
