@@ -19,8 +19,12 @@ from rich import print
 from rich.table import Table
 
 from dalle_ds.cli import parse_options
-from dalle_ds.data import BatchLoader, DvaeSamples, PairDataset
+from dalle_ds.data import BatchLoader, DvaeSamples, PairDataset, UpsamplerSamples
 from dalle_ds.data.prepare import PrepareOptions, prepare
+from dalle_ds.diffusion.degradation import bsr
+
+LARGE = 1024
+"""Side of the images of unCLIP's second upsampler."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,20 @@ class NothingToDo:
         return {"row": row}
 
 
-def write_corpus(folder: Path, pairs: int) -> None:
+def write_corpus(folder: Path, pairs: int, width: int = 640, height: int = 480) -> None:
     """Smooth noise, which takes about as long to decode as photographs do."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(pairs):
-        noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
-        noise.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
+        noise = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+        noise.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
         (folder / f"{number:06d}.txt").write_text(f"an image of noise number {number}")
 
 
-def loader(samples: DvaeSamples | NothingToDo, micro_batch: int, workers: int, start_step: int = 0) -> BatchLoader:
+Samples = DvaeSamples | UpsamplerSamples | NothingToDo
+
+
+def loader(samples: Samples, micro_batch: int, workers: int, start_step: int = 0) -> BatchLoader:
     return BatchLoader(
         samples,
         seed=0,
@@ -75,6 +82,14 @@ def loader(samples: DvaeSamples | NothingToDo, micro_batch: int, workers: int, s
     )
 
 
+def samples_per_second(samples: Samples, options: Options, workers: int) -> float:
+    batches = iter(loader(samples, options.micro_batch, workers))
+    list(islice(batches, 2))
+    start = time.perf_counter()
+    list(islice(batches, options.batches))
+    return options.batches * options.micro_batch / (time.perf_counter() - start)
+
+
 def measure(options: Options) -> Iterator[tuple[str, float]]:
     """(what, figure) one after another."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,14 +99,17 @@ def measure(options: Options) -> Iterator[tuple[str, float]]:
             start = time.perf_counter()
             prepare(PrepareOptions(corpus="folder", source=str(corpus)), str(out), workers=workers, overwrite=True)
             yield f"prepare_pairs_per_second_workers_{workers}", options.pairs / (time.perf_counter() - start)
-        samples = DvaeSamples(PairDataset.open(out, "train"), options.image_size, train=True)
+        views = DvaeSamples(PairDataset.open(out, "train"), options.image_size, train=True)
         for workers in (0, 2):
-            batches = iter(loader(samples, options.micro_batch, workers))
-            list(islice(batches, 2))
-            start = time.perf_counter()
-            list(islice(batches, options.batches))
-            seconds = time.perf_counter() - start
-            yield f"load_pairs_per_second_workers_{workers}", options.batches * options.micro_batch / seconds
+            yield f"load_pairs_per_second_workers_{workers}", samples_per_second(views, options, workers)
+        large, out = Path(folder) / "large", Path(folder) / "large_data"
+        write_corpus(large, options.pairs // 2, LARGE, LARGE)
+        prepare(PrepareOptions(corpus="folder", source=str(large)), str(out), workers=2)
+        crops = UpsamplerSamples(
+            PairDataset.open(out, "train"), LARGE, train=True, scale=4, crop=LARGE // 4, degrade=bsr
+        )
+        for workers in (0, 2):
+            yield f"load_degraded_crops_per_second_workers_{workers}", samples_per_second(crops, options, workers)
     for rows in (1_000_000, 250_000_000):
         start = time.perf_counter()
         next(iter(loader(NothingToDo(rows), options.micro_batch, workers=0, start_step=10**8)))

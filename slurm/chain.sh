@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits a whole DALL·E: tokenizer → dVAE → codes → transformer → evaluation; or a whole unCLIP: tokenizer → CLIP → embeddings →
-# prior, decoder and both upsamplers side by side → one folder of them → evaluation. Each stage waits for those before; where one
+# prior and decoder side by side, both upsamplers beside all of it → one folder of them → evaluation. Each stage waits for those before; where one
 # fails, those after it leave the queue. Given again, it goes on where it was stopped: stages that are done end at once.
 #
 #   slurm/chain.sh PRESET DATA OUT [--system dalle|unclip]
@@ -37,7 +37,7 @@ stage() {
     [[ -z $last ]] || request=(--dependency="afterok:$last" --kill-on-invalid-dep=yes)
     [[ ! $name =~ ^(tokenizer|codes|unclip)$ ]] || request+=(--nodes=1) # one process, whatever SBATCH_ARGS has for the others
     # shellcheck disable=SC2086 # options, several in a word
-    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} ${request[@]+"${request[@]}"} "$DALLE_ROOT/slurm/$name.sbatch" "$@")
+    last=$("$DALLE_ROOT/slurm/submit.sh" ${SBATCH_ARGS:-} ${request[@]+"${request[@]}"} "$DALLE_ROOT/slurm/${name%_[12]}.sbatch" "$@")
     jobs+=("$last")
     printf '%-12s %s\n' "$name" "$last"
 }
@@ -62,22 +62,22 @@ submit_dalle() {
 
 # shellcheck disable=SC2086
 submit_unclip() {
-    local folder before after=
+    local folder before=$last after=
+    local given=(--preset "$preset" --deepspeed_config "$zero3" --data "${data[@]}")
+    stage upsampler_1 --stage 64-256 "${given[@]}" --run_dir "$out/upsampler_1" ${UPSAMPLER_1_ARGS:-}
+    after+=:$last last=$before
+    stage upsampler_2 --stage 256-1024 "${given[@]}" --run_dir "$out/upsampler_2" ${UPSAMPLER_2_ARGS:-}
+    after+=:$last last=$before
     stage clip --preset "$preset" --deepspeed_config "$zero1" --data "${data[@]}" --tokenizer "$out/tokenizer.model" \
         --run_dir "$out/clip" ${CLIP_ARGS:-}
     for folder in "${data[@]}"; do
         stage embeddings --out "$folder" --cache_embeddings "$out/clip" ${EMBEDDINGS_ARGS:-}
     done
-    local given=(--preset "$preset" --deepspeed_config "$zero3" --data "${data[@]}")
     local embedded=("${given[@]}" --clip "$out/clip" --tokenizer "$out/tokenizer.model")
     before=$last
     stage prior "${embedded[@]}" --run_dir "$out/prior" ${PRIOR_ARGS:-}
     after+=:$last last=$before
     stage decoder "${embedded[@]}" --run_dir "$out/decoder" ${DECODER_ARGS:-}
-    after+=:$last last=$before
-    stage upsampler --stage 64-256 "${given[@]}" --run_dir "$out/upsampler_1" ${UPSAMPLER_1_ARGS:-}
-    after+=:$last last=$before
-    stage upsampler --stage 256-1024 "${given[@]}" --run_dir "$out/upsampler_2" ${UPSAMPLER_2_ARGS:-}
     last=${after#:}:$last
     stage unclip --prior "$out/prior" --decoder "$out/decoder" --upsampler "$out/upsampler_1" --upsampler "$out/upsampler_2" \
         --out "$out/unclip"

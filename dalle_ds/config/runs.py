@@ -220,7 +220,7 @@ class DecoderRun(EmbeddedRun):
 
 @dataclass(frozen=True)
 class UpsamplerRun(Run):
-    """Training of an upsampler (`launchers/train_upsampler.py`)."""
+    """Training of an upsampler (`launchers/train_upsampler.py --stage 64-256`, or `256-1024` for the second)."""
 
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
     """Shape of the model."""

@@ -324,15 +324,16 @@ class UpsamplerObjective(ImageDiffusionObjective):
     is this share of it."""
     mirror: bool = False
     """Whether every other training image is mirrored."""
-    residual: bool = False
-    """Whether what is predicted, x0 or v, is of the difference from the enlarged small image: a small model does not learn in
-    minutes to copy that, through its normalizations (docs/unclip.md)."""
+    residual: float = 0.0
+    """Greater than 0: the difference from the enlarged small image, times this, is noised and predicted in place of the image.
+    A small model does not learn in minutes to copy that image through its normalizations (docs/unclip.md). The factor should
+    give differences about the spread of images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fraction("objective", self, "noise")
-        if self.residual and self.predicts == "epsilon":
-            raise ConfigError("objective.residual is of images, and objective.predicts is epsilon: set that to x0 or v")
+        if not 0 <= self.residual < math.inf:
+            raise ConfigError(f"objective.residual must be 0 (off) or greater, found {self.residual}")
         for name in ("crop", "degraded"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"objective.{name} must lie in [0, 1], found {getattr(self, name)}")

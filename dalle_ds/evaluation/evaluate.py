@@ -47,7 +47,6 @@ from dalle_ds.evaluation.sets import (
 )
 from dalle_ds.evaluation.unclip import (
     UnclipRequest,
-    measure_swaps,
     measure_unclip,
     measure_upsamplers,
 )
@@ -307,7 +306,6 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
             context.notes.append(JUDGED_BY_THE_STAGES)
         with context.timed("unclip"):
             measure_unclip(context, unclip, unclip_request)
-            measure_swaps(context, unclip, unclip_request)
         with context.timed("upsamplers"):
             measure_upsamplers(context, unclip, unclip_request)
     result = Result(protocol, models, context.metrics, dalle_ds.__version__, context.notes, context.seconds)

@@ -105,6 +105,9 @@ def measure_unclip(context: Context, pipe: Unclip, request: UnclipRequest) -> No
                 context.record(
                     selection, "unclip/gain", with_interval(f"{better}_over_{worse}", of[better] - of[worse])
                 )
+    true_embeddings = given[TRUE]
+    assert true_embeddings is not None
+    _measure_swaps(context, pipe, request, true_embeddings)
     if mesh.is_main:
         _sheet(context, pipe, request, given, shown)
 
@@ -159,27 +162,25 @@ def _sheet(
     )
 
 
-def measure_swaps(context: Context, pipe: Unclip, request: UnclipRequest) -> None:
+def _measure_swaps(context: Context, pipe: Unclip, request: UnclipRequest, embeddings: Tensor) -> None:
     """How much an image changes, in cosine of its embedding, when the image embedding or the caption is another's and the
-    noise stays. On the main process."""
-    if not context.mesh.is_main or len(context.captions) < 2:
-        return
-    captions = context.captions[:SWAPPED]
-    texts = [caption.text for caption in captions]
-    views = [clip_center_view(context.dataset.image(caption.row), pipe.clip.config.image_size) for caption in captions]
-    pipe.bring(pipe.clip)
-    embeddings = pipe.clip.embed_images(stacked(views).to(pipe.clip.logit_scale.device).float() / 255)
-    half = len(texts) // 2
-    other_texts, other_embeddings = texts[half:] + texts[:half], embeddings.roll(-half, 0)
-    how, found = request.sampling.decoder, []
-    for words, of in ((texts, embeddings), (texts, other_embeddings), (other_texts, embeddings)):
+    noise stays. Collective."""
+    texts = [caption.text for caption in context.captions[:SWAPPED]]
+    changes = GatheredRows(len(texts), (2,))
+    for rows in shard_rows(len(texts), context.mesh, "swapped"):
+        other = [(row + len(texts) // 2) % len(texts) for row in rows]
+        own = [texts[row] for row in rows]
         pipe.bring(pipe.decoder)
-        images = pipe.decoder.sample(words, of, keys=texts, seed=request.seed, sampling=how)
+        images = [
+            pipe.decoder.sample(words, embeddings[of], keys=own, seed=request.seed, sampling=request.sampling.decoder)
+            for words, of in ((own, rows), (own, other), ([texts[row] for row in other], rows))
+        ]
         pipe.bring(pipe.clip)
-        found.append(pipe.clip.embed_images(images))
-    changes = {name: 1 - (found[0] * found[n]).sum(dim=1) for name, n in (("embedding", 1), ("caption", 2))}
-    for name, change in changes.items():
-        context.record("", "unclip/swapped", with_interval(name, change))
+        first, *swapped = (pipe.clip.embed_images(each) for each in images)
+        changes.put(rows, torch.stack([1 - (first * each).sum(dim=1) for each in swapped], dim=1))
+    values = changes.gather(context.mesh)
+    for name, column in (("embedding", 0), ("caption", 1)):
+        context.record("", "unclip/swapped", with_interval(name, values[:, column]))
 
 
 def measure_upsamplers(context: Context, pipe: Unclip, request: UnclipRequest) -> None:

@@ -142,7 +142,7 @@ class EmbeddingToImage:
             on_step: told of steps done, over all images.
 
         Returns:
-            (B, 3, image_size, image_size) fp32 in [0, 1], on the decoder's device.
+            (B, 3, image_size, image_size) fp32 in [0, 1], on the CPU.
 
         Raises:
             DataError: another number of embeddings than captions.
@@ -174,11 +174,10 @@ class EmbeddingToImage:
                 if on_step is not None:
                     on_step(number * steps + done, len(chunks) * steps)
 
-            found.append(
-                denoise_images(
-                    predict, (3, size, size), generators[chunk], self.facts, sampling, self.device, on_step=told
-                )
+            images = denoise_images(
+                predict, (3, size, size), generators[chunk], self.facts, sampling, self.device, on_step=told
             )
+            found.append(images.cpu())
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, size, size)
 
     def condition(self, captions: Sequence[str], embeddings: Tensor | None, read_captions: bool = True) -> Condition:

@@ -45,8 +45,8 @@ class DiffusionFacts:
     timesteps: int
     predicts: Prediction
     sampling: ImageSampling
-    residual: bool = False
-    """Whether that is of the difference from a small image, enlarged."""
+    residual: float = 0.0
+    """Greater than 0: that is of the difference from a small image, enlarged, times this."""
     noise_share: float = 0.0
     """Share of the schedule whose noise small images had (`objective.noise`)."""
 
@@ -96,7 +96,7 @@ def denoise_images(
         predict: (x_t, timestep) → (B, 3 or 6, H, W) fp32, what the model predicts, guided or not.
         shape: of an image, (3, H, W).
         generators: one for each image.
-        base: like the images, of which what is predicted is the difference.
+        base: like the images, where what is sampled is their difference from it (`DiffusionFacts.residual`).
 
     Returns:
         (B, 3, H, W) fp32 in [−1, 1].
@@ -113,12 +113,11 @@ def denoise_images(
     x = noise()
     for done, step in enumerate(reversed(range(len(grid))), start=1):
         output = predict(x, int(grid.timesteps[step]))
+        x0 = grid.x0_of(facts.predicts, output[:, :3], x, step)
         if base is None:
-            seen = grid.x0_of(facts.predicts, output[:, :3], x, step)
+            x0 = clip_x0(x0, bound, quantile)
         else:
-            noised = x - grid.at(grid.alpha_bars.sqrt(), step, x) * base
-            seen = base + grid.x0_of(facts.predicts, output[:, :3], noised, step)
-        x0 = clip_x0(seen, bound, quantile)
+            x0 = facts.residual * (clip_x0(base + x0 / facts.residual, bound, quantile) - base)
         if solver is not None:
             x = solver(x0, x)
         elif sampling.method == "ddim":
@@ -129,4 +128,4 @@ def denoise_images(
             x = ddpm_step(grid, step, x, x0, noise() if step else x, variance)
         if on_step is not None:
             on_step(done, len(grid))
-    return x.clamp(-1, 1)
+    return (x if base is None else base + x / facts.residual).clamp(-1, 1)

@@ -87,7 +87,7 @@ class SuperResolution:
             on_step: told of steps done, over all images.
 
         Returns:
-            (B, 3, scale · h, scale · w) fp32 in [0, 1].
+            (B, 3, scale · h, scale · w) fp32 in [0, 1], on the CPU.
 
         Raises:
             ConfigError: noise for a model that is not told of it; a tile that is no multiple of what sides must be.
@@ -124,9 +124,8 @@ class SuperResolution:
                     on_step(number * steps + done, len(chunks) * steps)
 
             shape, base = (3, height, width), enlarge(small, config.scale) if self.facts.residual else None
-            found.append(
-                denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, base, told)
-            )
+            images = denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, base, told)
+            found.append(images.cpu())
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, height, width)
 
     def check_tile(self, tile: int | None) -> None:

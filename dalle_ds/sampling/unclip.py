@@ -342,7 +342,7 @@ class Unclip:
         """Images of embeddings and captions, through all upsamplers; arguments as `EmbeddingToImage.sample`.
 
         Returns:
-            (B, 3, image_size, image_size) fp32 in [0, 1], on the device.
+            (B, 3, image_size, image_size) fp32 in [0, 1], on the CPU.
         """
         sampling = sampling or UnclipSampling()
         self.bring(self.decoder)

@@ -107,10 +107,11 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         noise_steps: Tensor | None = None,
         dropout_seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        image = batch["image"]
-        noised = self.schedule.add_noise(image, noise, steps)
+        clean, factor = batch["image"], self.run.objective.residual
+        if factor:
+            clean = factor * (clean - enlarge(low, self.run.model.scale))
+        noised = self.schedule.add_noise(clean, noise, steps)
         output = model(noised, steps, low, noise_steps=noise_steps, dropout_seeds=dropout_seeds)
-        clean = image - enlarge(low, self.run.model.scale) if self.run.objective.residual else image
         return self.losses(output, clean, noise, steps)
 
     def pipeline(self, model: nn.Module) -> SuperResolution:
@@ -130,7 +131,7 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
         """Images, each made small, resized, and enlarged by the model."""
         low = (batch["low"] + 1) / 2
         rows = [str(number) for number in range(len(low))]
-        enlarged = self.pipeline(model).sample(low, rows, seed=self.run.seed).cpu()
+        enlarged = self.pipeline(model).sample(low, rows, seed=self.run.seed)
         resized = enlarge(low, self.run.model.scale)
         columns = map(to_pil_images, (low, resized, enlarged, (batch["image"] + 1) / 2))
         shown = [("", images) for images in zip(*columns, strict=True)]

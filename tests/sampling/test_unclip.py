@@ -261,21 +261,20 @@ def test_noise_is_added_to_the_small_image_where_it_is_told() -> None:
         stage.sample(low, ["a"], sampling=ImageSampling(guidance=2.0))
 
 
-@pytest.mark.parametrize("predicts", ["x0", "v"])
+@pytest.mark.parametrize("predicts", ["epsilon", "x0", "v"])
 def test_of_a_difference_that_is_known_the_true_image_is_made(predicts: Any) -> None:
     """A model that knows the image, of which it tells the difference from the enlarged small one."""
     true = torch.rand(1, 3, 32, 32)
     low = F.avg_pool2d(true, 2)
     stage = upsampler_stage(learned_variance=False)
     base = enlarge(low * 2 - 1, 2)
-    facts = dataclasses.replace(stage.facts, predicts=predicts, residual=True)
+    facts = dataclasses.replace(stage.facts, predicts=predicts, residual=5.0)
     schedule = facts.noise
 
     def knows(x: Tensor, steps: Tensor, low: Tensor, **_: Any) -> Tensor:
         step = int(steps[0])
-        rest = true * 2 - 1 - base
-        noised = x - schedule.alpha_bars[step].sqrt().float() * base
-        return schedule.target(predicts, rest, schedule.epsilon_of(rest, noised, step), step)
+        rest = 5 * (true * 2 - 1 - base)
+        return schedule.target(predicts, rest, schedule.epsilon_of(rest, x, step), step)
 
     stage.upsampler.forward = knows  # type: ignore[method-assign, assignment]
     found = SuperResolution(stage.upsampler, facts).sample(low, ["a"])

@@ -84,7 +84,7 @@ def calls(place: Path) -> list[Call]:
 def test_stages_wait_for_each_other(calls: list[Call]) -> None:
     chain = ["tokenizer", "dvae", "codes", "transformer", "evaluate"]
     judged = [*chain[:-1], "clip", "evaluate"]
-    unclip = ["tokenizer", "clip", "embeddings", "prior", "decoder", "upsampler", "upsampler", "unclip", "evaluate"]
+    unclip = ["tokenizer", "upsampler", "upsampler", "clip", "embeddings", "prior", "decoder", "unclip", "evaluate"]
     assert [call.stage for call in calls] == [
         *("doctor", "prepare_data", "prepare_data"),
         *(*chain, "prepare_data", "prepare_data", *chain, *judged, "transformer", *unclip),
@@ -94,11 +94,12 @@ def test_stages_wait_for_each_other(calls: list[Call]) -> None:
         **dict.fromkeys((101, 102, 104, 109, 116, 122, 123)),
         **{
             number: f"afterok:{number - 1}"
-            for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124, 125, 131)
+            for number in (103, *range(105, 109), *range(110, 116), *range(117, 122), 124, 127, 131)
         },
-        # Prior, decoder and upsamplers are side by side, and what is made of them waits for all.
-        **dict.fromkeys((126, 127, 128, 129), "afterok:125"),
-        130: "afterok:126:127:128:129",
+        # Upsamplers need no embeddings; prior and decoder are side by side; what is made of them waits for all.
+        **dict.fromkeys((125, 126), "afterok:123"),
+        **dict.fromkeys((128, 129), "afterok:127"),
+        130: "afterok:124:125:128:129",
     }
 
 

@@ -311,14 +311,14 @@ def test_noise_augmentation_is_of_the_timesteps_that_are_told(upsampler_run: Ups
 
 def test_a_difference_is_learned_from_the_enlarged_small_image(upsampler_run: UpsamplerRun) -> None:
     """A model that tells nothing is off by what the small image does not tell."""
-    objective = dataclasses.replace(upsampler_run.objective, predicts="x0", residual=True)
+    objective = dataclasses.replace(upsampler_run.objective, predicts="x0", residual=5.0)
     model = dataclasses.replace(UPSAMPLER, learned_variance=False)
     task = UpsamplerTask(dataclasses.replace(upsampler_run, model=model, objective=objective))
     batch = first_batch(task)
     loss, _ = task.loss(task.build_model(), batch, 0)
     missed = (batch["image"] - enlarge(batch["low"], 2)).square().mean()
-    assert float(loss.detach()) == pytest.approx(float(missed), rel=1e-5)
-    assert task.pipeline(task.build_model()).facts.residual
+    assert float(loss.detach()) == pytest.approx(25 * float(missed), rel=1e-5)
+    assert task.pipeline(task.build_model()).facts.residual == 5.0
 
 
 def test_validation_does_not_depend_on_how_rows_are_batched(
@@ -366,7 +366,7 @@ def test_mistakes_of_the_decoder_are_told(decoder_run: DecoderRun, change: dict[
         ({"objective": UpsamplerObjective(crop=0.0)}, "objective.crop"),
         ({"objective": UpsamplerObjective(crop=0.5, noise=0.2)}, "model.noise_augmentation"),
         ({"sampling": ImageSampling(guidance=2.0)}, "sampling.guidance"),
-        ({"objective": UpsamplerObjective(predicts="v", crop=0.5, residual=True)}, "objective.residual"),
+        ({"objective": UpsamplerObjective(predicts="v", crop=0.5, residual=5.0)}, "objective.residual"),
     ],
 )
 def test_mistakes_of_an_upsampler_are_told(upsampler_run: UpsamplerRun, change: dict[str, Any], words: str) -> None:
