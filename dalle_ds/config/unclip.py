@@ -288,7 +288,7 @@ class ImageDiffusionObjective:
     timesteps: int = 1_000
     """Steps of the schedule."""
     predicts: Literal["epsilon", "x0", "v"] = "epsilon"
-    """What the output is: the noise (the paper's), the image, or v, which small models learn far better (docs/unclip.md)."""
+    """What the output is: the noise (the paper's), the image, which small models learn far better (docs/unclip.md), or v."""
 
     def __post_init__(self) -> None:
         positive("objective", self, "timesteps")
@@ -326,8 +326,8 @@ class UpsamplerObjective(ImageDiffusionObjective):
     """Whether every other training image is mirrored."""
     residual: float = 0.0
     """Greater than 0: the difference from the enlarged small image, times this, is noised and predicted in place of the image.
-    A small model does not learn in minutes to copy that image through its normalizations (docs/unclip.md). The factor should
-    give differences about the spread of images."""
+    A small model does not learn in minutes to copy that image through its normalizations. The smaller the factor, the more
+    levels of noise drown the difference, and the nearer samples are to the mean (docs/unclip.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,6 +23,8 @@ from dalle_ds.sampling.super_resolution import SuperResolution
 from dalle_ds.tasks.base import Batch, Metrics, Samples, row_noise
 from dalle_ds.tasks.image_diffusion import ImageDiffusionTask, to_signed
 
+PREVIEW_PIXELS = 2**22
+"""Of large images on a preview: 4 at 1,024 pixels."""
 _OF_LOW = 0x5DEECE66D
 """Makes the seed of a small image's noise of its sample's."""
 
@@ -129,14 +131,13 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         """Images, each made small, resized, and enlarged by the model."""
-        low = (batch["low"] + 1) / 2
+        size = self.run.model.image_size
+        low, true = ((batch[name][: max(1, PREVIEW_PIXELS // size**2)] + 1) / 2 for name in ("low", "image"))
         rows = [str(number) for number in range(len(low))]
         enlarged = self.pipeline(model).sample(low, rows, seed=self.run.seed)
         resized = enlarge(low, self.run.model.scale)
-        columns = map(to_pil_images, (low, resized, enlarged, (batch["image"] + 1) / 2))
-        shown = [("", images) for images in zip(*columns, strict=True)]
-        cell = max(128, self.run.model.image_size)
-        return image_grid(shown, titles=["small", "bicubic", "upsampler", "true"], cell=cell)
+        shown = [("", images) for images in zip(*map(to_pil_images, (low, resized, enlarged, true)), strict=True)]
+        return image_grid(shown, titles=["small", "bicubic", "upsampler", "true"], cell=max(128, size))
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """A folder that `SuperResolution.from_pretrained` reads."""
