@@ -1,5 +1,8 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; Python 3.10+ and make are all they need.
 # `make demo-clip` goes on where the demo ends, and `make demo-unclip` where that ends.
+SHELL := bash
+# A command that fails does so before a pipe, too.
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -15,9 +18,11 @@ DECODER_ARGS ?=
 UPSAMPLER_ARGS ?=
 UNCLIP_ARGS ?= --captions 96 --guidances 1,2,4 --blur 0
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 $(RUN) -m pytest -q
+IMAGES := --deepspeed_config ds_configs/zero1_auto.json --preset toy --data demo/data
+EMBEDDED := $(IMAGES) --clip demo/clip --tokenizer demo/tokenizer.model
 DEEPSPEED := $(CPU) $(RUN) -m dalle_ds.launch --quiet --num_gpus 2
 
-.PHONY: demo demo-clip demo-unclip test test-all lint setup clean
+.PHONY: demo demo-clip demo-unclip unclip-decoder unclip-others test test-all lint setup clean
 
 setup: $(READY)
 
@@ -61,23 +66,27 @@ demo-clip: $(READY) demo/transformer/export/config.json
 demo/judge/export/config.json:
 	$(MAKE) demo-clip
 
-# DALL·E 2 on the same corpus, by demo/clip's embeddings: prior, decoder of 16 pixels, upsamplers to 32 and 64; pictures and figures.
+# DALL·E 2 on the same corpus, by demo/clip's embeddings: decoder of 16 pixels beside prior and upsamplers to 32 and 64, as neither
+# needs the other and a process on each core is faster than two that wait for each other; then pictures and figures.
 demo-unclip: $(READY) demo/judge/export/config.json
 	$(CPU) $(RUN) launchers/prepare_data.py --out demo/data --cache_embeddings demo/clip --views 8
-	$(DEEPSPEED) launchers/train_prior.py --deepspeed_config ds_configs/zero1_auto.json --preset toy \
-		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/prior $(PRIOR_ARGS)
-	$(DEEPSPEED) launchers/train_decoder.py --deepspeed_config ds_configs/zero1_auto.json --preset toy \
-		--data demo/data --clip demo/clip --tokenizer demo/tokenizer.model --run_dir demo/decoder $(DECODER_ARGS)
-	$(DEEPSPEED) launchers/train_upsampler.py --stage 64-256 --deepspeed_config ds_configs/zero1_auto.json --preset toy \
-		--data demo/data --run_dir demo/upsampler_1 $(UPSAMPLER_ARGS)
-	$(DEEPSPEED) launchers/train_upsampler.py --stage 256-1024 --deepspeed_config ds_configs/zero1_auto.json --preset toy \
-		--data demo/data --run_dir demo/upsampler_2 $(UPSAMPLER_ARGS)
+	$(MAKE) --no-print-directory --jobs 2 unclip-decoder unclip-others
 	$(RUN) launchers/export_unclip.py --prior demo/prior --decoder demo/decoder --upsampler demo/upsampler_1 \
 		--upsampler demo/upsampler_2 --out demo/unclip
 	DS_ACCELERATOR=cpu $(RUN) launchers/generate.py --model demo/unclip --prompt "flag of Iceland" \
 		--prompt "woman: dark skin tone" --num 8 --out demo/unclip.png
 	DS_ACCELERATOR=cpu $(RUN) launchers/evaluate.py --data demo/data --unclip demo/unclip --judge demo/judge $(UNCLIP_ARGS) \
 		--out demo/unclip-evaluation
+
+unclip-decoder:
+	$(CPU) $(RUN) launchers/train_decoder.py $(EMBEDDED) --run_dir demo/decoder $(DECODER_ARGS) | sed 's/^/decoder: /'
+
+unclip-others:
+	$(CPU) $(RUN) launchers/train_prior.py $(EMBEDDED) --run_dir demo/prior $(PRIOR_ARGS) | sed 's/^/prior: /'
+	$(CPU) $(RUN) launchers/train_upsampler.py --stage 64-256 $(IMAGES) --run_dir demo/upsampler_1 $(UPSAMPLER_ARGS) | \
+		sed 's/^/upsampler_1: /'
+	$(CPU) $(RUN) launchers/train_upsampler.py --stage 256-1024 $(IMAGES) --run_dir demo/upsampler_2 $(UPSAMPLER_ARGS) | \
+		sed 's/^/upsampler_2: /'
 
 # A test file a core; then, one after the other, what goes by the clock.
 test: $(READY)
