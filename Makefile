@@ -79,14 +79,14 @@ demo-unclip: $(READY) demo/judge/export/config.json
 		--out demo/unclip-evaluation
 
 unclip-decoder:
-	$(CPU) $(RUN) launchers/train_decoder.py $(EMBEDDED) --run_dir demo/decoder $(DECODER_ARGS) | sed 's/^/decoder: /'
+	$(CPU) $(RUN) launchers/train_decoder.py $(EMBEDDED) --run_dir demo/decoder $(DECODER_ARGS) | sed -u 's/^/decoder | /'
 
 unclip-others:
-	$(CPU) $(RUN) launchers/train_prior.py $(EMBEDDED) --run_dir demo/prior $(PRIOR_ARGS) | sed 's/^/prior: /'
+	$(CPU) $(RUN) launchers/train_prior.py $(EMBEDDED) --run_dir demo/prior $(PRIOR_ARGS) | sed -u 's/^/prior | /'
 	$(CPU) $(RUN) launchers/train_upsampler.py --stage 64-256 $(IMAGES) --run_dir demo/upsampler_1 $(UPSAMPLER_ARGS) | \
-		sed 's/^/upsampler_1: /'
+		sed -u 's/^/upsampler_1 | /'
 	$(CPU) $(RUN) launchers/train_upsampler.py --stage 256-1024 $(IMAGES) --run_dir demo/upsampler_2 $(UPSAMPLER_ARGS) | \
-		sed 's/^/upsampler_2: /'
+		sed -u 's/^/upsampler_2 | /'
 
 # A test file a core; then, one after the other, what goes by the clock.
 test: $(READY)
