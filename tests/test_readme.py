@@ -123,7 +123,7 @@ def run(command: str, place: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.launch
 def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
-    assert len(commands()) == 15
+    assert len(commands()) == 16
     for command in commands():
         run(shortened(command), place)
     for picture in (
