@@ -327,7 +327,7 @@ class UpsamplerObjective(ImageDiffusionObjective):
     residual: float = 0.0
     """Greater than 0: the difference from the enlarged small image, times this, is noised and predicted in place of the image.
     A small model does not learn in minutes to copy that image through its normalizations. The smaller the factor, the more
-    levels of noise drown the difference, and the nearer samples are to the mean (docs/unclip.md)."""
+    timesteps have noise greater than the difference, and the nearer samples are to the mean (docs/unclip.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
