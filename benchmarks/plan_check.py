@@ -236,8 +236,7 @@ FEW = [
     Setting(1, "bf16", stage="prior", checkpointing="none"),
     Setting(3, "bf16", stage="latent_prior", accumulation=2, zero=SHARDED),
     Setting(1, "bf16", stage="decoder", checkpointing="none"),
-    # Recomputed, it gathers more than is planned (`planning.traffic`); the whole list tells how much.
-    Setting(3, stage="upsampler", accumulation=2, checkpointing="none", zero=SHARDED),
+    Setting(3, stage="upsampler", accumulation=2, zero=SHARDED),
 ]
 PARALLEL = [
     Setting(1, "bf16", degrees=ParallelConfig(tensor=2)),

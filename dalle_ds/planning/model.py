@@ -116,6 +116,7 @@ class Update:
     received: int = 0  # from the stage before, of a micro-batch: floating-point numbers, whose gradients go back
     sent: int = 0  # to the next stage, of a micro-batch, as `received`
     tokens: int = 0  # besides, to the next stage: integers
+    gathered_again: tuple[int, ...] = ()  # sizes of weights that ZeRO-3 gathers to compute blocks again
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _passes(model: _Model, rows: int) -> dict[str, Pass]:
         for layer, module in zip(layers, modules, strict=True):
             if layer.kind not in found:
                 function = functools.partial(run, layer, module)
-                found[layer.kind] = traced(function, inputs, list(module.parameters()))
+                found[layer.kind] = traced(function, inputs, module)
             inputs = found[layer.kind].outputs
     return found
 
@@ -290,6 +291,7 @@ def _in_turn(passes: Sequence[Pass], times: int) -> Update:
         forwards=times,
         backwards=times,
         work=_work(*((times, one) for one in passes)),
+        gathered_again=times * tuple(size for one in passes for size in one.gathered_again),
     )
 
 
@@ -322,7 +324,7 @@ def _traced(model: _Model, batch: Batch, function: Callable[[Batch], Any], *, ba
         return traced(
             lambda *values: function(dict(zip(batch, values, strict=True))),
             list(batch.values()),
-            list(_built(model)[1].parameters()),
+            _built(model)[1],
             backward=backward,
         )
 
@@ -379,8 +381,8 @@ def _whole_batch(model: _Model, task: ContrastiveTask[Any], layout: Layout, batc
     kept, forward = held + again.kept, held + max(first.forward, of_all.forward, of_all.backward, again.forward)
     backward = held + again.backward
     if sharpness is None:
-        work = _work((pieces, first), (pieces, again), (1, of_all))
-        return Update(kept, forward, backward, 2 * pieces, pieces, work, always=batches)
+        work, regathered = _work((pieces, first), (pieces, again), (1, of_all)), pieces * again.gathered_again
+        return Update(kept, forward, backward, 2 * pieces, pieces, work, always=batches, gathered_again=regathered)
     span = sharpness.span(layout.batch_size, layout.micro_batch, layout.readers)
     groups = pieces * rows * span // pairs
     moves = groups if groups == 1 else 2 * groups

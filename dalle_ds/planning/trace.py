@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dalle_ds.meta_device import PLANNED_DEVICE
+from dalle_ds.models.dalle import ResidualBlock
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """Attention that keeps no scores, and has shapes for "meta" tensors; those of CUDA keep as much."""
@@ -160,22 +161,27 @@ class Pass:
     backward: int  # the most in the backward pass, its weights' gradients one at a time included
     work: Work  # of both passes, with what is computed again
     outputs: tuple[Tensor, ...]
+    gathered_again: tuple[int, ...] = ()  # sizes of weights that ZeRO-3 gathers to compute blocks again
 
 
-def traced(
-    function: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[nn.Parameter], *, backward: bool = True
-) -> Pass:
+def traced(function: Callable[..., Any], inputs: Sequence[Tensor], module: nn.Module, *, backward: bool = True) -> Pass:
     """Trace function(*inputs), which returns a tensor or a tuple of tensors, and its backward pass.
 
     To be called within `on_meta`. Gradients of weights go as soon as they are there.
 
     Args:
         inputs: those that ask for gradients get them.
+        module: has the weights.
         backward: False runs it without gradients.
     """
     trace = Trace()
     leaves = [tensor.detach().requires_grad_(backward and tensor.requires_grad) for tensor in inputs]
-    handles = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in weights]
+    handles = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in module.parameters()]
+    gathered_again: list[int] = []
+
+    def note(part: nn.Module, *_: Any) -> None:
+        gathered_again.extend(weight.numel() for weight in part.parameters(recurse=False))
+
     try:
         with trace, torch.set_grad_enabled(backward):
             outputs = function(*leaves)
@@ -185,12 +191,21 @@ def traced(
         edges = [get_gradient_edge(output) for output in outputs if output.requires_grad]
         del outputs  # the next layer has kept what it needs of them, and is through
         if edges:
+            handles += [part.register_forward_hook(note) for part in _gathered_alone(module)]
             with trace:
                 torch.autograd.backward(edges, [torch.empty_like(shape) for shape in shapes if shape.requires_grad])
     finally:
         for handle in handles:
             handle.remove()
-    return Pass(kept, forward, trace.peak, trace.work, shapes)
+    return Pass(kept, forward, trace.peak, trace.work, shapes, tuple(gathered_again))
+
+
+def _gathered_alone(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts whose weights DeepSpeed frees when they are through, also where they are run again: the backward pass gathers
+    them once more. Not the last that is run again, which is left as soon as it has what is needed, and comes to no hook; and
+    not those of a `ResidualBlock`, which looks at its weights before its layers do, and so keeps them until it is through."""
+    held = {id(part) for block in module.modules() if isinstance(block, ResidualBlock) for part in block.modules()}
+    return (part for part in module.modules() if id(part) not in held)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -70,11 +70,8 @@ def _shards(stage: Stage, layout: Layout) -> Iterator[Transfer]:
     """ZeRO's gathers and reductions.
 
     DeepSpeed 0.19 reduces gradients of stages 1 and 2 by all-reduce, whatever `reduce_scatter` says; in stages 2 and 3 after
-    every micro-batch. Stage 3 gathers weights for the forward and for the backward pass, except those that it keeps.
-
-    Not counted: what is gathered to compute a block again is freed once the layer is through whose backward pass asked for
-    that. Where this is not the block itself but its last layer (CLIP's, the U-Nets'), its other weights are gathered a third
-    time, unless `stage3_max_live_parameters` keeps them: up to 17 % more.
+    every micro-batch. Stage 3 gathers weights for the forward and for the backward pass, and of blocks that are computed again
+    (CLIP's, the U-Nets') for that, too; except those that it keeps.
     """
     number, parameters, backwards = layout.weight_bytes, stage.parameters, stage.update.backwards
     whole = number * parameters.count
@@ -96,8 +93,11 @@ def _shards(stage: Stage, layout: Layout) -> Iterator[Transfer]:
         gathered -= 2 * sum(p.numel for p in large if p.block is not None and len(p.shape) > 1)
     kept = min(count, max(layout.buffers.live, layout.buffers.reuse // REUSE_STEPS))
     # What stays from the forward to the backward pass is gathered once.
-    passes = stage.update.forwards + backwards * (1 - kept / count if count else 0)
-    yield transfer("weights", "all-gather", int(gathered * passes), int(len(large) * passes), True)
+    freed = 1 - kept / count if count else 0
+    passes = stage.update.forwards + backwards * freed
+    again = [numel for numel in stage.update.gathered_again if numel > layout.buffers.persistent]
+    sent, times = gathered * passes + number * sum(again) * freed, len(large) * passes + len(again) * freed
+    yield transfer("weights", "all-gather", int(sent), int(times), True)
     yield transfer("small weights, after the step", "all-gather", whole - number * count, 1)
     yield transfer("gradients", "reduce-scatter", whole * backwards, buckets * backwards, True)
 
