@@ -96,8 +96,8 @@ def _shards(stage: Stage, layout: Layout) -> Iterator[Transfer]:
     freed = 1 - kept / count if count else 0
     passes = stage.update.forwards + backwards * freed
     again = [numel for numel in stage.update.gathered_again if numel > layout.buffers.persistent]
-    sent, times = gathered * passes + number * sum(again) * freed, len(large) * passes + len(again) * freed
-    yield transfer("weights", "all-gather", int(sent), int(times), True)
+    size, calls = gathered * passes + number * sum(again) * freed, len(large) * passes + len(again) * freed
+    yield transfer("weights", "all-gather", int(size), int(calls), True)
     yield transfer("small weights, after the step", "all-gather", whole - number * count, 1)
     yield transfer("gradients", "reduce-scatter", whole * backwards, buckets * backwards, True)
 
