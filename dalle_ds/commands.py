@@ -224,17 +224,32 @@ def doctor() -> None:
 
 
 def generate() -> None:
-    """Generate images for prompts with a trained transformer, and write them as one labelled PNG.
+    """Generate images for prompts with a trained model, or change images, and write them as one labelled PNG.
 
     python launchers/generate.py --model RUN_OR_EXPORT --prompt TEXT --out PNG, with --num 512 --rerank CLIP for the best of
-    many, with --init_image FILE for the rest of an image; with deepspeed or torchrun, for a transformer divided among GPUs.
+    many; with deepspeed or torchrun, for a transformer divided among GPUs. The same as generate.py text …; of images begin
+    complete (of a DALL·E: the rest of one) and vary, interpolate, edit, inpaint, probe (of an unCLIP): docs/manipulations.md.
     """
     from dalle_ds.allocator import keep_freed_memory
     from dalle_ds.sampling.command import GenerateOptions, generate_to_file
+    from dalle_ds.sampling.manipulation_command import SUBCOMMANDS, Manipulation
 
-    options = parse_options(GenerateOptions)
+    arguments = own_arguments()
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "text"
+    known = ["text", "complete", *SUBCOMMANDS]
+    if name not in known:
+        raise ConfigError(f"generate.py has no subcommand {name!r}: take one of {', '.join(known)}")
+    kind: type[GenerateOptions | Manipulation] = SUBCOMMANDS.get(name, GenerateOptions)
+    options = parse_options(kind, arguments)
     if options.device == "cpu":
         keep_freed_memory()
+    if not isinstance(options, GenerateOptions):
+        options.check()
+        options.run()
+        print(f"wrote {options.out}")
+        return
+    if name == "complete" and options.init_image is None:
+        raise ConfigError("generate.py complete needs the image whose rest it samples: give --init_image FILE")
     for path in generate_to_file(options):
         print(f"wrote {path}")
 

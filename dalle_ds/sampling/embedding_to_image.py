@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,15 @@ from dalle_ds.files import built_beside
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.decoder import Condition, UnclipDecoder
 from dalle_ds.models.pretrained import export_folder
-from dalle_ds.sampling.image_diffusion import DiffusionFacts, OnStep, denoise_images, image_generators
+from dalle_ds.sampling.image_diffusion import (
+    DiffusionFacts,
+    Known,
+    OnStep,
+    denoise_images,
+    image_generators,
+    invert_images,
+    of_all,
+)
 from dalle_ds.sampling.prior import prepare_caption
 from dalle_ds.sampling.text_to_embedding import CLIP_NAME, TOKENIZER_NAME
 from dalle_ds.text.tokenizer import Tokenizer
@@ -129,6 +137,8 @@ class EmbeddingToImage:
         sampling: ImageSampling | None = None,
         batch_size: int = 16,
         on_step: OnStep | None = None,
+        start: Tensor | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """Sample an image for each row.
 
@@ -140,6 +150,7 @@ class EmbeddingToImage:
             sampling: None takes that of the export.
             batch_size: images at a time.
             on_step: told of steps done, over all images.
+            start, known: as `denoise_images` takes them.
 
         Returns:
             (B, 3, image_size, image_size) fp32 in [0, 1], on the CPU.
@@ -152,33 +163,74 @@ class EmbeddingToImage:
         sampling, size = sampling or self.facts.sampling, self.decoder.config.image_size
         generators = image_generators("decoder", keys or captions, seed, numbers)
         found, chunks = [], range(0, len(captions), batch_size)
-        for number, start in enumerate(chunks):
-            chunk = slice(start, start + batch_size)
-            condition = self.condition(
-                captions[chunk], None if embeddings is None else embeddings[chunk], read_captions
-            )
-            if sampling.guidance != 1:
-                condition = _both(condition, self.condition(captions[chunk], None, False))
-
-            def predict(x: Tensor, timestep: int, condition: Condition = condition) -> Tensor:
-                guided = len(condition.added) > len(x)
-                x = torch.cat([x, x]) if guided else x
-                steps = torch.full((len(x),), timestep, device=x.device)
-                output = self.decoder.denoise(x, steps, condition)
-                if not guided:
-                    return output
-                conditional, null = output.chunk(2)
-                return guide(conditional, null, sampling.guidance, channels=3)
-
-            def told(done: int, steps: int, number: int = number) -> None:
-                if on_step is not None:
-                    on_step(number * steps + done, len(chunks) * steps)
-
+        for number, first in enumerate(chunks):
+            chunk = slice(first, first + batch_size)
+            given = None if embeddings is None else embeddings[chunk]
             images = denoise_images(
-                predict, (3, size, size), generators[chunk], self.facts, sampling, self.device, on_step=told
+                self._predictor(captions[chunk], given, read_captions, sampling.guidance),
+                (3, size, size),
+                generators[chunk],
+                self.facts,
+                sampling,
+                self.device,
+                on_step=of_all(on_step, number, len(chunks)),
+                start=None if start is None else start[chunk],
+                known=None if known is None else known.of(chunk),
             )
             found.append(images.cpu())
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, size, size)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Tensor,
+        embeddings: Tensor,
+        captions: Sequence[str] | None = None,
+        *,
+        steps: str,
+        iterations: int = 0,
+        batch_size: int = 16,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Noise of which `sample`, by DDIM with η = 0, no guidance and the same embeddings and captions, makes images again.
+
+        Args:
+            images: (B, 3, image_size, image_size) in [0, 1].
+            captions: read beside the embeddings; None: not read.
+            steps, iterations: as `invert_images` takes them.
+
+        Returns:
+            (B, 3, image_size, image_size) fp32, on the CPU.
+        """
+        found, chunks = [], range(0, len(images), batch_size)
+        for number, first in enumerate(chunks):
+            chunk = slice(first, first + batch_size)
+            signed = images[chunk].to(self.device) * 2 - 1
+            given = [""] * len(signed) if captions is None else captions[chunk]
+            predict = self._predictor(given, embeddings[chunk], captions is not None, 1.0)
+            told = of_all(on_step, number, len(chunks))
+            found.append(invert_images(predict, signed, self.facts, steps, iterations, on_step=told).cpu())
+        return torch.cat(found)
+
+    def _predictor(
+        self, captions: Sequence[str], embeddings: Tensor | None, read_captions: bool, guidance: float
+    ) -> Callable[[Tensor, int], Tensor]:
+        """What the decoder predicts for these rows, of x_t and a timestep, guided."""
+        condition = self.condition(captions, embeddings, read_captions)
+        guided = guidance != 1
+        if guided:
+            condition = _both(condition, self.condition(captions, None, False))
+
+        def predict(x: Tensor, timestep: int) -> Tensor:
+            x = torch.cat([x, x]) if guided else x
+            steps = torch.full((len(x),), timestep, device=x.device)
+            output = self.decoder.denoise(x, steps, condition)
+            if not guided:
+                return output
+            conditional, null = output.chunk(2)
+            return guide(conditional, null, guidance, channels=3)
+
+        return predict
 
     def condition(self, captions: Sequence[str], embeddings: Tensor | None, read_captions: bool = True) -> Condition:
         """What the decoder is told of each row; None and False: nulls."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import export_folder
 from dalle_ds.models.upsampler import Upsampler, enlarge
-from dalle_ds.sampling.image_diffusion import DiffusionFacts, OnStep, denoise_images, image_generators
+from dalle_ds.sampling.image_diffusion import (
+    DiffusionFacts,
+    Known,
+    OnStep,
+    denoise_images,
+    image_generators,
+    invert_images,
+    of_all,
+)
 
 
 class SuperResolution:
@@ -73,6 +82,8 @@ class SuperResolution:
         tile: int | None = None,
         batch_size: int = 4,
         on_step: OnStep | None = None,
+        start: Tensor | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """Enlarge images, of any size whose sides, enlarged, are multiples of `config.factor`.
 
@@ -85,6 +96,7 @@ class SuperResolution:
                 normalization then is over a tile.
             batch_size: images at a time.
             on_step: told of steps done, over all images.
+            start, known: as `denoise_images` takes them.
 
         Returns:
             (B, 3, scale · h, scale · w) fp32 in [0, 1], on the CPU.
@@ -107,8 +119,8 @@ class SuperResolution:
         generators = image_generators(f"upsampler {config.image_size}", captions, seed, numbers)
         height, width = (side * config.scale for side in low.shape[2:])
         found, chunks = [], range(0, len(low), batch_size)
-        for number, start in enumerate(chunks):
-            chunk = slice(start, start + batch_size)
+        for number, first in enumerate(chunks):
+            chunk = slice(first, first + batch_size)
             small = low[chunk].to(self.device) * 2 - 1
             schedule = self.facts.noise
             noise_step = int(sampling.noise * len(schedule))
@@ -116,17 +128,46 @@ class SuperResolution:
                 drawn = [torch.randn(small.shape[1:], generator=generator) for generator in generators[chunk]]
                 small = schedule.add_noise(small, torch.stack(drawn).to(small), noise_step)
 
-            def predict(x: Tensor, timestep: int, small: Tensor = small, noise_step: int = noise_step) -> Tensor:
-                return self._predict(x, timestep, small, noise_step, tile)
-
-            def told(done: int, steps: int, number: int = number) -> None:
-                if on_step is not None:
-                    on_step(number * steps + done, len(chunks) * steps)
-
-            shape, base = (3, height, width), enlarge(small, config.scale) if self.facts.residual else None
-            images = denoise_images(predict, shape, generators[chunk], self.facts, sampling, self.device, base, told)
+            images = denoise_images(
+                partial(self._predict, low=small, noise_step=noise_step, tile=tile),
+                (3, height, width),
+                generators[chunk],
+                self.facts,
+                sampling,
+                self.device,
+                self._base(small),
+                of_all(on_step, number, len(chunks)),
+                None if start is None else start[chunk],
+                None if known is None else known.of(chunk),
+            )
             found.append(images.cpu())
         return (torch.cat(found) + 1) / 2 if found else torch.empty(0, 3, height, width)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Tensor,
+        low: Tensor,
+        *,
+        steps: str,
+        iterations: int = 0,
+        batch_size: int = 4,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Noise of which `sample`, by DDIM with η = 0, makes (B, 3, H, W) images in [0, 1] of small ones again, on the CPU;
+        the other arguments are those of `sample` and `invert_images`."""
+        found, chunks = [], range(0, len(images), batch_size)
+        for number, first in enumerate(chunks):
+            chunk = slice(first, first + batch_size)
+            signed, small = (part[chunk].to(self.device) * 2 - 1 for part in (images, low))
+            predict, told = partial(self._predict, low=small), of_all(on_step, number, len(chunks))
+            inverted = invert_images(predict, signed, self.facts, steps, iterations, self._base(small), told)
+            found.append(inverted.cpu())
+        return torch.cat(found)
+
+    def _base(self, low: Tensor) -> Tensor | None:
+        """What images are sampled as differences from."""
+        return enlarge(low, self.upsampler.config.scale) if self.facts.residual else None
 
     def check_tile(self, tile: int | None) -> None:
         """Raise a `ConfigError` for a side of tiles that this model cannot have."""
@@ -137,7 +178,7 @@ class SuperResolution:
                 f"tile must be a multiple of {step}, at least {2 * step}, to make {side} pixels, found {tile}"
             )
 
-    def _predict(self, x: Tensor, timestep: int, low: Tensor, noise_step: int, tile: int | None) -> Tensor:
+    def _predict(self, x: Tensor, timestep: int, low: Tensor, noise_step: int = 0, tile: int | None = None) -> Tensor:
         scale = self.upsampler.config.scale
         steps, noise_steps = (torch.full((len(x),), value, device=x.device) for value in (timestep, noise_step))
         if tile is None or tile >= max(x.shape[2:]):

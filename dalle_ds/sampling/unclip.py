@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,10 +27,12 @@ from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parsing import parse_json
+from dalle_ds.sampling import manipulations
 from dalle_ds.sampling.candidates import ClipReranker, checked_scores
 from dalle_ds.sampling.codes import Sampling
 from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
 from dalle_ds.sampling.grid import to_pil_images
+from dalle_ds.sampling.image_diffusion import Known, OnStep
 from dalle_ds.sampling.pipeline import usable_device
 from dalle_ds.sampling.prior import PriorSampling
 from dalle_ds.sampling.super_resolution import SuperResolution
@@ -338,8 +341,12 @@ class Unclip:
         read_captions: bool = True,
         batch_size: int = 16,
         on_stage: OnStage | None = None,
+        known: Callable[[int], Known] | None = None,
     ) -> Tensor:
         """Images of embeddings and captions, through all upsamplers; arguments as `EmbeddingToImage.sample`.
+
+        Args:
+            known: of a stage's side in pixels, what its images are to have.
 
         Returns:
             (B, 3, image_size, image_size) fp32 in [0, 1], on the CPU.
@@ -348,17 +355,27 @@ class Unclip:
         self.bring(self.decoder)
         pixels = self.decoder.sample(
             captions, embeddings, seed=seed, numbers=numbers, read_captions=read_captions, sampling=sampling.decoder,
-            batch_size=batch_size, on_step=_named(on_stage, DECODER_NAME),
+            batch_size=batch_size, on_step=self.told(on_stage, 0),
+            known=None if known is None else known(self.decoder.decoder.config.image_size),
         )  # fmt: skip
         settings = [*sampling.upsamplers, *[None] * len(self.upsamplers)]
-        for name, stage, how in zip(self._upsampler_names, self.upsamplers, settings, strict=False):
+        for number, (stage, how) in enumerate(zip(self.upsamplers, settings, strict=False), start=1):
             self.bring(stage)
             fewer = max(1, batch_size // stage.upsampler.config.scale**2)
             pixels = stage.sample(
                 pixels, captions, seed=seed, numbers=numbers, sampling=how, tile=sampling.tile, batch_size=fewer,
-                on_step=_named(on_stage, name),
+                on_step=self.told(on_stage, number),
+                known=None if known is None else known(stage.upsampler.config.image_size),
             )  # fmt: skip
         return pixels
+
+    # --- images changed
+
+    invert, reconstruct, vary = manipulations.invert, manipulations.reconstruct, manipulations.vary
+    interpolate, edit, inpaint = manipulations.between, manipulations.edit, manipulations.inpaint
+    project, typography = manipulations.project, manipulations.typography
+
+    # --- stages
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the weights of each stage, by name; "clip" is CLIP's."""
@@ -374,6 +391,12 @@ class Unclip:
     @property
     def _upsampler_names(self) -> list[str]:
         return [f"upsampler_{number}" for number in range(1, len(self.upsamplers) + 1)]
+
+    def told(self, on_stage: OnStage | None, number: int) -> OnStep | None:
+        """What the decoder (0) or upsampler `number` tells of its steps, for `on_stage`."""
+        if on_stage is None:
+            return None
+        return partial(on_stage, self._upsampler_names[number - 1] if number else DECODER_NAME)
 
     def bring(self, stage: Clip | TextToEmbedding[Any, Any] | EmbeddingToImage | SuperResolution) -> None:
         """Have a stage, or CLIP, on the device."""
@@ -396,7 +419,3 @@ def is_unclip(path: str | Path) -> bool:
 
 def _bytes(module: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in module.state_dict().values())
-
-
-def _named(on_stage: OnStage | None, name: str) -> Callable[[int, int], None] | None:
-    return None if on_stage is None else lambda done, total: on_stage(name, done, total)

@@ -79,6 +79,10 @@ class DecoderTask(EmbeddedDataTask[DecoderRun], ImageDiffusionTask[DecoderRun]):
             sums[name] = ((errors + bits) * valid).sum()
         return sums
 
+    def errors_at(self, model: Callable[..., Any], batch: Batch, steps: Tensor, noise: Tensor) -> Tensor:
+        none = torch.zeros_like(steps, dtype=torch.bool)
+        return self._losses(model, batch, steps, noise, none, none)[0]
+
     def summarize(self, sums: Metrics) -> dict[str, float]:
         loss, unseen, unread = (float(sums[name] / sums["count"]) for name in ("loss", "unseen", "unread"))
         return {"loss": loss, "embedding_gain": unseen - loss, "caption_gain": unread - loss}
@@ -113,7 +117,9 @@ class DecoderTask(EmbeddedDataTask[DecoderRun], ImageDiffusionTask[DecoderRun]):
             self.tokenizer,
             self.clip if self.reads_states else None,
             self.clip.fingerprint,
-            DiffusionFacts(objective.schedule, objective.timesteps, objective.predicts, self.run.sampling),
+            DiffusionFacts(
+                objective.schedule, objective.timesteps, objective.predicts, self.run.sampling, x0_error=self.x0_error
+            ),
         )
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:

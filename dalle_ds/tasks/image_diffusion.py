@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dalle_ds.config import DecoderRun, UpsamplerRun
 from dalle_ds.diffusion import NoiseSchedule, hybrid_loss, noise_schedule, simple_loss, step_grid
+from dalle_ds.parallel import Mesh
+from dalle_ds.sampling.image_diffusion import DiffusionFacts
 from dalle_ds.tasks.base import Batch, Metrics, Task, row_noise
 
 LEVELS = 256
 """Of a pixel's channel."""
 _GOLDEN = (5**0.5 - 1) / 2
+MEASURED_ROWS = 64
+"""On which the error of images without noise is measured."""
 ImageRun = TypeVar("ImageRun", bound=DecoderRun | UpsamplerRun)
 
 
 class ImageDiffusionTask(Task[ImageRun]):
     """What learns to denoise images in [−1, 1]: the mean squared error of what it predicts, and with a learned variance its
     variational bound (`diffusion.losses.hybrid_loss`)."""
+
+    x0_error = 0.0
+    """As `measure` found it."""
 
     def __init__(self, run: ImageRun) -> None:
         super().__init__(run)
@@ -50,6 +60,28 @@ class ImageDiffusionTask(Task[ImageRun]):
             return hybrid_loss(self.schedule, predicts, output, image, noise, steps, LEVELS)
         errors = simple_loss(output, self.schedule.target(predicts, image, noise, steps))
         return errors, torch.zeros_like(errors)
+
+    @abstractmethod
+    def errors_at(self, model: Callable[..., Any], batch: Batch, steps: Tensor, noise: Tensor) -> Tensor:
+        """(B,) mean squared errors at (B,) timesteps, nothing dropped."""
+
+    @torch.no_grad()
+    def measure(self, model: Callable[..., Any], batches: Iterator[Batch], mesh: Mesh) -> None:
+        """`DiffusionFacts.x0_error`: on the same rows in any layout."""
+        if self.run.objective.predicts != "x0":
+            return
+        found, seen = torch.zeros(2, dtype=torch.float64), 0
+        rows = -(-MEASURED_ROWS // self.run.train.batch_size) * self.run.train.batch_size
+        while seen < rows // mesh.size("data"):
+            batch = next(batches)
+            errors = self.errors_at(model, batch, torch.zeros_like(batch["key"]), torch.zeros_like(batch["image"]))
+            found += torch.tensor([float(errors.double().sum()), len(errors)], dtype=torch.float64)
+            seen += len(errors)
+        total, count = mesh.sum(found).tolist()
+        self.x0_error = (total / count) ** 0.5
+
+    def recall(self, export: Path) -> None:
+        self.x0_error = DiffusionFacts.read(export)[0].x0_error
 
     def total(self, errors: Tensor, bits: Tensor) -> tuple[Tensor, Metrics]:
         """() loss, and its parts."""

@@ -96,6 +96,9 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
             "bicubic_psnr": (psnr(resized, batch["image"]) * valid).sum(),
         }
 
+    def errors_at(self, model: Callable[..., Any], batch: Batch, steps: Tensor, noise: Tensor) -> Tensor:
+        return self._losses(model, batch, batch["low"], steps, noise)[0]
+
     def summarize(self, sums: Metrics) -> dict[str, float]:
         return {name: float(sums[name] / sums["count"]) for name in ("loss", "bicubic_psnr")}
 
@@ -126,6 +129,7 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
             sampling,
             objective.residual,
             objective.noise,
+            self.x0_error,
         )
         return SuperResolution(cast(Upsampler, model), facts)
 

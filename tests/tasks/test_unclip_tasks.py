@@ -36,6 +36,7 @@ from dalle_ds.models.prior import Caption
 from dalle_ds.models.upsampler import enlarge
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
+from dalle_ds.sampling.image_diffusion import DiffusionFacts
 from dalle_ds.sampling.super_resolution import SuperResolution
 from dalle_ds.tasks.decoder import DecoderTask
 from dalle_ds.tasks.upsampler import UpsamplerTask
@@ -198,6 +199,33 @@ def test_checkpoints_are_exported_as_training_does(
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in written)
         for path in written:
             assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("stage", ["decoder", "upsampler"])
+def test_what_an_x0_model_loses_of_clean_images_is_measured(
+    decoder_run: DecoderRun, upsampler_run: UpsamplerRun, tmp_path: Path, stage: str
+) -> None:
+    run: AnyRun = decoder_run if stage == "decoder" else upsampler_run
+    fit(run)
+    assert DiffusionFacts.read(Path(run.run_dir) / "export")[0].x0_error == 0  # of v
+    model = dataclasses.replace(run.model, learned_variance=False)
+    objective = dataclasses.replace(run.objective, predicts="x0")
+    run = dataclasses.replace(run, model=model, objective=objective, run_dir=str(tmp_path / "x0"))  # type: ignore[arg-type]
+    trainer = fit(run)
+    found = DiffusionFacts.read(Path(run.run_dir) / "export")[0].x0_error
+    again, _ = export_checkpoint(run.run_dir, out=tmp_path / "again")
+    assert DiffusionFacts.read(again)[0].x0_error == found
+    # By hand, of other views of the same few images.
+    task, batch = trainer.task, first_batch(trainer.task)
+    clean, steps = batch["image"], torch.zeros(8, dtype=torch.int64)
+    x = clean * float(task.schedule.alpha_bars[0]) ** 0.5
+    with torch.no_grad():
+        if isinstance(task, DecoderTask):
+            pipe = EmbeddingToImage.from_pretrained(run.run_dir)
+            seen = pipe.decoder(x, steps, batch["image_embedding"], Caption(batch["text"], batch["text_embedding"]))
+        else:
+            seen = SuperResolution.from_pretrained(run.run_dir).upsampler(x, steps, batch["low"])
+    assert float((seen - clean).square().mean().sqrt()) == pytest.approx(found, rel=0.3)
 
 
 def test_an_export_refuses_another_clip(decoder_run: DecoderRun, clip: Path) -> None:
