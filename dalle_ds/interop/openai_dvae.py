@@ -19,8 +19,9 @@ from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import loaded
+from dalle_ds.models.vqgan import Vqgan
 
-Model = TypeVar("Model", Clip, DiscreteVAE)
+Model = TypeVar("Model", Clip, DiscreteVAE, Vqgan)
 SOURCE_NAME = "source.json"
 """Which files an imported model was made from, in its folder."""
 _GROUPS = 4  # dall_e has no other number
