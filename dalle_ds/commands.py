@@ -187,8 +187,16 @@ class CheckpointOptions:
     """A checkpoint, or a run directory, whose newest one is taken."""
 
 
+@dataclass(frozen=True)
+class WeightsOptions:
+    """Tell what weights are, what they load into, and what opening them would run; status 1 where they are broken or would."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """A file or folder of weights, a run directory's export or what others published."""
+
+
 def doctor() -> None:
-    """Look at what a run has left behind, at prepared data, or at what runs would be on, and say whether it is sound."""
+    """Look at what a run has left behind, at weights, prepared data, or what runs would be on, and say whether it is sound."""
     from rich.console import Console
 
     from dalle_ds.doctor.environment import EnvOptions, describe_environment
@@ -204,12 +212,20 @@ def doctor() -> None:
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
     data = Annotated[DataOptions, tyro.conf.subcommand("data")]
     env = Annotated[EnvOptions, tyro.conf.subcommand("env")]
-    options = parse_options(checkpoint | cluster | data | env, description=inspect.getdoc(doctor))  # type: ignore[arg-type]
+    weights = Annotated[WeightsOptions, tyro.conf.subcommand("weights")]
+    options = parse_options(
+        checkpoint | cluster | data | env | weights,  # type: ignore[arg-type]
+        description=inspect.getdoc(doctor),
+    )
     if isinstance(options, ClusterOptions):
         report, faults = check_cluster(options)
     elif isinstance(options, DataOptions):
         data_inspection = inspect_data(options)
         report, faults = data_inspection.report(), data_inspection.faults
+    elif isinstance(options, WeightsOptions):
+        from dalle_ds.doctor.weights import check_weights
+
+        report, faults = check_weights(Path(options.path))
     else:
         from dalle_ds.doctor.checkpoint import check_checkpoint
 

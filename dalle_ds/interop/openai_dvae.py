@@ -6,7 +6,7 @@ Neither the package nor the files' pickled code is run (`dalle_ds.interop.torch_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +96,14 @@ def exported(make: Callable[[], tuple[Model, dict[str, Any]]], out: str | Path) 
 
 def _read(path: str | Path, part: str) -> dict[str, Tensor]:
     tensors = load_tensors(path, _CLASSES)
+    _check_ends(tensors, part, path)
+    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not OpenAI's {part}: its {wrong[:100]!r} is of {tensors[wrong].dtype}")
+    return tensors
+
+
+def _check_ends(tensors: Mapping[str, Tensor], part: str, path: str | Path) -> None:
     for name, shape in _ENDS[part].items():
         found = tuple(tensors[name].shape) if name in tensors else ()
         if len(found) != 4 or 0 in found or any(n not in (None, size) for size, n in zip(found, shape, strict=True)):
@@ -104,10 +112,6 @@ def _read(path: str | Path, part: str) -> dict[str, Tensor]:
                 f"{path} is not OpenAI's {part}: its {name} has shape {found or None}, where ({wanted}) is needed; are "
                 "encoder and decoder in each other's place?"
             )
-    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path} is not OpenAI's {part}: its {wrong[:100]!r} is of {tensors[wrong].dtype}")
-    return tensors
 
 
 def _config(
@@ -135,6 +139,26 @@ def _config(
     except ConfigError as error:
         raise CheckpointError(f"{encoder} and {decoder} are not OpenAI's dVAE: {error}") from error
     return DiscreteVAEConfig(**fields, image_size=image_size)
+
+
+def config_of_openai_dvae(tensors: Mapping[str, Tensor], where: str) -> tuple[str, DiscreteVAEConfig]:
+    """Which part of the release has these tensors, "encoder" or "decoder", and the shape as far as that part tells it.
+
+    Raises:
+        CheckpointError: a convolution at an end is missing, or the shapes make no dVAE.
+    """
+    part = "decoder" if tuple(tensors["blocks.input.w"].shape[2:]) == (1, 1) else "encoder"
+    _check_ends(tensors, part, where)
+    inner, outer = tensors["blocks.input.w"].shape[:2], tensors["blocks.output.conv.w"].shape[:2]
+    fields = {"groups": _GROUPS, "blocks_per_group": _blocks(tensors)}
+    if part == "encoder":
+        fields |= {"encoder_width": inner[0], "vocab_size": outer[0]}
+    else:
+        fields |= {"decoder_width": outer[1], "decoder_input": inner[0], "vocab_size": inner[1]}
+    try:
+        return part, DiscreteVAEConfig(**fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{where} is not OpenAI's {part}: {error}") from error
 
 
 def _blocks(names: Iterable[str]) -> int:

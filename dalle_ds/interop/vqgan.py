@@ -23,7 +23,8 @@ from dalle_ds.models.pretrained import loaded, read_safetensors
 from dalle_ds.models.vqgan import Vqgan
 
 VQGAN_MARK = "encoder.conv_in.weight"
-_TRAINING_ONLY = "loss."
+TRAINING_ONLY = "loss."
+"""How the names of the tensors begin that only training needs."""
 
 
 def load_vqgan(checkpoint: str | Path, image_size: int = 256) -> Vqgan:
@@ -40,7 +41,7 @@ def load_vqgan(checkpoint: str | Path, image_size: int = 256) -> Vqgan:
     file = Path(checkpoint)
     tensors = read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, classes=None)
     found = unwrapped(tensors, VQGAN_MARK, str(file))
-    weights = {name: value for name, value in found.items() if not name.startswith(_TRAINING_ONLY)}
+    weights = {name: value for name, value in found.items() if not name.startswith(TRAINING_ONLY)}
     config = replace(config_of_vqgan(weights, str(file)), image_size=image_size)
     wrong = next((name for name, value in weights.items() if not value.is_floating_point()), None)
     if wrong is not None:
