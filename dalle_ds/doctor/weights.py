@@ -57,7 +57,7 @@ from dalle_ds.models import (
     Vqgan,
 )
 from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder, read_safetensors
-from dalle_ds.parsing import parse_json
+from dalle_ds.parsing import parse_json, shown
 
 _OURS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "dvae": (DiscreteVAEConfig, DiscreteVAE),
@@ -105,7 +105,7 @@ def check_weights(path: Path) -> tuple[RenderableType, list[str]]:
     table = Table(show_header=False)
     for name, key in _FOLDERS.items():
         if (path / name).is_file():
-            table.add_row("folder", Text(f"{path}: {_json(path / name).get(key)}"), end_section=True)
+            table.add_row("folder", Text(f"{path}: {shown(_json(path / name).get(key))}"), end_section=True)
     for file in _files(path):
         rows, wrong = _look_at(file)
         for name, value in rows:
@@ -172,7 +172,7 @@ def _format(file: Path) -> str:
             if any(name.endswith("/constants.pkl") for name in entries):
                 return "TorchScript archive, with code that only torch.jit.load runs"
             return "torch.save's zip archive" if any(name.endswith("/data.pkl") for name in entries) else "zip archive"
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if file.name.endswith(_INDEX):
         return f"index of {len(_parts(file))} files"
@@ -196,7 +196,8 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _parts(index: Path) -> dict[str, set[str]]:
     """The files that an index lists, with the names of their tensors."""
     parts: dict[str, set[str]] = {}
-    for tensor, name in dict(_json(index).get("weight_map", {})).items():
+    places = _json(index).get("weight_map")
+    for tensor, name in (places if isinstance(places, dict) else {}).items():
         if not isinstance(name, str) or Path(name).name != name or name.endswith(_INDEX):
             raise CheckpointError(f"{index} says that {tensor} is in {name!r}, which is no file beside it")
         parts.setdefault(name, set()).add(tensor)
@@ -211,7 +212,7 @@ def _target(tensors: Mapping[str, Tensor], file: Path) -> _Target:
     """
     where, beside = str(file), file.parent / CONFIG_NAME
     told = _json(beside) if beside.is_file() else {}
-    kind, diffusers_class = told.get("kind"), told.get("_class_name")
+    kind, diffusers_class = str(told.get("kind")), str(told.get("_class_name"))
     if file.name == WEIGHTS_NAME and kind in _OURS:
         config_class, model = _OURS[kind]
         config = from_dict(config_class, told.get("model", {}), str(beside))
@@ -246,8 +247,9 @@ def _target(tensors: Mapping[str, Tensor], file: Path) -> _Target:
     for end, part in _KAKAO.items():
         if any(name.endswith(end) for name in tensors):
             return _Target(f"Karlo's own checkpoint: {part}", tensors)
-    other = diffusers_class or (told.get("architectures") or [None])[0]
-    return _Target(f"{other}, by its {CONFIG_NAME}" if other else f"unknown: {_few(_prefixes(tensors))}", tensors)
+    other = told.get("_class_name", told.get("architectures"))
+    what = f"{shown(other)}, by its {CONFIG_NAME}" if other else f"unknown: {_few(_prefixes(tensors))}"
+    return _Target(what, tensors)
 
 
 def _built(
@@ -257,11 +259,13 @@ def _built(
     for name, value in values.items():
         times = len(value) if isinstance(value, (list, tuple)) else value if isinstance(value, int) else 0
         if _REPEATED.search(name) and times > len(tensors):
-            raise CheckpointError(f"{where} has {len(tensors)} tensors, and not those of a model with {name}={value}")
+            raise CheckpointError(
+                f"{where} has {len(tensors)} tensors, and not those of a model with {name}={shown(value)}"
+            )
     try:
         with torch.device("meta"):
             return dict(make().state_dict())
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever values that make no model bring about in a library
         raise CheckpointError(f"no model can be made of the configuration of {where}: {error}") from error
 
 

@@ -60,19 +60,15 @@ def test_what_others_publish(tmp_path: Path) -> None:
     torch.save({"state_dict": taming(theirs()), "loss.x": torch.ones(1)}, tmp_path / "vqgan.ckpt")
     text, faults = told(tmp_path / "vqgan.ckpt")
     assert "taming's VQModel" in text and "torch.save's zip archive" in text and not faults
+    model = clip(replace(SMALL, vision_width=64, vision_heads=1, text_width=64, text_heads=1))
     for format, words in (
         ("openai", "OpenAI's or open_clip's"),
-        ("open_clip", "open_clip's"),
+        ("open_clip", "OpenAI's or"),
         ("hf", "Hugging Face's"),
     ):
-        export_clip(
-            clip(replace(SMALL, vision_width=64, vision_heads=1, text_width=64, text_heads=1)),
-            tmp_path / format,
-            format,
-        )
+        export_clip(model, tmp_path / format, format)
         text, faults = told(tmp_path / format)
-        assert f"CLIP in {words}" in text or "open_clip's layout" in text
-        assert not faults
+        assert f"CLIP in {words}" in text and not faults
     shape = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     UNet2DModel(**shape, **blocks).save_pretrained(tmp_path / "unet")
@@ -120,8 +116,8 @@ def test_what_would_be_run_is_named_and_not_run(tmp_path: Path, attack: str, new
     names = imported_names(file)
     assert names and any(name in " ".join(told(file)[1]) for name in names)
     if new_format and protocol == 2:
-        theirs = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        assert set(theirs) <= {*names, *(name.replace("__builtin__", "builtins") for name in names)}
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        assert set(found) <= {name.replace("__builtin__", "builtins") for name in names}
     assert not canary.exists()
 
 
@@ -129,9 +125,8 @@ def test_no_instruction_hides_what_it_names(tmp_path: Path) -> None:
     for attack, code in ATTACKS_BY_HAND.items():
         for write in (programs.write_zip, programs.write_legacy):
             file = write(tmp_path / "f", programs.program(programs.dictionary(w=programs.tensor(), x=code)))
-            if (b"system" in code and b"c" in code) or b"\x93" in code:
-                assert imported_names(file), attack
-            assert told(file)[1] or not imported_names(file)
+            assert imported_names(file) or b"system" not in code, attack
+            assert told(file)[1] or not imported_names(file), attack
 
 
 def test_training_programs_classes_are_named(tmp_path: Path) -> None:
@@ -148,20 +143,16 @@ def test_broken_files_and_others(
     (tmp_path / "text.pt").write_text("version https://git-lfs.github.com/spec/v1")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data.pkl", bytes(10**8))
-    save_file({"[/bold] [link=x]w": torch.ones(2)}, tmp_path / "markup.safetensors")
+    save_file({"[/bold] \x1b[31mw": torch.ones(2)}, tmp_path / "markup.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "script.pt"))
     words = {"cut.safetensors": "cannot be read", "text.pt": "damaged", "bomb.pt": "compressed archive"}
-    for name, status in (
-        *dict.fromkeys(words, 1).items(),
-        ("w.safetensors", 0),
-        ("script.pt", 0),
-        ("markup.safetensors", 0),
-    ):
-        assert call("doctor.py", "weights", tmp_path / name, monkeypatch=monkeypatch) == status, name
+    for name in (*words, "w.safetensors", "script.pt", "markup.safetensors"):
+        assert call("doctor.py", "weights", tmp_path / name, monkeypatch=monkeypatch) == (name in words), name
         assert words.get(name, "sound") in " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "TorchScript" in told(tmp_path / "script.pt")[0]
+    assert "[/bold] ?[31mw" in told(tmp_path / "markup.safetensors")[0]
     assert call("doctor.py", "weights", tmp_path / "nowhere", monkeypatch=monkeypatch) == 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no weights"):
