@@ -32,6 +32,7 @@ from dalle_ds.config import (
     to_dict,
 )
 from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.interop.clip_import import parts_of, read_tensors
 from dalle_ds.interop.clip_layouts import (
     HF_MARK,
     OPENAI_MARK,
@@ -44,7 +45,7 @@ from dalle_ds.interop.clip_layouts import (
     unwrapped,
 )
 from dalle_ds.interop.openai_dvae import config_of_openai_dvae
-from dalle_ds.interop.torch_files import imported_names, load_tensors
+from dalle_ds.interop.torch_files import imported_names
 from dalle_ds.interop.vqgan import TRAINING_ONLY, VQGAN_MARK, config_of_vqgan
 from dalle_ds.models import (
     AutoregressivePrior,
@@ -56,7 +57,7 @@ from dalle_ds.models import (
     Upsampler,
     Vqgan,
 )
-from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder, read_safetensors
+from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder
 from dalle_ds.parsing import parse_json, shown
 
 _OURS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
@@ -99,7 +100,7 @@ def check_weights(path: Path) -> tuple[RenderableType, list[str]]:
     tensors: to open them elsewhere, with `pickle` or `torch.load(weights_only=False)`, imports it and may call it.
 
     Raises:
-        CheckpointError: there are no weights.
+        CheckpointError: there are no weights, or not all that an index lists.
     """
     faults: list[str] = []
     table = Table(show_header=False)
@@ -124,7 +125,7 @@ def _files(path: Path) -> list[Path]:
         raise CheckpointError(f"there is no {path}: name a file or folder of weights")
     folder = export_folder(path) if (path / "config.yaml").is_file() else path
     indices = sorted(folder.rglob(f"*{_INDEX}"))
-    listed = {index.parent / name for index in indices for name in _parts(index)}
+    listed = {part for index in indices for part in parts_of(index)}
     single = (file for file in sorted(folder.rglob("*")) if file.suffix in _SUFFIXES and file.is_file())
     found = [*indices, *(file for file in single if file not in listed)]
     if not found:
@@ -140,7 +141,7 @@ def _look_at(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
         rows.append(("format", format))
         if format.startswith(("torch", "TorchScript")) and (names := imported_names(file)):
             faults.append(f"opening it elsewhere imports, and may call, {_few(names)}")
-        tensors = _read(file)
+        tensors = read_tensors(file)
         dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
         rows.append(("tensors", ", ".join(f"{count:,} of {name}" for name, count in dtypes.items())))
         target = _target(tensors, file)
@@ -165,7 +166,7 @@ def _look_at(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
 def _format(file: Path) -> str:
     try:
         with file.open("rb") as content:
-            head = content.read(9)
+            head = content.read(4)
         if head.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(file) as archive:
                 entries = archive.namelist()
@@ -175,33 +176,10 @@ def _format(file: Path) -> str:
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if file.name.endswith(_INDEX):
-        return f"index of {len(_parts(file))} files"
-    if file.suffix == ".safetensors" or head[8:9] == b"{":
+        return f"index of {len(parts_of(file))} files"
+    if file.suffix == ".safetensors":
         return "safetensors"
     return "torch.save's pickles, as before PyTorch 1.6" if head.startswith(b"\x80") else "unknown"
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.name.endswith(_INDEX):
-        return read_safetensors(file) if _format(file) == "safetensors" else load_tensors(file, classes=None)
-    found: dict[str, Tensor] = {}
-    for name, names in _parts(file).items():
-        part = _read(file.parent / name)
-        if part.keys() != names:
-            raise CheckpointError(f"{file.parent / name} has not the tensors that {file.name} lists: copied in part?")
-        found |= part
-    return found
-
-
-def _parts(index: Path) -> dict[str, set[str]]:
-    """The files that an index lists, with the names of their tensors."""
-    parts: dict[str, set[str]] = {}
-    places = _json(index).get("weight_map")
-    for tensor, name in (places if isinstance(places, dict) else {}).items():
-        if not isinstance(name, str) or Path(name).name != name or name.endswith(_INDEX):
-            raise CheckpointError(f"{index} says that {tensor} is in {name!r}, which is no file beside it")
-        parts.setdefault(name, set()).add(tensor)
-    return parts
 
 
 def _target(tensors: Mapping[str, Tensor], file: Path) -> _Target:

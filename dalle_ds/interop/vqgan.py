@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dalle_ds.config import VqganConfig
 from dalle_ds.errors import CheckpointError, ConfigError
+from dalle_ds.interop.clip_import import read_weights
 from dalle_ds.interop.clip_layouts import unwrapped
 from dalle_ds.interop.openai_dvae import described, exported
-from dalle_ds.interop.torch_files import load_tensors
-from dalle_ds.models.pretrained import loaded, read_safetensors
+from dalle_ds.models.pretrained import loaded
 from dalle_ds.models.vqgan import Vqgan
 
 VQGAN_MARK = "encoder.conv_in.weight"
@@ -39,8 +39,7 @@ def load_vqgan(checkpoint: str | Path, image_size: int = 256) -> Vqgan:
         ConfigError: an image size that does not fit the model.
     """
     file = Path(checkpoint)
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, classes=None)
-    found = unwrapped(tensors, VQGAN_MARK, str(file))
+    found = unwrapped(read_weights(file), VQGAN_MARK, str(file))
     weights = {name: value for name, value in found.items() if not name.startswith(TRAINING_ONLY)}
     config = replace(config_of_vqgan(weights, str(file)), image_size=image_size)
     wrong = next((name for name, value in weights.items() if not value.is_floating_point()), None)

@@ -194,6 +194,11 @@ def test_a_transformer_trains_on_its_codes_and_generates(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "codes: cached" in done.stdout
     assert Dalle.from_pretrained(run / "export").config.image_vocab == CODES
+    out = tmp_path / "evaluation"
+    options = ("--data", copied, "--transformer", run, "--out", out, "--captions", "4", "--blur", "0")
+    assert call("evaluate.py", *options, monkeypatch=monkeypatch) == 0
+    figures = json.loads((out / "result.json").read_text())["metrics"]
+    assert "likelihood/codes_bits_per_dimension" in figures and "likelihood/bits_per_dimension" not in figures
     png = tmp_path / "out.png"
     options = ("--model", run, "--prompt", "a red circle", "--num", "2", "--out", png)
     assert call("generate.py", *options, monkeypatch=monkeypatch) == 0
