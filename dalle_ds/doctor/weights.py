@@ -137,9 +137,10 @@ def _look_at(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Rows to show of a file, and what is wrong with it."""
     rows, faults = [("file", str(file))], []
     try:
-        format = _format(file)
-        rows.append(("format", format))
-        if format.startswith(("torch", "TorchScript")) and (names := imported_names(file)):
+        rows.append(("format", _format(file)))
+        parts = parts_of(file) if file.name.endswith(_INDEX) else [file]
+        pickles = (part for part in parts if part.suffix != ".safetensors")
+        if names := sorted({name for part in pickles for name in imported_names(part)}):
             faults.append(f"opening it elsewhere imports, and may call, {_few(names)}")
         tensors = read_tensors(file)
         dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())

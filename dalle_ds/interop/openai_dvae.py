@@ -118,26 +118,13 @@ def _config(
     found: dict[str, dict[str, Tensor]], encoder: str | Path, decoder: str | Path, image_size: int
 ) -> DiscreteVAEConfig:
     """The shape, as far as it can be told from the convolutions at both ends."""
-    vocab_size = found["encoder"]["blocks.output.conv.w"].shape[0]
-    codebook = found["decoder"]["blocks.input.w"]
-    if codebook.shape[1] != vocab_size:
+    fields, others = (_fields(found[part], part) for part in ("encoder", "decoder"))
+    if fields["vocab_size"] != others["vocab_size"]:
         raise CheckpointError(
-            f"{encoder} has {vocab_size} codes and {decoder} has {codebook.shape[1]}: they are of two dVAEs"
+            f"{encoder} has {fields['vocab_size']} codes and {decoder} has {others['vocab_size']}: they are of two dVAEs"
         )
-    fields = {
-        "groups": _GROUPS,
-        "blocks_per_group": _blocks(found["encoder"]),
-        "encoder_width": found["encoder"]["blocks.input.w"].shape[0],
-        "decoder_width": found["decoder"]["blocks.output.conv.w"].shape[1],
-        "decoder_input": codebook.shape[0],
-        "vocab_size": vocab_size,
-    }
-    try:
-        if fields["blocks_per_group"] > _MOST_BLOCKS:
-            raise ConfigError(f"it would have {fields['blocks_per_group']} blocks in a group, more than {_MOST_BLOCKS}")
-        DiscreteVAEConfig(**fields)
-    except ConfigError as error:
-        raise CheckpointError(f"{encoder} and {decoder} are not OpenAI's dVAE: {error}") from error
+    fields = {**others, **fields}
+    _checked(fields, f"{encoder} and {decoder} are not OpenAI's dVAE")
     return DiscreteVAEConfig(**fields, image_size=image_size)
 
 
@@ -149,16 +136,24 @@ def config_of_openai_dvae(tensors: Mapping[str, Tensor], where: str) -> tuple[st
     """
     part = "decoder" if tuple(tensors["blocks.input.w"].shape[2:]) == (1, 1) else "encoder"
     _check_ends(tensors, part, where)
-    inner, outer = tensors["blocks.input.w"].shape[:2], tensors["blocks.output.conv.w"].shape[:2]
+    return part, _checked(_fields(tensors, part), f"{where} is not OpenAI's {part}")
+
+
+def _fields(tensors: Mapping[str, Tensor], part: str) -> dict[str, int]:
+    inner, outer = tensors["blocks.input.w"].shape, tensors["blocks.output.conv.w"].shape
     fields = {"groups": _GROUPS, "blocks_per_group": _blocks(tensors)}
     if part == "encoder":
-        fields |= {"encoder_width": inner[0], "vocab_size": outer[0]}
-    else:
-        fields |= {"decoder_width": outer[1], "decoder_input": inner[0], "vocab_size": inner[1]}
+        return {**fields, "encoder_width": inner[0], "vocab_size": outer[0]}
+    return {**fields, "decoder_width": outer[1], "decoder_input": inner[0], "vocab_size": inner[1]}
+
+
+def _checked(fields: dict[str, int], wrong: str) -> DiscreteVAEConfig:
     try:
-        return part, DiscreteVAEConfig(**fields)
+        if fields["blocks_per_group"] > _MOST_BLOCKS:
+            raise ConfigError(f"it would have {fields['blocks_per_group']} blocks in a group, more than {_MOST_BLOCKS}")
+        return DiscreteVAEConfig(**fields)
     except ConfigError as error:
-        raise CheckpointError(f"{where} is not OpenAI's {part}: {error}") from error
+        raise CheckpointError(f"{wrong}: {error}") from error
 
 
 def _blocks(names: Iterable[str]) -> int:

@@ -2,6 +2,10 @@
 
 Checkpoints are Lightning's, or a state dict. All of the shape is in the weights, so that taming's YAML file is not read; what
 only its training needs, `loss.*` (discriminator, LPIPS), is left out.
+
+The transformers that others trained on such codes are not read, since `Dalle` cannot hold them. minDALL-E has a vector of its
+own for each image position, which no sum of a row's and a column's is, and no start of the image; ru-DALL·E has CogView's
+layer normalization at the end of each residual branch, and one output layer for text and image.
 """
 
 from __future__ import annotations

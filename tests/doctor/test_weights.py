@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import warnings
 import zipfile
 from dataclasses import replace
@@ -128,6 +129,16 @@ def test_no_instruction_hides_what_it_names(tmp_path: Path) -> None:
             file = write(tmp_path / "f", programs.program(programs.dictionary(w=programs.tensor(), x=code)))
             assert imported_names(file) or b"system" not in code, attack
             assert told(file)[1] or not imported_names(file), attack
+
+
+def test_pickles_in_parts_and_without_a_protocol_are_looked_at(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    for protocol, name in ((0, "f.pt"), (2, "model-1-of-1.bin")):
+        (tmp_path / name).write_bytes(pickle.dumps(attacks(canary)["os.system"][0], protocol))
+    (tmp_path / "model.bin.index.json").write_text(json.dumps({"weight_map": {"w": "model-1-of-1.bin"}}))
+    for name in ("f.pt", "model.bin.index.json"):
+        assert "posix.system" in told(tmp_path / name)[1][0]
+    assert not canary.exists()
 
 
 def test_training_programs_classes_are_named(tmp_path: Path) -> None:
