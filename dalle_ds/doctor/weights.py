@@ -75,7 +75,7 @@ _DIFFUSERS = ("UNet2DConditionModel", "UNet2DModel", "PriorTransformer", "VQMode
 _KAKAO = {"prd_emb": "prior", "cf_param": "decoder", "model_last_step.time_embed.0.weight": "upsampler"}
 """Ends of names that only one of Karlo's own checkpoints has."""
 _REPEATED = re.compile(r"depth|layers|blocks|^groups|multipl")
-"""Fields that say how often something is built."""
+"""Fields that say how often something is built, which must not take for ever."""
 _FOLDERS = {"unclip.json": "kind", "model_index.json": "_class_name"}
 """Descriptions of folders of several models, ours and those of `diffusers`, and the field that says what they are."""
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".th")
@@ -195,26 +195,26 @@ def _target(tensors: Mapping[str, Tensor], file: Path) -> _Target:
     if file.name == WEIGHTS_NAME and kind in _OURS:
         config_class, model = _OURS[kind]
         config = from_dict(config_class, told.get("model", {}), str(beside))
-        return _Target(f"dalle_ds: {kind}", tensors, _built(lambda: model(config), to_dict(config), tensors, where))
+        return _Target(f"dalle_ds: {kind}", tensors, _built(model, config, tensors, where))
     if diffusers_class in _DIFFUSERS:
         import diffusers
 
         made = getattr(diffusers, diffusers_class).from_config
-        return _Target(f"diffusers: {diffusers_class}", tensors, _built(lambda: made(told), told, tensors, where))
+        return _Target(f"diffusers: {diffusers_class}", tensors, _built(made, told, tensors, where))
     if "blocks.input.w" in tensors:
         part, dvae = config_of_openai_dvae(tensors, where)
-        wanted = _built(lambda: getattr(DiscreteVAE(dvae), part), to_dict(dvae), tensors, where)
+        wanted = _built(lambda config: getattr(DiscreteVAE(config), part), dvae, tensors, where)
         return _Target(f"OpenAI's dVAE: {part} (import_dvae --{part})", tensors, wanted)
     found = unwrapped(tensors, VQGAN_MARK, where)
     if VQGAN_MARK in found and "quant_conv.weight" in found:
         found = {name: value for name, value in found.items() if not name.startswith(TRAINING_ONLY)}
         vqgan = config_of_vqgan(found, where)
         what = f"taming's {'GumbelVQ' if vqgan.gumbel else 'VQModel'} (import_dvae --vqgan)"
-        return _Target(what, found, _built(lambda: Vqgan(vqgan), to_dict(vqgan), found, where))
+        return _Target(what, found, _built(Vqgan, vqgan, found, where))
     found = plain_openai(unwrapped(tensors, OPENAI_MARK, where))
     if OPENAI_MARK in found:
         clip = config_of_openai(found, "quick_gelu", where)
-        wanted = to_openai(_built(lambda: Clip(clip), to_dict(clip), found, where), clip)
+        wanted = to_openai(_built(Clip, clip, found, where), clip)
         return _Target("CLIP in OpenAI's or open_clip's layout (import_clip)", found, wanted)
     found = plain_huggingface(unwrapped(tensors, HF_MARK, where))
     if HF_MARK in found and "text_projection.weight" in found:
@@ -222,7 +222,7 @@ def _target(tensors: Mapping[str, Tensor], file: Path) -> _Target:
         if not told:
             return _Target(f"{what}, which needs its {CONFIG_NAME} beside it", found)
         clip = from_huggingface_config(told, None, str(beside))
-        return _Target(what, found, to_huggingface(_built(lambda: Clip(clip), to_dict(clip), found, where)))
+        return _Target(what, found, to_huggingface(_built(Clip, clip, found, where)))
     for end, part in _KAKAO.items():
         if any(name.endswith(end) for name in tensors):
             return _Target(f"Karlo's own checkpoint: {part}", tensors)
@@ -231,11 +231,9 @@ def _target(tensors: Mapping[str, Tensor], file: Path) -> _Target:
     return _Target(what, tensors)
 
 
-def _built(
-    make: Callable[[], Any], values: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
-    """The state dict of the model that `make` builds of a configuration's `values`, without memory."""
-    for name, value in values.items():
+def _built(make: Callable[[Any], Any], config: Any, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The state dict of the model that `make` builds of a configuration, without memory."""
+    for name, value in (config if isinstance(config, dict) else to_dict(config)).items():
         times = len(value) if isinstance(value, (list, tuple)) else value if isinstance(value, int) else 0
         if _REPEATED.search(name) and times > len(tensors):
             raise CheckpointError(
@@ -243,7 +241,7 @@ def _built(
             )
     try:
         with torch.device("meta"):
-            return dict(make().state_dict())
+            return dict(make(config).state_dict())
     except Exception as error:  # whatever values that make no model bring about in a library
         raise CheckpointError(f"no model can be made of the configuration of {where}: {error}") from error
 

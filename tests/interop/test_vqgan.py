@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,9 @@ def test_nothing_of_a_malicious_checkpoint_is_run_and_damage_is_told(tmp_path: P
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     save_file(state, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-100])
-    for name in ("cut.ckpt", "cut.safetensors", "nowhere.ckpt"):
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(10**8))
+    for name in ("cut.ckpt", "cut.safetensors", "bomb.ckpt", "nowhere.ckpt"):
         with pytest.raises(CheckpointError, match=re.escape(name)):
             import_vqgan(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
