@@ -187,8 +187,16 @@ class CheckpointOptions:
     """A checkpoint, or a run directory, whose newest one is taken."""
 
 
+@dataclass(frozen=True)
+class WeightsOptions:
+    """Tell what weights are, what they load into, and what opening them would run; status 1 where they are broken or would."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """A file or folder of weights, a run directory's export or what others published."""
+
+
 def doctor() -> None:
-    """Look at what a run has left behind, at prepared data, or at what runs would be on, and say whether it is sound."""
+    """Look at what a run has left behind, at weights, prepared data, or what runs would be on, and say whether it is sound."""
     from rich.console import Console
 
     from dalle_ds.doctor.environment import EnvOptions, describe_environment
@@ -204,12 +212,20 @@ def doctor() -> None:
     cluster = Annotated[ClusterOptions, tyro.conf.subcommand("cluster")]
     data = Annotated[DataOptions, tyro.conf.subcommand("data")]
     env = Annotated[EnvOptions, tyro.conf.subcommand("env")]
-    options = parse_options(checkpoint | cluster | data | env, description=inspect.getdoc(doctor))  # type: ignore[arg-type]
+    weights = Annotated[WeightsOptions, tyro.conf.subcommand("weights")]
+    options = parse_options(
+        checkpoint | cluster | data | env | weights,  # type: ignore[arg-type]
+        description=inspect.getdoc(doctor),
+    )
     if isinstance(options, ClusterOptions):
         report, faults = check_cluster(options)
     elif isinstance(options, DataOptions):
         data_inspection = inspect_data(options)
         report, faults = data_inspection.report(), data_inspection.faults
+    elif isinstance(options, WeightsOptions):
+        from dalle_ds.doctor.weights import check_weights
+
+        report, faults = check_weights(Path(options.path))
     else:
         from dalle_ds.doctor.checkpoint import check_checkpoint
 
@@ -456,25 +472,34 @@ def import_clip() -> None:
 
 @dataclass(frozen=True)
 class ImportDvaeOptions:
-    """Make an exported dVAE, as launchers/train_dvae.py does, of the two files that OpenAI published."""
+    """Make an exported dVAE, as launchers/train_dvae.py does, of the two files that OpenAI published, or of a VQGAN."""
 
-    encoder: str
-    """OpenAI's encoder.pkl."""
-    decoder: str
-    """OpenAI's decoder.pkl."""
     out: str
     """Folder to write; give it as --dvae to other launchers."""
+    encoder: str | None = None
+    """OpenAI's encoder.pkl."""
+    decoder: str | None = None
+    """OpenAI's decoder.pkl."""
+    vqgan: str | None = None
+    """Instead of both, a checkpoint of taming-transformers' VQModel or GumbelVQ."""
     image_size: int = 256
-    """Side in pixels of the square images that it is used for; codes have an eighth of it on each side."""
+    """Side in pixels of the square images that it is used for; OpenAI's codes have an eighth of it on each side."""
 
 
 def import_dvae() -> None:
-    """Import the dVAE that OpenAI released, encoder.pkl and decoder.pkl, with none of their code run."""
+    """Import the dVAE that OpenAI released, encoder.pkl and decoder.pkl, or a VQGAN, with none of their code run."""
     options = parse_options(ImportDvaeOptions)
-    from dalle_ds.interop import import_openai_dvae
+    from dalle_ds.interop import import_openai_dvae, import_vqgan
 
-    model = import_openai_dvae(options.encoder, options.decoder, options.out, options.image_size)
-    print(f"{options.out}: a dVAE of {model.config.vocab_size:,} codes, fingerprint {model.fingerprint[:12]}")
+    model: Any
+    if options.vqgan is not None and options.encoder is None and options.decoder is None:
+        model = import_vqgan(options.vqgan, options.out, options.image_size)
+    elif options.vqgan is None and options.encoder is not None and options.decoder is not None:
+        model = import_openai_dvae(options.encoder, options.decoder, options.out, options.image_size)
+    else:
+        raise ConfigError("give --encoder and --decoder for OpenAI's dVAE, or --vqgan alone")
+    codes, grid = model.config.vocab_size, model.config.grid
+    print(f"{options.out}: {grid}×{grid} of {codes:,} codes, fingerprint {model.fingerprint[:12]}")
 
 
 COMMANDS: dict[str, Callable[[], None]] = {

@@ -11,6 +11,7 @@ from dalle_ds.config.models import (
     ClipConfig,
     DalleConfig,
     DiscreteVAEConfig,
+    VqganConfig,
 )
 from dalle_ds.config.parallel import ParallelConfig, PowerSGDConfig
 from dalle_ds.config.plain import differences, from_dict, load_preset, preset_names, to_dict
@@ -91,6 +92,7 @@ __all__ = [
     "UpsamplerConfig",
     "UpsamplerObjective",
     "UpsamplerRun",
+    "VqganConfig",
     "differences",
     "from_dict",
     "load_preset",

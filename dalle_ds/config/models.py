@@ -66,6 +66,57 @@ class DiscreteVAEConfig:
 
 
 @dataclass(frozen=True)
+class VqganConfig:
+    """Shape of a VQGAN of taming-transformers. The defaults are those of its ImageNet model with 1,024 codes, f = 16."""
+
+    image_size: int = 256
+    """Side in pixels of the square images that it is used for; it changes no weight."""
+    width: int = 128
+    """Channels beside the pixels (taming's `ch`)."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level, in `width`s (`ch_mult`); each level but the last halves the resolution."""
+    blocks_per_level: int = 2
+    """Residual blocks of each of the encoder's levels (`num_res_blocks`); the decoder's have one more."""
+    attention_levels: tuple[int, ...] = (4,)
+    """Levels whose blocks are followed by attention (`attn_resolutions`), 0 being the one of the pixels."""
+    latent_channels: int = 256
+    """Channels that the encoder returns (`z_channels`)."""
+    embed_dim: int = 256
+    """Width of the codebook."""
+    vocab_size: int = 1024
+    """Number of codes (`n_embed`)."""
+    gumbel: bool = False
+    """Whether codes are the likeliest of a 1×1 convolution (Gumbel-VQ), and not the nearest rows of the codebook."""
+
+    def __post_init__(self) -> None:
+        positive("model", self, "image_size", "width", "blocks_per_level", "latent_channels", "embed_dim")
+        at_least(2, "model", self, "vocab_size")
+        if not 0 < len(self.multipliers) <= 16:
+            raise ConfigError(f"model.multipliers has {len(self.multipliers)} levels: give 1 to 16")
+        if any(each <= 0 or self.width * each % 32 for each in self.multipliers):
+            raise ConfigError(
+                f"model.width={self.width} times each of model.multipliers={self.multipliers} must be a multiple of 32, "
+                "the groups of its normalization"
+            )
+        if self.image_size % self.factor:
+            raise ConfigError(f"model.image_size={self.image_size} is not a multiple of {self.factor}: set one that is")
+        if self.gumbel and self.latent_channels != self.embed_dim:
+            raise ConfigError(
+                f"model.embed_dim={self.embed_dim} must be model.latent_channels={self.latent_channels} with model.gumbel"
+            )
+
+    @property
+    def factor(self) -> int:
+        """How many pixels of a side become one code."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along each side of an image."""
+        return self.image_size // self.factor
+
+
+@dataclass(frozen=True)
 class DalleConfig:
     """Shape of the autoregressive text-image transformer (DALL·E App. B.1). The defaults are the 12 B model's."""
 

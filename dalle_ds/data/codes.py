@@ -32,7 +32,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.files import built_beside, disk_full_is_a_data_error, only_process, remove_leftovers, write_json
 
 if TYPE_CHECKING:
-    from dalle_ds.models import DiscreteVAE
+    from dalle_ds.models import ImageTokenizer
 
 _NPY_VERSION = 2
 KIND = Kind("codes", "dvae", (3, _NPY_VERSION))
@@ -75,7 +75,7 @@ def collate(rows: list[tuple[Tensor, bool]]) -> tuple[Tensor, npt.NDArray[np.boo
 
 
 def cache_codes(
-    dvae: DiscreteVAE,
+    dvae: ImageTokenizer,
     data_dir: str | Path,
     *,
     views: int = 8,
@@ -142,7 +142,7 @@ def cache_codes(
 
 
 @torch.inference_mode()
-def _write_split(dvae: DiscreteVAE, batches: DataLoader, folder: Path) -> tuple[int, list[DataFile]]:
+def _write_split(dvae: ImageTokenizer, batches: DataLoader, folder: Path) -> tuple[int, list[DataFile]]:
     """Write one split in order: number of unreadable rows, and files."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vocab, dtype = dvae.config.vocab_size, np.dtype(_code_dtype(dvae.config.vocab_size))

@@ -107,9 +107,9 @@ def run(options: Preparation) -> Iterator[PreparationReport | PartReport | str]:
     if options.views is not None:
         cached["views"] = options.views
     if options.cache_codes is not None:
-        from dalle_ds.models import DiscreteVAE  # imports torch's modules, which preparation does without
+        from dalle_ds.models import load_image_tokenizer  # imports torch's modules, which preparation does without
 
-        dvae = DiscreteVAE.from_pretrained(options.cache_codes)
+        dvae = load_image_tokenizer(options.cache_codes)
         yield str(cache_codes(dvae, options.out, codes_dir=options.codes_out, **cached))
     if options.cache_embeddings is not None:
         from dalle_ds.data.embeddings import cache_embeddings

@@ -1,1 +1,1 @@
-"""Whether things are sound: `doctor.py env` (this machine), `cluster` (the processes of a launch), `data`, `checkpoint`."""
+"""Whether things are sound: `doctor.py env` (this machine), `cluster` (a launch), `data`, `checkpoint`, `weights`."""

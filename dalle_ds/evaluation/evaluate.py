@@ -51,7 +51,7 @@ from dalle_ds.evaluation.unclip import (
     measure_upsamplers,
 )
 from dalle_ds.files import write_text
-from dalle_ds.models import Clip, DiscreteVAE
+from dalle_ds.models import Clip, load_image_tokenizer
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.choice import DTYPES, choose_precision
@@ -230,7 +230,7 @@ def _evaluate_models(options: EvaluateOptions, mesh: Mesh) -> tuple[Result, dict
         dtype = choose_precision(options.dtype, mesh, lambda: kept_precision(Path(kept)) if kept else None)
         options = replace(options, dtype=dtype)
         pipeline = TextToImage.from_pretrained(transformer, mesh.device, DTYPES[dtype])
-    vae = DiscreteVAE.from_pretrained(options.dvae).to(mesh.device) if options.dvae is not None else None
+    vae = load_image_tokenizer(options.dvae).to(mesh.device) if options.dvae is not None else None
     chooser = _clip(options.clip, mesh)
     judge = _clip(options.judge, mesh) or chooser
     prior = TextToEmbedding.from_pretrained(options.prior, mesh.device) if options.prior is not None else None

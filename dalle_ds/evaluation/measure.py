@@ -34,6 +34,7 @@ from dalle_ds.evaluation.metrics import (
 from dalle_ds.evaluation.sets import Caption, GatheredRows, Selections, images_of, shard_rows, stacked, to_size
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.vqgan import ImageTokenizer
 from dalle_ds.parallel import Mesh
 from dalle_ds.sampling import Reranker, TextToImage, image_grid
 from dalle_ds.sampling.grid import to_pil_images
@@ -142,7 +143,7 @@ class Context:
         return found.gather(self.mesh)
 
 
-def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
+def measure_dvae(context: Context, vae: ImageTokenizer) -> None:
     """PSNR, SSIM, distance of the reconstructed set from the real one, and use of the codebook, over all rows. Collective.
 
     Images are reconstructed at the dVAE's size, where PSNR and SSIM are taken; the sets are compared at the context's.
@@ -169,7 +170,7 @@ def measure_dvae(context: Context, vae: DiscreteVAE) -> None:
         context.sheets |= _dvae_sheets(context, vae, all_codes.long(), signals)
 
 
-def _dvae_sheets(context: Context, vae: DiscreteVAE, codes: Tensor, signals: Tensor) -> dict[str, Image.Image]:
+def _dvae_sheets(context: Context, vae: ImageTokenizer, codes: Tensor, signals: Tensor) -> dict[str, Image.Image]:
     """Codes and what they look like; the worst and best reconstructions by their PSNR, `signals` (rows,)."""
 
     def image(row: int) -> Pixels:
@@ -194,7 +195,7 @@ def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
     - image_nats_per_token: of the codes, given the caption.
     - codes_bits_per_dimension: of the codes, given the caption, in bits per pixel value (3 · H · W of them). No likelihood of
       the image: codes lose what the dVAE does not keep.
-    - pixels_bits_per_dimension: of the 8-bit image, given its codes, under the dVAE.
+    - pixels_bits_per_dimension: of the 8-bit image, given its codes, under the dVAE (a VQGAN has no likelihood).
     - bits_per_dimension: the sum of these two, an upper bound on −log2 P(image | caption) per pixel value.
     - captions_cut: share of captions with more tokens than the model has room for.
     """
@@ -208,7 +209,8 @@ def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
         text = torch.cat([tokens for tokens, _ in encoded]).to(mesh.device)
         cut = torch.tensor([cut for _, cut in encoded], device=mesh.device)
         text_nats, code_nats = transformer_nats(pipeline.model, text, codes.flatten(1))
-        columns = text_nats, (text != PADDING).sum(dim=1), code_nats, pixel_nats(vae, pixels, codes), cut
+        pixels_nats = pixel_nats(vae, pixels, codes) if isinstance(vae, DiscreteVAE) else torch.zeros_like(code_nats)
+        columns = text_nats, (text != PADDING).sum(dim=1), code_nats, pixels_nats, cut
         found.put(indices, torch.stack([column.double() for column in columns], dim=1))
     sums, dimensions = found.gather(mesh), 3 * size**2 * math.log(2)
     for name, chosen in context.of_rows.items():
@@ -218,10 +220,10 @@ def measure_likelihood(context: Context, pipeline: TextToImage) -> None:
             "text_nats_per_token": of_text / max(tokens, 1e-12),
             "image_nats_per_token": of_codes / pipeline.model.config.image_len,
             "codes_bits_per_dimension": in_codes,
-            "pixels_bits_per_dimension": in_pixels,
-            "bits_per_dimension": in_codes + in_pixels,
             "captions_cut": share_cut,
         }
+        if isinstance(vae, DiscreteVAE):
+            figures |= {"pixels_bits_per_dimension": in_pixels, "bits_per_dimension": in_codes + in_pixels}
         context.record(name, "likelihood", figures)
 
 

@@ -24,6 +24,7 @@ from dalle_ds.data.images import Pixels
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.dvae import EPSILON, DiscreteVAE
+from dalle_ds.models.vqgan import ImageTokenizer
 from dalle_ds.sampling import score
 from dalle_ds.sampling.grid import image_grid, to_pil_images
 
@@ -80,7 +81,7 @@ def codebook_usage(histogram: Tensor) -> dict[str, float]:
     return {"perplexity": perplexity, "used": float(used), "dead": float(size - used), "usage": used / size}
 
 
-def codebook_panel(vae: DiscreteVAE, codes: Tensor, image: Callable[[int], Pixels]) -> Image.Image:
+def codebook_panel(vae: ImageTokenizer, codes: Tensor, image: Callable[[int], Pixels]) -> Image.Image:
     """The most and the least used codes that occur: their share, the image of a grid full of each, and places of the set where
     it occurs, with surroundings that are one code wide.
 
@@ -98,7 +99,7 @@ def codebook_panel(vae: DiscreteVAE, codes: Tensor, image: Callable[[int], Pixel
     return image_grid(rows, titles=["alone", *["occurs"] * EXAMPLES], cell=96)
 
 
-def code_image(vae: DiscreteVAE, code: int) -> Image.Image:
+def code_image(vae: ImageTokenizer, code: int) -> Image.Image:
     """What the dVAE makes of a grid full of one code: its middle, three codes wide, where the border does not reach."""
     grid, factor = vae.config.grid, vae.config.factor
     device = next(vae.parameters()).device
@@ -110,7 +111,7 @@ def code_image(vae: DiscreteVAE, code: int) -> Image.Image:
     return framed
 
 
-def _occurrences(vae: DiscreteVAE, codes: Tensor, code: int, image: Callable[[int], Pixels]) -> list[Image.Image]:
+def _occurrences(vae: ImageTokenizer, codes: Tensor, code: int, image: Callable[[int], Pixels]) -> list[Image.Image]:
     """Up to `EXAMPLES` places of a code, in different rows where there are as many, spread over the set."""
     found = (codes == code).nonzero()
     first = torch.ones(len(found), dtype=torch.bool)

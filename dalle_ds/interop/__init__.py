@@ -7,12 +7,15 @@ from dalle_ds.interop.clip_export import export_clip
 from dalle_ds.interop.clip_import import import_clip, load_clip
 from dalle_ds.interop.openai_dvae import import_openai_dvae, load_openai_dvae
 from dalle_ds.interop.torch_files import load_tensors
+from dalle_ds.interop.vqgan import import_vqgan, load_vqgan
 
 __all__ = [
     "export_clip",
     "import_clip",
     "import_openai_dvae",
+    "import_vqgan",
     "load_clip",
     "load_openai_dvae",
     "load_tensors",
+    "load_vqgan",
 ]

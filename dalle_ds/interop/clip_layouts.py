@@ -108,16 +108,16 @@ HF_MARK = "vision_model.embeddings.patch_embedding.weight"
 
 
 def unwrapped(tensors: Mapping[str, Tensor], mark: str, where: str) -> dict[str, Tensor]:
-    """The tensors of the CLIP in a training program's checkpoint, whose names have begun with keys, attributes and wrappers.
+    """The tensors of the model in a training program's checkpoint, whose names have begun with keys, attributes and wrappers.
 
     Args:
-        mark: the name of a tensor that each CLIP of the layout has once.
+        mark: the name of a tensor that each model of the layout has once.
 
     Returns:
         What began as that tensor does, without the beginning; all where there is no such tensor.
 
     Raises:
-        CheckpointError: there are several CLIPs, named, or two tensors of one name.
+        CheckpointError: there are several models, named, or two tensors of one name.
     """
     wrapper = rf"(?:{'|'.join(_WRAPPERS)})\."
     pattern = re.compile(r"((?:.*\.)?)" + rf"\.(?:{wrapper})*".join(mark.split(".")))
@@ -125,7 +125,7 @@ def unwrapped(tensors: Mapping[str, Tensor], mark: str, where: str) -> dict[str,
     if len(begins) > 1:
         keys = ", ".join(repr(begin.rstrip(".")) for begin in begins[:5])
         raise CheckpointError(
-            f"{where} has several CLIPs, under {keys}: save the tensors of one of them in a file of its own"
+            f"{where} has several models, under {keys}: save the tensors of one of them in a file of its own"
         )
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():

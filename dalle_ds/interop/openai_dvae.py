@@ -6,7 +6,7 @@ Neither the package nor the files' pickled code is run (`dalle_ds.interop.torch_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +19,9 @@ from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import loaded
+from dalle_ds.models.vqgan import Vqgan
 
-Model = TypeVar("Model", Clip, DiscreteVAE)
+Model = TypeVar("Model", Clip, DiscreteVAE, Vqgan)
 SOURCE_NAME = "source.json"
 """Which files an imported model was made from, in its folder."""
 _GROUPS = 4  # dall_e has no other number
@@ -95,6 +96,14 @@ def exported(make: Callable[[], tuple[Model, dict[str, Any]]], out: str | Path) 
 
 def _read(path: str | Path, part: str) -> dict[str, Tensor]:
     tensors = load_tensors(path, _CLASSES)
+    _check_ends(tensors, part, path)
+    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not OpenAI's {part}: its {wrong[:100]!r} is of {tensors[wrong].dtype}")
+    return tensors
+
+
+def _check_ends(tensors: Mapping[str, Tensor], part: str, path: str | Path) -> None:
     for name, shape in _ENDS[part].items():
         found = tuple(tensors[name].shape) if name in tensors else ()
         if len(found) != 4 or 0 in found or any(n not in (None, size) for size, n in zip(found, shape, strict=True)):
@@ -103,37 +112,48 @@ def _read(path: str | Path, part: str) -> dict[str, Tensor]:
                 f"{path} is not OpenAI's {part}: its {name} has shape {found or None}, where ({wanted}) is needed; are "
                 "encoder and decoder in each other's place?"
             )
-    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path} is not OpenAI's {part}: its {wrong[:100]!r} is of {tensors[wrong].dtype}")
-    return tensors
 
 
 def _config(
     found: dict[str, dict[str, Tensor]], encoder: str | Path, decoder: str | Path, image_size: int
 ) -> DiscreteVAEConfig:
     """The shape, as far as it can be told from the convolutions at both ends."""
-    vocab_size = found["encoder"]["blocks.output.conv.w"].shape[0]
-    codebook = found["decoder"]["blocks.input.w"]
-    if codebook.shape[1] != vocab_size:
+    fields, others = (_fields(found[part], part) for part in ("encoder", "decoder"))
+    if fields["vocab_size"] != others["vocab_size"]:
         raise CheckpointError(
-            f"{encoder} has {vocab_size} codes and {decoder} has {codebook.shape[1]}: they are of two dVAEs"
+            f"{encoder} has {fields['vocab_size']} codes and {decoder} has {others['vocab_size']}: they are of two dVAEs"
         )
-    fields = {
-        "groups": _GROUPS,
-        "blocks_per_group": _blocks(found["encoder"]),
-        "encoder_width": found["encoder"]["blocks.input.w"].shape[0],
-        "decoder_width": found["decoder"]["blocks.output.conv.w"].shape[1],
-        "decoder_input": codebook.shape[0],
-        "vocab_size": vocab_size,
-    }
+    fields = {**others, **fields}
+    _checked(fields, f"{encoder} and {decoder} are not OpenAI's dVAE")
+    return DiscreteVAEConfig(**fields, image_size=image_size)
+
+
+def config_of_openai_dvae(tensors: Mapping[str, Tensor], where: str) -> tuple[str, DiscreteVAEConfig]:
+    """Which part of the release has these tensors, "encoder" or "decoder", and the shape as far as that part tells it.
+
+    Raises:
+        CheckpointError: a convolution at an end is missing, or the shapes make no dVAE.
+    """
+    part = "decoder" if tuple(tensors["blocks.input.w"].shape[2:]) == (1, 1) else "encoder"
+    _check_ends(tensors, part, where)
+    return part, _checked(_fields(tensors, part), f"{where} is not OpenAI's {part}")
+
+
+def _fields(tensors: Mapping[str, Tensor], part: str) -> dict[str, int]:
+    inner, outer = tensors["blocks.input.w"].shape, tensors["blocks.output.conv.w"].shape
+    fields = {"groups": _GROUPS, "blocks_per_group": _blocks(tensors)}
+    if part == "encoder":
+        return {**fields, "encoder_width": inner[0], "vocab_size": outer[0]}
+    return {**fields, "decoder_width": outer[1], "decoder_input": inner[0], "vocab_size": inner[1]}
+
+
+def _checked(fields: dict[str, int], wrong: str) -> DiscreteVAEConfig:
     try:
         if fields["blocks_per_group"] > _MOST_BLOCKS:
             raise ConfigError(f"it would have {fields['blocks_per_group']} blocks in a group, more than {_MOST_BLOCKS}")
-        DiscreteVAEConfig(**fields)
+        return DiscreteVAEConfig(**fields)
     except ConfigError as error:
-        raise CheckpointError(f"{encoder} and {decoder} are not OpenAI's dVAE: {error}") from error
-    return DiscreteVAEConfig(**fields, image_size=image_size)
+        raise CheckpointError(f"{wrong}: {error}") from error
 
 
 def _blocks(names: Iterable[str]) -> int:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import mmap
 import pickletools
+import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -61,6 +63,15 @@ _REBUILDERS = frozenset(
     for name in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state")
 )
 """Of these, those that only make views of storages."""
+
+
+_HARMLESS = re.compile(
+    r"collections\.(OrderedDict|Counter|defaultdict)|_codecs\.encode|(builtins|__builtin__)\.(set|complex|bytearray)|"
+    r"torch\.(storage\.)?\w+Storage|torch\.(Size|Tensor|device|bool|(uint|int|float|bfloat|complex)\d+)|"
+    r"torch\.nn\.parameter\.Parameter|torch\.nn\.modules\.\w+\.[A-Z]\w*|dall_e\.\w+\.[A-Z]\w*|__torch__\.[\w.]+|"
+    + "|".join(map(re.escape, _REBUILDERS))
+)
+"""Names of what makes tensors, and of the classes of modules that have them."""
 
 
 class _Refused(Exception):
@@ -257,6 +268,42 @@ def _scan(program: BinaryIO) -> set[str]:
         if name.startswith(_NOT_TRUSTED):
             raise _Refused(f"asks for {shown(name)}, which is not trusted: save its state dict alone, in another file")
     return names
+
+
+def imported_names(path: Path) -> list[str]:
+    """What `pickle` would import, and might call, to open a file of `torch.save`; but for what `torch.load` trusts, classes of
+    layers and those of TorchScript. Nothing of it is run.
+
+    A name that is put together on the stack, which `torch.save` does not write, is told as its last two texts.
+    """
+    found: set[str] = set()
+    with suppress(Exception):  # of damage, `load_tensors` tells
+        for program in _programs(path):
+            texts = ["", ""]
+            for instruction, argument, _ in pickletools.genops(program):
+                if isinstance(argument, str):
+                    texts = [texts[1], argument]
+                if instruction.name in ("GLOBAL", "INST"):
+                    found.add(".".join(str(argument).split(" ", 1)))
+                elif instruction.name.startswith(("STACK_GLOBAL", "EXT")):
+                    found.add(f"{instruction.name} {'.'.join(texts) if argument is None else argument}")
+    return sorted(name for name in found if not _HARMLESS.fullmatch(name))
+
+
+def _programs(path: Path) -> Iterator[BinaryIO]:
+    """The pickles of a file, as far as they are read."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            head = io.BytesIO(file.read(_PROGRAM_BYTES))
+            for _ in range(_LEGACY_PICKLES):
+                yield head
+            return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.filename.endswith(".pkl"):
+                with archive.open(entry) as content:
+                    yield io.BytesIO(content.read(_PROGRAM_BYTES))
 
 
 def _named_tensors(content: Any, search: bool) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.config import DiscreteVAEConfig
+from dalle_ds.config import DiscreteVAEConfig, VqganConfig
 from dalle_ds.errors import DataError
 from dalle_ds.models.pretrained import fingerprint, load_model, loaded, save_model
 
@@ -220,6 +220,28 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     return math.log(logits.shape[1]) + (log_posterior.exp() * log_posterior).sum(dim=1)
 
 
+def check_images(images: Tensor, config: DiscreteVAEConfig | VqganConfig) -> None:
+    """Refuse with a DataError what is not (B, 3, H, W) floats, of sides that a whole number of codes has."""
+    factor = config.factor
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise DataError(
+            f"images must be (B, 3, H, W) with H and W multiples of {factor}, found shape {tuple(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise DataError(f"images must be floats in [0, 1], found {images.dtype}: divide bytes by 255")
+
+
+def check_codes(codes: Tensor, config: DiscreteVAEConfig | VqganConfig) -> None:
+    """Refuse with a DataError what is not (B, h, w) codes of the vocabulary."""
+    if codes.ndim != 3:
+        raise DataError(f"codes must be (B, h, w), found shape {tuple(codes.shape)}")
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < config.vocab_size):
+        raise DataError(
+            f"codes must lie in [0, {config.vocab_size}), found {int(codes.min())} to {int(codes.max())}: "
+            "they were made by another dVAE"
+        )
+
+
 class DiscreteVAE(nn.Module):
     """Discrete VAE: `encode` images to codes, `decode` codes to images, `forward` for training.
 
@@ -246,7 +268,7 @@ class DiscreteVAE(nn.Module):
             temperature: τ > 0.
             gumbel: (B, vocab_size, h, w) standard Gumbel noise.
         """
-        self._check_images(images)
+        check_images(images, self.config)
         mapped = map_pixels(images.float())
         logits = self.encoder(mapped)
         relaxed = torch.softmax((logits + gumbel) / temperature, dim=1)
@@ -272,30 +294,15 @@ class DiscreteVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images in [0, 1] → (B, h, w) int64 codes: the most likely ones, with no noise (DALL·E §2.2)."""
-        self._check_images(images)
+        check_images(images, self.config)
         return self.encoder(map_pixels(images.float())).argmax(dim=1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """(B, h, w) int64 codes → (B, 3, H, W) images in [0, 1]: the medians, whatever ln b (DALL·E App. A.3)."""
-        if codes.ndim != 3:
-            raise DataError(f"codes must be (B, h, w), found shape {tuple(codes.shape)}")
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.config.vocab_size):
-            raise DataError(
-                f"codes must lie in [0, {self.config.vocab_size}), found {int(codes.min())} to {int(codes.max())}: "
-                "they were made by another dVAE"
-            )
+        check_codes(codes, self.config)
         mu, _ = self.likelihood_parameters(self._one_hot(codes))
         return unmap_pixels(torch.sigmoid(mu))
-
-    def _check_images(self, images: Tensor) -> None:
-        factor = self.config.factor
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise DataError(
-                f"images must be (B, 3, H, W) with H and W multiples of {factor}, found shape {tuple(images.shape)}"
-            )
-        if not images.is_floating_point():
-            raise DataError(f"images must be floats in [0, 1], found {images.dtype}: divide bytes by 255")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -91,17 +91,23 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read: {error}; export or save it again") from error
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `config.json`, "kind" and "model" if it is one of ours; CheckpointError as `load_model`."""
+    try:
+        description = parse_json((folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {error}; export the model again") from error
+    return description if isinstance(description, dict) else {}
+
+
 def load_config(folder: Path, kind: str, config_class: type[Config]) -> Config:
     """Configuration of the model exported in `folder` itself.
 
     Raises:
         CheckpointError, ConfigError: as `load_model`.
     """
-    try:
-        description = parse_json((folder / CONFIG_NAME).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME} cannot be read: {error}; export the model again") from error
-    found = description.get("kind") if isinstance(description, dict) else None
+    description = read_config(folder)
+    found = description.get("kind")
     if found != kind:
         what = f"a {found!r} model" if isinstance(found, str) and len(found) < 50 else "none of our models"
         raise CheckpointError(f"{folder} holds {what} where a {kind!r} model is needed: name another folder")

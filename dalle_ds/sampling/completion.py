@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.models.dvae import DiscreteVAE
+from dalle_ds.models.vqgan import ImageTokenizer
 
 _PNG_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", **dict.fromkeys(("CMYK", "YCbCr", "HSV", "RGBX"), "RGB")}
 """Of modes that PNGs do not have, those that hold the same."""
@@ -70,7 +70,7 @@ def _as_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def top_rows(dvae: DiscreteVAE, image: Image.Image, rows: int | None = None) -> Tensor:
+def top_rows(dvae: ImageTokenizer, image: Image.Image, rows: int | None = None) -> Tensor:
     """The codes of an image's top rows.
 
     Args:

@@ -16,8 +16,8 @@ from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.dalle import Dalle
 from dalle_ds.models.decoding import decoding_device
-from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.pretrained import WEIGHTS_NAME, export_folder, fingerprint
+from dalle_ds.models.vqgan import ImageTokenizer, load_image_tokenizer
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.candidates import Reranker, rank_candidates
@@ -49,7 +49,7 @@ class TextToImage:
         CheckpointError: the three do not belong together.
     """
 
-    def __init__(self, model: Dalle, dvae: DiscreteVAE, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Dalle, dvae: ImageTokenizer, tokenizer: Tokenizer) -> None:
         config = model.config
         for what, found, needed in (
             ("the dVAE has a vocabulary of", dvae.config.vocab_size, config.image_vocab),
@@ -115,7 +115,7 @@ class TextToImage:
                     f"{folder} has no {part}: it is a transformer alone, and generating images needs all that a "
                     "transformer run exports"
                 )
-        pipeline = cls(model, DiscreteVAE.from_pretrained(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME))
+        pipeline = cls(model, load_image_tokenizer(folder / DVAE_NAME), Tokenizer.load(folder / TOKENIZER_NAME))
         pipeline._check_parts(folder)
         pipeline.folder = folder
         return pipeline

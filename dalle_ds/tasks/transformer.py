@@ -16,9 +16,9 @@ from dalle_ds.config import PADDING, TransformerRun
 from dalle_ds.data import CodesCache, PairDataset, TextImageSamples
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dalle import Dalle
-from dalle_ds.models.dvae import DiscreteVAE
 from dalle_ds.models.flops import model_flops
 from dalle_ds.models.pipeline import pipeline_layers
+from dalle_ds.models.vqgan import load_image_tokenizer
 from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
@@ -44,7 +44,7 @@ class TransformerTask(PipelineTask[TransformerRun]):
         for option, what in (("dvae", "a dVAE's run directory or export"), ("tokenizer", "a tokenizer's file")):
             if not getattr(run, option):
                 raise ConfigError(f"--{option} is missing: name {what}")
-        self.dvae = DiscreteVAE.from_pretrained(run.dvae)
+        self.dvae = load_image_tokenizer(run.dvae)
         self.tokenizer = Tokenizer.load(run.tokenizer)
         model, dvae = run.model, self.dvae.config
         if dvae.vocab_size != model.image_vocab:

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dalle_ds.config import DiscreteVAEConfig
-from dalle_ds.interop import load_openai_dvae, load_tensors
-from dalle_ds.models import Dalle, DiscreteVAE
+from dalle_ds.config import DiscreteVAEConfig, VqganConfig
+from dalle_ds.doctor.weights import check_weights
+from dalle_ds.interop import load_openai_dvae, load_tensors, load_vqgan
+from dalle_ds.models import Dalle, DiscreteVAE, Vqgan
 from dalle_ds.sampling import TextToImage
 from dalle_ds.text.tokenizer import Tokenizer
 from tests.conftest import TINY_DALLE, TINY_DVAE
@@ -62,6 +63,7 @@ def test_descriptions(data: st.DataObject, name: str, exported: Path) -> None:
     content = data.draw(damaged_json(json.loads((exported / name).read_text())))
     with Exchanged(exported / name, content):
         survives("exports, JSON", lambda: TextToImage.from_pretrained(exported))
+        survives("doctor, JSON", lambda: check_weights(exported))
 
 
 def safetensors_files(valid: bytes) -> st.SearchStrategy[bytes]:
@@ -89,6 +91,7 @@ def test_weights(data: st.DataObject, name: str, exported: Path) -> None:
         # One by one: together they would be refused by the fingerprints of parts.json already.
         survives("exports, safetensors", lambda: DiscreteVAE.from_pretrained(exported / "dvae"))
         survives("exports, safetensors", lambda: Dalle.from_pretrained(exported))
+        survives("doctor, safetensors", lambda: check_weights(exported))
 
 
 def saved(content: Any, new_format: bool) -> bytes:
@@ -148,6 +151,7 @@ def test_pickles(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> No
     file = tmp_path_factory.getbasetemp() / "fuzzed.pkl"
     file.write_bytes(content)
     survives("pickles, damaged", lambda: load_tensors(file, CLASSES))
+    survives("doctor, pickles", lambda: check_weights(file))
 
 
 @given(parts=st.lists(st.sampled_from(PARTS) | st.binary(max_size=4), max_size=30), zipped=st.booleans())
@@ -155,6 +159,7 @@ def test_programs(parts: list[bytes], zipped: bool, tmp_path_factory: pytest.Tem
     write = programs.write_zip if zipped else programs.write_legacy
     file = write(tmp_path_factory.getbasetemp() / "fuzzed.pkl", programs.program(*parts))
     survives("pickles, instructions", lambda: load_tensors(file))
+    survives("doctor, pickles", lambda: check_weights(file))
 
 
 SMALL_RELEASE = DiscreteVAE(
@@ -179,3 +184,22 @@ def test_state_dicts_for_a_dvae(data: st.DataObject, tmp_path_factory: pytest.Te
         files.append(folder / f"{part}.pkl")
         torch.save(state, files[-1])
     survives("OpenAI's dVAE", lambda: load_openai_dvae(*files, image_size=16))
+    survives("doctor, state dicts", lambda: [check_weights(file) for file in files])
+
+
+SMALL_VQGAN = Vqgan(
+    VqganConfig(image_size=16, width=32, multipliers=(1, 1), blocks_per_level=1, attention_levels=(1,), vocab_size=16)
+)
+
+
+@given(data=st.data())
+@settings(max_examples=max(15, settings().max_examples // 4))
+def test_state_dicts_for_a_vqgan(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    state, file = dict(SMALL_VQGAN.state_dict()), tmp_path_factory.getbasetemp() / "vqgan.ckpt"
+    for _ in range(data.draw(st.integers(0, 2))):
+        name = data.draw(st.sampled_from(sorted(state)))
+        other = name.replace("0", data.draw(st.sampled_from(["0", "7", "77", "-1"])))
+        state[other] = torch.zeros(data.draw(st.lists(st.integers(0, 8), max_size=5)))
+    torch.save({"state_dict": state}, file)
+    survives("VQGAN", lambda: load_vqgan(file, image_size=16))
+    survives("doctor, state dicts", lambda: check_weights(file))

@@ -129,7 +129,7 @@ def test_safetensors_with_wrappers_are_read_and_that_their_activation_is_unknown
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (lambda state: {"model": state, "ema": under("module.", state)}, "several CLIPs, under 'ema.module', 'model'"),
+        (lambda state: {"model": state, "ema": under("module.", state)}, "several models, under 'ema.module', 'model'"),
         (lambda state: {**state, "module.logit_scale": torch.zeros(())}, r"has logit_scale with and without a wrapper"),
         (lambda state: {"generator": {"w": torch.zeros(2)}, "step": 3}, r"visual\.conv1\.weight .* it has generator\.w"),
         (lambda state: {"step": 3}, r"visual\.conv1\.weight has shape None"),
