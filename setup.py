@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 CLIP = ["transformers>=4.50", "ftfy", "regex"]
 EVALUATION = ["torchmetrics>=1.4", "scipy>=1.11"]
+FILM = ["imageio-ffmpeg>=0.5"]
 FILTERS = ["py3langid>=0.3", "imagehash>=4.3"]
 OVERLAP = ["faiss-cpu>=1.9"]
 RAY = ["ray[data]>=2.40"]
@@ -58,6 +59,7 @@ setup(
             "lingua-language-detector>=2.0",
             *CLIP,
             *EVALUATION,
+            *FILM,
             *FILTERS,
             *OVERLAP,
             *RAY,
@@ -65,6 +67,7 @@ setup(
         ],
         "clip": CLIP,
         "eval": [*CLIP, *EVALUATION],
+        "film": FILM,
         "filters": FILTERS,
         "overlap": OVERLAP,
         "ray": RAY,

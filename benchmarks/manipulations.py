@@ -2,8 +2,8 @@
 
     python benchmarks/manipulations.py --model demo/unclip --data demo/data --judge demo/judge [--json FILE]
 
-Text diffs: a held-out image, its caption as the baseline, the caption of another held-out image as the target; a second CLIP says
-how similar each frame is to the target.
+Text diffs: a held-out image, its caption as the baseline, the caption of another held-out image as the target; a second CLIP
+says how similar each frame is to the target.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from dalle_ds.commands import generate
 from dalle_ds.config import ImageSampling
+from dalle_ds.data.embeddings import cache_embeddings
 from dalle_ds.diffusion import noise_schedule
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.models.latents import EmbeddingMoments
@@ -36,8 +40,9 @@ from dalle_ds.sampling.latent import (
     slerp,
     text_diff,
 )
-from dalle_ds.sampling.manipulation_command import write_film
+from dalle_ds.sampling.manipulation_command import SUBCOMMANDS, write_film
 from dalle_ds.sampling.manipulations import pixels_of, shrink_to, write_on
+from tests.conftest import ROOT
 from tests.sampling.test_unclip import clip, pipe  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -361,6 +366,34 @@ def test_the_subcommands(
             run(arguments[0], "x.png", *arguments[1:])
     with pytest.raises(ConfigError, match="png"):
         run("vary", "x.gif", *given)
+
+
+def test_every_command_of_the_page(
+    pipe: Unclip,  # noqa: F811
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained(tmp_path / "demo" / "unclip")
+    shutil.copytree(data, tmp_path / "demo" / "data")
+    cache_embeddings(pipe.clip, Path("demo/data"))
+    for number, name in enumerate(("judge.png", "pilot.png")):
+        image(number).save(name)
+    Image.new("L", (80, 80), 255).save("mask.png")
+    page = (ROOT / "docs" / "manipulations.md").read_text()
+    commands = re.findall(r"^python launchers/generate\.py (.*)$", page, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
+    for command in commands:
+        words = shlex.split(re.sub(r"--(num|frames|rounds) \d+", r"--\1 2", command))
+        few = [] if "--data" in words else ["--steps", "2"]
+        monkeypatch.setattr("sys.argv", ["generate.py", *words, *few])
+        generate()
+        assert Path(words[words.index("--out") + 1]).is_file()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code.replace('steps="25", iterations=3', 'steps="2"'), names)
+    assert len(names["way"]) == 9 and len(names["edited"][1]) == 3 and len(names["filled"]) == 2  # type: ignore[arg-type, index]
 
 
 def test_a_film_has_its_frames(tmp_path: Path) -> None:
