@@ -168,11 +168,9 @@ def denoise_images(
         if known is not None and kept is not None:
             x = torch.where(known.mask.to(device), grid.add_noise(kept, noise(), step), x)
         output = predict(x, int(grid.timesteps[step]))
-        x0 = (
-            _seen(grid, step, output, x, facts)
-            if start is not None
-            else grid.x0_of(facts.predicts, output[:, :3], x, step)
-        )
+        # What x has of an image is what it began with, not the noise that is added on the way.
+        trust = 0.0 if start is None else 1 - sampling.eta
+        x0 = _seen(grid, step, output, x, facts, trust)
         if base is None:
             x0 = clip_x0(x0, bound, quantile)
         else:
@@ -238,15 +236,17 @@ def _epsilon(
     return grid.epsilon_of(_seen(grid, step, output, x, facts), x, step)
 
 
-def _seen(grid: NoiseSchedule, step: int, output: Tensor, x: Tensor, facts: DiffusionFacts) -> Tensor:
+def _seen(
+    grid: NoiseSchedule, step: int, output: Tensor, x: Tensor, facts: DiffusionFacts, trust: float = 1.0
+) -> Tensor:
     """The clean images that an output means, on the way to noise and back.
 
     A model that predicts x₀ loses some of an image even where there is no noise, and no way leads back to that. Where noise is
-    small, x_t itself is a good guess, too: each of both counts by the inverse of the variance of its error.
+    small, x_t itself is a good guess, too: each of both counts by the inverse of the variance of its error, x_t times `trust`.
     """
     x0 = grid.x0_of(facts.predicts, output[:, :3], x, step)
-    if not facts.x0_error:
+    if not facts.x0_error or not trust:
         return x0
     alpha_bar = float(grid.alpha_bars[step])
     share = facts.x0_error**2 / (facts.x0_error**2 + (1 - alpha_bar) / alpha_bar)
-    return torch.lerp(x0, x / alpha_bar**0.5, share)
+    return torch.lerp(x0, x / alpha_bar**0.5, trust * share)
