@@ -45,7 +45,7 @@ from dalle_ds.sampling.text_to_embedding import (
 )
 from dalle_ds.tasks.base import row_noise
 from dalle_ds.tasks.latent_prior import LatentPriorTask
-from dalle_ds.tasks.prior import PriorTask, caption_of
+from dalle_ds.tasks.prior import PriorTask
 from dalle_ds.tasks.stages import STAGES
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.training.export import export_checkpoint
@@ -289,7 +289,7 @@ def test_the_loss_is_the_papers(run: PriorRun) -> None:
         times = ((uniforms[:, 1] + draw) / objective.draws_per_row * objective.timesteps).long()
         a = alpha_bars[times].float()[:, None]
         noised = a.sqrt() * clean + (1 - a).sqrt() * noise[:, draw]
-        found = model(caption_of(batch), noised[:, None], times[:, None], dropped=dropped)[:, 0]
+        found = model(task.caption(batch), noised[:, None], times[:, None], dropped=dropped)[:, 0]
         total += float((found - clean).square().mean()) / objective.draws_per_row
     assert float(loss) == pytest.approx(total, rel=1e-5)
     assert float(told["dropped"]) == float(dropped.float().mean())
