@@ -248,7 +248,7 @@ class DecoderConfig(UnetConfig):
                     f"model.head_channels={self.head_channels} does not divide the {self.channels * multiple} channels at "
                     f"side {side}: set it to a divisor"
                 )
-        if self.context_width % self.text_heads:
+        if self.text == "tokens" and self.context_width % self.text_heads:
             raise ConfigError(
                 f"model.context_width={self.context_width} cannot be split over model.text_heads={self.text_heads}: set "
                 "model.text_heads to a divisor"

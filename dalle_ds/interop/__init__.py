@@ -5,12 +5,15 @@ Over its size, since five layouts of CLIP are read, whatever does not fit in any
 
 from dalle_ds.interop.clip_export import export_clip
 from dalle_ds.interop.clip_import import import_clip, load_clip
+from dalle_ds.interop.karlo import export_karlo, import_karlo
 from dalle_ds.interop.openai_dvae import import_openai_dvae, load_openai_dvae
 from dalle_ds.interop.torch_files import load_tensors
 
 __all__ = [
     "export_clip",
+    "export_karlo",
     "import_clip",
+    "import_karlo",
     "import_openai_dvae",
     "load_clip",
     "load_openai_dvae",

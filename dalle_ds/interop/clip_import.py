@@ -161,7 +161,7 @@ Read = tuple[ClipConfig, dict[str, Tensor]]
 
 
 def _read_openai(file: Path, activation: Activation | None) -> Read:
-    tensors = _tensors(file)
+    tensors = read_weights(file)
     weights = plain_openai(unwrapped(tensors, OPENAI_MARK, str(file)))
     if activation is None and OPENAI_MARK in weights and OPENAI_MARK not in tensors:
         warnings.warn(
@@ -176,14 +176,14 @@ def _read_openai(file: Path, activation: Activation | None) -> Read:
 def _read_open_clip(file: Path, activation: Activation | None) -> Read:
     description = file.parent / OPEN_CLIP_CONFIG
     config = from_open_clip_config(_json(description), str(description))
-    weights = plain_openai(unwrapped(_tensors(file), OPENAI_MARK, str(file)))
+    weights = plain_openai(unwrapped(read_weights(file), OPENAI_MARK, str(file)))
     return config, _from_openai(weights, config, file)
 
 
 def _read_huggingface(file: Path, activation: Activation | None) -> Read:
     description = file.parent / HF_CONFIG
     config = from_huggingface_config(_json(description), _preprocessor(file.parent), str(description))
-    weights = plain_huggingface(unwrapped(_tensors(file), HF_MARK, str(file)))
+    weights = plain_huggingface(unwrapped(read_weights(file), HF_MARK, str(file)))
     check_shapes(lambda: Clip(config), config, weights, file, to_huggingface)
     return config, from_huggingface(weights)
 
@@ -209,9 +209,9 @@ def _from_openai(weights: Mapping[str, Tensor], config: ClipConfig, file: Path) 
     return from_openai(weights, config)
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """Tensors of a file, in fp32, or of the files that an index lists."""
-    if file.name.endswith(_INDEX):
+    if file.suffix == ".json":
         return _tensors_of_parts(file)
     found = read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, classes=None)
     return {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in found.items()}
@@ -225,7 +225,7 @@ def _parts(index: Path) -> dict[Path, set[str]]:
         raise CheckpointError(f"{index} has no weight_map, which says where each tensor is")
     parts: dict[Path, set[str]] = {}
     for name, place in places.items():
-        if not isinstance(place, str) or Path(place).name != place or place.endswith(_INDEX):
+        if not isinstance(place, str) or Path(place).name != place or place.endswith(".json"):
             raise CheckpointError(f"{index} says that {name} is in {place!r}, which is no file beside it")
         parts.setdefault(index.parent / place, set()).add(name)
     missing = sorted(part.name for part in parts if not part.is_file())
@@ -237,7 +237,7 @@ def _parts(index: Path) -> dict[Path, set[str]]:
 def _tensors_of_parts(index: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for part, names in _parts(index).items():
-        tensors = _tensors(part)
+        tensors = read_weights(part)
         for name in sorted(tensors.keys() ^ names):
             what = f"lacks {name}, which is in it by" if name in names else f"has {name}, which is not in it by"
             raise CheckpointError(f"{part} {what} {index.name}: files of two models, or copied in part?")
