@@ -1,18 +1,50 @@
-"""unCLIP's networks in `diffusers`' layout, which is Karlo's: their names for our tensors, and Kakao's names for theirs.
+"""unCLIP's networks in `diffusers`' layout, which is Karlo's: their names for our tensors, their words for our shapes.
 
 Nothing is computed, so that there and back is exact.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dalle_ds.config import DecoderConfig, PriorConfig
+from dalle_ds.errors import CheckpointError, ConfigError
+
 Weights = Mapping[str, Tensor]
-_ENTRIES = ("weight", "bias")
+PREDICTS = {"epsilon": "epsilon", "x0": "sample"}
+"""What a network predicts, and how `UnCLIPScheduler` calls it."""
+
+
+class Part(NamedTuple):
+    """A network or scheduler of theirs."""
+
+    values: dict[str, Any]
+    """Its configuration, with defaults where nothing is said."""
+    weights: dict[str, Tensor]
+    """None of a scheduler's."""
+    where: Path
+    """The file that says so."""
+
+    def check(self, wanted: Mapping[str, Any]) -> None:
+        """Raise a `CheckpointError` where it is configured otherwise."""
+        for name in sorted({*self.values, *wanted}):
+            found, needed = self.values.get(name), wanted.get(name)
+            if found != needed:
+                raise CheckpointError(
+                    f"{self.where} says {name} = {str(found)[:100]}, where {str(needed)[:100]} is needed beside the rest"
+                )
+
+
+ENTRIES = ("weight", "bias")
 _PRIOR = (
     ("text_input", "encoder_hidden_states_proj"),
     ("embedding_input", "embedding_proj"),
@@ -29,9 +61,9 @@ _TEXT_PROJ = (
     ("text_input", "encoder_hidden_states_proj"),
     ("text_norm", "text_encoder_hidden_states_norm"),
 )
-_TEXT_PROJ_NAMES = [(f"{o}.{entry}", f"text_proj.{t}.{entry}") for o, t in _TEXT_PROJ for entry in _ENTRIES]
-_NULL = "text_proj.learned_classifier_free_guidance_embeddings"
-_CONTEXT = "text_proj.clip_extra_context_tokens_proj"
+_TEXT_PROJ_NAMES = [(f"{o}.{entry}", f"text_proj.{t}.{entry}") for o, t in _TEXT_PROJ for entry in ENTRIES]
+NULL = "text_proj.learned_classifier_free_guidance_embeddings"
+CONTEXT = "text_proj.clip_extra_context_tokens_proj"
 
 
 def to_prior_transformer(weights: Weights, depth: int) -> dict[str, Tensor]:
@@ -59,7 +91,7 @@ def _prior_names(depth: int) -> list[tuple[str, str]]:
         pairs += [(f"{attention}.norm", f"{block}.norm1"), (f"{attention}.attention.out", f"{block}.attn1.to_out.0")]
         pairs += [(f"{mlp}.norm", f"{block}.norm3"), (f"{mlp}.up", f"{block}.ff.net.0.proj")]
         pairs += [(f"{mlp}.down", f"{block}.ff.net.2")]
-    found = [(f"{ours}.{entry}", f"{theirs}.{entry}") for ours, theirs in pairs for entry in _ENTRIES]
+    found = [(f"{ours}.{entry}", f"{theirs}.{entry}") for ours, theirs in pairs for entry in ENTRIES]
     return [pair for pair in found if pair not in _transposed(depth)]
 
 
@@ -71,7 +103,7 @@ def _stacks(depth: int) -> list[tuple[str, list[str]]]:
     return [
         (f"blocks.{2 * n}.attention.qkv.{entry}", [f"transformer_blocks.{n}.attn1.to_{part}.{entry}" for part in "qkv"])
         for n in range(depth)
-        for entry in _ENTRIES
+        for entry in ENTRIES
     ]
 
 
@@ -79,143 +111,98 @@ def to_decoder(weights: Weights, tokens: int) -> dict[str, Tensor]:
     """Our decoder's tensors as those of the U-Net, behind "decoder.", and of `UnCLIPTextProjModel`, behind "text_proj."."""
     found = {f"decoder.{name[5:]}": value for name, value in weights.items() if name.startswith("unet.")}
     found |= {theirs: weights[ours] for ours, theirs in _TEXT_PROJ_NAMES}
-    for entry in _ENTRIES:  # (token, width) rows become (width, token)
+    for entry in ENTRIES:  # (token, width) rows become (width, token)
         rows = weights[f"embedding_tokens.{entry}"].unflatten(0, (tokens, -1))
-        found[f"{_CONTEXT}.{entry}"] = rows.transpose(0, 1).flatten(0, 1)
-    return {**found, _NULL: weights["null_embedding.weight"][0]}
+        found[f"{CONTEXT}.{entry}"] = rows.transpose(0, 1).flatten(0, 1)
+    return {**found, NULL: weights["null_embedding.weight"][0]}
 
 
 def from_decoder(weights: Weights, tokens: int) -> dict[str, Tensor]:
     """The inverse of `to_decoder`."""
     found = {f"unet.{name[8:]}": value for name, value in weights.items() if name.startswith("decoder.")}
     found |= {ours: weights[theirs] for ours, theirs in _TEXT_PROJ_NAMES}
-    for entry in _ENTRIES:
-        rows = weights[f"{_CONTEXT}.{entry}"].unflatten(0, (-1, tokens))
+    for entry in ENTRIES:
+        rows = weights[f"{CONTEXT}.{entry}"].unflatten(0, (-1, tokens))
         found[f"embedding_tokens.{entry}"] = rows.transpose(0, 1).flatten(0, 1)
-    return {**found, "null_embedding.weight": weights[_NULL][None]}
+    return {**found, "null_embedding.weight": weights[NULL][None]}
 
 
-# --- Kakao's own checkpoints
-
-HEAD = 64
-"""Width of all heads of Karlo's."""
-LEVELS = 4
-"""Resolutions of all U-Nets of Karlo's."""
-_KAKAO_PRIOR = {
-    r"time_embed\.0": "time_embedding.linear_1",
-    r"time_embed\.2": "time_embedding.linear_2",
-    r"clip_img_proj": "proj_in",
-    r"text_emb_proj": "embedding_proj",
-    r"text_enc_proj": "encoder_hidden_states_proj",
-    r"prd_emb": "prd_embedding",
-    r"final_ln": "norm_out",
-    r"out_proj": "proj_to_clip_embeddings",
-    r"transformer\.resblocks\.(\d+)\.ln_1": r"transformer_blocks.\1.norm1",
-    r"transformer\.resblocks\.(\d+)\.ln_2": r"transformer_blocks.\1.norm3",
-    r"transformer\.resblocks\.(\d+)\.attn\.c_qkv": r"transformer_blocks.\1.attn1.to_q+to_k+to_v",
-    r"transformer\.resblocks\.(\d+)\.attn\.c_proj": r"transformer_blocks.\1.attn1.to_out.0",
-    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc": r"transformer_blocks.\1.ff.net.0.proj",
-    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj": r"transformer_blocks.\1.ff.net.2",
-}
-_KAKAO_TEXT_PROJ = {
-    r"text_seq_proj\.0": "text_proj.encoder_hidden_states_proj",
-    r"text_seq_proj\.1": "text_proj.text_encoder_hidden_states_norm",
-    r"clip_tok_proj": _CONTEXT,
-    r"text_feat_proj": "text_proj.embedding_proj",
-    r"clip_emb": "text_proj.clip_image_embeddings_project_to_time_embeddings",
-    r"cf_param": _NULL,
-}
-_KAKAO_ENDS = {
-    r"time_embed\.0": "time_embedding.linear_1",
-    r"time_embed\.2": "time_embedding.linear_2",
-    r"input_blocks\.0\.0": "conv_in",
-    r"out\.0": "conv_norm_out",
-    r"out\.2": "conv_out",
-}
-_KAKAO_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_KAKAO_ATTENTION = {
-    "norm": "group_norm",
-    "qkv": "to_q+to_k+to_v",
-    "encoder_kv": "add_k_proj+add_v_proj",
-    "proj_out": "to_out.0",
-}
-_BLOCK = re.compile(r"(input|middle|output)_(?:blocks|block)\.(\d+)(?:\.(\d+))?\.([a-z]\w*(?:\.\d)?)")
+def behind(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, named without it."""
+    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def prior_from_kakao(weights: Weights) -> dict[str, Tensor]:
-    """Kakao's prior under the names of `PriorTransformer`; what none is known for keeps its own."""
-    return _renamed(weights, lambda name: _by_pattern(name, _KAKAO_PRIOR))
+# --- configurations
 
 
-def decoder_from_kakao(weights: Weights) -> dict[str, Tensor]:
-    """Kakao's decoder as `to_decoder` names it."""
-
-    def name_of(name: str) -> str:
-        of_text = _by_pattern(name, _KAKAO_TEXT_PROJ)
-        return f"decoder.{_unet_name(name, depth)}" if of_text == name else of_text
-
-    depth = _depth(weights)
-    return _renamed(weights, name_of)
-
-
-def unet_from_kakao(weights: Weights) -> dict[str, Tensor]:
-    """Kakao's U-Net under the names of `diffusers`."""
-    depth = _depth(weights)
-    return _renamed(weights, lambda name: _unet_name(name, depth))
+def prior_values(config: PriorConfig) -> dict[str, Any]:
+    """Of `PriorTransformer`."""
+    return defaults("PriorTransformer") | {
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.width // config.heads,
+        "num_layers": config.depth,
+        "embedding_dim": config.embed_dim,
+        "num_embeddings": config.text_len,
+        "dropout": config.dropout,
+    }
 
 
-def _renamed(weights: Weights, name_of: Callable[[str], str]) -> dict[str, Tensor]:
-    """Under other names, without biases' and weights' ending; where it has several, joined by +, the rows are theirs in turn,
-    head by head. Products over positions are convolutions there."""
-    found: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        stem, dot, entry = name.rpartition(".")
-        place, new = ("", name_of(name)) if entry not in _ENTRIES else (dot + entry, name_of(stem))
-        value = value[..., 0] if value.dim() == 3 and place == ".weight" else value
-        before, _, last = new.rpartition(".")
-        several = last.split("+")
-        parts = value.unflatten(0, (-1, len(several), HEAD)).unbind(1) if len(several) > 1 else (value[None],)
-        found |= {
-            f"{before}.{one}".lstrip(".") + place: part.flatten(0, 1) for one, part in zip(several, parts, strict=True)
-        }
-    return found
+def unet_values(model: Any) -> dict[str, Any]:
+    """Of our decoder's or an upsampler's U-Net."""
+    return {**plain(model.unet.config), "dropout": model.config.dropout}
 
 
-def _by_pattern(name: str, patterns: Mapping[str, str]) -> str:
-    for pattern, new in patterns.items():
-        if match := re.fullmatch(pattern, name):
-            return match.expand(new)
-    return name
+def text_proj_values(config: DecoderConfig) -> dict[str, Any]:
+    """Of `UnCLIPTextProjModel`."""
+    return {
+        "clip_extra_context_tokens": config.image_tokens,
+        "clip_embeddings_dim": config.embed_dim,
+        "time_embed_dim": 4 * config.channels * config.multiples[0],
+        "cross_attention_dim": config.context_width,
+    }
 
 
-def _depth(weights: Weights) -> int:
-    blocks = {int(name.split(".")[1]) for name in weights if name.startswith("output_blocks.")}
-    return len(blocks) // LEVELS - 1
+def scheduler_values(timesteps: int, predicts: str, bound: float | None, *, learned: bool = False) -> dict[str, Any]:
+    """Of `UnCLIPScheduler`: what is clean is kept in [−bound, bound]; `learned` is the variance."""
+    return {
+        "num_train_timesteps": timesteps,
+        "variance_type": "learned_range" if learned else "fixed_small_log",
+        "clip_sample": bound is not None,
+        "clip_sample_range": 1.0 if bound is None else bound,
+        "prediction_type": PREDICTS[predicts],
+        "beta_schedule": "squaredcos_cap_v2",
+    }
 
 
-def _unet_name(name: str, depth: int) -> str:
-    ends = _by_pattern(name, _KAKAO_ENDS)
-    match = _BLOCK.fullmatch(name)
-    if ends != name or match is None:
-        return ends
-    side, block, within, leaf = match[1], int(match[2]), int(match[3] or 0), match[4]
-    is_attention = leaf in _KAKAO_ATTENTION
-    new = _KAKAO_ATTENTION.get(leaf) or _KAKAO_RESNET.get(leaf, leaf)
-    if side == "middle":
-        return f"mid_block.attentions.0.{new}" if is_attention else f"mid_block.resnets.{int(block > 0)}.{new}"
-    # The block of a level that halves is the last one on the way down; on the way up, one within the last one doubles.
-    level, number = divmod(block - (side == "input"), depth + 1)
-    if is_attention:
-        place = f"attentions.{number}"
-    elif side == "input":
-        place = f"resnets.{number}" if number < depth else "downsamplers.0"
-    else:
-        place = f"resnets.{number}" if within == 0 else "upsamplers.0"
-    return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{place}.{new}"
+def defaults(kind: str) -> dict[str, Any]:
+    """What a class of `diffusers` is configured with where nothing else is said."""
+    parameters = inspect.signature(diffusers_class(kind).__init__).parameters.values()
+    return plain({each.name: each.default for each in parameters if each.default is not each.empty})
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has them, without notes."""
+    return {name: value for name, value in json.loads(json.dumps(values)).items() if not name.startswith("_")}
+
+
+def diffusers_class(kind: str) -> Any:
+    """The class of that name; ConfigError where `diffusers` is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError("Karlo's layout needs diffusers: pip install 'dalle_ds[unclip]'") from error
+    # UnCLIPTextProjModel is in another module in each version.
+    return getattr(diffusers if hasattr(diffusers, kind) else sys.modules[diffusers.UnCLIPPipeline.__module__], kind)
+
+
+@contextmanager
+def named(where: str | Path) -> Iterator[None]:
+    """Turns what a missing value or tensor, or one of a wrong type or shape, makes fail into an error that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{where} lacks {error}") from error
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where} is no unCLIP that can be read: {error}") from error
