@@ -1,6 +1,7 @@
 """Models that others published, read without running anything that their files ask for.
 
-Over its size, since five layouts of CLIP are read, whatever does not fit in any is named, and no file may take much of little.
+Over its size, since five layouts of CLIP and two of unCLIP are read, what does not fit in any is named, and no file may take
+much of little.
 """
 
 from dalle_ds.interop.clip_export import export_clip

@@ -265,13 +265,13 @@ def _facts(
 def _read_diffusers(folder: Path) -> dict[str, Part]:
     """Networks and schedulers, by name."""
     index = _json(folder / INDEX_NAME)
-    if index.get("_class_name") not in PIPELINES:
-        raise CheckpointError(
-            f"{folder / INDEX_NAME} is of a {index.get('_class_name')}: only {' and '.join(PIPELINES)} are read"
-        )
+    pipeline_class, unknown = index.get("_class_name"), sorted(plain(index).keys() - _CLASSES.keys())
+    if pipeline_class not in PIPELINES or unknown:
+        what = f"has {', '.join(unknown)}" if pipeline_class in PIPELINES else f"is of a {pipeline_class}"
+        raise CheckpointError(f"{folder / INDEX_NAME} {what}: only {' and '.join(PIPELINES)} are read")
     parts = {}
     for name, (library, kind) in _CLASSES.items():
-        if library == "transformers" or (name.startswith("prior") and "prior" not in index):
+        if library == "transformers" or (name.startswith("prior") and pipeline_class != PIPELINES[0]):
             continue
         is_scheduler = kind == "UnCLIPScheduler"
         file = folder / name / ("scheduler_config.json" if is_scheduler else "config.json")
@@ -483,6 +483,6 @@ def pipeline(path: str | Path, *, variation: bool = False) -> Any:
         variation: `UnCLIPImageVariationPipeline` in place of `UnCLIPPipeline`.
     """
     kind = diffusers_class(PIPELINES[variation])
-    module = sys.modules[diffusers_class("UnCLIPTextProjModel").__module__]
-    sys.modules.setdefault("unclip", module)  # where older versions look for it first, by themselves
+    # What the folder calls "unclip" is imported as such, since it is no longer where pipelines are.
+    sys.modules.setdefault("unclip", sys.modules[diffusers_class("UnCLIPTextProjModel").__module__])
     return kind.from_pretrained(path)

@@ -38,6 +38,7 @@ from dalle_ds.config import (
     DecoderConfig,
     DecoderObjective,
     DecoderRun,
+    ImageSampling,
     PriorConfig,
     PriorObjective,
     PriorRun,
@@ -52,10 +53,13 @@ from dalle_ds.interop.clip_layouts import to_openai
 from dalle_ds.interop.karlo import PIPELINES, pipeline
 from dalle_ds.interop.karlo_layouts import to_decoder, to_prior_transformer
 from dalle_ds.models import Clip, DiffusionPrior, UnclipDecoder, Upsampler
+from dalle_ds.models.latents import EmbeddingScaling
 from dalle_ds.models.prior import Caption
 from dalle_ds.sampling import Unclip
 from dalle_ds.sampling.image_diffusion import image_generators
 from dalle_ds.sampling.prior import PriorSampling, caption_noise
+from dalle_ds.sampling.super_resolution import SuperResolution
+from dalle_ds.sampling.text_to_embedding import DiffusionTextToEmbedding
 from dalle_ds.tasks.decoder import DecoderTask
 from dalle_ds.tasks.prior import PriorTask
 from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
@@ -239,7 +243,7 @@ def predicting(request: Any, parts: dict[str, Any], tmp_path: Path) -> dict[str,
     found = dict(parts)
     for name in ("decoder", "super_res_first", "super_res_last"):
         found[name] = copy.deepcopy(parts[name])
-        found[name].conv_out.weight.data *= 0.03
+        found[name].conv_out.weight.data *= 0.02
         if request.param == "sample":
             scheduler = f"{name.partition('_first')[0].partition('_last')[0]}_scheduler"
             found[scheduler] = diffusers.UnCLIPScheduler.from_config(parts[scheduler].config, prediction_type="sample")
@@ -302,7 +306,15 @@ def test_images_become_the_same_variations(predicting: dict[str, Any], same_nois
 
 
 def test_there_and_back_is_exact(ours: Unclip, tmp_path: Path) -> None:
+    """Also what the layout has no place for, and numbers that are not the inverse of their inverse."""
     assert ours.prior is not None
+    numbers = torch.linspace(0.5, 3, 1000)
+    factor = numbers[1 / (1 / numbers) != numbers][:DIM]
+    scaling, how = EmbeddingScaling(torch.linspace(-1, 1, DIM), factor), PriorSampling(guidance=3.0, best_of=2)
+    analytic = {"grid": "5", "gamma": [0.5] * 5, "standard_error": [0.1] * 5, "rows": 8, "data_variance": 0.9}
+    prior = DiffusionTextToEmbedding(ours.prior.prior, ours.clip, None, scaling, "cosine", 500, analytic, how)
+    ours = Unclip(ours.clip, ours.decoder, prior, [SuperResolution(ours.upsamplers[0].upsampler, ours.decoder.facts)])
+    ours.upsamplers[0].facts = replace(ours.decoder.facts, sampling=ImageSampling("ddim", "27", eta=0.5))
     export_karlo(ours, tmp_path / "theirs")
     same(ours, import_karlo(tmp_path / "theirs", tmp_path / "ours"))
     same(ours, Unclip.from_pretrained(tmp_path / "ours"))
@@ -383,8 +395,7 @@ def test_what_is_missing_or_left_over_is_named(karlo: Path, tmp_path: Path, stag
     name = sorted(weights)[len(weights) // 2]
     for changed in (
         {key: value for key, value in weights.items() if key != name},
-        {**weights, name: torch.zeros(3, 5, 7)},
-        {**weights, f"{name}.more": torch.zeros(2)},
+        {**weights, f"{name}.more": torch.zeros(3, 5, 7)},
     ):
         save_file(changed, file)
         with pytest.raises(CheckpointError, match=name.removeprefix("text_model.")):
@@ -409,6 +420,7 @@ def test_what_is_missing_or_left_over_is_named(karlo: Path, tmp_path: Path, stag
         ("super_res_scheduler/scheduler_config.json", "beta_schedule", "linear"),
         ("decoder/config.json", "block_out_channels", "many"),
         ("model_index.json", "_class_name", "StableDiffusionPipeline"),
+        ("model_index.json", "safety_checker", ["stable_diffusion", "StableDiffusionSafetyChecker"]),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(
@@ -444,6 +456,7 @@ def test_changed_statistics_and_another_clip_are_seen(ours: Unclip, karlo: Path,
 # --- diffusers of then and now
 
 
+@pytest.mark.slow
 def test_diffusers_of_then_and_now_run_what_we_export(ours: Unclip, tmp_path: Path) -> None:
     """0.37.1, the last that opens such folders, as it is; this one by `pipeline`."""
     folder, old = tmp_path / "theirs", FOLDER / "diffusers037"
@@ -484,8 +497,8 @@ def images_of(pipe):  # type: ignore[no-untyped-def]  # by another version, too
         ("prior's kind", lambda unclip: setattr(unclip.prior, "kind", "autoregressive")),
     ],
 )
-def test_what_diffusers_cannot_compute_is_not_exported(karlo: Path, tmp_path: Path, words: str, change: Any) -> None:
-    unclip = import_karlo(karlo)
+def test_what_diffusers_cannot_compute_is_not_exported(ours: Unclip, tmp_path: Path, words: str, change: Any) -> None:
+    unclip = copy.deepcopy(ours)
     change(unclip)
     with pytest.raises(ConfigError, match=words):
         export_karlo(unclip, tmp_path / "theirs")
@@ -719,13 +732,12 @@ def test_every_name_of_karlo_is_known(tmp_path: Path) -> None:
 # --- fine-tuning
 
 
-@pytest.mark.parametrize("states", [True, False])
-def test_what_is_imported_is_trained(ours: Unclip, data: Path, tmp_path: Path, states: bool) -> None:
-    """An update of prior and decoder, half of the captions dropped; raw embeddings, cached, with and without states."""
+def test_what_is_imported_is_trained(ours: Unclip, data: Path, tmp_path: Path) -> None:
+    """An update of prior and decoder, half of the captions dropped; of cached raw embeddings and states."""
     assert ours.prior is not None
     folder = shutil.copytree(data, tmp_path / "data")
     ours.clip.save_pretrained(tmp_path / "clip")
-    cache_embeddings(ours.clip, folder, views=2, text_states=states)
+    cache_embeddings(ours.clip, folder, views=2, text_states=True)
     given: dict[str, Any] = {"data": str(folder), "clip": str(tmp_path / "clip"), "run_dir": str(tmp_path / "run")}
     given["loader"] = LoaderConfig(workers=0)
     objective = PriorObjective(embeddings="standardized", text_drop=0.5)
@@ -738,7 +750,9 @@ def test_what_is_imported_is_trained(ours: Unclip, data: Path, tmp_path: Path, s
         model = task.build_model().train()
         model.load_state_dict(imported.state_dict())
         loader = BatchLoader(task.samples("train"), seed=0, batch_size=8, micro_batch=8, rank=0, world_size=1)
-        batch = task.prepare(next(iter(loader)))
+        raw = next(iter(loader))
+        assert all((raw[f"{name}_embedding"].norm(dim=1) - 1).abs().min() > 0.1 for name in ("text", "image"))
+        batch = task.prepare(raw)
         loss, metrics = task.loss(model, batch, 0)
         loss.backward()
         torch.optim.SGD(model.parameters(), 1e-3).step()
