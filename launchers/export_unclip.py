@@ -1,4 +1,4 @@
-"""Put the stages of an unCLIP, trained one by one, into one folder."""
+"""Put the stages of an unCLIP, trained one by one, into one folder; or write it for diffusers."""
 
 from dalle_ds.cli import run_launcher
 from dalle_ds.commands import export_unclip

@@ -196,7 +196,7 @@ class ClipConfig:
     vision_width: int = 768
     """Width of the image tower's residual stream."""
     vision_depth: int = 12
-    """Blocks of the image tower."""
+    """Blocks of the image tower; 0: there is none, and only captions are embedded."""
     vision_heads: int = 12
     """Attention heads of the image tower; CLIP's are vision_width / 64."""
     text_width: int = 512
@@ -219,10 +219,14 @@ class ClipConfig:
     """What is subtracted from red, green and blue in [0, 1]."""
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     """What they are then divided by."""
+    unit_length: bool = True
+    """Whether models that are trained on its embeddings get them at length 1, or as its projections give them, as Karlo's
+    (model.text=karlo)."""
 
     def __post_init__(self) -> None:
-        sizes = ("embed_dim", "image_size", "patch_size", "vision_width", "vision_depth", "vision_heads")
+        sizes = ("embed_dim", "image_size", "patch_size", "vision_width", "vision_heads")
         positive("model", self, *sizes, "text_width", "text_depth", "text_heads")
+        at_least(0, "model", self, "vision_depth")
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}: patches would "

@@ -168,7 +168,7 @@ class EmbeddedRun(Run):
     clip: str = ""
     """Trained or imported CLIP, its run directory or export, whose embeddings `prepare_data.py --cache_embeddings` cached."""
     tokenizer: str = ""
-    """Tokenizer file that `launchers/train_tokenizer.py` made; not for model.text=clip_states, which reads CLIP's tokens."""
+    """Tokenizer file that `launchers/train_tokenizer.py` made; only for model.text=tokens, others read CLIP's."""
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
     """How updates are made."""
 

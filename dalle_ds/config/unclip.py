@@ -26,13 +26,14 @@ class PriorConfig:
     """Text positions."""
     embed_dim: int = 1024
     """Dimensions of CLIP's embeddings."""
-    text: Literal["tokens", "clip_states"] = "tokens"
-    """What is read of a caption: tokens (the paper's 24 blocks are its text encoder), or the last states of CLIP's frozen text
-    tower, as Karlo's does."""
+    text: Literal["tokens", "clip_states", "karlo"] = "tokens"
+    """What is read of a caption: tokens (the paper's 24 blocks are its text encoder); the last states of CLIP's frozen text
+    tower; or these in Karlo's manner, which `diffusers` runs: the caption "" stands in for dropped ones, and embeddings are
+    read as a CLIP without unit_length gives them."""
     text_vocab: int = 16384
     """Vocabulary of `tokens`."""
     text_width: int = 1024
-    """Width of `clip_states`."""
+    """Width of CLIP's states."""
     mask_padding: bool = False
     """Whether padding is left out of what every position attends to; the positions' learned padding embeddings are attended to
     otherwise."""
@@ -47,8 +48,14 @@ class PriorConfig:
             raise ConfigError(
                 f"model.width={self.width} cannot be split over model.heads={self.heads}: set model.heads to a divisor"
             )
-        if self.text not in ("tokens", "clip_states"):
-            raise ConfigError(f"model.text must be tokens or clip_states, found {self.text!r}")
+        _check_text(self)
+
+
+def _check_text(model: PriorConfig | DecoderConfig) -> None:
+    if model.text not in ("tokens", "clip_states", "karlo"):
+        raise ConfigError(f"model.text must be tokens, clip_states or karlo, found {model.text!r}")
+    if model.text == "karlo" and not model.mask_padding:
+        raise ConfigError("model.text=karlo attends to no padding: set model.mask_padding True")
 
 
 @dataclass(frozen=True)
@@ -206,9 +213,9 @@ class DecoderConfig(UnetConfig):
     """Dimensions of CLIP's embeddings."""
     image_tokens: int = 4
     """Context tokens that the image embedding becomes (unCLIP §2.1)."""
-    text: Literal["tokens", "clip_states"] = "tokens"
-    """What is read of a caption: tokens, by a text transformer of the decoder's own, as GLIDE's; or the last states of CLIP's
-    frozen text tower, as Karlo's does."""
+    text: Literal["tokens", "clip_states", "karlo"] = "tokens"
+    """What is read of a caption: tokens, by a text transformer of the decoder's own, as GLIDE's; or the rest as
+    `PriorConfig.text`."""
     context_width: int = 2048
     """Width of the context tokens, and of the text transformer."""
     text_len: int = 256
@@ -220,7 +227,7 @@ class DecoderConfig(UnetConfig):
     text_heads: int = 32
     """Attention heads of the text transformer."""
     text_width: int = 1024
-    """Width of `clip_states`."""
+    """Width of CLIP's states."""
     mask_padding: bool = False
     """Whether padding is left out of what is attended to; GLIDE has learned embeddings of padding positions instead."""
 
@@ -241,13 +248,12 @@ class DecoderConfig(UnetConfig):
                     f"model.head_channels={self.head_channels} does not divide the {self.channels * multiple} channels at "
                     f"side {side}: set it to a divisor"
                 )
-        if self.context_width % self.text_heads:
+        if self.text == "tokens" and self.context_width % self.text_heads:
             raise ConfigError(
                 f"model.context_width={self.context_width} cannot be split over model.text_heads={self.text_heads}: set "
                 "model.text_heads to a divisor"
             )
-        if self.text not in ("tokens", "clip_states"):
-            raise ConfigError(f"model.text must be tokens or clip_states, found {self.text!r}")
+        _check_text(self)
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,8 @@ class UpsamplerConfig(UnetConfig):
     noise_augmentation: bool = False
     """Whether it is told how much noise was added to the image that it enlarges (Ho et al. 2021), so that sampling may add
     some."""
+    scale_shift: bool = True
+    """Whether the timestep scales what is normalized, and does not only shift it, as in Karlo's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

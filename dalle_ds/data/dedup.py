@@ -260,7 +260,7 @@ def _embedded_batch(batch: list[ProcessedPair], model: Clip) -> Iterator[Process
     ]
     if images:
         padded = (images * _BATCH)[:_BATCH] if len(images) < _BATCH else images
-        vectors = model.embed_images(padded).float().cpu().numpy().astype("<f2")
+        vectors = model.embed_images(padded, normalize=True).float().cpu().numpy().astype("<f2")
     given = iter(range(len(images)))
     for item in batch:
         yield replace(item, embedding=vectors[next(given)].tobytes()) if item.image else item

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -269,7 +268,7 @@ class Work:
 def _embedded(clip: Clip, captions: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each caption its vector, and its (tokens, text_width) states."""
     states, padded = clip.text_states(captions)
-    vectors = _finite(F.normalize(clip.project_states(states, padded), dim=-1))
+    vectors = _finite(clip.scaled(clip.project_states(states, padded)))
     lengths = (~padded).sum(dim=1).tolist()
     for vector, of_tokens, length in zip(vectors, states.cpu(), lengths, strict=True):
         yield vector, of_tokens[:length]

@@ -149,15 +149,16 @@ class EmbeddingCache(FeatureCache):
         return tuple(stores)
 
     def image(self, row: int, view: int) -> npt.NDArray[np.float32]:
-        """(dim,) of unit length, of one view of a row's image; `RowError` where it could not be read when the cache was made,
-        or where it is not what was written."""
+        """(dim,), what `Clip.embed_images` makes of one view of a row's image; `RowError` where it could not be read when the
+        cache was made, or where it is not what was written."""
         stored = self._images.vector(self._view(row, view))
         if stored is None:
             raise self._none(row)
         return np.frombuffer(stored, NUMBER).astype(np.float32)
 
     def text(self, row: int, caption: int) -> npt.NDArray[np.float32]:
-        """(dim,) of unit length, of one of a row's captions, in the order of `PairDataset.captions`; raises as `image`."""
+        """(dim,), what `Clip.embed_texts` makes of one of a row's captions, in the order of `PairDataset.captions`; raises as
+        `image`."""
         return np.frombuffer(self._text(row, caption), NUMBER, self.dim).astype(np.float32)
 
     def states(self, row: int, caption: int) -> npt.NDArray[np.float32]:

@@ -131,7 +131,8 @@ class Context:
     def caption_embeddings(self) -> Tensor:
         """(captions, D) fp32 on the CPU, by the judge. Collective, at the first use."""
         return self.embedded(
-            len(self.captions), lambda clip, rows: clip.embed_texts([self.captions[row].text for row in rows])
+            len(self.captions),
+            lambda clip, rows: clip.embed_texts([self.captions[row].text for row in rows], normalize=True),
         )
 
     def embedded(self, rows: int, embed: Callable[[Clip, list[int]], Tensor], what: str = "") -> Tensor:
@@ -233,7 +234,7 @@ def measure_real_matching(context: Context) -> None:
 
     def embed(clip: Clip, indices: list[int]) -> Tensor:
         pixels = images_of(context.dataset, [rows[index] for index in indices], context.size)
-        return clip.embed_images(pixels.to(context.mesh.device).float() / 255)
+        return clip.embed_images(pixels.to(context.mesh.device).float() / 255, normalize=True)
 
     images, texts = context.embedded(len(rows), embed, "real images and captions"), context.caption_embeddings
     place = {row: index for index, row in enumerate(rows)}
@@ -283,7 +284,7 @@ def measure_generated(
             pixels = generated_pixels(pipeline, of_n, context.size).to(mesh.device)
             look.add(rows, pixels)
             if judge is not None:
-                embeddings.append(judge.embed_images(pixels.float() / 255))
+                embeddings.append(judge.embed_images(pixels.float() / 255, normalize=True))
         if embedded is not None:
             embedded.put(rows, torch.stack(embeddings, dim=1))
         on_sheet = [row for row in rows if row < SHOWN]

@@ -165,7 +165,9 @@ def _load(options: OverlapOptions) -> Embedder:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda finds no GPU: set --device cpu")
     clip = Clip.from_pretrained(options.clip, options.device)
-    return Embedder(clip.fingerprint, clip.config.image_size, clip.config.embed_dim, clip.embed_images)
+    return Embedder(
+        clip.fingerprint, clip.config.image_size, clip.config.embed_dim, partial(clip.embed_images, normalize=True)
+    )
 
 
 def _write(

@@ -268,8 +268,9 @@ def measure_prior(
         values, readable = torch.zeros(len(indices), 2 + num, own.dim), torch.zeros(len(indices))
         if rows:
             sampled = pipeline.sample(
-                captions, num, seed=seed, sampling=sampling, text_embeddings=texts, normalize=False
-            )
+                captions, num, seed=seed, sampling=sampling, normalize=False,
+                text_embeddings=texts if pipeline.clip.config.unit_length else None,
+            )  # fmt: skip
             places = torch.tensor(rows) - indices[0]
             values[places] = torch.cat([torch.stack([texts, images], dim=1), sampled.cpu()], dim=1)
             readable[places] = 1
@@ -330,8 +331,8 @@ def learned_guesses(train: EmbeddingCache, texts: Tensor, mesh: Mesh) -> tuple[P
 def read_pairs(
     cache: EmbeddingCache, rows: Iterable[int], dataset: PairDataset | None = None
 ) -> tuple[list[int], Tensor, Tensor, list[str]]:
-    """Of those rows that can be read: numbers, embeddings of first captions and images, (B, D) each, and the captions, where a
-    dataset is given."""
+    """Of those rows that can be read: numbers, embeddings of first captions and images, (B, D) each, of length 1, and the
+    captions, where a dataset is given."""
     found: list[int] = []
     texts, images, captions = [], [], []
     for row in rows:
@@ -345,4 +346,4 @@ def read_pairs(
         images.append(pair[1])
     if not found:
         return [], torch.zeros(0, cache.dim), torch.zeros(0, cache.dim), []
-    return found, torch.stack(texts), torch.stack(images), captions
+    return found, F.normalize(torch.stack(texts)), F.normalize(torch.stack(images)), captions

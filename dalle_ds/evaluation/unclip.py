@@ -83,7 +83,7 @@ def measure_unclip(context: Context, pipe: Unclip, request: UnclipRequest) -> No
                 shown.setdefault(name, []).extend(to_pil_images(pixels[: max(0, SHOWN - len(shown.get(name, ())))]))
         for (clip, name), into in embedded.items():
             model = clips[clip].to(mesh.device)
-            into.put(rows, model.embed_images(found[name].float() / 255))
+            into.put(rows, model.embed_images(found[name].float() / 255, normalize=True))
     vectors = {key: value.gather(mesh) for key, value in embedded.items()}
     clip = "judge_" if context.judge is not None else ""
     for name in kinds:
@@ -176,7 +176,7 @@ def _measure_swaps(context: Context, pipe: Unclip, request: UnclipRequest, embed
             for words, of in ((own, rows), (own, other), ([texts[row] for row in other], rows))
         ]
         pipe.bring(pipe.clip)
-        first, *swapped = (pipe.clip.embed_images(each) for each in images)
+        first, *swapped = (pipe.clip.embed_images(each, normalize=True) for each in images)
         changes.put(rows, torch.stack([1 - (first * each).sum(dim=1) for each in swapped], dim=1))
     values = changes.gather(context.mesh)
     for name, column in (("embedding", 0), ("caption", 1)):

@@ -40,7 +40,7 @@ def export_clip(model: Clip, out: str | Path, format: ClipFormat) -> None:
     folder = Path(out)
     if folder.exists():
         raise ConfigError(f"--out {folder} is there already: name a new folder")
-    _check(model.config, format)
+    check_format(model.config, format)
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     try:
         with built_beside(folder) as partial:
@@ -48,14 +48,16 @@ def export_clip(model: Clip, out: str | Path, format: ClipFormat) -> None:
             if model.tokenizer is not None:
                 model.tokenizer.save(partial)
                 if format == "hf":
-                    _describe_tokenizer(model.tokenizer, model.config, partial)
+                    describe_tokenizer(model.tokenizer, model.config, partial)
     except OSError as error:
         raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
 
 
-def _check(config: ClipConfig, format: ClipFormat) -> None:
+def check_format(config: ClipConfig, format: ClipFormat) -> None:
     """Refuse what the program that reads the layout would take for something else, without a word."""
     usual = ClipConfig()
+    if not config.vision_depth:
+        raise ConfigError("the model has no image tower (model.vision_depth=0), which the layouts of CLIP have")
     wanted: dict[str, tuple[Any, Any]] = {}
     if format == "openai":
         wanted = {
@@ -87,8 +89,13 @@ def _write(config: ClipConfig, weights: dict[str, Tensor], format: ClipFormat, f
         write_json(folder / OPEN_CLIP_CONFIG, open_clip_config(config))
         return
     write_json(folder / HF_CONFIG, {"architectures": ["CLIPModel"], "model_type": "clip", **huggingface_config(config)})
+    write_json(folder / HF_PREPROCESSOR, preprocessor(config))
+
+
+def preprocessor(config: ClipConfig) -> dict[str, Any]:
+    """What `transformers` is to do with images."""
     size = config.image_size
-    preprocessor = {
+    return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": size},
@@ -102,10 +109,9 @@ def _write(config: ClipConfig, weights: dict[str, Tensor], format: ClipFormat, f
         "image_std": list(config.image_std),
         "do_convert_rgb": True,
     }
-    write_json(folder / HF_PREPROCESSOR, preprocessor)
 
 
-def _describe_tokenizer(tokenizer: ClipTokenizer, config: ClipConfig, folder: Path) -> None:
+def describe_tokenizer(tokenizer: ClipTokenizer, config: ClipConfig, folder: Path) -> None:
     """What `transformers` needs besides the merges."""
     if not isinstance(tokenizer.pieces, BytePairs):
         return

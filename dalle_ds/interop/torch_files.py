@@ -318,6 +318,8 @@ def _named_tensors(content: Any, search: bool) -> Iterator[tuple[str, Tensor]]:
             raise _Refused("holds neither a module nor a dictionary of tensors")
         yield from content.items()
         return
+    if isinstance(content, (list, tuple)):
+        content = {str(number): value for number, value in enumerate(content)}
     if not isinstance(content, (_Inert, dict)):
         raise _Refused("holds neither a module nor a dictionary")
     pending: list[tuple[str, Any]] = [("", content)]

@@ -77,13 +77,14 @@ class Clip(nn.Module):
         random = torch.get_rng_state()
         vision, text = _towers(config)
         torch.set_rng_state(random)
-        self.vision_model, self.visual_projection = vision.vision_model, vision.visual_projection
+        if config.vision_depth:
+            self.vision_model, self.visual_projection = vision.vision_model, vision.visual_projection
         self.text_model, self.text_projection = text.text_model, text.text_projection
         # Not (), as in other programs' files: DeepSpeed's engine cannot broadcast parameters without dimensions.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(INITIAL_SCALE)))
         initialize(self, config)
         if checkpointing == "full":
-            for tower in (self.vision_model, self.text_model):
+            for tower in (vision.vision_model, text.text_model):
                 # The older name is that of transformers 4.
                 enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
@@ -105,30 +106,30 @@ class Clip(nn.Module):
         return ClipOutput(F.normalize(image, dim=-1), F.normalize(caption, dim=-1), scale)
 
     @torch.no_grad()
-    def embed_images(self, images: Tensor | Sequence[Image.Image], *, normalize: bool = True) -> Tensor:
+    def embed_images(self, images: Tensor | Sequence[Image.Image], *, normalize: bool | None = None) -> Tensor:
         """Embeddings of images of any size: their central squares, resized to image_size.
 
         Args:
             images: (B, 3, H, W) floats in [0, 1], or a list of PIL images.
-            normalize: to length 1.
+            normalize: to length 1; None: as `config.unit_length` says.
 
         Returns:
             (B, embed_dim) fp32, on the model's device.
 
         Raises:
+            ConfigError: the model has no image tower.
             DataError: a tensor of another shape or type, or no list of images.
         """
         pixels = square_pixels(images, self.config.image_size).to(self.logit_scale.device)
-        embeddings = self._project_images(pixels)
-        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+        return self.scaled(self._project_images(pixels), normalize)
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str] | Tensor, *, normalize: bool = True) -> Tensor:
+    def embed_texts(self, texts: Sequence[str] | Tensor, *, normalize: bool | None = None) -> Tensor:
         """Embeddings of captions.
 
         Args:
             texts: captions, or (B, T) int64 tokens as `forward` takes them.
-            normalize: to length 1.
+            normalize: as `embed_images`.
 
         Returns:
             (B, embed_dim) fp32, on the model's device.
@@ -138,8 +139,12 @@ class Clip(nn.Module):
             DataError: one text in place of a list; tokens of another shape or type, outside the vocabulary, or without an end
                 token.
         """
-        embeddings = self.project_states(*self.text_states(texts))
-        return F.normalize(embeddings, dim=-1) if normalize else embeddings
+        return self.scaled(self.project_states(*self.text_states(texts)), normalize)
+
+    def scaled(self, embeddings: Tensor, normalize: bool | None = None) -> Tensor:
+        """(…, embed_dim) at length 1, or as they are: `normalize` as `embed_images` takes it."""
+        unit = self.config.unit_length if normalize is None else normalize
+        return F.normalize(embeddings, dim=-1) if unit else embeddings
 
     @torch.no_grad()
     def text_states(self, texts: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +182,8 @@ class Clip(nn.Module):
 
     def _project_images(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] → (B, embed_dim) fp32, of any length."""
+        if not self.config.vision_depth:
+            raise ConfigError("this CLIP has no image tower (model.vision_depth=0): name one that has")
         # With plain numbers: tensors would be copied to a GPU in every call, which has to be waited for, and as buffers would
         # not stay fp32 in a model of 16 bits.
         standards = zip(images.float().unbind(dim=1), self.config.image_mean, self.config.image_std, strict=True)
@@ -201,7 +208,10 @@ class Clip(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of weights, configuration and tokenizer as they are at the first call: names its embeddings."""
         tokenizer = None if self.tokenizer is None else self.tokenizer.fingerprint
-        parts = [fingerprint(self.state_dict()), to_dict(self.config), tokenizer]
+        config = to_dict(self.config)
+        if self.config.unit_length:
+            del config["unit_length"]  # which those of before did not have
+        parts = [fingerprint(self.state_dict()), config, tokenizer]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @classmethod

@@ -29,8 +29,21 @@ def initialize(model: nn.Module, config: ClipConfig) -> None:
 
 def _plan(model: Any, config: ClipConfig) -> Iterator[tuple[Tensor, Draw]]:
     """Every parameter but the logit scale with what draws it."""
-    vision, text = model.vision_model, model.text_model
-    width, depth = config.vision_width, config.vision_depth
+    if config.vision_depth:
+        yield from _image_tower(model, config.vision_width)
+    text, width, depth = model.text_model, config.text_width, config.text_depth
+    residual = _normal(width**-0.5 * (2 * depth) ** -0.5)
+    yield text.embeddings.token_embedding.weight, _normal(0.02)
+    yield text.embeddings.position_embedding.weight, _normal(0.01)
+    for layer in text.encoder.layers:
+        attention, widen = _normal(width**-0.5), _normal((2 * width) ** -0.5)
+        yield from _block(layer, attention=attention, out=residual, widen=widen, narrow=residual)
+    yield from _norm(text.final_layer_norm)
+    yield model.text_projection.weight, _normal(width**-0.5)
+
+
+def _image_tower(model: Any, width: int) -> Iterator[tuple[Tensor, Draw]]:
+    vision = model.vision_model
     yield vision.embeddings.class_embedding, _normal(width**-0.5)
     yield vision.embeddings.patch_embedding.weight, _default
     yield vision.embeddings.position_embedding.weight, _normal(width**-0.5)
@@ -42,16 +55,6 @@ def _plan(model: Any, config: ClipConfig) -> Iterator[tuple[Tensor, Draw]]:
         yield from _block(layer, attention=uniform, out=_default, widen=_default, narrow=_default)
     yield from _norm(vision.post_layernorm)
     yield model.visual_projection.weight, _normal(width**-0.5)
-
-    width, depth = config.text_width, config.text_depth
-    residual = _normal(width**-0.5 * (2 * depth) ** -0.5)
-    yield text.embeddings.token_embedding.weight, _normal(0.02)
-    yield text.embeddings.position_embedding.weight, _normal(0.01)
-    for layer in text.encoder.layers:
-        attention, widen = _normal(width**-0.5), _normal((2 * width) ** -0.5)
-        yield from _block(layer, attention=attention, out=residual, widen=widen, narrow=residual)
-    yield from _norm(text.final_layer_norm)
-    yield model.text_projection.weight, _normal(width**-0.5)
 
 
 def _block(layer: Any, *, attention: Draw, out: Draw, widen: Draw, narrow: Draw) -> Iterator[tuple[Tensor, Draw]]:

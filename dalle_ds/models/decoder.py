@@ -39,8 +39,8 @@ class UnclipDecoder(nn.Module):
     """Predicts noise, clean image or v, as it was trained to, from a noised image; with `learned_variance`, behind them what
     `diffusion.steps.learned_log_variance` takes.
 
-    Embedding and caption are dropped independently, learned nulls stand in for them: 10 % and 50 % in training (unCLIP §2.1),
-    both for classifier-free guidance.
+    Embedding and caption are dropped independently, and learned nulls (or `Caption.empty`) stand in for them: 10 % and 50 % in
+    training (unCLIP §2.1), both for classifier-free guidance.
 
     Args:
         config: shape of the model.
@@ -56,6 +56,8 @@ class UnclipDecoder(nn.Module):
         self.embedding_time = Linear(config.embed_dim, added)
         self.embedding_tokens = Linear(config.embed_dim, config.image_tokens * width)
         self.null_embedding = Embedding(1, config.embed_dim)
+        # Elements of about 1, for which weights are drawn; Karlo's embeddings are not of length 1.
+        self.embedding_scale = 1.0 if config.text == "karlo" else config.embed_dim**0.5
         if config.text == "tokens":
             self.text_encoder = TextEncoder(
                 config.text_vocab,
@@ -70,10 +72,11 @@ class UnclipDecoder(nn.Module):
         else:
             self.text_input = Linear(config.text_width, width)
             self.text_norm = LayerNorm(width)
-            self.padding = Embedding(config.text_len, width)
-            self.null_text = Embedding(1, width)
             self.text_time = Linear(config.embed_dim, added)
-            self.null_text_embedding = Embedding(1, config.embed_dim)
+            if config.text != "karlo":
+                self.padding = Embedding(config.text_len, width)
+                self.null_text = Embedding(1, width)
+                self.null_text_embedding = Embedding(1, config.embed_dim)
 
     def forward(
         self,
@@ -91,8 +94,8 @@ class UnclipDecoder(nn.Module):
         Args:
             x: (B, 3, image_size, image_size), noised images whose clean pixels are in [−1, 1].
             timesteps: (B,) int64 training timesteps.
-            embedding: (B, embed_dim) CLIP's image embeddings, of length 1.
-            caption: of B captions, its text embeddings of length 1, which are read with `clip_states` only.
+            embedding: (B, embed_dim) CLIP's image embeddings, of length 1; of `text="karlo"` as CLIP gives them.
+            caption: of B captions, its text embeddings likewise, which are not read with `tokens`.
             embedding_dropped, text_dropped: (B,) bool, what nulls stand in for; None: none.
             dropout_seeds: (B,) int64, what `dropout` drops of each image in training; None drops nothing.
 
@@ -120,11 +123,11 @@ class UnclipDecoder(nn.Module):
                 f"found {tuple(embedding.shape)}"
             )
         dtype, zero = self.embedding_time.weight.dtype, torch.zeros((), dtype=torch.int64, device=embedding.device)
-        scale = self.config.embed_dim**0.5  # elements of about 1, for which weights are drawn
-        given = embedding.float() * scale
+        caption, text_dropped = caption.drop(text_dropped)
+        given = embedding.float()
         if embedding_dropped is not None:
-            given = torch.where(embedding_dropped[:, None], self.null_embedding(zero).float() * scale, given)
-        given = given.to(dtype)
+            given = torch.where(embedding_dropped[:, None], self.null_embedding(zero).float(), given)
+        given = (given * self.embedding_scale).to(dtype)
         tokens = self.embedding_tokens(given).view(len(given), self.config.image_tokens, -1)
         states, of_time, keep = self._text(caption, text_dropped)
         if keep is not None:
@@ -177,7 +180,7 @@ class UnclipDecoder(nn.Module):
             of_time = torch.where(dropped[:, None], self.null_text_embedding(zero).float(), of_time)
             if keep is not None:  # one null long: how far others reach must not matter
                 keep = torch.where(dropped[:, None], torch.arange(keep.shape[1], device=keep.device) == 0, keep)
-        return states, of_time * config.embed_dim**0.5, keep
+        return states, of_time * self.embedding_scale, keep
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> UnclipDecoder:

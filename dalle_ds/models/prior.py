@@ -36,20 +36,34 @@ class Caption(NamedTuple):
     """What the prior knows of each caption."""
 
     text: Tensor
-    """(B, T') tokens, int64, −1 where padded; or, of `text="clip_states"`, (B, T', text_width) floats. T' is at most
+    """(B, T') tokens, int64, −1 where padded; or CLIP's states, (B, T', text_width) floats. T' is at most
     `text_len`: columns that are padding in every row may be left out where padding is masked."""
     embedding: Tensor
-    """(B, embed_dim), CLIP's text embedding z_t, scaled as the image embeddings are."""
+    """(B, embed_dim), CLIP's text embedding z_t, scaled as the image embeddings are, of `text="karlo"` as CLIP gives it."""
     padded: Tensor | None = None
     """(B, T') bool, which states are padding. Tokens say so themselves."""
+    empty: tuple[Tensor, Tensor] | None = None
+    """Of the caption "", which stands in for dropped ones with `text="karlo"`: (n, text_width) states with n ≤ T', and
+    (embed_dim,) embedding."""
+
+    def drop(self, dropped: Tensor | None) -> tuple[Caption, Tensor | None]:
+        """With `empty` in place of those that are (B,) bool `dropped`, and what is then left for learned nulls to replace."""
+        if self.empty is None or self.padded is None or dropped is None:
+            return self, dropped
+        states, embedding = self.empty
+        count, length = len(states), self.text.shape[1]
+        states = F.pad(states.to(self.text), (0, 0, 0, length - count))
+        text = torch.where(dropped[:, None, None], states, self.text)
+        padded = torch.where(dropped[:, None], torch.arange(length, device=text.device) >= count, self.padded)
+        return Caption(text, torch.where(dropped[:, None], embedding.to(self.embedding), self.embedding), padded), None
 
 
 class DiffusionPrior(nn.Module):
     """Predicts the clean image embedding from a noised one (unCLIP §2.2: x₀, not ε).
 
     Padding positions have learned embeddings of their own, as in the DALL·E transformer, and are attended to unless
-    `mask_padding`. Dropping a caption (classifier-free guidance) puts learned nulls in place of all text positions and of z_t;
-    timestep and noised embedding stay.
+    `mask_padding`. Dropping a caption (classifier-free guidance) puts learned nulls, or `Caption.empty`, in place of all text
+    positions and of z_t; timestep and noised embedding stay.
 
     Args:
         config: shape of the model.
@@ -70,9 +84,10 @@ class DiffusionPrior(nn.Module):
             self.text_input = VocabParallelEmbedding(config.text_vocab, width, tensor)
         else:
             self.text_input = Linear(config.text_width, width)
-        self.padding = Embedding(config.text_len, width)
-        self.null_text = Embedding(1, width)
-        self.null_embedding = Embedding(1, width)
+        if config.text != "karlo":
+            self.padding = Embedding(config.text_len, width)
+            self.null_text = Embedding(1, width)
+            self.null_embedding = Embedding(1, width)
         self.embedding_input = Linear(config.embed_dim, width)
         self.time_input = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.noised_input = Linear(config.embed_dim, width)
@@ -115,6 +130,7 @@ class DiffusionPrior(nn.Module):
             DataError: a wrong shape or dtype.
         """
         self._check(caption, noised, timesteps)
+        caption, dropped = caption.drop(dropped)
         prefix = self.prefix(caption, dropped)
         x = torch.cat([prefix, self.tail(noised, timesteps)], dim=1)
         mask = self.mask(caption, prefix.shape[1], noised.shape[1], dropped)
@@ -191,14 +207,14 @@ class DiffusionPrior(nn.Module):
         else:
             text = self.text_input(caption.text.to(self.text_input.weight.dtype)).float()
         padded = self._padded(caption)
-        if padded is None:
+        if padded is None or self.config.text == "karlo":
             return text
         own = self.padding(torch.arange(text.shape[1], device=text.device)).float()
         return torch.where(padded[..., None], own, text)
 
     def _check(self, caption: Caption, noised: Tensor, timesteps: Tensor) -> None:
         rows, config = len(caption.embedding), self.config
-        text = (rows, caption.text.shape[1], *((config.text_width,) if config.text == "clip_states" else ()))
+        text = (rows, caption.text.shape[1], *(() if config.text == "tokens" else (config.text_width,)))
         fits = caption.text.shape == text and 0 < caption.text.shape[1] <= config.text_len
         if not fits or (caption.padded is not None and caption.padded.shape != text[:2]):
             raise DataError(

@@ -83,9 +83,11 @@ class CachedPrior:
         dropped, rows = None, count
         row_of: Tensor | slice = slice(None)
         if guided:  # one row more, of nulls, which are the same beside every caption
-            caption = Caption(*(None if part is None else torch.cat([part, part[:1]]) for part in caption))  # type: ignore[arg-type]
+            parts = (None if part is None else torch.cat([part, part[:1]]) for part in caption[:3])
+            caption = Caption(*parts)._replace(empty=caption.empty)  # type: ignore[arg-type]
             places = torch.arange(2 * count, device=timesteps.device).clamp(max=count)
-            dropped, row_of, rows = places[: count + 1] == count, places, 2 * count
+            row_of, rows = places, 2 * count
+            caption, dropped = caption.drop(places[: count + 1] == count)
         x = prior.prefix(caption, dropped)
         prefix, width = x.shape[1:]
         self._layers = weights.layers(STEP * rows * draws)

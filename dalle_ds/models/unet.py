@@ -37,6 +37,7 @@ def decoder_unet(config: DecoderConfig, checkpointing: Checkpointing) -> nn.Modu
         cross_attention_dim=config.context_width,
         attention_head_dim=config.head_channels,
         class_embed_type="identity",
+        resnet_time_scale_shift="scale_shift",
     )
     unet.set_attn_processor(ContextAttention())
     decoder: nn.Module = unet
@@ -55,6 +56,7 @@ def upsampler_unet(config: UpsamplerConfig, checkpointing: Checkpointing) -> nn.
         up_block_types=("ResnetUpsampleBlock2D",) * count,
         add_attention=False,
         class_embed_type="timestep" if config.noise_augmentation else None,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
     )
     if config.noise_augmentation:
         # diffusers gives it fp32, whatever the weights are.
@@ -79,7 +81,6 @@ def _unet(kind: str, config: UnetConfig, checkpointing: Checkpointing, **setting
         out_channels=6 if config.learned_variance else 3,
         layers_per_block=config.depth,
         block_out_channels=tuple(config.channels * multiple for multiple in config.multiples),
-        resnet_time_scale_shift="scale_shift",
         **settings,
     )
     if checkpointing == "full":

@@ -65,10 +65,11 @@ class ClipReranker:
     def __call__(self, prompt: str, images: list[Image.Image]) -> list[float]:
         """Cosines in [−1, 1], rounded to 6 decimals."""
         if self._embedded is None or self._embedded[0] != prompt:
-            self._embedded = prompt, self.clip.embed_texts([prompt])[0]
+            self._embedded = prompt, self.clip.embed_texts([prompt], normalize=True)[0]
         scores: list[float] = []
         for start in range(0, len(images), self.batch_size):
-            cosines = self.clip.embed_images(images[start : start + self.batch_size]) @ self._embedded[1]
+            some = self.clip.embed_images(images[start : start + self.batch_size], normalize=True)
+            cosines = some @ self._embedded[1]
             scores += [round(float(cosine), DIGITS) for cosine in cosines]
         return scores
 

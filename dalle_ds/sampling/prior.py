@@ -29,7 +29,7 @@ from dalle_ds.diffusion import (
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.latent_prior import AutoregressivePrior, LatentSampler
-from dalle_ds.models.latents import LatentCodec
+from dalle_ds.models.latents import EmbeddingScaling, LatentCodec
 from dalle_ds.models.prior import Caption, DiffusionPrior
 from dalle_ds.models.prior_sampling import CachedPrior, DenoisingWeights
 from dalle_ds.sampling.codes import Sampling, candidate_generator, sample
@@ -83,29 +83,39 @@ def trim_padding(config: PriorConfig | LatentPriorConfig | DecoderConfig, text: 
     return text[:, : int((text != PADDING).sum(dim=1).max().clamp(min=1))] if config.mask_padding else text
 
 
+def empty_caption(clip: Clip) -> tuple[Tensor, Tensor]:
+    """What `Caption.empty` is, on CLIP's device."""
+    states, padded = clip.text_states([""])
+    return states[0][~padded[0]], clip.scaled(clip.project_states(states, padded))[0]
+
+
 def prepare_caption(
     config: PriorConfig | DecoderConfig,
     text: Tensor,
     embedding: Tensor,
     clip: Clip | None = None,
     states: Tensor | None = None,
+    scaling: EmbeddingScaling | None = None,
 ) -> Caption:
     """Tokens as priors and decoders read them, in training and in sampling.
 
     Args:
         text: (B, T) int64, -1 behind a caption's tokens: those of CLIP where its states are read.
-        embedding: (B, embed_dim), scaled for a prior.
-        clip: for `config.text` "clip_states", where there are no `states`.
+        embedding: (B, embed_dim), CLIP's.
+        clip: where its states are read, and there are no `states`.
         states: (B, T, text_width) CLIP's of the tokens.
+        scaling: a prior's.
     """
     text = trim_padding(config, text)
+    if scaling is not None and config.text != "karlo":
+        embedding = scaling.scale(embedding)
     if config.text == "tokens":
         return Caption(text, embedding)
     if states is not None:
         return Caption(states[:, : text.shape[1]], embedding, text == PADDING)
     assert clip is not None
     states, padded = clip.text_states(text)
-    return Caption(states, embedding, padded)
+    return Caption(states, embedding, padded, empty_caption(clip) if config.text == "karlo" else None)
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_ds.config import ImageSampling
+from dalle_ds.diffusion import step_grid
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside
 from dalle_ds.models.pretrained import export_folder
@@ -22,8 +24,12 @@ from dalle_ds.sampling.image_diffusion import (
     denoise_images,
     image_generators,
     invert_images,
+    invertible_grid,
     of_all,
 )
+
+LAST_NAME = "last"
+"""In an export: the folder of `SuperResolution.last`."""
 
 
 class SuperResolution:
@@ -32,10 +38,12 @@ class SuperResolution:
     Args:
         upsampler: in eval mode; its device is where everything runs.
         facts: of its training.
+        last: makes the last step, in eval mode, of the same configuration and on the same device; Karlo's is tuned for detail.
+            None: `upsampler` makes all.
     """
 
-    def __init__(self, upsampler: Upsampler, facts: DiffusionFacts) -> None:
-        self.upsampler, self.facts = upsampler, facts
+    def __init__(self, upsampler: Upsampler, facts: DiffusionFacts, last: Upsampler | None = None) -> None:
+        self.upsampler, self.facts, self.last = upsampler, facts, last
 
     @property
     def device(self) -> torch.device:
@@ -43,13 +51,13 @@ class SuperResolution:
         return next(self.upsampler.parameters()).device
 
     @property
-    def module(self) -> Upsampler:
+    def module(self) -> nn.Module:
         """What has the weights."""
-        return self.upsampler
+        return self.upsampler if self.last is None else nn.ModuleList([self.upsampler, self.last])
 
     def to(self, device: str | torch.device) -> None:
         """Move the model."""
-        self.upsampler.to(device)
+        self.module.to(device)
 
     @classmethod
     def from_pretrained(
@@ -59,13 +67,17 @@ class SuperResolution:
         something is missing."""
         folder = export_folder(path)
         facts, _ = DiffusionFacts.read(folder)
-        return cls(Upsampler.from_pretrained(folder).to(device, dtype), facts)
+        parts = [folder, *([folder / LAST_NAME] if (folder / LAST_NAME).is_dir() else [])]
+        first, *last = (Upsampler.from_pretrained(part).to(device, dtype) for part in parts)
+        return cls(first, facts, *last)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write what `from_pretrained` reads into folder `path`, whole or not at all; CheckpointError where it cannot be."""
         try:
             with built_beside(Path(path)) as partial:
                 self.upsampler.save_pretrained(partial)
+                if self.last is not None:
+                    self.last.save_pretrained(partial / LAST_NAME)
                 self.facts.write(partial)
         except OSError as error:
             raise CheckpointError(f"could not write the upsampler to {path}: {error}; free some space") from error
@@ -113,6 +125,7 @@ class SuperResolution:
                 f"objective.noise, of which this one had {self.facts.noise_share}"
             )
         self.check_tile(tile)
+        last_step = step_grid(sampling.steps, self.facts.timesteps)[0]
         if len(low) != len(captions):
             raise DataError(f"{len(low)} images need as many captions, found {len(captions)}")
         # Of a number of its own for each size: two upsamplers in a row must not begin with the same noise.
@@ -129,7 +142,7 @@ class SuperResolution:
                 small = schedule.add_noise(small, torch.stack(drawn).to(small), noise_step)
 
             images = denoise_images(
-                partial(self._predict, low=small, noise_step=noise_step, tile=tile),
+                partial(self._predict, low=small, noise_step=noise_step, tile=tile, last_step=last_step),
                 (3, height, width),
                 generators[chunk],
                 self.facts,
@@ -156,11 +169,12 @@ class SuperResolution:
     ) -> Tensor:
         """Noise of which `sample`, by DDIM with η = 0, makes (B, 3, H, W) images in [0, 1] of small ones again, on the CPU;
         the other arguments are those of `sample` and `invert_images`."""
+        last_step = int(invertible_grid(self.facts.noise, steps).timesteps[0])
         found, chunks = [], range(0, len(images), batch_size)
         for number, first in enumerate(chunks):
             chunk = slice(first, first + batch_size)
             signed, small = (part[chunk].to(self.device) * 2 - 1 for part in (images, low))
-            predict, told = partial(self._predict, low=small), of_all(on_step, number, len(chunks))
+            predict, told = partial(self._predict, low=small, last_step=last_step), of_all(on_step, number, len(chunks))
             inverted = invert_images(predict, signed, self.facts, steps, iterations, self._base(small), told)
             found.append(inverted.cpu())
         return torch.cat(found)
@@ -178,19 +192,22 @@ class SuperResolution:
                 f"tile must be a multiple of {step}, at least {2 * step}, to make {side} pixels, found {tile}"
             )
 
-    def _predict(self, x: Tensor, timestep: int, low: Tensor, noise_step: int = 0, tile: int | None = None) -> Tensor:
-        scale = self.upsampler.config.scale
+    def _predict(
+        self, x: Tensor, timestep: int, low: Tensor, last_step: int, noise_step: int = 0, tile: int | None = None
+    ) -> Tensor:
+        model = self.last if self.last is not None and timestep == last_step else self.upsampler
+        scale = model.config.scale
         steps, noise_steps = (torch.full((len(x),), value, device=x.device) for value in (timestep, noise_step))
         if tile is None or tile >= max(x.shape[2:]):
-            return self.upsampler(x, steps, low, noise_steps=noise_steps)
-        step = math.lcm(self.upsampler.config.factor, scale)
+            return cast(Tensor, model(x, steps, low, noise_steps=noise_steps))
+        step = math.lcm(model.config.factor, scale)
         total: Tensor | None = None
         weights = x.new_zeros(1, 1, *x.shape[2:])
         for top in _starts(x.shape[2], tile, step):
             for left in _starts(x.shape[3], tile, step):
                 rows, columns = slice(top, top + tile), slice(left, left + tile)
                 small = low[:, :, top // scale : (top + tile) // scale, left // scale : (left + tile) // scale]
-                part = self.upsampler(x[:, :, rows, columns], steps, small, noise_steps=noise_steps)
+                part = model(x[:, :, rows, columns], steps, small, noise_steps=noise_steps)
                 if total is None:
                     total = x.new_zeros(len(x), part.shape[1], *x.shape[2:])
                 # Falls toward the edges, where a tile sees least of what is around.

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dalle_ds.config import from_dict, to_dict
 from dalle_ds.diffusion import AnalyticVariance, noise_schedule, step_grid
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
@@ -137,8 +137,9 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
             scaling = EmbeddingScaling(space["shift"], space["factor"])
             prior = DiffusionPrior.from_pretrained(folder).to(device, dtype)
             return DiffusionTextToEmbedding(
-                prior, clip, tokenizer, scaling, parts["schedule"], parts["timesteps"], parts["analytic"]
-            )
+                prior, clip, tokenizer, scaling, parts["schedule"], parts["timesteps"], parts["analytic"],
+                from_dict(PriorSampling, parts["sampling"], str(folder / PARTS_NAME)) if "sampling" in parts else None,
+            )  # fmt: skip
         except KeyError as error:
             raise CheckpointError(
                 f"{folder}: {PARTS_NAME} or {SPACE_NAME} lacks {error}: export the prior again"
@@ -176,15 +177,15 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
         seed: int = 0,
         sampling: How | None = None,
         text_embeddings: Tensor | None = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
         batch_size: int = 64,
     ) -> Tensor:
         """Sample `num` image embeddings for each caption.
 
         Args:
-            sampling: None takes the defaults of the kind.
-            text_embeddings: (B, embed_dim) of unit length, CLIP's of the captions; None computes them.
-            normalize: to unit length; otherwise as the prior makes them.
+            sampling: None takes that of the export, or else the defaults of the kind.
+            text_embeddings: (B, embed_dim), CLIP's of the captions; None computes them.
+            normalize: to unit length, otherwise as the prior makes them; None: as the CLIP's `config.unit_length` says.
             batch_size: captions at a time.
 
         Returns:
@@ -210,7 +211,7 @@ class TextToEmbedding(ABC, Generic[Prior, How]):
                 embeddings = text_embeddings[start : start + batch_size].to(self.device)
             found.append(self._sample(some, embeddings, num, seed, sampling))
         samples = torch.cat(found) if found else torch.empty(0, num, self.prior.config.embed_dim)
-        return F.normalize(samples, dim=-1) if normalize else samples
+        return self.clip.scaled(samples, normalize)
 
     def resolved(self, how: How) -> How:
         """With what it leaves open filled in."""
@@ -242,6 +243,7 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
         schedule, timesteps: noise of training.
         analytic: what `tasks/prior.py` measured for Analytic-DPM after training: grid, gamma, standard_error, rows,
             data_variance; None where it did not.
+        sampling: where nothing else is said.
     """
 
     kind = "diffusion"
@@ -256,19 +258,20 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
         schedule: str,
         timesteps: int,
         analytic: Mapping[str, Any] | None = None,
+        sampling: PriorSampling | None = None,
     ) -> None:
         super().__init__(prior, clip, tokenizer)
-        self.scaling, self.analytic = scaling, analytic
+        self.scaling, self.analytic, self.sampling = scaling, analytic, sampling or PriorSampling()
         self.schedule = noise_schedule(schedule, timesteps)  # type: ignore[arg-type]
-        self._schedule_name = schedule
+        self.schedule_name = schedule
 
     def _sample(
         self, captions: Sequence[str], embeddings: Tensor, num: int, seed: int, how: PriorSampling | None
     ) -> Tensor:
-        how = self.resolved(how or PriorSampling())
+        how = self.resolved(how or self.sampling)
         assert how.steps is not None
         text = self.clip.tokens(captions) if self.tokenizer is None else self._tokens(captions)
-        caption = prepare_caption(self.prior.config, text, self.scaling.scale(embeddings), self.clip)
+        caption = prepare_caption(self.prior.config, text, embeddings, self.clip, scaling=self.scaling)
         draws, steps = num * how.best_of, len(step_grid(how.steps, len(self.schedule)))
         noise = caption_noise(captions, seed, draws, steps, self.prior.config.embed_dim)
         variance = self.variance(how.steps) if how.method == "analytic" else None
@@ -299,7 +302,8 @@ class DiffusionTextToEmbedding(TextToEmbedding[DiffusionPrior, PriorSampling]):
         return self.scaling.state_dict()
 
     def _facts(self) -> dict[str, Any]:
-        return {"schedule": self._schedule_name, "timesteps": len(self.schedule), "analytic": self.analytic}
+        facts = {"schedule": self.schedule_name, "timesteps": len(self.schedule), "analytic": self.analytic}
+        return {**facts, "sampling": to_dict(self.sampling)}
 
 
 class LatentTextToEmbedding(TextToEmbedding[AutoregressivePrior, Sampling]):

@@ -86,8 +86,9 @@ class UnclipOptions:
             )
         if pipe.prior is None:
             return None
-        guidance = 1.0 if self.prior_guidance is None else self.prior_guidance
-        how: PriorSampling = pipe.prior.resolved(PriorSampling(steps=self.prior_steps, guidance=guidance))
+        given = {"steps": self.prior_steps, "guidance": self.prior_guidance}
+        known = {name: value for name, value in given.items() if value is not None}
+        how: PriorSampling = pipe.prior.resolved(replace(pipe.prior.sampling, **known))  # type: ignore[attr-defined]
         step_grid(how.steps or "", len(pipe.prior.schedule))  # type: ignore[attr-defined]
         return how
 

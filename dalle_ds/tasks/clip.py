@@ -152,7 +152,9 @@ class ClipTask(ContrastiveTask[ClipRun]):
         """Captions, each with its own image and those of the batch that are most similar to it."""
         clip = cast(Clip, model)
         # The model may have moved to another type; what it is given follows.
-        similarities = clip.embed_texts(batch["text"]) @ clip.embed_images(batch["image"]).T
+        similarities = (
+            clip.embed_texts(batch["text"], normalize=True) @ clip.embed_images(batch["image"], normalize=True).T
+        )
         images = to_pil_images(batch["image"])
         best = similarities.topk(min(PREVIEW_MATCHES, len(images)), dim=1).indices.tolist()
         captions = [self.tokenizer.decode(row.tolist()) for row in batch["text"]]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dalle_ds.config import DecoderRun
 from dalle_ds.data.augment import clip_center_view
 from dalle_ds.models.decoder import UnclipDecoder
-from dalle_ds.models.prior import Caption
 from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
 from dalle_ds.sampling.grid import image_grid, to_pil_images
 from dalle_ds.sampling.image_diffusion import DiffusionFacts
@@ -102,7 +101,7 @@ class DecoderTask(EmbeddedDataTask[DecoderRun], ImageDiffusionTask[DecoderRun]):
             self.schedule.add_noise(image, noise, steps),
             steps,
             batch["image_embedding"],
-            Caption(batch["text"], batch["text_embedding"], batch.get("padded")),
+            self.caption(batch),
             embedding_dropped=embedding_dropped,
             text_dropped=text_dropped,
             dropout_seeds=dropout_seeds,

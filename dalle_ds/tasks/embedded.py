@@ -17,7 +17,9 @@ from dalle_ds.data.samples import clip_tokens, own_tokens
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.latents import EmbeddingMoments
-from dalle_ds.tasks.base import Samples, Task, numbered
+from dalle_ds.models.prior import Caption
+from dalle_ds.sampling.prior import empty_caption
+from dalle_ds.tasks.base import Batch, Samples, Task, numbered
 from dalle_ds.text.tokenizer import Tokenizer
 
 EmbeddedRun = TypeVar("EmbeddedRun", bound=PriorRun | LatentPriorRun | DecoderRun)
@@ -55,6 +57,17 @@ class EmbeddedDataTask(Task[EmbeddedRun]):
                 f"the CLIP in {run.clip} has embeddings of {found} dimensions but model.embed_dim is {wanted}: set "
                 f"--model.embed_dim {found}, or name the CLIP that belongs to this preset"
             )
+        unit = self.clip.config.unit_length
+        if unit == (self._text == "karlo"):
+            needed = (
+                "takes them as they are: name one with"
+                if unit
+                else "needs them at length 1: set model.text karlo, or name one with"
+            )
+            raise ConfigError(
+                f"the CLIP in {run.clip} gives embeddings with model.unit_length={unit}, and model.text={self._text} {needed} "
+                f"model.unit_length {not unit}"
+            )
         self.tokenizer: Tokenizer | None = None
         if self.reads_states:
             self._check_states()
@@ -62,9 +75,25 @@ class EmbeddedDataTask(Task[EmbeddedRun]):
             self.tokenizer = self._own_tokens()
 
     @property
+    def _text(self) -> str:
+        return getattr(self.run.model, "text", "tokens")
+
+    @property
     def reads_states(self) -> bool:
         """Whether captions are read as the states of CLIP's text tower."""
-        return getattr(self.run.model, "text", "tokens") == "clip_states"
+        return self._text != "tokens"
+
+    @cached_property
+    def _empty(self) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "clip"):
+            return empty_caption(self.clip)
+        with torch.device("meta"):  # a task that is only planned has none
+            return torch.empty(2, self.run.model.text_width), torch.empty(self.run.model.embed_dim)
+
+    def caption(self, batch: Batch) -> Caption:
+        """What `prepare` made of captions."""
+        empty = self._empty if self._text == "karlo" else None
+        return Caption(batch["text"], batch["text_embedding"], batch.get("padded"), empty)
 
     @property
     def has_states(self) -> bool:
@@ -86,7 +115,7 @@ class EmbeddedDataTask(Task[EmbeddedRun]):
     def _check_states(self) -> None:
         run, clip = self.run, self.clip.config
         if run.tokenizer:
-            raise ConfigError(f"--tokenizer {run.tokenizer} is not for model.text=clip_states: leave it out")
+            raise ConfigError(f"--tokenizer {run.tokenizer} is not for model.text={self._text}: leave it out")
         if self.clip.tokenizer is None:
             raise ConfigError(f"the CLIP in {run.clip} has no tokenizer: import it again with --tokenizer")
         for name, found in (("text_width", clip.text_width), ("text_len", clip.text_len)):

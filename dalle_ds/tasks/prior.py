@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle_ds.config import PriorRun
 from dalle_ds.diffusion import NoiseSchedule, ScoreMoments, noise_schedule, simple_loss, step_grid
 from dalle_ds.models.latents import EmbeddingScaling
-from dalle_ds.models.prior import Caption, DiffusionPrior
+from dalle_ds.models.prior import DiffusionPrior
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parsing import parse_json
 from dalle_ds.sampling.prior import prepare_caption
@@ -76,11 +76,12 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
             }
 
     def prepare(self, batch: Batch) -> Batch:
-        image, text = (self.scaling_of_embeddings.scale(batch[f"{name}_embedding"]) for name in ("image", "text"))
-        clip = self.clip.to(image.device) if self.run.model.text == "clip_states" and "states" not in batch else None
-        caption = prepare_caption(self.run.model, batch["text"], text, clip, batch.get("states"))
+        scaling, text = self.scaling_of_embeddings, batch["text_embedding"]
+        image = scaling.scale(batch["image_embedding"])
+        clip = self.clip.to(image.device) if self.reads_states and "states" not in batch else None
+        caption = prepare_caption(self.run.model, batch["text"], text, clip, batch.get("states"), scaling)
         padded = {} if caption.padded is None else {"padded": caption.padded}
-        return {**batch, "image_embedding": image, "text_embedding": text, "text": caption.text, **padded}
+        return {**batch, "image_embedding": image, "text_embedding": caption.embedding, "text": caption.text, **padded}
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         objective, clean = self.run.objective, batch["image_embedding"]
@@ -101,8 +102,10 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
         steps = (torch.arange(VALIDATION_DRAWS, device=clean.device) * count + count // 2) // VALIDATION_DRAWS
         losses = self._losses(model, batch, steps.expand(len(clean), -1), noise)
         last = torch.full((len(clean), 1), count - 1, device=clean.device)
-        expected = model(caption_of(batch), noise[:, :1], last)[:, 0]
-        true, found, text = map(self.scaling_of_embeddings.unscale, (clean, expected.float(), batch["text_embedding"]))
+        expected = model(self.caption(batch), noise[:, :1], last)[:, 0]
+        true, found = map(self.scaling_of_embeddings.unscale, (clean, expected.float()))
+        text = batch["text_embedding"]
+        text = text if self.run.model.text == "karlo" else self.scaling_of_embeddings.unscale(text)
         return {
             "count": valid.sum(),
             "loss": (losses.mean(dim=1) * valid).sum(),
@@ -117,7 +120,7 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
         clean = batch["image_embedding"][:, None].expand_as(noise).flatten(0, 1)
         noised = self.schedule.add_noise(clean, noise.flatten(0, 1), steps.flatten()).view_as(noise)
         seeds = batch["key"] if dropped is not None else None
-        predicted = model(caption_of(batch), noised, steps, dropped=dropped, dropout_seeds=seeds)
+        predicted = model(self.caption(batch), noised, steps, dropped=dropped, dropout_seeds=seeds)
         return simple_loss(predicted.flatten(0, 1), clean).view(steps.shape)
 
     def summarize(self, sums: Metrics) -> dict[str, float]:
@@ -136,7 +139,7 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
             places = torch.arange(len(grid), device=clean.device).expand(len(clean), -1)
             repeated = clean[:, None].expand_as(noise).flatten(0, 1)
             x = grid.add_noise(repeated, noise.flatten(0, 1), places.flatten())
-            predicted = model(caption_of(batch), x.view_as(noise), grid.timesteps.to(clean.device)[places])
+            predicted = model(self.caption(batch), x.view_as(noise), grid.timesteps.to(clean.device)[places])
             found.add(places.flatten(), x, predicted.flatten(0, 1))
             seen += len(clean)
         found.sums = mesh.sum(found.sums).cpu()
@@ -163,8 +166,3 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
             objective.timesteps,
             self.analytic,
         )
-
-
-def caption_of(batch: Batch) -> Caption:
-    """What `PriorTask.prepare` made of captions."""
-    return Caption(batch["text"], batch["text_embedding"], batch.get("padded"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -36,9 +37,9 @@ class TextToEmbeddingTask(EmbeddedDataTask[AnyPriorRun], ModelParallelTask[AnyPr
         own = known[:: -(-len(known) // PREVIEW_ROWS)]
         captions = [image.caption for image in own]
         device = self.clip.logit_scale.device
-        samples = self.pipeline(model).sample(captions, seed=self.run.seed)[:, 0].cpu()
+        samples = self.pipeline(model).sample(captions, seed=self.run.seed, normalize=True)[:, 0].cpu()
         self.clip.to(device)  # the pipeline has moved it to the model's
-        likeness = samples @ torch.stack([image.embedding for image in known]).T
+        likeness = samples @ F.normalize(torch.stack([image.embedding for image in known])).T
         best = likeness.topk(min(PREVIEW_MATCHES, len(known)), dim=1).indices.tolist()
         shown = []
         for image, matches in zip(own, best, strict=True):

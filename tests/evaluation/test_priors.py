@@ -275,7 +275,7 @@ class Prior:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.clip = SimpleNamespace(fingerprint="clip", config=SimpleNamespace(image_size=16))
+        self.clip = SimpleNamespace(fingerprint="clip", config=SimpleNamespace(image_size=16, unit_length=True))
         self.prior = nn.Linear(2, 2)
         self.asked: list[object] = []
 

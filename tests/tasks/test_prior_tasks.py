@@ -45,7 +45,7 @@ from dalle_ds.sampling.text_to_embedding import (
 )
 from dalle_ds.tasks.base import row_noise
 from dalle_ds.tasks.latent_prior import LatentPriorTask
-from dalle_ds.tasks.prior import PriorTask, caption_of
+from dalle_ds.tasks.prior import PriorTask
 from dalle_ds.tasks.stages import STAGES
 from dalle_ds.text.clip_tokenizer import ClipTokenizer
 from dalle_ds.training.export import export_checkpoint
@@ -130,12 +130,25 @@ def metrics(run_dir: str) -> list[dict[str, float]]:
 # --- runs
 
 
-@pytest.mark.parametrize("text", ["tokens", "clip_states"])
-def test_a_diffusion_prior_is_trained_exported_and_sampled_from(run: PriorRun, text: Any) -> None:
+def with_raw_clip(clip: Path, data: Path, folder: Path) -> str:
+    """The same CLIP without unit_length, its embeddings cached."""
+    model = Clip.from_pretrained(clip)
+    model.config = dataclasses.replace(model.config, unit_length=False)
+    model.save_pretrained(folder)
+    cache_embeddings(model, data, views=2)
+    return str(folder)
+
+
+@pytest.mark.parametrize("text", ["tokens", "clip_states", "karlo"])
+def test_a_diffusion_prior_is_trained_exported_and_sampled_from(
+    run: PriorRun, text: Any, clip: Path, data: Path, tmp_path: Path
+) -> None:
     model = dataclasses.replace(run.model, text=text)
-    if text == "clip_states":
+    if text != "tokens":
         model = dataclasses.replace(model, text_width=SHAPE.text_width, text_len=SHAPE.text_len, mask_padding=True)
         run = dataclasses.replace(run, tokenizer="")
+    if text == "karlo":
+        run = dataclasses.replace(run, clip=with_raw_clip(clip, data, tmp_path / "raw"))
     run = dataclasses.replace(run, model=model)
     fit(run)
     assert (Path(run.run_dir) / "samples" / "step-4.png").is_file()
@@ -146,11 +159,11 @@ def test_a_diffusion_prior_is_trained_exported_and_sampled_from(run: PriorRun, t
     assert pipeline.analytic["rows"] == 24 and len(pipeline.analytic["gamma"]) == 5
     captions = ["a red circle", "a blue square", "a black triangle"]
     how = PriorSampling(steps="5", guidance=2.0)
-    found = pipeline.sample(captions, num=2, seed=3, sampling=how)
+    found = pipeline.sample(captions, num=2, seed=3, sampling=how, normalize=True)
     assert found.shape == (3, 2, SHAPE.embed_dim)
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3, 2))
     assert (found[:, 0] - found[:, 1]).norm(dim=-1).min() > 1e-4  # after four updates, all but the mean
-    alone = pipeline.sample(captions[1:2], num=1, seed=3, sampling=how)
+    alone = pipeline.sample(captions[1:2], num=1, seed=3, sampling=how, normalize=True)
     torch.testing.assert_close(alone[0, 0], found[1, 0], rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="analytic_steps"):
         pipeline.sample(captions, sampling=PriorSampling("analytic", "4"))
@@ -289,7 +302,7 @@ def test_the_loss_is_the_papers(run: PriorRun) -> None:
         times = ((uniforms[:, 1] + draw) / objective.draws_per_row * objective.timesteps).long()
         a = alpha_bars[times].float()[:, None]
         noised = a.sqrt() * clean + (1 - a).sqrt() * noise[:, draw]
-        found = model(caption_of(batch), noised[:, None], times[:, None], dropped=dropped)[:, 0]
+        found = model(task.caption(batch), noised[:, None], times[:, None], dropped=dropped)[:, 0]
         total += float((found - clean).square().mean()) / objective.draws_per_row
     assert float(loss) == pytest.approx(total, rel=1e-5)
     assert float(told["dropped"]) == float(dropped.float().mean())

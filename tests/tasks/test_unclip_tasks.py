@@ -46,7 +46,7 @@ from tests.conftest import TINY_DALLE
 from tests.models.test_decoder import fill
 from tests.processes import run_ranks
 from tests.tasks.test_clip_task import SHAPE
-from tests.tasks.test_prior_tasks import ZERO1, clip, metrics, options
+from tests.tasks.test_prior_tasks import ZERO1, clip, metrics, options, with_raw_clip
 
 __all__ = ["clip"]  # a fixture
 DECODER = DecoderConfig(
@@ -103,14 +103,21 @@ def first_batch(task: DecoderTask | UpsamplerTask, rows: int = 8) -> dict[str, t
     "change",
     [
         {},
-        {"text": "clip_states", "mask_padding": True, "text_width": SHAPE.text_width, "text_len": SHAPE.text_len},
+        *(
+            {"text": text, "mask_padding": True, "text_width": SHAPE.text_width, "text_len": SHAPE.text_len}
+            for text in ("clip_states", "karlo")
+        ),
         {"learned_variance": False},
     ],
 )
-def test_a_decoder_is_trained_exported_and_sampled_from(decoder_run: DecoderRun, change: dict[str, Any]) -> None:
+def test_a_decoder_is_trained_exported_and_sampled_from(
+    decoder_run: DecoderRun, change: dict[str, Any], clip: Path, data: Path, tmp_path: Path
+) -> None:
     run = dataclasses.replace(decoder_run, model=dataclasses.replace(decoder_run.model, **change))
     if "text" in change:
         run = dataclasses.replace(run, tokenizer="")
+    if change.get("text") == "karlo":
+        run = dataclasses.replace(run, clip=with_raw_clip(clip, data, tmp_path / "raw"))
     fit(run)
     assert (Path(run.run_dir) / "samples" / "step-4.png").is_file()
     last = [line for line in metrics(run.run_dir) if "validation/loss" in line][-1]
