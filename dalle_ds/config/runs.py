@@ -48,6 +48,9 @@ class Run:
     the first. None draws from all equally often, whatever their sizes."""
     run_dir: str = ""
     """Folder of this run; naming an existing one resumes it."""
+    init: str = ""
+    """Model of this stage to begin with: a run directory, an export, an import. What it was trained with is then taken from
+    there, and with no --preset its shape too (docs/finetuning.md). Empty begins with random weights."""
     steps: int = 1_000
     """Total updates. Schedules have lengths of their own, so a run may be stopped early and taken further."""
     seed: int = 0
@@ -149,8 +152,6 @@ class ClipRun(Run):
 
     tokenizer: str = ""
     """Tokenizer file: that of `launchers/train_tokenizer.py`, or CLIP's own; empty takes that of `init`."""
-    init: str = ""
-    """Trained or imported CLIP to begin with: its run directory or export; empty begins with random weights."""
     model: ClipConfig = field(default_factory=ClipConfig)
     """Shape of the model."""
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -19,15 +19,25 @@ from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.dalle import ResidualBlock
+from dalle_ds.models.pretrained import export_folder, fingerprint, load_model
 from dalle_ds.optim import decay_groups, resblock_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.parallel.stages import PipelineLayer
+from dalle_ds.tasks.initial import check_settings, initial_facts
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Metrics = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 """What a model gives by name: (n, …) one entry per row, or () the same for all rows."""
+
+
+class _Fingerprinted(Protocol):
+    @property
+    def fingerprint(self) -> str: ...
+
+
+Part = TypeVar("Part", bound=_Fingerprinted)
 
 
 class Task(ABC, Generic[RunConfig]):
@@ -42,12 +52,14 @@ class Task(ABC, Generic[RunConfig]):
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        if run.init:
+            check_settings(run, self.name)
 
     @classmethod
     def planned(cls, run: RunConfig) -> Task[RunConfig]:
         """A task that has read no files: `build_model`, `parameter_groups`, `batch_spec` and `loss` work on "meta" tensors."""
         task = cls.__new__(cls)
-        Task.__init__(task, run)
+        task.run = run
         return task
 
     @abstractmethod
@@ -85,7 +97,40 @@ class Task(ABC, Generic[RunConfig]):
 
     def initial_weights(self) -> Mapping[str, Tensor] | None:
         """The plain model's state dict for the first update, on the CPU, or None to begin with those of `build_model`."""
-        return None
+        # As they lie in the file: a process reads the parts that it keeps, and memory for all is that of the system's cache.
+        return load_model(self.run.init, self.name, type(self.run.model))[1] if self.run.init else None  # type: ignore[attr-defined]
+
+    @cached_property
+    def initial_fingerprint(self) -> str:
+        """Of the model in `run.init`."""
+        weights = self.initial_weights()
+        assert weights is not None
+        return fingerprint(weights)
+
+    def part(self, option: str, inside: str, load: Callable[[str | Path], Part], what: str) -> Part:
+        """A trained part: the one that an option names, or, where it names none, that in the export of the initial model.
+
+        Args:
+            inside: its name in that folder.
+            load: reads it.
+            what: the option's value, in words.
+
+        Raises:
+            ConfigError: there is none, or it is not the one that the initial model was trained with.
+        """
+        init, place = self.run.init, getattr(self.run, option)
+        known = initial_facts(init).get(option) if init else None
+        if not place and init and (own := export_folder(init) / inside).exists():
+            place = own
+        if not place:
+            raise ConfigError(f"--{option} is missing: name {what}")
+        found = load(place)
+        if known is not None and found.fingerprint != known:
+            raise ConfigError(
+                f"--{option} {place} is not the one that the model in --init {init} was trained with (fingerprint "
+                f"{found.fingerprint[:12]}, trained with {known[:12]}): name that one, or leave --{option} out"
+            )
+        return found
 
     def samples(self, split: str) -> Samples:
         """The rows of "train" (augmented) or "validation" (not), of all of the run's corpora.

@@ -83,7 +83,7 @@ class Trainer:
         mesh.decide(lambda: self.directory.write_config(self.state["identity"], self.choice))
 
     def _load_state(self) -> dict[str, Any]:
-        identity = self.task.identity()
+        identity = self.task.identity() | ({"init": self.task.initial_fingerprint} if self.run.init else {})
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         layout = {
             "precision": self.config.precision,
@@ -196,7 +196,8 @@ class Trainer:
         slow = slow_warning(self.config.precision, self.mesh.device) if self.mesh.is_main else None
         precision = [str(self.choice)] if self.choice is not None else []
         precision += [f"warning: {text}" for text in (slow, rounding_warning(self.run.optim)) if text is not None]
-        for line in [*precision, *self.batches.describe(), *self.task.describe()]:
+        initial = [f"begins with the weights in {self.run.init}"] if self.run.init else []
+        for line in [*precision, *self.batches.describe(), *self.task.describe(), *initial]:
             tracker.say(line)
         if len(self.batches.validation_samples) == 0:
             tracker.say(
