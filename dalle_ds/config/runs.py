@@ -13,6 +13,7 @@ from dalle_ds.config.training import (
     DvaeObjective,
     GuardConfig,
     LoaderConfig,
+    LoraConfig,
     OptimConfig,
     RecomputingTrainConfig,
     ReportConfig,
@@ -137,6 +138,8 @@ class TransformerRun(Run):
     """Data loading, codes and text."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,6 +193,8 @@ class PriorRun(TextToEmbeddingRun):
     """Shape of the model."""
     objective: PriorObjective = field(default_factory=PriorObjective)
     """Noise, and what is made of the embeddings."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,8 @@ class DecoderRun(EmbeddedRun):
     """Noise, and what is dropped."""
     sampling: ImageSampling = field(default_factory=ImageSampling)
     """How previews, and who uses the export, sample where nothing else is said."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

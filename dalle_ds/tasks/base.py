@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_ds.config import Run, ScalingConfig, SharpnessConfig
+from dalle_ds.config import LoraConfig, Run, ScalingConfig, SharpnessConfig
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.adapters import Adapter, merge
 from dalle_ds.models.dalle import ResidualBlock
 from dalle_ds.models.pretrained import export_folder, fingerprint, load_model
 from dalle_ds.optim import decay_groups, resblock_groups
@@ -85,6 +86,44 @@ class Task(ABC, Generic[RunConfig]):
                 f"fp16 scales the gradients of residual blocks, which a {self.name} does not offer: give a DeepSpeed JSON for "
                 "bf16 or fp32"
             )
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters that are trained; None trains all weights."""
+        found: LoraConfig | None = getattr(self.run, "lora", None)
+        return found if found is not None and found.rank else None
+
+    def check_adapters(self, mesh: Mesh, precision: str) -> None:
+        """Raise a `ConfigError` for what `lora` cannot be trained with."""
+        refused = {
+            "needs the model that adapters are of: name it with --init": not self.run.init,
+            "has no parallel.tensor or parallel.pipe, which would divide each adapter: frozen weights take little memory "
+            "under ZeRO-3": mesh.size("tensor") * mesh.size("pipe") > 1,
+            "has no powersgd.enabled, whose factors would be as large as adapters": self.run.powersgd.enabled,
+            "has no optim.moments=16-bit, which are for whole matrices": self.run.optim.moments == "16-bit",
+            "has no gradient scales: give a DeepSpeed JSON for bf16 or fp32, and leave scaling.in_fp32 out": precision
+            == "fp16"
+            or getattr(getattr(self.run, "scaling", None), "in_fp32", False),
+        }
+        for reason, holds in refused.items():
+            if self.lora is not None and holds:
+                raise ConfigError(f"lora.rank={self.lora.rank} {reason}")
+
+    def adapter(self, trained: Mapping[str, Tensor]) -> Adapter:
+        """What `lora` has trained, with the model that it is of."""
+        assert self.lora is not None
+        return Adapter(trained, self.lora.factor, self.name, self.initial_fingerprint, self.run.init)
+
+    def plain_model(self, trained: Mapping[str, Tensor]) -> nn.Module:
+        """The model in fp32 on the CPU, adapters merged, from the weights that are trained."""
+        model = self.build_model()
+        if self.lora is None:
+            model.load_state_dict(trained, assign=True)
+        else:
+            initial = self.initial_weights() or {}
+            model.load_state_dict({name: value.float() for name, value in initial.items()}, assign=True)
+            merge(model, trained, self.lora.factor)
+        return model.eval()
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer parameter groups."""

@@ -369,9 +369,9 @@ class Loop:
             state = self.weights.consolidate()
         if state is None:
             return None
-        model = self.task.build_model()
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+        if is_last and self.task.lora is not None:
+            self.task.adapter(state).save(self.directory.adapter)
+        return self.task.plain_model(state)
 
     def _preview(self, model: nn.Module | None) -> None:
         """Preview with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""
