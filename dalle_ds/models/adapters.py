@@ -115,8 +115,8 @@ class Adapter:
         weights = {f"{_PREFIX}{name}": value.contiguous() for name, value in self.weights.items()}
         try:
             with built_beside(folder) as partial_folder:
-                metadata = {"format": "pt", "kind": self.kind, "base": self.base}
-                save_file(weights, partial_folder / ADAPTER_WEIGHTS_NAME, metadata)
+                # In one entry: safetensors writes several in any order, and equal adapters are to be equal files.
+                save_file(weights, partial_folder / ADAPTER_WEIGHTS_NAME, {"base": f"{self.kind} {self.base}"})
                 write_json(partial_folder / ADAPTER_CONFIG_NAME, config)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"could not write the adapter to {folder}: {error}; free some space") from error
@@ -129,10 +129,10 @@ class Adapter:
         try:
             config = parse_json((folder / ADAPTER_CONFIG_NAME).read_bytes())
             with safe_open(folder / ADAPTER_WEIGHTS_NAME, "pt") as file:
-                metadata = file.metadata()
+                kind, base = file.metadata()["base"].split(" ")
                 weights = {name.removeprefix(_PREFIX): file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             factor = config["lora_alpha"] / config["r"]
-            return cls(weights, factor, metadata["kind"], metadata["base"], config["base_model_name_or_path"])
+            return cls(weights, factor, kind, base, config["base_model_name_or_path"])
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"no adapter at {path} ({error}): name a run that was trained with lora.rank, or its folder adapter"

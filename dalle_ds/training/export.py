@@ -18,6 +18,7 @@ from dalle_ds.config import Precision, Run
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.models.adapters import Adapter, adapted, merge, product
+from dalle_ds.models.card import CARD_NAME, write_card
 from dalle_ds.models.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -32,6 +33,7 @@ from dalle_ds.precision.choice import DTYPES
 from dalle_ds.sampling.text_to_embedding import PARTS_NAME as PRIOR_PARTS_NAME
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.stages import STAGES
+from dalle_ds.training.card import write_run_card
 from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT, load_state
 from dalle_ds.training.checkpoints.manifest import require_whole
 from dalle_ds.training.checkpoints.storage import Index
@@ -103,6 +105,7 @@ def export_checkpoint(
     try:
         with built_beside(folder) as partial:
             task.export(_stored_model(task, index, kind, DTYPES[dtype]), partial)
+            write_run_card(partial, task, state["step"], directory.metrics_file)
     except OSError as error:
         raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
     if folder == directory.export and dtype == "fp32" and is_usual:
@@ -151,11 +154,16 @@ def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]
     try:
         with built_beside(out) as partial:
             save_model(partial, kind, config, model.state_dict())
-            own = shutil.ignore_patterns(WEIGHTS_NAME, CONFIG_NAME, STEP_NAME)
-            shutil.copytree(folder, partial, ignore=own, dirs_exist_ok=True)
+            own = {WEIGHTS_NAME, CONFIG_NAME, STEP_NAME, CARD_NAME}
+            shutil.copytree(
+                folder, partial, ignore=lambda where, _: own if Path(where) == folder else (), dirs_exist_ok=True
+            )
             if kind == "prior":  # what was measured for Analytic-DPM is of other weights
                 facts = parse_json((partial / PRIOR_PARTS_NAME).read_bytes())
                 write_json(partial / PRIOR_PARTS_NAME, {**facts, "analytic": None})
+            listed = "\n".join(f"- `{Path(path).name}`, times {weight:g}" for path, weight in adapters)
+            merged = f"Low-rank adapters were merged into the model of fingerprint `{known[:12]}`:\n\n{listed}"
+            write_card(partial, kind, {"Adapters": merged}, tags=("lora",))
     except OSError as error:
         raise CheckpointError(f"could not write the model to {out}: {error}; free some space") from error
     return out

@@ -22,6 +22,7 @@ from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
+from dalle_ds.training.card import write_run_card
 from dalle_ds.training.checkpoints.content import TrainState, load_state
 from dalle_ds.training.checkpoints.saver import CheckpointScheduler
 from dalle_ds.training.exponents import NumericsReport
@@ -186,6 +187,7 @@ class Loop:
             model = self._plain_model(is_last=True)
             if model is not None:
                 self.task.export(model, directory.export)
+                write_run_card(directory.export, self.task, self.step, directory.metrics_file)
         self._preview(model)
         if model is not None:
             directory.mark_exported(self.step)
