@@ -8,29 +8,29 @@ from pathlib import Path
 from dalle_ds.files import write_text
 
 CARD_NAME = "README.md"
-_TEXT_TO_IMAGE = "images = model.generate(['a red circle'], num=1)"
+_TEXT_TO_IMAGE = 'images = model.generate(["a red circle"], num=1)'
 # Of each kind: what it is; its class; a line that uses it.
 _KINDS = {
     "dvae": ("a discrete VAE (DALL·E §2.1)", "models", "DiscreteVAE", ""),
     "transformer": ("a text-image transformer, with its dVAE (DALL·E §2.2)", "sampling", "TextToImage", _TEXT_TO_IMAGE),
-    "clip": ("a CLIP", "models", "Clip", "embeddings = model.embed_texts(['a red circle'])"),
+    "clip": ("a CLIP", "models", "Clip", 'embeddings = model.embed_texts(["a red circle"])'),
     "prior": (
         "a diffusion prior of CLIP's image embeddings (unCLIP §2.2)",
         "sampling.text_to_embedding",
         "TextToEmbedding",
-        "embeddings = model.sample(['a red circle'])",
+        'embeddings = model.sample(["a red circle"])',
     ),
     "latent_prior": (
         "an autoregressive prior of CLIP's image embeddings (unCLIP §2.2)",
         "sampling.text_to_embedding",
         "TextToEmbedding",
-        "embeddings = model.sample(['a red circle'])",
+        'embeddings = model.sample(["a red circle"])',
     ),
     "decoder": (
         "a decoder of CLIP's image embeddings (unCLIP §2.1)",
         "sampling.embedding_to_image",
         "EmbeddingToImage",
-        "images = model.sample(['a red circle'], None)  # embeddings, or of the caption alone",
+        'images = model.sample(["a red circle"], None)  # embeddings, or of the caption alone',
     ),
     "upsampler": ("an upsampler of images (unCLIP §2.1)", "sampling.super_resolution", "SuperResolution", ""),
     "unclip": ("an unCLIP, DALL·E 2: prior, decoder, upsamplers", "sampling.unclip", "Unclip", _TEXT_TO_IMAGE),

@@ -14,8 +14,8 @@ from dalle_ds.sampling import image_diffusion, pipeline, text_to_embedding
 _FACTS = (pipeline.PARTS_NAME, text_to_embedding.PARTS_NAME, image_diffusion.PARTS_NAME)
 _TRAINED_TO = ("schedule", "timesteps", "predicts", "residual")
 """Of `objective`: what the outputs of a model mean."""
-_FREE = ("dropout",)
-"""Of `model`: what weights do not depend on."""
+_FREE = ("dropout", "noise")
+"""What may be another."""
 
 
 def initial_facts(path: str | Path) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def initial_settings(kind: type[Run], stage: str, path: str | Path) -> dict[str,
         found["objective"] = {
             name: facts[name] for name in _TRAINED_TO if name in facts and hasattr(run.objective, name)
         }
+    if "noise_share" in facts and hasattr(run.objective, "noise"):
+        found["objective"]["noise"] = facts["noise_share"]
     if hasattr(run, "sampling"):
         found["sampling"] = facts.get("sampling", {})
     return found

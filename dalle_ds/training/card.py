@@ -13,6 +13,7 @@ from dalle_ds.data.dataset import read_info
 from dalle_ds.errors import ConfigError
 from dalle_ds.jsonl import read_records
 from dalle_ds.models.card import write_card
+from dalle_ds.models.pretrained import export_folder
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.stages import SECTIONS
 
@@ -34,7 +35,9 @@ def write_run_card(folder: Path, task: Task[Any], step: int, metrics_file: Path)
     if presets := _presets(task):
         done += f" Its shape is that of the preset {' and '.join(presets)}."
     if run.init:
-        done += f"\n\nIt began with the model in `{Path(run.init).name}`, fingerprint `{task.initial_fingerprint[:12]}`"
+        place = export_folder(run.init).resolve()
+        name = place.parent.name if place.name == "export" else place.name
+        done += f"\n\nIt began with the model in `{name}`, fingerprint `{task.initial_fingerprint[:12]}`"
         done += f", and {'low-rank adapters were' if task.lora else 'all of it was'} trained."
     values = to_dict(run)
     config = yaml.safe_dump({name: values[name] for name in _TOLD if name in values}, sort_keys=False)

@@ -129,8 +129,8 @@ def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]
         ConfigError: `out` is there already.
     """
     folder, out = export_folder(base), Path(out)
-    if out.exists():
-        raise ConfigError(f"--out {out} is there already: name a new folder")
+    if out.exists() or not adapters:
+        raise ConfigError(f"--out {out} is there already: name a new folder" if adapters else "--adapter is missing")
     weights = read_safetensors(folder / WEIGHTS_NAME)
     known = fingerprint(weights)
     found: dict[tuple[str, int], tuple[Adapter, float]] = {}

@@ -32,6 +32,7 @@ RunKind = TypeVar("RunKind", bound=Run)
 # instead), or are there to be changed by hand.
 _FREE = (
     "data",
+    "init",
     "dvae",
     "tokenizer",
     "codes",

@@ -85,7 +85,7 @@ class Trainer:
         mesh.decide(lambda: self.directory.write_config(self.state["identity"], self.choice))
 
     def _load_state(self) -> dict[str, Any]:
-        identity = self.task.identity() | ({"init": self.task.initial_fingerprint} if self.run.init else {})
+        identity = {**self.task.identity(), "init": self.task.initial_fingerprint if self.run.init else "none"}
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         layout = {
             "precision": self.config.precision,
@@ -109,9 +109,9 @@ class Trainer:
         state = fresh if self.checkpoint is None else load_state(self.checkpoint)
         for known in (began_with or identity, state["identity"]):
             for name, found in identity.items():
-                if known.get(name) != found:
+                if known.get(name, "none") != found:
                     raise CheckpointError(
-                        f"the run in {self.directory.path} began with another {name} ({str(known.get(name))[:12]}, now "
+                        f"the run in {self.directory.path} began with another {name} ({known.get(name, 'none')[:12]}, now "
                         f"{found[:12]}): resume it with the one it began with, or name a new --run_dir"
                     )
         wrote = state["layout"]

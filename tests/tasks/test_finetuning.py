@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,6 +30,7 @@ from dalle_ds.data import evaluation_batches
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.models import DiscreteVAE
 from dalle_ds.models.adapters import Adapter, attach_adapters, merge
+from dalle_ds.models.card import write_card
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parallel import Mesh
@@ -205,6 +209,45 @@ def test_whole_weights_are_trained_from_those_of_the_initial_model(runs: dict[st
     other = dataclasses.replace(run, run_dir=str(tmp_path / "other"), steps=2)
     task = STAGES["transformer"][1](other)
     assert task.initial_fingerprint == json.loads((Path(run.run_dir) / "identity.json").read_text())["init"]
+
+
+def test_a_resumed_run_needs_the_same_initial_model(runs: dict[str, Any], tmp_path: Path) -> None:
+    run = dataclasses.replace(runs["dvae"], steps=2, run_dir=str(tmp_path / "run"))
+    fit(run, "dvae")
+    shutil.copytree(run.init, tmp_path / "moved")
+    fit(dataclasses.replace(run, init=str(tmp_path / "moved"), steps=3), "dvae")
+    torch.manual_seed(99)
+    DiscreteVAE(TINY_DVAE).save_pretrained(tmp_path / "moved")
+    for name, other in (("without", ""), ("another", str(tmp_path / "moved"))):
+        shutil.copytree(run.run_dir, tmp_path / name)  # a start that is refused keeps its lock until the process ends
+        with pytest.raises(CheckpointError, match="another init"):
+            fit(dataclasses.replace(run, init=other, run_dir=str(tmp_path / name), steps=4), "dvae")
+
+
+@pytest.mark.parametrize("stage", MODELS)
+def test_the_lines_on_the_card_of_every_kind_work(
+    runs: dict[str, Any], stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs[stage].init, tmp_path / "export")
+    write_card(tmp_path / "export", stage)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path / "export")
+    exec(code, {})
+
+
+def test_a_runs_card_tells_of_data_training_and_validation(runs: dict[str, Any], tmp_path: Path) -> None:
+    run = dataclasses.replace(runs["transformer"], lora=LORA, run_dir=str(tmp_path / "run"))
+    fit(run, "transformer")
+    card = ModelCard.load(tmp_path / "run" / "export" / "README.md")
+    assert "lora" in card.data.tags and card.data.library_name == "dalle_ds"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "validation/loss" in line)
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {
+        name.removeprefix("validation/"): pytest.approx(last[name], abs=1e-6) for name in last if "/" in name
+    }
+    assert fingerprint(weights(run.init))[:12] in card.text and "rank: 2" in card.text
+    assert str(tmp_path) not in card.content and str(run.data) not in card.content
 
 
 # --- adapters
