@@ -8,33 +8,36 @@ from pathlib import Path
 from dalle_ds.files import write_text
 
 CARD_NAME = "README.md"
-_TEXT_TO_IMAGE = 'images = model.generate(["a red circle"], num=1)'
-# Of each kind: what it is; its class; a line that uses it.
+_IMAGES = 'images = model.generate(["a red circle"], num=1)'
+_PRIOR = (
+    "feature-extraction",
+    "sampling.text_to_embedding",
+    "TextToEmbedding",
+    'embeddings = model.sample(["a red circle"])',
+)
+_DECODE = 'images = model.sample(["a red circle"], None)  # embeddings; None: of the caption alone'
+# Of each kind: what it is; its task on the Hub; its class; a line that uses it.
 _KINDS = {
-    "dvae": ("a discrete VAE (DALL·E §2.1)", "models", "DiscreteVAE", ""),
-    "transformer": ("a text-image transformer, with its dVAE (DALL·E §2.2)", "sampling", "TextToImage", _TEXT_TO_IMAGE),
-    "clip": ("a CLIP", "models", "Clip", 'embeddings = model.embed_texts(["a red circle"])'),
-    "prior": (
-        "a diffusion prior of CLIP's image embeddings (unCLIP §2.2)",
-        "sampling.text_to_embedding",
-        "TextToEmbedding",
-        'embeddings = model.sample(["a red circle"])',
+    "dvae": ("a discrete VAE (DALL·E §2.1)", "image-to-image", "models", "DiscreteVAE", ""),
+    "transformer": (
+        "a text-image transformer, with its dVAE (DALL·E §2.2)", "text-to-image", "sampling", "TextToImage", _IMAGES,
     ),
-    "latent_prior": (
-        "an autoregressive prior of CLIP's image embeddings (unCLIP §2.2)",
-        "sampling.text_to_embedding",
-        "TextToEmbedding",
-        'embeddings = model.sample(["a red circle"])',
+    "clip": (
+        "a CLIP", "zero-shot-image-classification", "models", "Clip", 'embeddings = model.embed_texts(["a red circle"])',
     ),
+    "prior": ("a diffusion prior of CLIP's image embeddings (unCLIP §2.2)", *_PRIOR),
+    "latent_prior": ("an autoregressive prior of CLIP's image embeddings (unCLIP §2.2)", *_PRIOR),
     "decoder": (
-        "a decoder of CLIP's image embeddings (unCLIP §2.1)",
-        "sampling.embedding_to_image",
-        "EmbeddingToImage",
-        'images = model.sample(["a red circle"], None)  # embeddings, or of the caption alone',
+        "a decoder of CLIP's image embeddings (unCLIP §2.1)", "text-to-image", "sampling.embedding_to_image",
+        "EmbeddingToImage", _DECODE,
     ),
-    "upsampler": ("an upsampler of images (unCLIP §2.1)", "sampling.super_resolution", "SuperResolution", ""),
-    "unclip": ("an unCLIP, DALL·E 2: prior, decoder, upsamplers", "sampling.unclip", "Unclip", _TEXT_TO_IMAGE),
-}
+    "upsampler": (
+        "an upsampler of images (unCLIP §2.1)", "image-to-image", "sampling.super_resolution", "SuperResolution", "",
+    ),
+    "unclip": (
+        "an unCLIP, DALL·E 2: prior, decoder, upsamplers", "text-to-image", "sampling.unclip", "Unclip", _IMAGES,
+    ),
+}  # fmt: skip
 
 
 def write_card(
@@ -55,15 +58,14 @@ def write_card(
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    what, module, name, use = _KINDS[kind]
-    makes_images = kind in ("transformer", "decoder", "unclip")
+    what, task, module, name, use = _KINDS[kind]
     results = [
-        EvalResult("text-to-image", "folder", data, metric, round(value, 6), dataset_split="validation")
+        EvalResult(task, "folder", data, metric, round(value, 6), dataset_split="validation")
         for metric, value in (validation or {}).items()
     ]
     matter = ModelCardData(
         library_name="dalle_ds",
-        pipeline_tag="text-to-image" if makes_images else None,
+        pipeline_tag=task,
         tags=["dalle_ds", kind, *tags],
         model_name=f"{kind} of {data}" if results else None,
         eval_results=results or None,

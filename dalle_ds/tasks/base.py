@@ -20,7 +20,7 @@ from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.adapters import Adapter, merge
 from dalle_ds.models.dalle import ResidualBlock
-from dalle_ds.models.pretrained import export_folder, fingerprint, load_model
+from dalle_ds.models.pretrained import check_shapes, export_folder, fingerprint, load_model
 from dalle_ds.optim import decay_groups, resblock_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
@@ -95,19 +95,23 @@ class Task(ABC, Generic[RunConfig]):
 
     def check_adapters(self, mesh: Mesh, precision: str) -> None:
         """Raise a `ConfigError` for what `lora` cannot be trained with."""
-        refused = {
-            "needs the model that adapters are of: name it with --init": not self.run.init,
-            "has no parallel.tensor or parallel.pipe, which would divide each adapter: frozen weights take little memory "
-            "under ZeRO-3": mesh.size("tensor") * mesh.size("pipe") > 1,
-            "has no powersgd.enabled, whose factors would be as large as adapters": self.run.powersgd.enabled,
-            "has no optim.moments=16-bit, which are for whole matrices": self.run.optim.moments == "16-bit",
-            "has no gradient scales: give a DeepSpeed JSON for bf16 or fp32, and leave scaling.in_fp32 out": precision
-            == "fp16"
-            or getattr(getattr(self.run, "scaling", None), "in_fp32", False),
-        }
-        for reason, holds in refused.items():
-            if self.lora is not None and holds:
-                raise ConfigError(f"lora.rank={self.lora.rank} {reason}")
+        run, lora = self.run, self.lora
+        if lora is None:
+            return
+        scaled = precision == "fp16" or getattr(getattr(run, "scaling", None), "in_fp32", False)
+        for is_refused, reason in (
+            (not run.init, "needs the model that adapters are of: name it with --init"),
+            (
+                mesh.size("tensor") * mesh.size("pipe") > 1,
+                "has no parallel.tensor or parallel.pipe, which would divide each adapter: frozen weights take little memory "
+                "under ZeRO-3",
+            ),
+            (run.powersgd.enabled, "has no powersgd.enabled, whose factors would be as large as adapters"),
+            (run.optim.moments == "16-bit", "has no optim.moments=16-bit, which are for whole matrices"),
+            (scaled, "has no gradient scales: give a DeepSpeed JSON for bf16 or fp32, and leave scaling.in_fp32 out"),
+        ):
+            if is_refused:
+                raise ConfigError(f"lora.rank={lora.rank} {reason}")
 
     def adapter(self, trained: Mapping[str, Tensor]) -> Adapter:
         """What `lora` has trained, with the model that it is of."""
@@ -136,8 +140,12 @@ class Task(ABC, Generic[RunConfig]):
 
     def initial_weights(self) -> Mapping[str, Tensor] | None:
         """The plain model's state dict for the first update, on the CPU, or None to begin with those of `build_model`."""
+        if not self.run.init:
+            return None
         # As they lie in the file: a process reads the parts that it keeps, and memory for all is that of the system's cache.
-        return load_model(self.run.init, self.name, type(self.run.model))[1] if self.run.init else None  # type: ignore[attr-defined]
+        _, weights = load_model(self.run.init, self.name, type(self.run.model))  # type: ignore[attr-defined]
+        check_shapes(self.build_model, None, weights, self.run.init)
+        return weights
 
     @cached_property
     def initial_fingerprint(self) -> str:

@@ -5,8 +5,9 @@ One tensor is in memory at a time, and neither DeepSpeed nor a GPU is needed.
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,7 @@ def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]
         raise ConfigError(f"--out {out} is there already: name a new folder" if adapters else "--adapter is missing")
     weights = read_safetensors(folder / WEIGHTS_NAME)
     known = fingerprint(weights)
-    found: dict[tuple[str, int], tuple[Adapter, float]] = {}
+    found: list[tuple[str, float, Adapter]] = []
     for path, weight in adapters:
         adapter = Adapter.load(path)
         if adapter.base != known:
@@ -141,7 +142,7 @@ def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]
                 f"--adapter {path} is not of the model in --model {base} ({known[:12]}), but of the one that was in "
                 f"{adapter.where} ({adapter.base[:12]}): name that one"
             )
-        found[fingerprint(adapter.weights), len(found)] = adapter, weight
+        found.append((fingerprint(adapter.weights), weight, adapter))
     kind = adapter.kind
     run_kind, task = STAGES[kind]
     blank: Any = run_kind()
@@ -149,7 +150,7 @@ def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]
     with torch.device("meta"):
         model = task.planned(replace(blank, model=config)).build_model()
     model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
-    for _, (adapter, weight) in sorted(found.items()):  # in an order of their own
+    for _, weight, adapter in sorted(found, key=lambda each: each[:2]):  # in an order of their own
         merge(model, adapter.weights, weight * adapter.factor)
     try:
         with built_beside(out) as partial:
@@ -186,18 +187,15 @@ def _stored_model(task: Task[Any], index: Index, kind: str, dtype: torch.dtype) 
     nothing = torch.zeros(())
     model.load_state_dict({name: nothing.expand(shape) for name, shape in shapes.items()}, assign=True)
 
-    def read(name: str) -> Callable[[], Tensor]:
-        layer = name.removesuffix(".weight")
-        if task.lora is not None and layer in adapted(adapters):
-            factor = task.lora.factor
-            return lambda: initial[name].float() + factor * product(model, adapters, layer)
-        if task.lora is not None:
-            return lambda: initial[name].float()
-        return lambda: index.tensor(f"{kind}/{name}").view(shapes[name])
+    def read(name: str) -> Tensor:
+        if task.lora is None:
+            return index.tensor(f"{kind}/{name}").view(shapes[name])
+        layer, whole = name.removesuffix(".weight"), initial[name].float()
+        return whole + task.lora.factor * product(model, adapters, layer) if layer in adapted(adapters) else whole
 
     def save_pretrained(path: str | Path) -> None:
         save_model(path, task.name, model.config, {})
-        tensors = [(name, dtype, shape, read(name)) for name, shape in shapes.items()]
+        tensors = [(name, dtype, shape, functools.partial(read, name)) for name, shape in shapes.items()]
         write_safetensors(Path(path) / WEIGHTS_NAME, tensors, {"format": "pt"})
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]

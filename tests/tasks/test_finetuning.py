@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle_ds.commands import _weighted
@@ -165,6 +165,15 @@ def test_what_would_mean_something_else_is_refused(
     with pytest.raises(ConfigError) as error:
         STAGES[stage][1](other)
     assert flag in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_named(runs: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(runs["prior"].init, tmp_path / "export")
+    broken = weights(tmp_path / "export")
+    del broken["query.weight"]
+    save_file(broken, tmp_path / "export" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"query\.weight"):
+        STAGES["prior"][1](dataclasses.replace(runs["prior"], init=str(tmp_path / "export"))).initial_weights()
 
 
 def test_dropout_may_be_another(runs: dict[str, Any]) -> None:
@@ -383,6 +392,20 @@ def test_layouts_change_nothing(runs: dict[str, Any], tmp_path: Path) -> None:
                     "deepspeed": {"zero_optimization": zero},
                 }
             )
+    replicas = dataclasses.replace(
+        runs["transformer"],
+        lora=LORA,
+        parallel=ParallelConfig(replicas=2),
+        run_dir=str(tmp_path / "transformer-2-replicas"),
+    )
+    jobs.append(
+        {
+            "name": "transformer-2-replicas",
+            "stage": "transformer",
+            "run": to_dict(replicas),
+            "deepspeed": {"zero_optimization": shards},
+        }
+    )
     bf16 = dataclasses.replace(runs["transformer"], lora=LORA, run_dir=str(tmp_path / "transformer-2-bf16"))
     for zero in ({"stage": 0}, shards):
         run = dataclasses.replace(bf16, run_dir=f"{bf16.run_dir}-{zero['stage']}")
