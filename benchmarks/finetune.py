@@ -23,8 +23,9 @@ from rich.table import Table
 from dalle_ds.cli import parse_options
 from dalle_ds.data.corpora.twemoji import caption_of
 
-WAYS = {"whole": ["--optim.lr", "3e-4"], "rank 8": ["--lora.rank", "8", "--optim.lr", "3e-3"]}
-FEW = ["--blur", "0", "--captions", "96"]
+ADAPTERS = ["--lora.rank", "8", "--optim.lr"]
+WAYS = {"whole": ["--optim.lr", "3e-4"], "rank 8": [*ADAPTERS, "3e-3"], "rank 8, mixed": [*ADAPTERS, "1e-3"]}
+"""Options of each; "mixed" takes every other image from the demo's data."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,6 @@ def launch(name: str, *arguments: object) -> None:
         sys.exit(f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def last_validation(run: Path) -> dict[str, float]:
-    """Metrics of a run's last validation."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return next(line for line in reversed(lines) if "validation/loss" in line)
-
-
 class Benchmark:
     """One folder of fine-tuned models and their figures."""
 
@@ -96,20 +91,13 @@ class Benchmark:
 
     def train(self, stage: str, way: str, *more: object) -> Path:
         """A run that begins with the demo's model."""
-        run = self.out / f"{stage} {way}"
-        settings = [
-            "--steps",
-            self.steps,
-            "--train.batch_size",
-            16,
-            "--train.average_decay",
-            0.98,
-            "--loader.workers",
-            0,
-        ]
+        run, data = self.out / f"{stage} {way}", [self.new]
+        if "mixed" in way:
+            data.append(self.demo / "data")
         launch(
             f"train_{stage}", "--deepspeed_config", "ds_configs/zero1_auto.json", "--init", self.demo / stage,
-            "--data", self.new, "--run_dir", run, *settings, "--report.preview_every", 0, *WAYS[way], *more,
+            "--data", *data, "--run_dir", run, "--steps", self.steps, "--train.batch_size", 16,
+            "--train.average_decay", 0.98, "--loader.workers", 0, "--report.preview_every", 0, *WAYS[way], *more,
         )  # fmt: skip
         return run
 
@@ -118,7 +106,7 @@ class Benchmark:
         row: dict[str, float | str] = {"model": model, "way": way, "minutes": (time.monotonic() - began) / 60}
         for corpus, data in (("new", self.new), ("old", self.demo / "data")):
             out = self.out / f"{model} {way} {corpus}"
-            launch("evaluate", "--data", data, "--judge", self.demo / "judge", *FEW, *arguments, "--out", out)
+            launch("evaluate", "--data", data, "--judge", self.demo / "judge", "--blur", 0, *arguments, "--out", out)
             metrics = json.loads((out / "result.json").read_text())["metrics"]
             prefix = "unclip/prior" if model == "unclip" else "best_of_1"
             figures = {"fréchet": f"{prefix}/efficientnet_frechet/blur_0", "R@5": f"{prefix}/retrieval_at_5"}
@@ -133,7 +121,7 @@ class Benchmark:
         for way in ("before", *WAYS):
             began = time.monotonic()
             run = self.demo / "transformer" if way == "before" else self.train("transformer", way)
-            self.measure("transformer", way, began, "--transformer", run)
+            self.measure("transformer", way, began, "--transformer", run, "--captions", 96)
 
     def unclip(self) -> None:
         """Prior and decoder, before and after."""
@@ -149,7 +137,7 @@ class Benchmark:
                 launch("export_unclip", "--prior", prior, "--decoder", decoder,
                        *(f"--upsampler={self.demo / name}" for name in ("upsampler_1", "upsampler_2")),
                        "--out", self.out / way)  # fmt: skip
-            self.measure("unclip", way, began, "--unclip", self.out / way)
+            self.measure("unclip", way, began, "--unclip", self.out / way, "--captions", 48, "--decoder_steps", 8)
 
 
 def main() -> None:
