@@ -345,6 +345,10 @@ def test_an_adapter_is_all_that_is_trained_kept_and_averaged_and_resumes_to_the_
         fit(dataclasses.replace(parted, steps=2), stage)
         fit(parted, stage)
         assert losses(whole) == losses(parted)
+        # It begins where a run does that trains all of the same model.
+        unadapted = dataclasses.replace(runs[stage], steps=1, run_dir=str(tmp_path / f"{stage}-unadapted"))
+        fit(unadapted, stage)
+        assert losses(whole)[0] == pytest.approx(losses(unadapted)[0], rel=1e-6)
         folder = Path(whole.run_dir)
         for name in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
             assert (folder / name).read_bytes() == (Path(parted.run_dir) / name).read_bytes()
