@@ -57,6 +57,8 @@ setup(
             "ftfy",
             # What py3langid is compared with (benchmarks/filters.py).
             "lingua-language-detector>=2.0",
+            # A reference of the tests of adapters.
+            "peft>=0.15",
             *CLIP,
             *EVALUATION,
             *FILM,

@@ -380,6 +380,37 @@ def export() -> None:
 
 
 @dataclass(frozen=True)
+class MergeAdaptersOptions:
+    """Merge low-rank adapters into the model that they were trained on, one or several at once."""
+
+    model: str
+    """Its run directory or export."""
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """Run with lora.rank, or its folder adapter, and after a colon a weight, `RUN:0.7`; 1 where there is none. May be given
+    again: what they add to the weights is summed."""
+    out: str
+    """New folder to write."""
+
+
+def merge_adapters() -> None:
+    """Merge low-rank adapters into their model: --model BASE --adapter A:0.7 --adapter B:0.5 --out DIR."""
+    options = parse_options(MergeAdaptersOptions)
+    from dalle_ds.training import export
+
+    folder = export.merge_adapters(options.model, [_weighted(text) for text in options.adapter], options.out)
+    print(f"merged {len(options.adapter)} into {folder}")
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """ "PATH:0.7" or "PATH", as a path and a weight."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:  # a path with a colon
+        return text, 1.0
+
+
+@dataclass(frozen=True)
 class ExportClipOptions:
     """Write a CLIP, trained or imported, in the layout of another program."""
 
@@ -544,7 +575,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     command.__name__: command
     for command in (
         curves, doctor, evaluate, export, export_clip, export_unclip, generate, import_clip, import_dvae, import_unclip,
-        overlap, plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior, train_tokenizer,
-        train_transformer, train_upsampler,
+        merge_adapters, overlap, plan, prepare_data, report, study, train_clip, train_decoder, train_dvae, train_prior,
+        train_tokenizer, train_transformer, train_upsampler,
     )
 }  # fmt: skip

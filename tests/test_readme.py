@@ -14,9 +14,24 @@ from typing import Any
 
 import pytest
 import tyro
+from huggingface_hub import ModelCard
 from PIL import Image
 
-from tests.conftest import ROOT
+from dalle_ds.config import ImageSampling
+from dalle_ds.models import Clip, Dalle, DiscreteVAE
+from dalle_ds.models.decoder import UnclipDecoder
+from dalle_ds.models.latents import EmbeddingScaling
+from dalle_ds.models.prior import DiffusionPrior
+from dalle_ds.sampling import TextToImage
+from dalle_ds.sampling.embedding_to_image import EmbeddingToImage
+from dalle_ds.sampling.image_diffusion import DiffusionFacts
+from dalle_ds.sampling.text_to_embedding import DiffusionTextToEmbedding
+from dalle_ds.text.clip_tokenizer import ClipTokenizer
+from dalle_ds.text.tokenizer import Tokenizer
+from tests.conftest import ROOT, TINY_DALLE
+from tests.tasks.test_clip_task import SHAPE
+from tests.tasks.test_prior_tasks import PRIOR
+from tests.tasks.test_unclip_tasks import DECODER
 
 README = (ROOT / "README.md").read_text()
 FEW = "--steps 2 --report.validation_rows 4 --train.batch_size 4"
@@ -72,6 +87,7 @@ def test_every_command_is_understood(command: str, monkeypatch: pytest.MonkeyPat
         raise Understood
 
     monkeypatch.setattr(tyro, "cli", understood)
+    monkeypatch.setattr("dalle_ds.training.launch.initial_settings", lambda *_: {})  # of a model that is not there
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / Path(words[script]).parent))
     monkeypatch.setattr(sys, "argv", words[script:])
@@ -149,3 +165,38 @@ def test_the_readmes_python_works_after_them(place: Path) -> None:
     for piece in pieces:
         run(f"{shlex.quote(sys.executable)} -c {shlex.quote(piece)}", place)
     assert (place / "demo/iceland.png").exists()
+
+
+@pytest.mark.launch
+def test_the_commands_of_finetuning_work_in_their_order(
+    place: Path, dvae_export: Path, tokenizer_file: Path, data: Path
+) -> None:
+    """From exports of random weights, to images of an adapted transformer and of an unCLIP."""
+    tokenizer, dvae = Tokenizer.load(tokenizer_file), DiscreteVAE.from_pretrained(dvae_export)
+    TextToImage(Dalle(TINY_DALLE), dvae, tokenizer).save_pretrained(place / "my_transformer")
+    clip = Clip(SHAPE, tokenizer=ClipTokenizer.load(tokenizer_file, start=SHAPE.start, end=SHAPE.end)).eval()
+    clip.save_pretrained(place / "my_clip")
+    prior, decoder = DiffusionPrior(PRIOR).eval(), UnclipDecoder(DECODER).eval()
+    scaling = EmbeddingScaling.constant(PRIOR.embed_dim, 4.0)
+    DiffusionTextToEmbedding(prior, clip, tokenizer, scaling, "cosine", 100).save_pretrained(place / "my_prior")
+    facts = DiffusionFacts("cosine", 100, "v", ImageSampling("ddim", "2"))
+    EmbeddingToImage(decoder, tokenizer, None, clip.fingerprint, facts).save_pretrained(place / "my_decoder")
+    page = re.sub(r"\\\n\s*", " ", (ROOT / "docs" / "finetuning.md").read_text())
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 8
+    few = "--steps 2 --report.validation_rows 4 --loader.workers 0 --lora.rank 2"
+    for line in lines:
+        run(re.sub(r"--steps 200", few, line).replace("--lora.rank 8 ", ""), place)
+    for folder in ("my_style/export", "my_style_prior/export", "my_style_decoder/export", "my_style_unclip", "my_mix"):
+        use_as_the_card_says(place / folder)
+    with Image.open(place / "my_style.png") as opened:
+        assert min(opened.size) > 50
+
+
+def use_as_the_card_says(folder: Path) -> None:
+    """Its lines of Python work; the Hub finds its front matter sound."""
+    text = (folder / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "dalle_ds" and str(folder.parent) not in text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    run(f"cd {shlex.quote(str(folder))} && {shlex.quote(sys.executable)} -c {shlex.quote(code)}", folder.parents[0])

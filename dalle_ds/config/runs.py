@@ -13,6 +13,7 @@ from dalle_ds.config.training import (
     DvaeObjective,
     GuardConfig,
     LoaderConfig,
+    LoraConfig,
     OptimConfig,
     RecomputingTrainConfig,
     ReportConfig,
@@ -48,6 +49,9 @@ class Run:
     the first. None draws from all equally often, whatever their sizes."""
     run_dir: str = ""
     """Folder of this run; naming an existing one resumes it."""
+    init: str = ""
+    """Model of this stage to begin with: a run directory, an export, an import. What it was trained with is then taken from
+    there, and with no --preset its shape too (docs/finetuning.md). Empty begins with random weights."""
     steps: int = 1_000
     """Total updates. Schedules have lengths of their own, so a run may be stopped early and taken further."""
     seed: int = 0
@@ -134,6 +138,8 @@ class TransformerRun(Run):
     """Data loading, codes and text."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Gradient scales in fp16."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,8 +155,6 @@ class ClipRun(Run):
 
     tokenizer: str = ""
     """Tokenizer file: that of `launchers/train_tokenizer.py`, or CLIP's own; empty takes that of `init`."""
-    init: str = ""
-    """Trained or imported CLIP to begin with: its run directory or export; empty begins with random weights."""
     model: ClipConfig = field(default_factory=ClipConfig)
     """Shape of the model."""
     train: RecomputingTrainConfig = field(default_factory=RecomputingTrainConfig)
@@ -189,6 +193,8 @@ class PriorRun(TextToEmbeddingRun):
     """Shape of the model."""
     objective: PriorObjective = field(default_factory=PriorObjective)
     """Noise, and what is made of the embeddings."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,8 @@ class DecoderRun(EmbeddedRun):
     """Noise, and what is dropped."""
     sampling: ImageSampling = field(default_factory=ImageSampling)
     """How previews, and who uses the export, sample where nothing else is said."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

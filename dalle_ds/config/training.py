@@ -242,6 +242,28 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): beside the frozen weights of `init`, (alpha / rank) · B A is trained."""
+
+    rank: int = 0
+    """Columns of B and rows of A, which are all that is trained; 0 trains all weights."""
+    alpha: float | None = None
+    """Adapters are multiplied by alpha / rank; None takes the rank, and multiplies by 1."""
+    targets: tuple[str, ...] = ()
+    """Names, or their ends, of the linear layers that get adapters, such as `attention.qkv`; none takes all but those that
+    end in logits."""
+
+    def __post_init__(self) -> None:
+        at_least(0, "lora", self, "rank")
+        positive("lora", self, "alpha")
+
+    @property
+    def factor(self) -> float:
+        """That B A is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class GuardConfig:
     """What a run does about updates that go wrong, in every precision.
 

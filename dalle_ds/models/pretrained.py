@@ -126,7 +126,7 @@ def check_shapes(
     Args:
         make: builds the model of `config`, here without memory.
         config: what `make` builds from. No whole number in it, but for the size of images, may be greater than all sizes and
-            the number of the weights that have elements, so that `make` does not take for ever.
+            the number of the weights that have elements, so that `make` does not take for ever. None: it is the user's own.
         layout: makes of the model's state dict what `weights` are, where these have other names.
 
     Raises:
@@ -135,7 +135,7 @@ def check_shapes(
     # Of tensors without elements, a few bytes may tell any size, and a short header any number.
     filled = [value.shape for value in weights.values() if value.numel()]
     limit = max([len(filled), *(size for shape in filled for size in shape)])
-    for name, number in to_dict(config).items():
+    for name, number in ({} if config is None else to_dict(config)).items():
         if name not in ("image_size", "low_size", "kernel") and isinstance(number, int) and number > limit:
             raise CheckpointError(
                 f"the weights in {where} are not those of a model with {name}={number}: export it again"

@@ -33,6 +33,12 @@ def decay_groups(model: nn.Module, weight_decay: float, compact: Sequence[nn.Mod
     ]
 
 
+def adapter_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """All that is not frozen, in one group."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return _groups("adapters", trained, weight_decay)
+
+
 def resblock_groups(model: nn.Module, blocks: Sequence[Any], optim: OptimConfig) -> Groups:
     """Two groups for each residual block, its matrices and its vectors; after them, those of all other parameters.
 

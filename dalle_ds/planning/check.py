@@ -43,6 +43,10 @@ def check_plan(task: Task[Any], engine: EngineConfig, mesh: Mesh, say: Callable[
     mode = task.run.report.plan_check
     if mode == "off":
         return
+    if task.lora is not None:
+        if mesh.is_main:
+            say("no plan of memory: plans are of models that are trained whole")
+        return
     layout, device = Layout.of(task.run, engine, mesh.world_size), mesh.device.type
     try:
         stages = stages_of(task, layout, device)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dalle_ds.config import ImageSampling
 from dalle_ds.errors import CheckpointError, ConfigError, DataError
 from dalle_ds.files import built_beside, write_json
+from dalle_ds.models.card import write_card
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.pretrained import fingerprint
 from dalle_ds.parsing import parse_json
@@ -236,6 +237,7 @@ class Unclip:
                 for name, stage in zip(self._upsampler_names, self.upsamplers, strict=True):
                     stage.save_pretrained(partial / name)
                 write_json(partial / UNCLIP_NAME, {"kind": "unclip", "clip": self.clip.fingerprint, "stages": names})
+                write_card(partial, "unclip", {"Stages": "\n".join(f"- `{name}`" for name in names)})
         except OSError as error:
             raise CheckpointError(f"could not write the model to {path}: {error}; free some space") from error
 

@@ -6,28 +6,39 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_ds.config import Run, ScalingConfig, SharpnessConfig
+from dalle_ds.config import LoraConfig, Run, ScalingConfig, SharpnessConfig
 from dalle_ds.data.dataset import read_info
 from dalle_ds.data.loader import Batch, Samples
 from dalle_ds.data.order import Mixture
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.adapters import Adapter, merge
 from dalle_ds.models.dalle import ResidualBlock
+from dalle_ds.models.pretrained import check_shapes, export_folder, fingerprint, load_model
 from dalle_ds.optim import decay_groups, resblock_groups
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parallel.peers import ALONE, Peers
 from dalle_ds.parallel.stages import PipelineLayer
+from dalle_ds.tasks.initial import check_settings, initial_facts
 
 RunConfig = TypeVar("RunConfig", bound=Run)
 Metrics = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 """What a model gives by name: (n, …) one entry per row, or () the same for all rows."""
+
+
+class _Fingerprinted(Protocol):
+    @property
+    def fingerprint(self) -> str: ...
+
+
+Part = TypeVar("Part", bound=_Fingerprinted)
 
 
 class Task(ABC, Generic[RunConfig]):
@@ -42,12 +53,14 @@ class Task(ABC, Generic[RunConfig]):
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        if run.init:
+            check_settings(run, self.name)
 
     @classmethod
     def planned(cls, run: RunConfig) -> Task[RunConfig]:
         """A task that has read no files: `build_model`, `parameter_groups`, `batch_spec` and `loss` work on "meta" tensors."""
         task = cls.__new__(cls)
-        Task.__init__(task, run)
+        task.run = run
         return task
 
     @abstractmethod
@@ -74,6 +87,48 @@ class Task(ABC, Generic[RunConfig]):
                 "bf16 or fp32"
             )
 
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters that are trained; None trains all weights."""
+        found: LoraConfig | None = getattr(self.run, "lora", None)
+        return found if found is not None and found.rank else None
+
+    def check_adapters(self, mesh: Mesh, precision: str) -> None:
+        """Raise a `ConfigError` for what `lora` cannot be trained with."""
+        run, lora = self.run, self.lora
+        if lora is None:
+            return
+        scaled = precision == "fp16" or getattr(getattr(run, "scaling", None), "in_fp32", False)
+        for is_refused, reason in (
+            (not run.init, "needs the model that adapters are of: name it with --init"),
+            (
+                mesh.size("tensor") * mesh.size("pipe") > 1,
+                "has no parallel.tensor or parallel.pipe, which would divide each adapter: frozen weights take little memory "
+                "under ZeRO-3",
+            ),
+            (run.powersgd.enabled, "has no powersgd.enabled, whose factors would be as large as adapters"),
+            (run.optim.moments == "16-bit", "has no optim.moments=16-bit, which are for whole matrices"),
+            (scaled, "has no gradient scales: give a DeepSpeed JSON for bf16 or fp32, and leave scaling.in_fp32 out"),
+        ):
+            if is_refused:
+                raise ConfigError(f"lora.rank={lora.rank} {reason}")
+
+    def adapter(self, trained: Mapping[str, Tensor]) -> Adapter:
+        """What `lora` has trained, with the model that it is of."""
+        assert self.lora is not None
+        return Adapter(trained, self.lora.factor, self.name, self.initial_fingerprint, self.run.init)
+
+    def plain_model(self, trained: Mapping[str, Tensor]) -> nn.Module:
+        """The model in fp32 on the CPU, adapters merged, from the weights that are trained."""
+        model = self.build_model()
+        if self.lora is None:
+            model.load_state_dict(trained, assign=True)
+        else:
+            initial = self.initial_weights() or {}
+            model.load_state_dict({name: value.float() for name, value in initial.items()}, assign=True)
+            merge(model, trained, self.lora.factor)
+        return model.eval()
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer parameter groups."""
         compact = self.residual_blocks(model) if self.run.optim.moments == "16-bit" else ()
@@ -85,7 +140,44 @@ class Task(ABC, Generic[RunConfig]):
 
     def initial_weights(self) -> Mapping[str, Tensor] | None:
         """The plain model's state dict for the first update, on the CPU, or None to begin with those of `build_model`."""
-        return None
+        if not self.run.init:
+            return None
+        # As they lie in the file: a process reads the parts that it keeps, and memory for all is that of the system's cache.
+        _, weights = load_model(self.run.init, self.name, type(self.run.model))  # type: ignore[attr-defined]
+        check_shapes(self.build_model, None, weights, self.run.init)
+        return weights
+
+    @cached_property
+    def initial_fingerprint(self) -> str:
+        """Of the model in `run.init`."""
+        weights = self.initial_weights()
+        assert weights is not None
+        return fingerprint(weights)
+
+    def part(self, option: str, inside: str, load: Callable[[str | Path], Part], what: str) -> Part:
+        """A trained part: the one that an option names, or, where it names none, that in the export of the initial model.
+
+        Args:
+            inside: its name in that folder.
+            load: reads it.
+            what: the option's value, in words.
+
+        Raises:
+            ConfigError: there is none, or it is not the one that the initial model was trained with.
+        """
+        init, place = self.run.init, getattr(self.run, option)
+        known = initial_facts(init).get(option) if init else None
+        if not place and init and (own := export_folder(init) / inside).exists():
+            place = own
+        if not place:
+            raise ConfigError(f"--{option} is missing: name {what}")
+        found = load(place)
+        if known is not None and found.fingerprint != known:
+            raise ConfigError(
+                f"--{option} {place} is not the one that the model in --init {init} was trained with (fingerprint "
+                f"{found.fingerprint[:12]}, trained with {known[:12]}): name that one, or leave --{option} out"
+            )
+        return found
 
     def samples(self, split: str) -> Samples:
         """The rows of "train" (augmented) or "validation" (not), of all of the run's corpora.

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.config import ClipConfig, ClipRun, SharpnessConfig, to_dict
+from dalle_ds.config import ClipRun, SharpnessConfig
 from dalle_ds.data import ClipSamples, PairDataset
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import LARGEST_SCALE, Clip
-from dalle_ds.models.pretrained import load_model
 from dalle_ds.nn.contrastive import contrastive_logits
 from dalle_ds.parallel import Mesh
 from dalle_ds.parallel.peers import ALONE, Peers
@@ -41,10 +40,9 @@ class ClipTask(ContrastiveTask[ClipRun]):
         super().__init__(run)
         # Its weights are not kept: they are needed once, and not at all where a run goes on.
         initial = Clip.from_pretrained(run.init) if run.init else None
+        known = None
         if initial is not None:
-            _check_same_shape(run, initial.config)
-        self._begins_with = "none" if initial is None else initial.fingerprint
-        known = initial.tokenizer if initial is not None else None
+            known, self.initial_fingerprint = initial.tokenizer, initial.fingerprint
         if not run.tokenizer and known is None:
             raise ConfigError("--tokenizer is missing: name a tokenizer's file")
         start, end = run.model.start, run.model.end
@@ -64,10 +62,6 @@ class ClipTask(ContrastiveTask[ClipRun]):
     def residual_blocks(self, model: nn.Module) -> list[nn.Module]:
         clip = cast(Clip, model)
         return [*clip.vision_model.encoder.layers, *clip.text_model.encoder.layers]
-
-    def initial_weights(self) -> Mapping[str, Tensor] | None:
-        # As they lie in the file: a process reads the parts that it keeps, and memory for all is that of the system's cache.
-        return load_model(self.run.init, "clip", ClipConfig)[1] if self.run.init else None
 
     @property
     def sharpness(self) -> SharpnessConfig | None:
@@ -98,7 +92,7 @@ class ClipTask(ContrastiveTask[ClipRun]):
         )
 
     def identity(self) -> dict[str, str]:
-        return {**self.data_identity(), **self.parts(), "init": self._begins_with}
+        return {**self.data_identity(), **self.parts()}
 
     def parts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.fingerprint}
@@ -189,8 +183,6 @@ class ClipTask(ContrastiveTask[ClipRun]):
     def describe(self) -> list[str]:
         pieces, room = self.tokenizer.pieces.vocab_size, self.run.model.text_vocab
         lines = [f"text: {pieces:,} pieces, of {room:,} that model.text_vocab has room for"]
-        if self.run.init:
-            lines.append(f"begins with the weights in {self.run.init}")
         if self.sharpness is not None:
             pairs = self.sharpness.pairs or self.run.train.batch_size
             lines.append(
@@ -214,18 +206,3 @@ def recalls(similarities: Tensor) -> dict[int, float]:
     own = similarities.diagonal()[:, None]
     better = (similarities >= own).sum(dim=1) - 1
     return {k: float((better < k).float().mean()) for k in RECALLS}
-
-
-def _check_same_shape(run: ClipRun, found: ClipConfig) -> None:
-    wanted, there = to_dict(run.model), to_dict(found)
-    # Tokens may be stated or left to the vocabulary's size.
-    for values, config in ((wanted, run.model), (there, found)):
-        values |= {"start_token": config.start, "end_token": config.end}
-    unlike = {name: value for name, value in there.items() if wanted[name] != value}
-    if unlike:
-        flags = " ".join(f"--model.{name} {_flag(value)}" for name, value in unlike.items())
-        raise ConfigError(f"the CLIP in {run.init} has another shape than this run's: add {flags}")
-
-
-def _flag(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

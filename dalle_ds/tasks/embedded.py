@@ -19,6 +19,7 @@ from dalle_ds.models.clip import Clip
 from dalle_ds.models.latents import EmbeddingMoments
 from dalle_ds.models.prior import Caption
 from dalle_ds.sampling.prior import empty_caption
+from dalle_ds.sampling.text_to_embedding import CLIP_NAME, TOKENIZER_NAME
 from dalle_ds.tasks.base import Batch, Samples, Task, numbered
 from dalle_ds.text.tokenizer import Tokenizer
 
@@ -48,9 +49,7 @@ class EmbeddedDataTask(Task[EmbeddedRun]):
 
     def __init__(self, run: EmbeddedRun) -> None:
         super().__init__(run)
-        if not run.clip:
-            raise ConfigError("--clip is missing: name a CLIP's run directory or export")
-        self.clip = Clip.from_pretrained(run.clip)
+        self.clip = self.part("clip", CLIP_NAME, Clip.from_pretrained, "a CLIP's run directory or export")
         found, wanted = self.clip.config.embed_dim, run.model.embed_dim
         if found != wanted:
             raise ConfigError(
@@ -102,9 +101,7 @@ class EmbeddedDataTask(Task[EmbeddedRun]):
 
     def _own_tokens(self) -> Tokenizer:
         run = self.run
-        if not run.tokenizer:
-            raise ConfigError("--tokenizer is missing: name a tokenizer's file")
-        tokenizer = Tokenizer.load(run.tokenizer)
+        tokenizer = self.part("tokenizer", TOKENIZER_NAME, Tokenizer.load, "a tokenizer's file")
         if tokenizer.vocab_size > run.model.text_vocab:
             raise ConfigError(
                 f"the tokenizer {run.tokenizer} has {tokenizer.vocab_size} pieces but model.text_vocab is only "

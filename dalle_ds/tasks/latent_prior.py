@@ -48,7 +48,10 @@ class LatentPriorTask(TextToEmbeddingTask[LatentPriorRun]):
         if not image:
             raise DataError("no training image can be read that the codes could be fitted to")
         images, texts = torch.stack(image), torch.stack(text)
-        codec = LatentCodec.fitted(self.moments, images, model.components, model.buckets)
+        if self.initial_space:
+            codec = LatentCodec.from_state_dict(self.initial_space)
+        else:
+            codec = LatentCodec.fitted(self.moments, images, model.components, model.buckets)
         places = torch.arange(1, model.similarity_buckets) / model.similarity_buckets
         return codec, (images * texts).sum(dim=1).quantile(places), codec.lost(images)
 

@@ -41,6 +41,8 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
     def scaling_of_embeddings(self) -> EmbeddingScaling:
         """Between CLIP's embeddings and those that are noised."""
         objective = self.run.objective
+        if self.initial_space:
+            return EmbeddingScaling(self.initial_space["shift"], self.initial_space["factor"])
         if objective.embeddings == "standardized":
             return EmbeddingScaling.standardized(self.moments)
         return EmbeddingScaling.constant(self.run.model.embed_dim, objective.scale)
@@ -51,7 +53,7 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
         return noise_schedule(self.run.objective.schedule, self.run.objective.timesteps)
 
     def parts(self) -> dict[str, str]:
-        standardized = self.run.objective.embeddings == "standardized"
+        standardized = self.run.objective.embeddings == "standardized" and not self.run.init
         return {**super().parts(), **(self.embeddings() if standardized else {})}
 
     def build_model(self, tensor: TensorGroup = WHOLE) -> DiffusionPrior:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from dalle_ds.config import LatentPriorRun, PriorRun
+from dalle_ds.models.pretrained import export_folder, read_safetensors
 from dalle_ds.sampling.grid import image_grid
-from dalle_ds.sampling.text_to_embedding import TextToEmbedding
+from dalle_ds.sampling.text_to_embedding import SPACE_NAME, TextToEmbedding
 from dalle_ds.tasks.base import Batch, ModelParallelTask
 from dalle_ds.tasks.embedded import EmbeddedDataTask
 
@@ -26,6 +28,11 @@ AnyPriorRun = TypeVar("AnyPriorRun", bound=PriorRun | LatentPriorRun)
 
 class TextToEmbeddingTask(EmbeddedDataTask[AnyPriorRun], ModelParallelTask[AnyPriorRun]):
     """What makes embeddings of images from captions."""
+
+    @cached_property
+    def initial_space(self) -> dict[str, Tensor]:
+        """What the initial model makes of embeddings, and this one must too: the scaling or the codec; empty without one."""
+        return read_safetensors(export_folder(self.run.init) / SPACE_NAME) if self.run.init else {}
 
     @abstractmethod
     def pipeline(self, model: nn.Module) -> TextToEmbedding[Any, Any]:

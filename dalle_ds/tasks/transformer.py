@@ -23,6 +23,7 @@ from dalle_ds.parallel import WHOLE, TensorGroup
 from dalle_ds.parallel.stages import PipelineLayer
 from dalle_ds.sampling import TextToImage
 from dalle_ds.sampling.grid import image_grid, to_pil_images
+from dalle_ds.sampling.pipeline import DVAE_NAME, TOKENIZER_NAME
 from dalle_ds.tasks.base import Batch, Metrics, PipelineTask, Samples, numbered
 from dalle_ds.text.tokenizer import Tokenizer
 
@@ -41,11 +42,8 @@ class TransformerTask(PipelineTask[TransformerRun]):
 
     def __init__(self, run: TransformerRun) -> None:
         super().__init__(run)
-        for option, what in (("dvae", "a dVAE's run directory or export"), ("tokenizer", "a tokenizer's file")):
-            if not getattr(run, option):
-                raise ConfigError(f"--{option} is missing: name {what}")
-        self.dvae = load_image_tokenizer(run.dvae)
-        self.tokenizer = Tokenizer.load(run.tokenizer)
+        self.dvae = self.part("dvae", DVAE_NAME, load_image_tokenizer, "a dVAE's run directory or export")
+        self.tokenizer = self.part("tokenizer", TOKENIZER_NAME, Tokenizer.load, "a tokenizer's file")
         model, dvae = run.model, self.dvae.config
         if dvae.vocab_size != model.image_vocab:
             raise ConfigError(

@@ -6,18 +6,19 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from dalle_ds.allocator import keep_freed_memory
 from dalle_ds.config import OptimConfig
 from dalle_ds.config.deepspeed import EngineConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.models.adapters import attach_adapters
 from dalle_ds.optim import AdamW
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision import GradientScales
@@ -95,6 +96,10 @@ def _keep_one_copy(optimizer: Any) -> None:
 
 def build_part(task: Task[Any], mesh: Mesh) -> nn.Module:
     """What this process trains of a task's model."""
+    if task.lora is not None:
+        model = task.build_model()
+        attach_adapters(model, task.lora)
+        return model
     if not isinstance(task, ModelParallelTask):
         return task.build_model()
     if mesh.size("pipe") == 1:
@@ -103,6 +108,15 @@ def build_part(task: Task[Any], mesh: Mesh) -> nn.Module:
 
     assert isinstance(task, PipelineTask)
     return Pipeline(task.pipeline_layers(mesh.tensor), mesh)
+
+
+@torch.no_grad()
+def load_frozen(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the weights that an engine does not train their values, by which every process has them. Collective."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                parameter.copy_(weights[name])
 
 
 def scale_gradients(task: Task[Any], model: nn.Module, precision: str, mesh: Mesh) -> GradientScales | None:

@@ -5,7 +5,10 @@ One tensor is in memory at a time, and neither DeepSpeed nor a GPU is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +17,29 @@ from torch import Tensor, nn
 
 from dalle_ds.config import Precision, Run
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.files import built_beside
-from dalle_ds.models.pretrained import WEIGHTS_NAME, save_model
+from dalle_ds.files import built_beside, write_json
+from dalle_ds.models.adapters import Adapter, adapted, merge, product
+from dalle_ds.models.card import CARD_NAME, write_card
+from dalle_ds.models.pretrained import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    export_folder,
+    fingerprint,
+    load_config,
+    read_safetensors,
+    save_model,
+)
+from dalle_ds.parsing import parse_json
 from dalle_ds.precision.choice import DTYPES
+from dalle_ds.sampling.text_to_embedding import PARTS_NAME as PRIOR_PARTS_NAME
 from dalle_ds.tasks import Task
 from dalle_ds.tasks.stages import STAGES
+from dalle_ds.training.card import write_run_card
 from dalle_ds.training.checkpoints.content import AVERAGE, TENSORS_NAME, WEIGHT, load_state
 from dalle_ds.training.checkpoints.manifest import require_whole
 from dalle_ds.training.checkpoints.storage import Index
 from dalle_ds.training.checkpoints.writing import write_safetensors
-from dalle_ds.training.run_directory import RunDirectory, read_config, run_of
+from dalle_ds.training.run_directory import STEP_NAME, RunDirectory, read_config, run_of
 
 Weights = Literal["average", "raw"]
 
@@ -90,6 +106,7 @@ def export_checkpoint(
     try:
         with built_beside(folder) as partial:
             task.export(_stored_model(task, index, kind, DTYPES[dtype]), partial)
+            write_run_card(partial, task, state["step"], directory.metrics_file)
     except OSError as error:
         raise CheckpointError(f"could not write the model to {folder}: {error}; free some space") from error
     if folder == directory.export and dtype == "fp32" and is_usual:
@@ -97,24 +114,88 @@ def export_checkpoint(
     return folder, state["step"]
 
 
+def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]], out: str | Path) -> Path:
+    """Write an exported model with adapters merged into it: W + Σ weight · factor · B A, in whatever order they are given.
+
+    Args:
+        base: the exported model, or its run, that all of them were trained on.
+        adapters: folders or runs, each with a weight.
+        out: new folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: an adapter is of another model, or something cannot be read or written.
+        ConfigError: `out` is there already.
+    """
+    folder, out = export_folder(base), Path(out)
+    if out.exists() or not adapters:
+        raise ConfigError(f"--out {out} is there already: name a new folder" if adapters else "--adapter is missing")
+    weights = read_safetensors(folder / WEIGHTS_NAME)
+    known = fingerprint(weights)
+    found: list[tuple[str, float, Adapter]] = []
+    for path, weight in adapters:
+        adapter = Adapter.load(path)
+        if adapter.base != known:
+            raise CheckpointError(
+                f"--adapter {path} is not of the model in --model {base} ({known[:12]}), but of the one that was in "
+                f"{adapter.where} ({adapter.base[:12]}): name that one"
+            )
+        found.append((fingerprint(adapter.weights), weight, adapter))
+    kind = adapter.kind
+    run_kind, task = STAGES[kind]
+    blank: Any = run_kind()
+    config = load_config(folder, kind, type(blank.model))
+    with torch.device("meta"):
+        model = task.planned(replace(blank, model=config)).build_model()
+    model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    for _, weight, adapter in sorted(found, key=lambda each: each[:2]):  # in an order of their own
+        merge(model, adapter.weights, weight * adapter.factor)
+    try:
+        with built_beside(out) as partial:
+            save_model(partial, kind, config, model.state_dict())
+            own = {WEIGHTS_NAME, CONFIG_NAME, STEP_NAME, CARD_NAME}
+            shutil.copytree(
+                folder, partial, ignore=lambda where, _: own if Path(where) == folder else (), dirs_exist_ok=True
+            )
+            if kind == "prior":  # what was measured for Analytic-DPM is of other weights
+                facts = parse_json((partial / PRIOR_PARTS_NAME).read_bytes())
+                write_json(partial / PRIOR_PARTS_NAME, {**facts, "analytic": None})
+            listed = "\n".join(f"- `{Path(path).name}`, times {weight:g}" for path, weight in adapters)
+            merged = f"Low-rank adapters were merged into the model of fingerprint `{known[:12]}`:\n\n{listed}"
+            write_card(partial, kind, {"Adapters": merged}, tags=("lora",))
+    except OSError as error:
+        raise CheckpointError(f"could not write the model to {out}: {error}; free some space") from error
+    return out
+
+
 def _stored_model(task: Task[Any], index: Index, kind: str, dtype: torch.dtype) -> nn.Module:
     """A model that has its weights in a checkpoint, and none in memory: of use for nothing but to be exported."""
     with torch.device("meta"):
         model = task.build_model()
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    missing = next((name for name in shapes if f"{kind}/{name}" not in index.tensors), None)
+    if task.lora is not None:
+        initial = task.initial_weights() or {}
+        adapters = {
+            name: index.tensor(f"{kind}/{name}").view(entry["shape"]) for name, entry in index.parameters.items()
+        }
+    missing = next((name for name in shapes if task.lora is None and f"{kind}/{name}" not in index.tensors), None)
     if missing is not None:
         raise CheckpointError(f"{index.folder} has no {missing}: it is of another model")
     # An export asks the model for its device, which is not to be "meta".
     nothing = torch.zeros(())
     model.load_state_dict({name: nothing.expand(shape) for name, shape in shapes.items()}, assign=True)
 
-    def read(name: str) -> Callable[[], Tensor]:
-        return lambda: index.tensor(f"{kind}/{name}").view(shapes[name])
+    def read(name: str) -> Tensor:
+        if task.lora is None:
+            return index.tensor(f"{kind}/{name}").view(shapes[name])
+        layer, whole = name.removesuffix(".weight"), initial[name].float()
+        return whole + task.lora.factor * product(model, adapters, layer) if layer in adapted(adapters) else whole
 
     def save_pretrained(path: str | Path) -> None:
         save_model(path, task.name, model.config, {})
-        tensors = [(name, dtype, shape, read(name)) for name, shape in shapes.items()]
+        tensors = [(name, dtype, shape, functools.partial(read, name)) for name, shape in shapes.items()]
         write_safetensors(Path(path) / WEIGHTS_NAME, tensors, {"format": "pt"})
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]

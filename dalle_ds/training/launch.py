@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dalle_ds.cli import explain, parse_options
-from dalle_ds.config import Run, load_preset, preset_names
+from dalle_ds.config import Run, from_dict, load_preset, preset_names
 from dalle_ds.config.deepspeed import EngineConfig, load_deepspeed_json
 from dalle_ds.errors import ConfigError, Interrupted
 from dalle_ds.parallel import Mesh
 from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.resilience.watch import Watch
 from dalle_ds.tasks import Task
+from dalle_ds.tasks.initial import initial_settings
+from dalle_ds.tasks.stages import SECTIONS
 
 RunConfig = TypeVar("RunConfig", bound=Run)
+FINE_TUNING = {"lr": 1e-4, "beta2": 0.99, "weight_decay": 0.0, "clip": 1.0, "schedule": "constant", "warmup_steps": 50}
+"""`optim` of a run that begins with a trained model and names no preset."""
 
 _USAGE = """Besides the options below, whose defaults are those of the preset:
 
 --deepspeed_config FILE: DeepSpeed JSON, such as ds_configs/zero3_auto.json (precision, ZeRO stage, offload)
 
---preset NAME: one of {presets}
+--preset NAME: one of {presets}; not needed with --init, which brings the shape of the model
 
 --device auto|cpu|cuda: where to compute; auto takes GPUs where there are any"""
 
@@ -45,22 +49,31 @@ class Command(Generic[RunConfig]):
 def parse_command(kind: type[RunConfig], stage: str, arguments: Sequence[str] | None = None) -> Command[RunConfig]:
     """Parse `--deepspeed_config FILE --preset NAME [--device D] [--section.field value …]`.
 
+    With --init and no preset, the model's shape is that of the initial model, and the learning rate is one for fine-tuning.
     ConfigError where there is no or an unknown preset, no DeepSpeed JSON, or a value that cannot work.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--deepspeed_config")
     first.add_argument("--preset")
+    first.add_argument("--init")
     first.add_argument("--device", default="auto")
     # Users of deepspeed's scripts add it.
     first.add_argument("--deepspeed", action="store_true")
     known, rest = first.parse_known_args(arguments)
     wants_help = bool({"-h", "--help"} & set(rest))
-    if known.preset is None and not wants_help:
+    if known.init is not None:
+        rest += ["--init", known.init]
+    if known.preset is None and not known.init and not wants_help:
         raise ConfigError(f"--preset is missing: give one of {', '.join(preset_names())}")
     if known.deepspeed_config is None and not wants_help:
         raise ConfigError("--deepspeed_config is missing: give a DeepSpeed JSON, such as ds_configs/zero3_auto.json")
-    default = load_preset(known.preset, stage, kind) if known.preset is not None else kind()
+    default = kind()
+    if known.preset is not None:
+        default = load_preset(known.preset, stage, kind)
+    elif known.init:
+        settings = initial_settings(kind, SECTIONS[stage], known.init)
+        default = from_dict(kind, {**settings, "optim": FINE_TUNING}, known.init)
     if known.deepspeed_config is not None:
         json_config = load_deepspeed_json(known.deepspeed_config)
     run = parse_options(kind, rest, default, f"{kind.__doc__}\n\n{_USAGE.format(presets=', '.join(preset_names()))}")

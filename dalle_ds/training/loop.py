@@ -22,6 +22,7 @@ from dalle_ds.resilience.signals import StopSignals
 from dalle_ds.resilience.stragglers import Stragglers
 from dalle_ds.tasks import Batch, Metrics, Task
 from dalle_ds.training.batches import Batches
+from dalle_ds.training.card import write_run_card
 from dalle_ds.training.checkpoints.content import TrainState, load_state
 from dalle_ds.training.checkpoints.saver import CheckpointScheduler
 from dalle_ds.training.exponents import NumericsReport
@@ -186,6 +187,7 @@ class Loop:
             model = self._plain_model(is_last=True)
             if model is not None:
                 self.task.export(model, directory.export)
+                write_run_card(directory.export, self.task, self.step, directory.metrics_file)
         self._preview(model)
         if model is not None:
             directory.mark_exported(self.step)
@@ -369,9 +371,9 @@ class Loop:
             state = self.weights.consolidate()
         if state is None:
             return None
-        model = self.task.build_model()
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+        if is_last and self.task.lora is not None:
+            self.task.adapter(state).save(self.directory.adapter)
+        return self.task.plain_model(state)
 
     def _preview(self, model: nn.Module | None) -> None:
         """Preview with a plain model on the main rank, which it moves; not being able to is no reason to end a run."""

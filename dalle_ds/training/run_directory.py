@@ -32,6 +32,7 @@ RunKind = TypeVar("RunKind", bound=Run)
 # instead), or are there to be changed by hand.
 _FREE = (
     "data",
+    "init",
     "dvae",
     "tokenizer",
     "codes",
@@ -54,7 +55,7 @@ _PRECISION: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp1
 _CONFIG_NAME = "config.yaml"
 _IDENTITY_NAME = "identity.json"
 _WANDB_NAME = "wandb_id.json"
-_STEP_NAME = "step.json"
+STEP_NAME = "step.json"
 
 
 def read_config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -141,6 +142,8 @@ class RunDirectory:
         """Preview images."""
         self.export = path / "export"
         """The exported model."""
+        self.adapter = path / "adapter"
+        """What was trained of it with `lora.rank`, as peft saves it."""
         self._lock: IO[str] | None = None
         self._check()
 
@@ -267,14 +270,14 @@ class RunDirectory:
     def exported_step(self) -> int | None:
         """How many updates the exported model has had; None where there is none."""
         try:
-            step = parse_json((self.export / _STEP_NAME).read_bytes())["step"]
+            step = parse_json((self.export / STEP_NAME).read_bytes())["step"]
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
         return step if isinstance(step, int) else None
 
     def mark_exported(self, step: int) -> None:
         """Note that the exported model has had `step` updates."""
-        write_json(self.export / _STEP_NAME, {"step": step})
+        write_json(self.export / STEP_NAME, {"step": step})
 
     def release(self) -> None:
         """Give the lock back."""

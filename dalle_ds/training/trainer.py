@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import dalle_ds
 from dalle_ds.config import Run
 from dalle_ds.config.deepspeed import EngineConfig, is_auto, resolve, with_precision
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.optim import LearningRate, WeightAverage
+from dalle_ds.optim import LearningRate, WeightAverage, adapter_groups
 from dalle_ds.optim.adamw import rounding_warning
 from dalle_ds.parallel import Mesh
 from dalle_ds.precision.choice import Choice, choose, slow_warning
@@ -22,7 +23,7 @@ from dalle_ds.tasks import Task
 from dalle_ds.training.batches import Batches
 from dalle_ds.training.checkpoints.content import TrainedTensors, TrainState, load_state
 from dalle_ds.training.checkpoints.manifest import choose_checkpoint
-from dalle_ds.training.engine import build_engine, build_part, scale_gradients
+from dalle_ds.training.engine import build_engine, build_part, load_frozen, scale_gradients
 from dalle_ds.training.loop import LONG_TIMEOUT, Loop, RunContext
 from dalle_ds.training.replicas import ReplicaReduction, broadcast_start
 from dalle_ds.training.run_directory import RunDirectory, kept_precision
@@ -68,6 +69,7 @@ class Trainer:
         self.config: EngineConfig = resolve(json_config, run, mesh.world_size)
         self.task = make_task(run)
         self.task.check_layout(mesh, self.config.micro_batch, self.config.precision)
+        self.task.check_adapters(mesh, self.config.precision)
         # One process looks, since disks may show several ones different things at one time.
         self.directory: RunDirectory = mesh.decide(lambda: RunDirectory(run.run_dir, self.task.name, run))
         self.batches = Batches(self.task, run, self.config.micro_batch, mesh)
@@ -83,7 +85,7 @@ class Trainer:
         mesh.decide(lambda: self.directory.write_config(self.state["identity"], self.choice))
 
     def _load_state(self) -> dict[str, Any]:
-        identity = self.task.identity()
+        identity = {**self.task.identity(), "init": self.task.initial_fingerprint if self.run.init else "none"}
         offload = self.config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
         layout = {
             "precision": self.config.precision,
@@ -107,9 +109,9 @@ class Trainer:
         state = fresh if self.checkpoint is None else load_state(self.checkpoint)
         for known in (began_with or identity, state["identity"]):
             for name, found in identity.items():
-                if known.get(name) != found:
+                if known.get(name, "none") != found:
                     raise CheckpointError(
-                        f"the run in {self.directory.path} began with another {name} ({str(known.get(name))[:12]}, now "
+                        f"the run in {self.directory.path} began with another {name} ({known.get(name, 'none')[:12]}, now "
                         f"{found[:12]}): resume it with the one it began with, or name a new --run_dir"
                     )
         wrote = state["layout"]
@@ -166,11 +168,16 @@ class Trainer:
         """The engine with fresh weights, and all that trains beside it."""
         run, config = self.run, self.config
         task, mesh = self.task, self.mesh
-        engine = build_engine(lambda: build_part(task, mesh), task.parameter_groups, run.optim, config, mesh, run.seed)
+        groups = task.parameter_groups
+        if task.lora is not None:
+            groups = partial(adapter_groups, weight_decay=run.optim.weight_decay)
+        engine = build_engine(lambda: build_part(task, mesh), groups, run.optim, config, mesh, run.seed)
         scales = scale_gradients(task, engine.module, config.precision, mesh)
         weights = MasterWeights(engine)
-        initial = task.initial_weights() if self.checkpoint is None else None
-        if initial is not None:
+        initial = task.initial_weights() if self.checkpoint is None or task.lora is not None else None
+        if task.lora is not None:
+            load_frozen(engine.module, initial or {})
+        elif initial is not None:
             weights.load(initial)
         replicas = None
         if mesh.size("replica") > 1:
@@ -196,7 +203,8 @@ class Trainer:
         slow = slow_warning(self.config.precision, self.mesh.device) if self.mesh.is_main else None
         precision = [str(self.choice)] if self.choice is not None else []
         precision += [f"warning: {text}" for text in (slow, rounding_warning(self.run.optim)) if text is not None]
-        for line in [*precision, *self.batches.describe(), *self.task.describe()]:
+        initial = [f"begins with the weights in {self.run.init}"] if self.run.init else []
+        for line in [*precision, *self.batches.describe(), *self.task.describe(), *initial]:
             tracker.say(line)
         if len(self.batches.validation_samples) == 0:
             tracker.say(

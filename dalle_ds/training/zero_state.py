@@ -40,7 +40,7 @@ class MasterWeights:
             originals = [parameter for group in optimizer.fp16_groups for parameter in group]
             self._copies = {id(parameter): copy for parameter, copy in zip(originals, self.shards, strict=True)}
         else:
-            self.shards = list(self._module.parameters())
+            self.shards = list(_trained(self._module))
         self.param_shards: list[ParamShard] = param_shards_of(engine)
         """What the shards hold of which parameter; together with those of the other processes, all of the model."""
 
@@ -68,7 +68,7 @@ class MasterWeights:
         elif hasattr(optimizer, "update_lp_params"):
             optimizer.update_lp_params()
         elif self._copies:
-            for parameter in self._module.parameters():
+            for parameter in _trained(self._module):
                 parameter.copy_(self._copies[id(parameter)])
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class MasterWeights:
 
 
 def param_shards_of(engine: Any) -> list[ParamShard]:
-    """What this process keeps in fp32 of every parameter of a DeepSpeed engine, in the order of `engine.module`'s parameters.
+    """What this process keeps in fp32 of every parameter that a DeepSpeed engine trains, in the order of `engine.module`'s.
 
     Shards are numbered as in `MasterWeights.shards`.
     """
@@ -143,7 +143,7 @@ def param_shards_of(engine: Any) -> list[ParamShard]:
     rename = getattr(module, "plain_name", None)  # a pipeline's stages name their layers in their own way
     groups = (getattr(layer, "tensor", None) for layer in module.modules())
     group = next((group for group in groups if isinstance(group, TensorGroup)), WHOLE)  # which layers know
-    numbered: list[Any] = list(module.parameters())
+    numbered: list[Any] = _trained(module)
     if hasattr(optimizer, "fp16_groups"):  # bf16, stage 0: copies, group by group
         numbered = [parameter for group in optimizer.fp16_groups for parameter in group]
     numbers = {id(parameter): number for number, parameter in enumerate(numbered)}
@@ -164,6 +164,8 @@ def param_shards_of(engine: Any) -> list[ParamShard]:
 
     found: list[ParamShard] = []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         start, length, shard, offset = placed(parameter)
         if length > 0:
@@ -172,6 +174,10 @@ def param_shards_of(engine: Any) -> list[ParamShard]:
             plain = name if rename is None else rename(name)
             found.append(ParamShard(plain, shape, start, length, shard, offset, *place))
     return found
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class MasterGradients:
