@@ -23,9 +23,10 @@ from rich.table import Table
 from dalle_ds.cli import parse_options
 from dalle_ds.data.corpora.twemoji import caption_of
 
-ADAPTERS = ["--lora.rank", "8", "--optim.lr"]
-WAYS = {"whole": ["--optim.lr", "3e-4"], "rank 8": [*ADAPTERS, "3e-3"], "rank 8, mixed": [*ADAPTERS, "1e-3"]}
-"""Options of each; "mixed" takes every other image from the demo's data."""
+RANKS = {"transformer": 4, "prior": 3, "decoder": 3}
+"""Of adapters of less than 2 % of the weights of the preset toy."""
+WAYS = {"whole": "3e-4", "whole, mixed": "3e-4", "adapters, mixed": "2e-3"}
+"""Learning rates; "mixed" takes every other image from the demo's data."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Options:
     """Folder for all that is made."""
     images: int = 240
     """Of OpenMoji, a fifth of which are trained on."""
-    steps: int = 100
+    steps: int = 200
     """Updates of 16 images."""
     models: tuple[str, ...] = ("transformer", "unclip")
     """What is fine-tuned."""
@@ -77,27 +78,18 @@ class Benchmark:
         self.demo, self.out, self.steps = Path(options.demo), Path(options.out), options.steps
         self.new, self.rows = self.out / "data", list[dict[str, float | str]]()
         openmoji(self.out / "openmoji", options.images)
-        launch(
-            "prepare_data",
-            "--corpus",
-            "folder",
-            "--source",
-            self.out / "openmoji",
-            "--out",
-            self.new,
-            "--validation",
-            0.8,
-        )
+        source = ("--corpus", "folder", "--source", self.out / "openmoji", "--validation", 0.8)
+        launch("prepare_data", *source, "--out", self.new)
 
     def train(self, stage: str, way: str, *more: object) -> Path:
         """A run that begins with the demo's model."""
-        run, data = self.out / f"{stage} {way}", [self.new]
-        if "mixed" in way:
-            data.append(self.demo / "data")
+        run, data = self.out / f"{stage} {way}", [self.new, *([self.demo / "data"] if "mixed" in way else [])]
+        rank = RANKS[stage] if "adapters" in way else 0
         launch(
             f"train_{stage}", "--deepspeed_config", "ds_configs/zero1_auto.json", "--init", self.demo / stage,
             "--data", *data, "--run_dir", run, "--steps", self.steps, "--train.batch_size", 16,
-            "--train.average_decay", 0.98, "--loader.workers", 0, "--report.preview_every", 0, *WAYS[way], *more,
+            "--train.average_decay", 0.98, "--loader.workers", 0, "--report.preview_every", 0, "--optim.lr", WAYS[way],
+            "--lora.rank", rank, *more,
         )  # fmt: skip
         return run
 
