@@ -49,6 +49,7 @@ SHORTER = {
     "train_dvae.py": FEW,
     "train_transformer.py": f"{FEW} --report.preview_every 1000",
     "--prompt": "--num 2",
+    "interpolate": "--steps 2 --frames 2",
 }
 
 
@@ -139,7 +140,7 @@ def run(command: str, place: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.launch
 def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
-    assert len(commands()) == 16
+    assert len(commands()) == 18
     for command in commands():
         run(shortened(command), place)
     for picture in (
@@ -148,6 +149,7 @@ def test_the_readmes_commands_work_in_their_order(place: Path) -> None:
         "demo/best.png",
         "demo/completed.png",
         "demo/curves.png",
+        "demo/between.gif",
         "my_pictures.png",
     ):
         with Image.open(place / picture) as opened:
