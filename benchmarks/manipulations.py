@@ -2,8 +2,8 @@
 
     python benchmarks/manipulations.py --model demo/unclip --data demo/data --judge demo/judge [--json FILE]
 
-Text diffs: a held-out image, its caption as the baseline, the caption of another held-out image as the target; a second CLIP
-says how similar each frame is to the target.
+Text diffs: a held-out image, the caption of another held-out image as the target; a second CLIP says how similar each frame is
+to the target.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -49,6 +49,8 @@ class Options:
     """Steps of inversions, with corrections after +."""
     shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)
     """Of text diffs."""
+    baseline: Literal["none", "caption", "a photo"] = "none"
+    """What is taken off the target."""
     json: str | None = None
     """File for the figures."""
 
@@ -95,16 +97,18 @@ def text_diffs(pipe: Unclip, judge: Clip, data: PairDataset, options: Options) -
     rows = [number * len(data) // options.cases for number in range(options.cases)]
     images = [Image.fromarray(data.image(row)) for row in rows]
     captions = [data.captions(row)[0] for row in rows]
-    latent = pipe.invert(images, steps="25", iterations=1)
+    latent = pipe.invert(images, steps="25", iterations=2)
     similarity, own = [], []
     for number in range(options.cases):
         other = (number + options.cases // 2) % options.cases
-        (frames,) = pipe.edit(latent.take([number]), captions[other], captions[number], options.shares)
+        before = {"none": None, "caption": captions[number], "a photo": "a photo"}[options.baseline]
+        (frames,) = pipe.edit(latent.take([number]), captions[other], before, options.shares)
         for texts, kept in ((captions[other], similarity), (captions[number], own)):
             kept.append((judge.embed_images(frames) @ judge.embed_texts([texts])[0]).tolist())
     curves = torch.tensor(similarity)
+    rises = {f"rising over every {step}": curves[:, ::step].diff(dim=1) > 0 for step in (1, 2)}
     return {
-        "monotone": float((curves.diff(dim=1) > 0).all(1).float().mean()),
+        **{name: float(each.all(1).float().mean()) for name, each in rises.items()},
         "nearer_at_the_end": float((curves[:, -1] > curves[:, 0]).float().mean()),
         "to_target": curves.mean(0).tolist(),
         "to_own_caption": torch.tensor(own).mean(0).tolist(),

@@ -164,8 +164,8 @@ class EditOptions(Manipulation):
 
     target: str = ""
     """What the image is to show."""
-    baseline: str = "a photo"
-    """What it shows now, or a dummy; empty: nothing is taken off the target."""
+    baseline: str | None = None
+    """What it shows now, or a dummy such as "a photo"; by default nothing is taken off the target."""
     reach: float = 0.5
     """How far to turn at most, as a share of the arc to the text; the paper's lie between 0.25 and 0.50."""
     frames: int = 5
@@ -187,9 +187,7 @@ class EditOptions(Manipulation):
         shares = [self.reach * number / (self.frames - 1) for number in range(self.frames)]
         with show_stages() as on_stage:
             latent, labels = self.latents(pipe, on_stage)
-            rows = pipe.edit(
-                latent, self.target, self.baseline or None, shares, batch_size=self.batch_size, on_stage=on_stage
-            )
+            rows = pipe.edit(latent, self.target, self.baseline, shares, batch_size=self.batch_size, on_stage=on_stage)
         if Path(self.out).suffix.lower() == ".png":
             rows_of = [f"{label}: {self.target}" for label in labels]
             _write(self.out, rows_of, rows, [f"θ = {share:.3g}" for share in shares], self.originals(pipe))

@@ -199,7 +199,7 @@ def edit(
     self: Unclip,
     latent: BipartiteLatent,
     target: str,
-    baseline: str | Sequence[str] | None = "a photo",
+    baseline: str | Sequence[str] | None = None,
     shares: Sequence[float] = (0.0, 0.125, 0.25, 0.375, 0.5),
     *,
     batch_size: int = 16,
@@ -209,7 +209,7 @@ def edit(
 
     Args:
         target: what they are to show.
-        baseline: what they show now: a caption for all or for each; a dummy; or None, nothing.
+        baseline: what they show now: a caption for all or for each, or a dummy such as "a photo"; None takes nothing off.
         shares: how far to turn, for each a frame.
 
     Returns:
