@@ -33,7 +33,7 @@ class BipartiteLatent:
     """(B, 3, side, side) fp32 x_T of the decoder, of the first upsampler …"""
     keys: tuple[str, ...]
     """B names of what images are made of; they choose the noise of steps where η > 0."""
-    steps: str = "50"
+    steps: str = "25"
     """Grid that x_T belongs to, over the steps of `image_diffusion.invertible_grid`."""
     captions: tuple[str, ...] | None = None
     """B captions that the decoder reads beside; None: none."""

@@ -38,10 +38,10 @@ class Manipulation:
     """PNG file to write: a labelled sheet."""
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Image, whose central square is used; given again, another one."""
-    steps: str = "50"
+    steps: str = "25"
     """Steps of the inversion of images and of the way back, of each stage."""
-    iterations: int = 0
-    """Corrections of each step of the inversion: 3 of 25 steps are as good as 100 steps without."""
+    iterations: int = 1
+    """Corrections of each step of the inversion, which bring it nearer than as many more steps."""
     latent: str | None = None
     """File of the images' latents (safetensors): written where images are given, read in their place where none is."""
     seed: int = 0

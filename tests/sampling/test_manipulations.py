@@ -386,7 +386,7 @@ def test_every_command_of_the_page(
     assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
     for command in commands:
         words = shlex.split(re.sub(r"--(num|frames|rounds) \d+", r"--\1 2", command))
-        few = [] if "--data" in words else ["--steps", "2"]
+        few = [] if "--data" in words else ["--steps", "2", "--iterations", "0"]
         monkeypatch.setattr("sys.argv", ["generate.py", *words, *few])
         generate()
         assert Path(words[words.index("--out") + 1]).is_file()
