@@ -47,7 +47,7 @@ class Options:
     """Text diffs."""
     grids: tuple[str, ...] = ("25", "100", "25+3")
     """Steps of inversions, with corrections after +."""
-    shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)
+    thetas: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)
     """Of text diffs."""
     baseline: Literal["none", "caption", "a photo"] = "none"
     """What is taken off the target."""
@@ -102,7 +102,7 @@ def text_diffs(pipe: Unclip, judge: Clip, data: PairDataset, options: Options) -
     for number in range(options.cases):
         other = (number + options.cases // 2) % options.cases
         before = {"none": None, "caption": captions[number], "a photo": "a photo"}[options.baseline]
-        (frames,) = pipe.edit(latent.take([number]), captions[other], before, options.shares)
+        (frames,) = pipe.edit(latent.take([number]), captions[other], before, options.thetas)
         for texts, kept in ((captions[other], similarity), (captions[number], own)):
             kept.append((judge.embed_images(frames) @ judge.embed_texts([texts])[0]).tolist())
     curves = torch.tensor(similarity)

@@ -7,6 +7,7 @@ quick.
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -256,7 +257,7 @@ def generate() -> None:
     if name not in known:
         raise ConfigError(f"generate.py has no subcommand {name!r}: take one of {', '.join(known)}")
     kind: type[GenerateOptions | Manipulation] = SUBCOMMANDS.get(name, GenerateOptions)
-    options = parse_options(kind, arguments)
+    options = parse_options(kind, arguments, description=None if name in SUBCOMMANDS else inspect.getdoc(generate))
     if options.device == "cpu":
         keep_freed_memory()
     if not isinstance(options, GenerateOptions):
@@ -460,12 +461,16 @@ def export_unclip() -> None:
     """Put the stages of an unCLIP, trained one by one, into one folder; or write it for diffusers."""
     options = parse_options(ExportUnclipOptions)
     out = Path(options.out)
+    from dalle_ds.models.card import CARD_NAME
+    from dalle_ds.models.pretrained import export_folder
     from dalle_ds.sampling.unclip import Unclip, is_unclip
 
     if out.exists() and not is_unclip(out) and (out.is_file() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already, and no unCLIP: name a new folder")
     if (options.decoder is None) == (options.model is None):
         raise ConfigError("give --decoder, with the other stages, or --model, which has all")
+    if options.model is not None and (options.prior or options.upsampler or options.clip):
+        raise ConfigError("--model has all stages: leave out --prior, --upsampler and --clip")
     if options.decoder is None:
         pipe = Unclip.from_pretrained(str(options.model))
     else:
@@ -476,6 +481,10 @@ def export_unclip() -> None:
         export_karlo(pipe, out)
     else:
         pipe.save_pretrained(out)
+        upsamplers = {f"upsampler_{number}": path for number, path in enumerate(options.upsampler, start=1)}
+        for name, path in {"prior": options.prior, "decoder": options.decoder, **upsamplers}.items():
+            if path is not None and (card := export_folder(path) / CARD_NAME).is_file():
+                shutil.copy(card, out / name / CARD_NAME)
     stages = [*(["prior"] if pipe.prior else []), "decoder", *(["upsampler"] * len(pipe.upsamplers))]
     print(f"{out}: {', '.join(stages)}; images of {pipe.image_size} pixels")
 

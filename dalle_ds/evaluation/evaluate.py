@@ -329,7 +329,10 @@ def _measure_generated(
 def _prior_sampling(options: EvaluateOptions, prior: TextToEmbedding[Any, Any]) -> PriorSampling | Sampling:
     """Of single samples, by the options that the prior's kind has."""
     if prior.kind == "diffusion":
-        return prior.resolved(replace(options.prior_sampling, best_of=1))
+        given = options.prior_sampling
+        if given == PriorSampling(best_of=given.best_of):  # the export's, where nothing else is said
+            given = prior.sampling  # type: ignore[attr-defined]
+        return prior.resolved(replace(given, best_of=1))
     return options.sampling
 
 

@@ -76,6 +76,10 @@ def read_kakao(folder: Path) -> dict[str, Part]:
     Raises:
         CheckpointError: a file is missing or cannot be read, or holds something else.
     """
+    if not any(folder.glob("*.ckpt")):
+        raise CheckpointError(
+            f"{folder} is no folder of an unCLIP: it has neither diffusers' model_index.json nor Kakao's .ckpt files"
+        )
     files: dict[str, Path] = {}
     for name, pattern in _FILES.items():
         found = sorted(folder.glob(pattern))

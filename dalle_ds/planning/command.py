@@ -87,6 +87,8 @@ def parse_plan_command(arguments: Sequence[str] | None = None) -> PlanCommand:
         ],
     )
     parsed = parse_options(options, rest, options(run, cluster), _USAGE)
+    if getattr(getattr(parsed.run, "lora", None), "rank", 0):
+        raise ConfigError(f"lora.rank={parsed.run.lora.rank}: plans are of models that are trained whole, leave it out")
     json_config = {} if known.deepspeed_config is None else load_deepspeed_json(known.deepspeed_config)
     device = "cpu" if known.cluster == "cpu" else "cuda"
     is_search = known.search == "True"

@@ -1,4 +1,7 @@
-"""Generating images from captions, choosing among them, completing them."""
+"""Generating images from captions, choosing among them, completing and changing them.
+
+Over its size, since both DALL·E and unCLIP are sampled from here, and each way to change an image adds some.
+"""
 
 from dalle_ds.sampling.candidates import ClipReranker, Ranking, Reranker, rank_candidates
 from dalle_ds.sampling.codes import Progress, Sampling, SamplingRequest, sample_codes, score

@@ -98,6 +98,10 @@ class Known:
     rounds: int = 1
     """How often each step is taken, with noise added in between, so that what is new fits what is known (RePaint §4.2)."""
 
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, found {self.rounds}")
+
     def of(self, rows: slice) -> Known:
         """Of some of the images."""
         mask = self.mask if len(self.mask) == 1 else self.mask[rows]
@@ -210,7 +214,12 @@ def invert_images(
 
     Returns:
         (B, 3, H, W) fp32.
+
+    Raises:
+        ConfigError: `iterations` is less than 0.
     """
+    if iterations < 0:
+        raise ConfigError(f"iterations must be at least 0, found {iterations}")
     grid = invertible_grid(facts.noise, steps)
     x = _difference(images, base, facts)
     for step in range(len(grid)):

@@ -141,7 +141,7 @@ def interpolate(
 
 
 def text_diff(
-    latent: BipartiteLatent, target: Tensor, baseline: Tensor | None, shares: Sequence[float]
+    latent: BipartiteLatent, target: Tensor, baseline: Tensor | None, thetas: Sequence[float]
 ) -> BipartiteLatent:
     """Images turned toward a text: slerp of z_i toward norm(z_t − z_t0), x_T fixed (unCLIP §3.3).
 
@@ -149,24 +149,24 @@ def text_diff(
         target: (embed_dim,), z_t of the text.
         baseline: (embed_dim,) or (B, embed_dim), z_t0: of a caption of the image as it is, or of a dummy such as "a photo";
             None: nothing is taken off.
-        shares: how far, from 0; the paper goes to somewhere between 0.25 and 0.50.
+        thetas: how far, as shares of the arc; the paper goes from 0 to somewhere between 0.25 and 0.50.
 
     Returns:
-        For each image all shares, in turn.
+        For each image all thetas, in turn.
 
     Raises:
-        ConfigError: shares outside of [0, 1].
+        ConfigError: thetas outside of [0, 1].
         DataError: a baseline that is the target, so that there is no direction.
     """
-    if not shares or not all(0 <= share <= 1 for share in shares):
-        raise ConfigError(f"shares must lie in [0, 1], found {list(shares)}")
+    if not thetas or not all(0 <= theta <= 1 for theta in thetas):
+        raise ConfigError(f"thetas must lie in [0, 1], found {list(thetas)}")
     difference = (target if baseline is None else target - baseline).expand_as(latent.embeddings)
     if bool((difference.norm(dim=1) < 1e-6).any()):
         raise DataError("the target says what the baseline says: name a text that differs")
     # As long as z_i, where that is not of length 1.
     difference = F.normalize(difference, dim=1) * latent.embeddings.norm(dim=1, keepdim=True)
-    turned = torch.stack([slerp(latent.embeddings, difference, share) for share in shares], dim=1)
-    rows = latent.take([row for row in range(len(latent)) for _ in shares])
+    turned = torch.stack([slerp(latent.embeddings, difference, theta) for theta in thetas], dim=1)
+    rows = latent.take([row for row in range(len(latent)) for _ in thetas])
     return replace(rows, embeddings=turned.flatten(0, 1))
 
 

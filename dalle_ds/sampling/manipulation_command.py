@@ -38,12 +38,6 @@ class Manipulation:
     """PNG file to write: a labelled sheet."""
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Image, whose central square is used; given again, another one."""
-    steps: str = "25"
-    """Steps of the inversion of images and of the way back, of each stage."""
-    iterations: int = 1
-    """Corrections of each step of the inversion, which bring it nearer than as many more steps."""
-    latent: str | None = None
-    """File of the images' latents (safetensors): written where images are given, read in their place where none is."""
     seed: int = 0
     """Seed of all noise that is drawn."""
     batch_size: int = 16
@@ -51,7 +45,7 @@ class Manipulation:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Arithmetic of the stages. Inversion needs fp32 to come back."""
+    """Arithmetic of the stages. Images come back from their latents in fp32 alone."""
     max_memory: float | None = None
     """GiB of weights on the device at a time, stages taking turns; None: all stay there."""
 
@@ -67,10 +61,15 @@ class Manipulation:
         out, kinds = Path(self.out), (".png", ".gif", ".mp4") if self.films else (".png",)
         if out.suffix.lower() not in kinds or not out.parent.is_dir() or out.is_dir():
             raise ConfigError(f"out must be a {' or '.join(kinds)} file in a folder that exists, found {self.out}")
-        if not self.image and not (self.latent is not None and Path(self.latent).is_file()):
-            raise ConfigError(
-                "nothing to begin with: give --image FILE, or --latent FILE that an earlier command wrote"
-            )
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, found {self.batch_size}")
+        if not self.has_images:
+            raise ConfigError("nothing to begin with: give --image FILE")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is something to begin with."""
+        return bool(self.image)
 
     def pipe(self) -> Unclip:
         """The model."""
@@ -78,35 +77,58 @@ class Manipulation:
         memory = None if self.max_memory is None else int(self.max_memory * 2**30)
         return Unclip.from_pretrained(self.model, self.device, dtype, max_memory=memory)
 
-    def latents(self, pipe: Unclip, on_stage: OnStage) -> tuple[BipartiteLatent, list[str]]:
-        """Those of the images, with labels of these.
-
-        Raises:
-            ConfigError: a file of latents of another model.
-        """
-        if not self.image:
-            assert self.latent is not None
-            latent = BipartiteLatent.load(self.latent)
-            for name, found in pipe.fingerprints().items():
-                if latent.provenance.get(name) != found:
-                    raise ConfigError(
-                        f"latent={self.latent} is of another model, whose {name} differs: give the images"
-                    )
-            return latent, [f"image {number}" for number in range(1, len(latent) + 1)]
-        latent = pipe.invert(
-            self.image, steps=self.steps, iterations=self.iterations, batch_size=self.batch_size, on_stage=on_stage
-        )
-        if self.latent is not None:
-            latent.save(self.latent)
-        return latent, [Path(name).name for name in self.image]
-
     def originals(self, pipe: Unclip) -> list[Image.Image]:
         """The images as the model sees them."""
         return [open_image(name, pipe.image_size) for name in self.image]
 
 
 @dataclass(frozen=True)
-class VaryOptions(Manipulation):
+class LatentManipulation(Manipulation):
+    """One that begins with the latents of images."""
+
+    steps: str = "25"
+    """Steps of the inversion of images and of the way back, of each stage."""
+    iterations: int = 1
+    """Corrections of each step of the inversion, which bring it nearer than as many more steps."""
+    latent: str | None = None
+    """File of the images' latents (safetensors): written where images are given, read in their place where none is."""
+
+    def check(self) -> None:
+        """Also that latents can be written."""
+        super().check()
+        if self.latent is not None and (not Path(self.latent).parent.is_dir() or Path(self.latent).is_dir()):
+            raise ConfigError(f"latent must be a file in a folder that exists, found {self.latent}")
+
+    @property
+    def has_images(self) -> bool:
+        """Images, or their latents."""
+        return super().has_images or (self.latent is not None and Path(self.latent).is_file())
+
+    def latents(self, pipe: Unclip, on_stage: OnStage) -> tuple[BipartiteLatent, list[str]]:
+        """Those of the images, with labels of these.
+
+        Raises:
+            ConfigError: a file of latents of another model.
+        """
+        if self.image:
+            latent = pipe.invert(
+                self.image, steps=self.steps, iterations=self.iterations, batch_size=self.batch_size, on_stage=on_stage
+            )
+            if self.latent is not None:
+                latent.save(self.latent)
+            return latent, [Path(name).name for name in self.image]
+        latent = BipartiteLatent.load(self.latent or "")
+        known = pipe.fingerprints()
+        for name in latent.provenance.keys() & known.keys():
+            if latent.provenance[name] != known[name]:
+                raise ConfigError(
+                    f"latent={self.latent} was made with another {name}, or in another --dtype: give the images"
+                )
+        return latent, [f"image {number}" for number in range(1, len(latent) + 1)]
+
+
+@dataclass(frozen=True)
+class VaryOptions(LatentManipulation):
     """Variations of images (unCLIP §3.1)."""
 
     num: int = 4
@@ -131,7 +153,7 @@ class VaryOptions(Manipulation):
 
 
 @dataclass(frozen=True)
-class InterpolateOptions(Manipulation):
+class InterpolateOptions(LatentManipulation):
     """The way from each image to the next (unCLIP §3.2), as a strip, or a film where OUT ends in .gif or .mp4."""
 
     frames: int = 9
@@ -140,6 +162,15 @@ class InterpolateOptions(Manipulation):
     """Whether all frames have one noise, of --seed, in place of one between those of the images."""
 
     films = True
+
+    def check(self) -> None:
+        """Also that there is a way."""
+        super().check()
+        if self.frames < 2 or len(self.image) == 1:
+            raise ConfigError(
+                f"frames={self.frames} of {len(self.image)} images: a way needs at least 2 frames and 2 images, give --image "
+                "again"
+            )
 
     def run(self) -> None:
         """Write the strip or the film."""
@@ -159,38 +190,39 @@ class InterpolateOptions(Manipulation):
 
 
 @dataclass(frozen=True)
-class EditOptions(Manipulation):
+class EditOptions(LatentManipulation):
     """Images turned toward a text (text diffs, unCLIP §3.3), as a strip, or a film where OUT ends in .gif or .mp4."""
 
     target: str = ""
     """What the image is to show."""
     baseline: str | None = None
     """What it shows now, or a dummy such as "a photo"; by default nothing is taken off the target."""
-    reach: float = 0.5
+    theta: float = 0.5
     """How far to turn at most, as a share of the arc to the text; the paper's lie between 0.25 and 0.50."""
     frames: int = 5
-    """From none to --reach."""
+    """From none to --theta."""
 
     films = True
 
     def check(self) -> None:
         """Also that there is a target, and somewhere to go."""
         super().check()
-        if not self.target or self.frames < 2:
+        if not self.target or self.frames < 2 or not 0 < self.theta <= 1:
             raise ConfigError(
-                f"target={self.target!r} and frames={self.frames}: give --target TEXT, and at least 2 frames"
+                f"target={self.target!r}, theta={self.theta}, frames={self.frames}: give --target TEXT, a theta in (0, 1] and "
+                "at least 2 frames"
             )
 
     def run(self) -> None:
         """Write the strip or the film."""
         pipe = self.pipe()
-        shares = [self.reach * number / (self.frames - 1) for number in range(self.frames)]
+        thetas = [self.theta * number / (self.frames - 1) for number in range(self.frames)]
         with show_stages() as on_stage:
             latent, labels = self.latents(pipe, on_stage)
-            rows = pipe.edit(latent, self.target, self.baseline, shares, batch_size=self.batch_size, on_stage=on_stage)
+            rows = pipe.edit(latent, self.target, self.baseline, thetas, batch_size=self.batch_size, on_stage=on_stage)
         if Path(self.out).suffix.lower() == ".png":
             rows_of = [f"{label}: {self.target}" for label in labels]
-            _write(self.out, rows_of, rows, [f"θ = {share:.3g}" for share in shares], self.originals(pipe))
+            _write(self.out, rows_of, rows, [f"θ = {theta:.3g}" for theta in thetas], self.originals(pipe))
         else:
             write_film(self.out, [beside(images) for images in zip(*rows, strict=True)])
 
@@ -209,10 +241,10 @@ class InpaintOptions(Manipulation):
     """How often each step is taken, so that new pixels fit known ones."""
 
     def check(self) -> None:
-        """Also that there are images and a mask."""
+        """Also that there is a mask."""
         super().check()
-        if not self.mask or not self.image:
-            raise ConfigError(f"mask={self.mask!r}: give --mask FILE and --image FILE")
+        if not self.mask:
+            raise ConfigError(f"mask={self.mask!r}: give --mask FILE")
 
     def run(self) -> None:
         """Write the sheet: the image, the mask, the samples."""
@@ -251,8 +283,10 @@ class ProbeOptions(Manipulation):
     def check(self) -> None:
         """Also that one of the two is asked for."""
         super().check()
-        if not self.image or (self.data is None) == (not self.labels):
-            raise ConfigError("a probe needs --image FILE, and either --data DIR, or --labels A B … with --words X Y …")
+        if (self.data is None) == (not self.labels) or len(self.labels) == 1:
+            raise ConfigError(
+                f"data={self.data}, labels={list(self.labels)}: give either --data DIR, or at least 2 --labels with --words"
+            )
 
     def run(self) -> None:
         """Write the sheet."""
@@ -272,7 +306,13 @@ class ProbeOptions(Manipulation):
             rows, notes, labels = [], [], []
             for name, image in zip(names, self.image, strict=True):
                 found = pipe.typography(
-                    image, self.labels, self.words, self.num, steps=self.steps, seed=self.seed, on_stage=on_stage
+                    image,
+                    self.labels,
+                    self.words,
+                    self.num,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    on_stage=on_stage,
                 )
                 for number, word in enumerate(["", *self.words]):
                     labels.append(f"{name}, “{word}” written on it" if word else name)

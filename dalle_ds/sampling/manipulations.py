@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dalle_ds.config import ImageSampling
@@ -31,7 +31,7 @@ from dalle_ds.sampling.latent import (
 if TYPE_CHECKING:
     from dalle_ds.sampling.unclip import OnStage, Unclip, UnclipSampling
 
-Pictured = str | Path | Image.Image
+ImageSource = str | Path | Image.Image
 """A file, or an image of any size and mode, of which the central square is used."""
 Images = list[Image.Image]
 
@@ -42,7 +42,7 @@ Images = list[Image.Image]
 @torch.no_grad()
 def invert(
     self: Unclip,
-    images: Sequence[Pictured],
+    images: Sequence[ImageSource],
     captions: Sequence[str] | None = None,
     *,
     steps: str = "25",
@@ -92,7 +92,10 @@ def invert(
         tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in opened),
         steps,
         None if captions is None else tuple(captions),
-        {**self.fingerprints(), "iterations": str(iterations)},
+        {
+            **{name: found for name, found in self.fingerprints().items() if name != "prior"},
+            "iterations": str(iterations),
+        },
     )
 
 
@@ -168,7 +171,7 @@ def vary(
 # --- ways through the latents
 
 
-def between(
+def interpolation(
     self: Unclip,
     latent: BipartiteLatent,
     frames: int = 9,
@@ -200,7 +203,7 @@ def edit(
     latent: BipartiteLatent,
     target: str,
     baseline: str | Sequence[str] | None = None,
-    shares: Sequence[float] = (0.0, 0.125, 0.25, 0.375, 0.5),
+    thetas: Sequence[float] = (0.0, 0.125, 0.25, 0.375, 0.5),
     *,
     batch_size: int = 16,
     on_stage: OnStage | None = None,
@@ -210,7 +213,7 @@ def edit(
     Args:
         target: what they are to show.
         baseline: what they show now: a caption for all or for each, or a dummy such as "a photo"; None takes nothing off.
-        shares: how far to turn, for each a frame.
+        thetas: how far to turn, as shares of the arc; for each a frame.
 
     Returns:
         For each image its frames.
@@ -226,9 +229,9 @@ def edit(
             raise DataError(f"{len(latent)} images need one baseline or as many, found {len(texts)}")
         before = self.clip.embed_texts(texts).cpu()
     after = self.clip.embed_texts([target])[0].cpu()
-    turned = text_diff(latent, after, before, shares)
+    turned = text_diff(latent, after, before, thetas)
     pixels = reconstruct(self, turned, batch_size=batch_size, on_stage=on_stage)
-    return [to_pil_images(some) for some in pixels.split(len(shares))]
+    return [to_pil_images(some) for some in pixels.split(len(thetas))]
 
 
 # --- inpainting
@@ -237,8 +240,8 @@ def edit(
 @torch.no_grad()
 def inpaint(
     self: Unclip,
-    image: Pictured,
-    mask: Pictured,
+    image: ImageSource,
+    mask: ImageSource,
     prompt: str | None = None,
     num: int = 4,
     *,
@@ -263,9 +266,16 @@ def inpaint(
         `num` images.
 
     Raises:
-        ConfigError: a sampling method that cannot.
+        ConfigError: `num` or `rounds` less than 1.
         DataError: a mask with nothing to fill, or of other proportions.
     """
+    if num < 1:
+        raise ConfigError(f"num must be at least 1, found {num}")
+    (width, height), (mask_width, mask_height) = map(_size, (image, mask))
+    if abs(width * mask_height - mask_width * height) > max(width * mask_height, mask_width * height) / 50:
+        raise DataError(
+            f"the mask has {mask_width} × {mask_height} pixels and the image {width} × {height}: make it of its proportions"
+        )
     whole = pixels_of([open_image(image, self.image_size)])
     unknown = pixels_of([open_image(mask, self.image_size)]).mean(1, keepdim=True) > 0.5
     if not unknown.any():
@@ -283,6 +293,7 @@ def inpaint(
         signed = shrink_to(whole, side) * 2 - 1
         return Known(signed.expand(num, -1, -1, -1), ~small, rounds)
 
+    sampling = _without_memory(self, sampling)
     pixels = self.decode(
         [prompt or ""] * num, embeddings, list(range(num)), seed=seed, sampling=sampling,
         read_captions=prompt is not None, batch_size=batch_size, on_stage=on_stage, known=known,
@@ -290,12 +301,24 @@ def inpaint(
     return to_pil_images(pixels)
 
 
+def _without_memory(pipe: Unclip, sampling: UnclipSampling | None) -> UnclipSampling:
+    """With DDIM in place of DPM-Solver, which remembers its steps; both follow one flow."""
+    from dalle_ds.sampling.unclip import UnclipSampling
+
+    sampling = sampling or UnclipSampling()
+    facts = [pipe.decoder.facts, *(stage.facts for stage in pipe.upsamplers)]
+    given = [sampling.decoder, *sampling.upsamplers, *[None] * len(pipe.upsamplers)]
+    every = [each or of_stage.sampling for each, of_stage in zip(given, facts, strict=False)]
+    plain = [replace(each, method="ddim") if each.method == "dpm" else each for each in every]
+    return replace(sampling, decoder=plain[0], upsamplers=tuple(plain[1:]))
+
+
 # --- probes
 
 
 def project(
     self: Unclip,
-    images: Sequence[Pictured],
+    images: Sequence[ImageSource],
     moments: EmbeddingMoments,
     counts: Sequence[int] | None = None,
     *,
@@ -340,7 +363,7 @@ class Typography:
 @torch.no_grad()
 def typography(
     self: Unclip,
-    image: Pictured,
+    image: ImageSource,
     labels: Sequence[str],
     words: Sequence[str],
     num: int = 3,
@@ -348,6 +371,7 @@ def typography(
     steps: str = "25",
     eta: float = 1.0,
     seed: int = 0,
+    batch_size: int = 16,
     on_stage: OnStage | None = None,
 ) -> Typography:
     """Write words on an image, and see which label CLIP gives it and what the decoder makes of it.
@@ -371,11 +395,11 @@ def typography(
         for each in (self.clip.embed_images(images), self.clip.embed_texts(labels))
     )
     scale = float(self.clip.logit_scale.detach().float().exp().clamp(max=100))
-    latent = invert(self, images, steps=steps, on_stage=on_stage)
+    latent = invert(self, images, steps=steps, batch_size=batch_size, on_stage=on_stage)
     return Typography(
         images,
         (scale * seen @ read.T).softmax(dim=1),
-        vary(self, latent, num, eta=eta, seed=seed, on_stage=on_stage),
+        vary(self, latent, num, eta=eta, seed=seed, batch_size=batch_size, on_stage=on_stage),
     )
 
 
@@ -397,6 +421,17 @@ def write_on(image: Image.Image, word: str) -> Image.Image:
 
 
 # --- pixels
+
+
+def _size(image: ImageSource) -> tuple[int, int]:
+    """Width and height; DataError for what is no image."""
+    if isinstance(image, Image.Image):
+        return image.size
+    try:
+        with Image.open(image) as opened:
+            return ImageOps.exif_transpose(opened).size
+    except OSError as error:
+        raise DataError(f"the image {image} cannot be read: {error}; name a file with an image") from error
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:

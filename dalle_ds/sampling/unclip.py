@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -374,13 +374,17 @@ class Unclip:
     # --- images changed
 
     invert, reconstruct, vary = manipulations.invert, manipulations.reconstruct, manipulations.vary
-    interpolate, edit, inpaint = manipulations.between, manipulations.edit, manipulations.inpaint
+    interpolate, edit, inpaint = manipulations.interpolation, manipulations.edit, manipulations.inpaint
     project, typography = manipulations.project, manipulations.typography
 
     # --- stages
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the weights of each stage, by name; "clip" is CLIP's."""
+        return dict(self._fingerprints)
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
         stages: dict[str, Any] = {
             DECODER_NAME: self.decoder,
             **dict(zip(self._upsampler_names, self.upsamplers, strict=True)),

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.config import PriorRun
+from dalle_ds.config import PriorRun, from_dict
 from dalle_ds.diffusion import NoiseSchedule, ScoreMoments, noise_schedule, simple_loss, step_grid
 from dalle_ds.models.latents import EmbeddingScaling
 from dalle_ds.models.prior import DiffusionPrior
 from dalle_ds.parallel import WHOLE, Mesh, TensorGroup
 from dalle_ds.parsing import parse_json
-from dalle_ds.sampling.prior import prepare_caption
+from dalle_ds.sampling.prior import PriorSampling, prepare_caption
 from dalle_ds.sampling.text_to_embedding import PARTS_NAME, DiffusionTextToEmbedding
 from dalle_ds.tasks.base import Batch, Metrics, row_noise
+from dalle_ds.tasks.initial import initial_facts
 from dalle_ds.tasks.text_to_embedding import TextToEmbeddingTask
 
 VALIDATION_DRAWS = 8
@@ -157,6 +158,12 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
     def recall(self, export: Path) -> None:
         self.analytic = parse_json((export / PARTS_NAME).read_bytes())["analytic"]
 
+    @cached_property
+    def sampling(self) -> PriorSampling | None:
+        """Of the model that the run begins with, which goes on with it."""
+        found = initial_facts(self.run.init).get("sampling") if self.run.init else None
+        return None if found is None else from_dict(PriorSampling, found, self.run.init)
+
     def pipeline(self, model: nn.Module) -> DiffusionTextToEmbedding:
         objective = self.run.objective
         return DiffusionTextToEmbedding(
@@ -167,4 +174,5 @@ class PriorTask(TextToEmbeddingTask[PriorRun]):
             objective.schedule,
             objective.timesteps,
             self.analytic,
+            self.sampling,
         )

@@ -131,7 +131,9 @@ class UpsamplerTask(ImageDiffusionTask[UpsamplerRun]):
             objective.noise,
             self.x0_error,
         )
-        return SuperResolution(cast(Upsampler, model), facts)
+        # What computes the last step alone goes along as it is.
+        last = SuperResolution.from_pretrained(self.run.init).last if self.run.init else None
+        return SuperResolution(cast(Upsampler, model), facts, last)
 
     def preview(self, model: nn.Module, batch: Batch) -> Image.Image:
         """Images, each made small, resized, and enlarged by the model."""

@@ -10,7 +10,7 @@ import yaml
 
 from dalle_ds.config import load_preset, preset_names, to_dict
 from dalle_ds.data.dataset import read_info
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.jsonl import read_records
 from dalle_ds.models.card import write_card
 from dalle_ds.models.pretrained import export_folder
@@ -23,10 +23,14 @@ _TOLD = ("model", "objective", "lora", "optim", "train", "sampling")
 
 def write_run_card(folder: Path, task: Task[Any], step: int, metrics_file: Path) -> None:
     """Write the card of a run's export in `folder`, whose weights have had `step` updates; OSError where that fails."""
-    run, infos = task.run, [read_info(Path(corpus)) for corpus in task.run.corpora]
+    run = task.run
     names = [Path(corpus).resolve().name for corpus in run.corpora]
-    lines = []
-    for name, info in zip(names, infos, strict=True):
+    try:
+        infos = [read_info(Path(corpus)) for corpus in run.corpora]
+    except DataError:  # moved or gone since
+        infos = []
+    lines = [] if infos else [f"- `{name}`" for name in names]
+    for name, info in zip(names, infos, strict=False):
         counts = ", ".join(f"{count:,} {split}" for split, count in info["splits"].items())
         lines.append(
             f"- `{name}`: corpus {info['options']['corpus']}, rows: {counts}. {' '.join(info.get('notes', []))}".strip()
@@ -44,7 +48,9 @@ def write_run_card(folder: Path, task: Task[Any], step: int, metrics_file: Path)
     sections = {"Training": done, "Data": "\n".join(lines)}
     at, validation = _last_validation(metrics_file, step)
     if validation:
-        rows = min(run.report.validation_rows, sum(info["splits"].get("validation", 0) for info in infos))
+        rows = run.report.validation_rows
+        if infos:
+            rows = min(rows, sum(info["splits"].get("validation", 0) for info in infos))
         table = "\n".join(f"| {name} | {value:.4g} |" for name, value in validation.items())
         protocol = (
             f"After update {at:,}, of {rows:,} rows evenly spread over the split `validation`, by the averaged weights"

@@ -159,11 +159,16 @@ def merge_adapters(base: str | Path, adapters: Sequence[tuple[str | Path, float]
             shutil.copytree(
                 folder, partial, ignore=lambda where, _: own if Path(where) == folder else (), dirs_exist_ok=True
             )
-            if kind == "prior":  # what was measured for Analytic-DPM is of other weights
+            if (folder / CARD_NAME).is_file():  # where its data is from
+                shutil.copy(folder / CARD_NAME, partial / "BASE.md")
+            # A decoder's `x0_error` stays: it is near enough. What was measured for Analytic-DPM is of other weights.
+            if kind == "prior":
                 facts = parse_json((partial / PRIOR_PARTS_NAME).read_bytes())
                 write_json(partial / PRIOR_PARTS_NAME, {**facts, "analytic": None})
             listed = "\n".join(f"- `{Path(path).name}`, times {weight:g}" for path, weight in adapters)
-            merged = f"Low-rank adapters were merged into the model of fingerprint `{known[:12]}`:\n\n{listed}"
+            merged = (
+                f"Low-rank adapters were merged into the model of fingerprint `{known[:12]}` (BASE.md):\n\n{listed}"
+            )
             write_card(partial, kind, {"Adapters": merged}, tags=("lora",))
     except OSError as error:
         raise CheckpointError(f"could not write the model to {out}: {error}; free some space") from error

@@ -43,6 +43,8 @@ from dalle_ds.config import (
     PriorObjective,
     PriorRun,
     UpsamplerConfig,
+    UpsamplerObjective,
+    UpsamplerRun,
 )
 from dalle_ds.config.training import LoaderConfig
 from dalle_ds.data import BatchLoader
@@ -62,6 +64,7 @@ from dalle_ds.sampling.super_resolution import SuperResolution
 from dalle_ds.sampling.text_to_embedding import DiffusionTextToEmbedding
 from dalle_ds.tasks.decoder import DecoderTask
 from dalle_ds.tasks.prior import PriorTask
+from dalle_ds.tasks.upsampler import UpsamplerTask
 from dalle_ds.text.clip_tokenizer import BytePairs, ClipTokenizer
 from tests.conftest import ROOT
 from tests.interop.test_clip import MERGES
@@ -770,6 +773,24 @@ def test_what_is_imported_is_trained(ours: Unclip, data: Path, tmp_path: Path) -
     assert together.generate("a red cat")[0][0].size == (16, 16)
     length = together.embed(["a red cat"]).norm()
     assert abs(float(length) - 1) > 0.1
+
+
+def test_what_is_fine_tuned_samples_as_before(ours: Unclip, data: Path, tmp_path: Path) -> None:
+    """By `--init`: the prior's settings, and the network of the upsampler's last step, go on."""
+    assert ours.prior is not None
+    ours.save_pretrained(tmp_path / "ours")
+    given: dict[str, Any] = {"data": str(data), "run_dir": str(tmp_path / "run")}
+    objective = PriorObjective(embeddings="standardized")
+    model, init = ours.prior.prior.config, str(tmp_path / "ours" / "prior")
+    run = PriorRun(**given, clip=str(tmp_path / "ours" / "clip"), init=init, model=model, objective=objective)
+    found = PriorTask(run).pipeline(ours.prior.prior).sampling
+    assert found == ours.prior.sampling and found.guidance != 1
+    stage, init = ours.upsamplers[0], str(tmp_path / "ours" / "upsampler_1")
+    noise = UpsamplerObjective(schedule="cosine", predicts="epsilon")
+    task = UpsamplerTask(UpsamplerRun(**given, init=init, model=stage.upsampler.config, objective=noise))
+    last = task.pipeline(stage.upsampler).last
+    assert last is not None and stage.last is not None
+    assert all(torch.equal(last.state_dict()[name], value) for name, value in stage.last.state_dict().items())
 
 
 @pytest.mark.parametrize(("text", "unit"), [("karlo", True), ("clip_states", False)])

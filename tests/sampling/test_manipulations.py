@@ -184,7 +184,7 @@ def test_a_text_diff_turns_toward_the_difference_alone() -> None:
     assert bool((cosines.diff(dim=1) > 0).all())
     torch.testing.assert_close(text_diff(latent, target, None, [1.0]).embeddings[0], target)
     for wrong in ([], [1.5]):
-        with pytest.raises(ConfigError, match="shares"):
+        with pytest.raises(ConfigError, match="thetas"):
             text_diff(latent, target, None, wrong)
     with pytest.raises(DataError):
         text_diff(latent, target, target.expand(2, -1), [0.5])
@@ -294,6 +294,25 @@ def test_known_pixels_stay_through_all_stages(pipe: Unclip) -> None:  # noqa: F8
         assert not np.array_equal(np.asarray(found[0]), np.asarray(found[1]))
     with pytest.raises(DataError, match="mask"):
         pipe.inpaint(whole, Image.new("L", (64, 64)))
+    with pytest.raises(DataError, match="128 × 64"):
+        pipe.inpaint(whole, Image.new("L", (128, 64), 255))
+    for wrong in ({"rounds": 0}, {"num": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            pipe.inpaint(whole, mask, **wrong)
+
+
+def test_batches_change_nothing(pipe: Unclip) -> None:  # noqa: F811
+    """Of one, or of all images at a time."""
+    mask = Image.new("L", (80, 80))
+    mask.paste(255, (0, 0, 80, 30))
+    found = []
+    for size in (1, 16):
+        latent = pipe.invert([image(0), image(1)], steps="3", batch_size=size)
+        images = pipe.reconstruct(latent, eta=0.3, batch_size=size)
+        filled = pixels_of(pipe.inpaint(image(1), mask, "a red circle", 2, rounds=1, batch_size=size))
+        found.append((*latent.noise, images, filled))
+    for one, all_ in zip(*found, strict=True):
+        torch.testing.assert_close(one, all_, atol=5e-3, rtol=0)
 
 
 def test_probes(pipe: Unclip) -> None:  # noqa: F811
@@ -353,12 +372,16 @@ def test_the_subcommands(
     run("interpolate", "i.png", *given, "--frames", "3", "--fixed_noise", "True")
     run("edit", "e.png", *given, "--target", "a red circle", "--frames", "2")
     run("inpaint", "p.png", *given[:2], "--mask", str(mask), "--num", "1", "--rounds", "1")
-    run("probe", "l.png", *given, "--labels", "a circle", "a square", "--words", "iPod", "--num", "1")
+    run("probe", "l.png", *given[:4], "--labels", "a circle", "a square", "--words", "iPod", "--num", "1")
     for wrong, arguments in (
         ("target", ["edit", *given]),
-        ("mask", ["inpaint", *given]),
-        ("labels", ["probe", *given]),
+        ("mask", ["inpaint", *given[:2]]),
+        ("labels", ["probe", *given[:4]]),
         ("image", ["vary"]),
+        ("theta", ["edit", *given, "--target", "a", "--theta", "2"]),
+        ("frames", ["interpolate", *given[:2]]),
+        ("batch_size", ["vary", *given, "--batch_size", "0"]),
+        ("latent", ["vary", *given, "--latent", str(tmp_path / "no" / "where")]),
         ("vanish", ["vanish"]),
         ("init_image", ["complete", "--prompt", "a"]),
     ):
@@ -386,7 +409,7 @@ def test_every_command_of_the_page(
     assert {command.split()[0] for command in commands} == set(SUBCOMMANDS)
     for command in commands:
         words = shlex.split(re.sub(r"--(num|frames|rounds) \d+", r"--\1 2", command))
-        few = [] if "--data" in words else ["--steps", "2", "--iterations", "0"]
+        few = [] if words[0] in ("inpaint", "probe") else ["--steps", "2", "--iterations", "0"]
         monkeypatch.setattr("sys.argv", ["generate.py", *words, *few])
         generate()
         assert Path(words[words.index("--out") + 1]).is_file()
