@@ -139,7 +139,7 @@ def _look_at(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
     try:
         rows.append(("format", _format(file)))
         parts = parts_of(file) if file.name.endswith(_INDEX) else [file]
-        pickles = (part for part in parts if part.suffix != ".safetensors")
+        pickles = (part for part in parts if not _has_safetensors_header(part))
         if names := sorted({name for part in pickles for name in imported_names(part)}):
             faults.append(f"opening it elsewhere imports, and may call, {_few(names)}")
         tensors = read_tensors(file)
@@ -164,6 +164,12 @@ def _look_at(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
     return rows, faults
 
 
+def _has_safetensors_header(file: Path) -> bool:
+    """By its content: other programs do not go by names."""
+    with file.open("rb") as content:
+        return content.read(9)[8:] == b"{"
+
+
 def _format(file: Path) -> str:
     try:
         with file.open("rb") as content:
@@ -178,7 +184,7 @@ def _format(file: Path) -> str:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if file.name.endswith(_INDEX):
         return f"index of {len(parts_of(file))} files"
-    if file.suffix == ".safetensors":
+    if _has_safetensors_header(file):
         return "safetensors"
     return "torch.save's pickles, as before PyTorch 1.6" if head.startswith(b"\x80") else "unknown"
 

@@ -141,6 +141,12 @@ def test_pickles_in_parts_and_without_a_protocol_are_looked_at(tmp_path: Path) -
     assert not canary.exists()
 
 
+def test_a_name_hides_no_pickle(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    torch.save({"a": torch.nn.Linear(1, 1), "b": Path}, file)  # what is in it counts, not what it is called
+    assert any("pathlib" in fault for fault in told(file)[1])
+
+
 def test_training_programs_classes_are_named(tmp_path: Path) -> None:
     text, faults = told(checkpoint(tmp_path / "last.ckpt", taming(theirs())))
     assert "taming's VQModel" in text and "test_vqgan.Callback" in faults[0]
