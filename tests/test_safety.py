@@ -39,8 +39,11 @@ NAMES = {
     **dict.fromkeys(("requests", "urllib", "http", "ftplib", "httpx", "aiohttp", "huggingface_hub"), "the network"),
 }
 """Names, and whatever lies below them."""
-HARMLESS = ("torch.serialization.safe_globals",)
-"""What it allows is given by our code, and is for `weights_only`."""
+HARMLESS = (
+    "torch.serialization.safe_globals",  # what it allows is given by our code, and is for `weights_only`
+    "huggingface_hub.EvalResult",  # plain data, written as YAML
+    "huggingface_hub.ModelCardData",
+)
 METHODS = {"extractall": "unpacking", "extract": "unpacking"}
 LISTENING = ("bind", "create_server", "start_server", "HTTPServer", "ThreadingHTTPServer", "TCPServer")
 LOCAL = ("127.0.0.1", "localhost", "::1")
