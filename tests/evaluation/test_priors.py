@@ -274,7 +274,7 @@ class Prior:
     device = torch.device("cpu")
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
+        self.kind, self.sampling = kind, PriorSampling()
         self.clip = SimpleNamespace(fingerprint="clip", config=SimpleNamespace(image_size=16, unit_length=True))
         self.prior = nn.Linear(2, 2)
         self.asked: list[object] = []
