@@ -32,7 +32,7 @@ from dalle_ds.config import (
     to_dict,
 )
 from dalle_ds.errors import CheckpointError, ConfigError
-from dalle_ds.interop.clip_import import parts_of, read_tensors
+from dalle_ds.interop.clip_import import parts_of, read_json, read_tensors
 from dalle_ds.interop.clip_layouts import (
     HF_MARK,
     OPENAI_MARK,
@@ -58,7 +58,7 @@ from dalle_ds.models import (
     Vqgan,
 )
 from dalle_ds.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, export_folder
-from dalle_ds.parsing import parse_json, shown
+from dalle_ds.parsing import shown
 
 _OURS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "dvae": (DiscreteVAEConfig, DiscreteVAE),
@@ -253,10 +253,7 @@ def _built(make: Callable[[Any], Any], config: Any, tensors: Mapping[str, Tensor
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    content = read_json(file)
     return content if isinstance(content, dict) else {}
 
 

@@ -175,14 +175,14 @@ def _read_openai(file: Path, activation: Activation | None) -> Read:
 
 def _read_open_clip(file: Path, activation: Activation | None) -> Read:
     description = file.parent / OPEN_CLIP_CONFIG
-    config = from_open_clip_config(_json(description), str(description))
+    config = from_open_clip_config(read_json(description), str(description))
     weights = plain_openai(unwrapped(read_weights(file), OPENAI_MARK, str(file)))
     return config, _from_openai(weights, config, file)
 
 
 def _read_huggingface(file: Path, activation: Activation | None) -> Read:
     description = file.parent / HF_CONFIG
-    config = from_huggingface_config(_json(description), _preprocessor(file.parent), str(description))
+    config = from_huggingface_config(read_json(description), _preprocessor(file.parent), str(description))
     weights = plain_huggingface(unwrapped(read_weights(file), HF_MARK, str(file)))
     check_shapes(lambda: Clip(config), config, weights, file, to_huggingface)
     return config, from_huggingface(weights)
@@ -191,10 +191,10 @@ def _read_huggingface(file: Path, activation: Activation | None) -> Read:
 def _preprocessor(folder: Path) -> Any:
     """What a folder of Hugging Face says of images, or None; the newer of two places goes first, as in transformers."""
     newer, older = folder / HF_PROCESSOR, folder / HF_PREPROCESSOR
-    content = _json(newer) if newer.is_file() else None
+    content = read_json(newer) if newer.is_file() else None
     if isinstance(content, dict) and "image_processor" in content:
         return content["image_processor"]
-    return _json(older) if older.is_file() else None
+    return read_json(older) if older.is_file() else None
 
 
 _READERS: dict[str, Callable[[Path, Activation | None], Read]] = {
@@ -224,7 +224,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def parts_of(index: Path) -> dict[Path, set[str]]:
     """The files that an index lists, with the names of their tensors."""
-    content = _json(index)
+    content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index} has no weight_map, which says where each tensor is")
@@ -250,7 +250,8 @@ def _tensors_of_parts(index: Path) -> dict[str, Tensor]:
     return found
 
 
-def _json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """Content of a file; CheckpointError where it cannot be read."""
     try:
         return parse_json(file.read_bytes())
     except (OSError, ValueError) as error:

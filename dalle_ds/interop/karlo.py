@@ -23,7 +23,7 @@ from dalle_ds.config import DecoderConfig, ImageSampling, PriorConfig, Upsampler
 from dalle_ds.errors import CheckpointError, ConfigError
 from dalle_ds.files import built_beside, write_json
 from dalle_ds.interop.clip_export import check_format, describe_tokenizer, preprocessor
-from dalle_ds.interop.clip_import import HF_PREPROCESSOR, read_weights
+from dalle_ds.interop.clip_import import HF_PREPROCESSOR, read_json, read_weights
 from dalle_ds.interop.clip_layouts import (
     from_huggingface,
     from_huggingface_config,
@@ -306,10 +306,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is no mapping of fields")
     return content
