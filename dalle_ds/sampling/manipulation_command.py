@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +32,7 @@ FRAME_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
-class Manipulation:
+class Manipulation(ABC):
     model: str
     """Folder of launchers/export_unclip.py."""
     out: str
@@ -52,9 +53,9 @@ class Manipulation:
     films = False
     """Whether the result is a way, which a film can show."""
 
+    @abstractmethod
     def run(self) -> None:
         """Write what was asked for."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Refuse, with a ConfigError, what cannot be written or read."""
