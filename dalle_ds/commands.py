@@ -461,7 +461,7 @@ def export_unclip() -> None:
     """Put the stages of an unCLIP, trained one by one, into one folder; or write it for diffusers."""
     options = parse_options(ExportUnclipOptions)
     out = Path(options.out)
-    from dalle_ds.models.card import CARD_NAME
+    from dalle_ds.models.card import CARD_NAME, append_card
     from dalle_ds.models.pretrained import export_folder
     from dalle_ds.sampling.unclip import Unclip, is_unclip
 
@@ -473,20 +473,26 @@ def export_unclip() -> None:
         raise ConfigError("--model has all stages: leave out --prior, --upsampler and --clip")
     if options.decoder is None:
         pipe = Unclip.from_pretrained(str(options.model))
+        folders = {folder.name: folder for folder in sorted(Path(str(options.model)).iterdir())}
     else:
         pipe = Unclip.from_runs(options.decoder, options.prior, options.upsampler, options.clip)
+        upsamplers = {f"upsampler_{number}": path for number, path in enumerate(options.upsampler, start=1)}
+        stages = {"prior": options.prior, "decoder": options.decoder, **upsamplers}
+        folders = {name: export_folder(path) for name, path in stages.items() if path is not None}
+    cards = {name: card for name, folder in folders.items() if (card := folder / CARD_NAME).is_file()}
     if options.format == "diffusers":
         from dalle_ds.interop import export_karlo
 
         export_karlo(pipe, out)
+        # Beside its networks, which have another layout now, they would tell how to load what is not there.
+        for name, card in cards.items():
+            append_card(out, name, card)
     else:
         pipe.save_pretrained(out)
-        upsamplers = {f"upsampler_{number}": path for number, path in enumerate(options.upsampler, start=1)}
-        for name, path in {"prior": options.prior, "decoder": options.decoder, **upsamplers}.items():
-            if path is not None and (card := export_folder(path) / CARD_NAME).is_file():
-                shutil.copy(card, out / name / CARD_NAME)
-    stages = [*(["prior"] if pipe.prior else []), "decoder", *(["upsampler"] * len(pipe.upsamplers))]
-    print(f"{out}: {', '.join(stages)}; images of {pipe.image_size} pixels")
+        for name, card in cards.items():
+            shutil.copy(card, out / name / CARD_NAME)
+    names = [*(["prior"] if pipe.prior else []), "decoder", *(["upsampler"] * len(pipe.upsamplers))]
+    print(f"{out}: {', '.join(names)}; images of {pipe.image_size} pixels")
 
 
 @dataclass(frozen=True)

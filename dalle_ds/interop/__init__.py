@@ -6,7 +6,8 @@ much of little.
 
 from dalle_ds.interop.clip_export import export_clip
 from dalle_ds.interop.clip_import import import_clip, load_clip
-from dalle_ds.interop.karlo import export_karlo, import_karlo
+from dalle_ds.interop.karlo import import_karlo
+from dalle_ds.interop.karlo_export import export_karlo
 from dalle_ds.interop.openai_dvae import import_openai_dvae, load_openai_dvae
 from dalle_ds.interop.torch_files import load_tensors
 from dalle_ds.interop.vqgan import import_vqgan, load_vqgan

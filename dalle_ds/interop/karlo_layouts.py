@@ -20,6 +20,26 @@ from dalle_ds.config import DecoderConfig, PriorConfig
 from dalle_ds.errors import CheckpointError, ConfigError
 
 Weights = Mapping[str, Tensor]
+INDEX_NAME = "model_index.json"
+OWN_NAME = "dalle_ds.safetensors"
+"""In an exported folder: what the layout has no place for, in tensors and in the metadata."""
+PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
+CLASSES = {
+    "prior": ("diffusers", "PriorTransformer"),
+    "decoder": ("diffusers", "UNet2DConditionModel"),
+    "text_proj": ("unclip", "UnCLIPTextProjModel"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    "super_res_first": ("diffusers", "UNet2DModel"),
+    "super_res_last": ("diffusers", "UNet2DModel"),
+    "prior_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "decoder_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "super_res_scheduler": ("diffusers", "UnCLIPScheduler"),
+}
+"""Of what is in a folder: the library that it is from, as `INDEX_NAME` has it, and the class."""
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PREDICTS = {"epsilon": "epsilon", "x0": "sample"}
 """What a network predicts, and how `UnCLIPScheduler` calls it."""
 

@@ -48,6 +48,8 @@ def write_card(
     tags: tuple[str, ...] = (),
     validation: Mapping[str, float] | None = None,
     data: str = "",
+    library: str = "dalle_ds",
+    load: str = "",
 ) -> None:
     """Write an exported model's card into its folder; OSError where that fails.
 
@@ -55,6 +57,8 @@ def write_card(
         kind: of `config.json`, or "unclip".
         sections: more of Markdown, by heading.
         validation: metrics of the split "validation" of `data`.
+        library: that loads the model.
+        load: lines of Python that do; by default those of dalle_ds.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -64,16 +68,23 @@ def write_card(
         for metric, value in (validation or {}).items()
     ]
     matter = ModelCardData(
-        library_name="dalle_ds",
+        library_name=library,
         pipeline_tag=task,
         tags=["dalle_ds", kind, *tags],
         model_name=f"{kind} of {data}" if results else None,
         eval_results=results or None,
     )
     lines = [f"from dalle_ds.{module} import {name}", "", f'model = {name}.from_pretrained(".")  # this folder', use]
-    load = "\n".join(lines).rstrip()
-    body = {"How to load": f"```python\n{load}\n```", **(sections or {})}
+    body = {"How to load": f"```python\n{load or chr(10).join(lines).rstrip()}\n```", **(sections or {})}
     text = "\n\n".join(f"## {heading}\n\n{content}" for heading, content in body.items())
     write_text(
         folder / CARD_NAME, f"---\n{matter.to_yaml()}\n---\n\n# {kind}\n\nThis is {what}, by dalle_ds.\n\n{text}\n"
     )
+
+
+def append_card(folder: Path, name: str, card: Path) -> None:
+    """Tell at the end of a model's card what the `card` of a stage of it says, but for how to load that alone."""
+    whole = folder / CARD_NAME
+    _, *sections = card.read_text(encoding="utf-8").split("\n## ")
+    told = [f"### {section.strip()}" for section in sections if not section.startswith("How to load\n")]
+    write_text(whole, "\n\n".join([whole.read_text(encoding="utf-8").rstrip(), f"## {name}", *told]) + "\n")

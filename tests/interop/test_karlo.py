@@ -7,6 +7,7 @@ import gzip
 import inspect
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ from dalle_ds.interop.clip_layouts import to_openai
 from dalle_ds.interop.karlo import PIPELINES, pipeline
 from dalle_ds.interop.karlo_layouts import to_decoder, to_prior_transformer
 from dalle_ds.models import Clip, DiffusionPrior, UnclipDecoder, Upsampler
+from dalle_ds.models.card import write_card
 from dalle_ds.models.latents import EmbeddingScaling
 from dalle_ds.models.prior import Caption
 from dalle_ds.sampling import Unclip
@@ -817,5 +820,13 @@ def test_from_the_command_line(karlo: Path, ours: Unclip, tmp_path: Path, monkey
     assert "--clip" in run("import_unclip.py", "--from", karlo, "--out", tmp_path / "text-only")
     run("import_unclip.py", "--from", karlo, "--out", tmp_path / "ours", "--clip", tmp_path / "clip")
     same(ours, Unclip.from_pretrained(tmp_path / "ours"))
+    write_card(tmp_path / "ours" / "prior", "prior", {"Data": "ten images"})
     run("export_unclip.py", "--format", "diffusers", "--model", tmp_path / "ours", "--out", tmp_path / "theirs")
     same(ours, import_karlo(tmp_path / "theirs"))
+    card = ModelCard.load(tmp_path / "theirs" / "README.md")
+    assert card.data.library_name == "diffusers" and "## prior\n\n### Data\n\nten images" in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir(tmp_path / "theirs")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert len(found["images"]) == 1
