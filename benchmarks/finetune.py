@@ -25,6 +25,8 @@ from dalle_ds.data.corpora.twemoji import caption_of
 
 RANKS = {"transformer": 4, "prior": 3, "decoder": 3}
 """Of adapters of less than 2 % of the weights of the preset toy."""
+STYLE = ", outlined"
+"""At the end of the new captions: nothing else tells a model that is trained on both styles which one is meant."""
 WAYS = {"whole": "3e-4", "whole, mixed": "3e-4", "adapters, mixed": "2e-3"}
 """Learning rates; "mixed" takes every other image from the demo's data."""
 
@@ -60,7 +62,8 @@ def openmoji(folder: Path, count: int) -> None:
     for stem in found[:count]:
         image = resvg_py.svg_to_bytes(svg_path=str(files[stem]), width=72, height=72, background="white")
         (folder / f"{stem}.png").write_bytes(bytes(image))
-        (folder / f"{stem}.txt").write_text(caption_of(chr(int(stem, 16)), names[chr(int(stem, 16))]))
+        caption = caption_of(chr(int(stem, 16)), names[chr(int(stem, 16))])
+        (folder / f"{stem}.txt").write_text(caption + STYLE)
 
 
 def launch(name: str, *arguments: object) -> None:
