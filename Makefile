@@ -92,7 +92,7 @@ unclip-others:
 # A test file a core; then, one after the other, what goes by the clock.
 test: $(READY)
 	$(PYTEST) -n 2 --dist loadfile -m "not alone"
-	$(PYTEST) -m alone
+	$(PYTEST) -m alone tests/resilience
 
 # Whole matrices of layouts, a real SLURM cluster, the README's commands at work, kill storms: an hour.
 test-all:

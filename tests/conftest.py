@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read it a
 # Behind a shell's `&`, Ctrl-C is ignored, and by all that is started here, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 EVERYTHING = os.environ.get("TEST_ALL") == "1"
 """Whether this is `make test-all`: whole matrices, where `make test` takes a half that has every value of every axis."""
@@ -41,13 +43,16 @@ TINY_DALLE = DalleConfig(width=32, depth=4, heads=2, text_len=8, grid=4, text_vo
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked `slow`, unless everything is asked for."""
+    for item in items:  # the Makefile looks for them nowhere else
+        if item.get_closest_marker("alone") and item.path.parent.name != "resilience":
+            raise pytest.UsageError(f"{item.nodeid} is marked alone: move it into tests/resilience")
     slow = [item for item in items if item.get_closest_marker("slow") is not None]
     if slow and not EVERYTHING:
         items[:] = [item for item in items if item not in set(slow)]
         config.hook.pytest_deselected(items=slow)
 
 
-def thorough(*names: str) -> list[str]:
+def thorough(*names: T) -> list[T]:
     """These, in `make test-all`; nothing otherwise."""
     return list(names) if EVERYTHING else []
 

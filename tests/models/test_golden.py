@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.nn.attention import blockwise
+from tests.conftest import thorough
 from tests.models.golden import STEPS, losses
 
 
-@pytest.mark.parametrize(("logits", "blocks"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(("logits", "blocks"), [(True, False), (False, True), *thorough((False, False))])
 def test_losses_are_those_of_the_plain_model(logits: bool, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`blocks` takes blockwise attention, which sequences as short as these are too short for in fp32."""
     monkeypatch.setattr(blockwise, "WORTHWHILE", 1.0 if blocks else blockwise.WORTHWHILE)

@@ -43,7 +43,7 @@ from dalle_ds.training.checkpoints.storage import Index
 from dalle_ds.training.export import export_checkpoint, merge_adapters
 from dalle_ds.training.launch import FINE_TUNING, parse_command
 from dalle_ds.training.trainer import Trainer
-from tests.conftest import TINY_DALLE, TINY_DVAE
+from tests.conftest import EVERYTHING, TINY_DALLE, TINY_DVAE
 from tests.processes import run_ranks
 from tests.tasks.test_prior_tasks import LATENT, PRIOR, clip, options
 from tests.tasks.test_unclip_tasks import DECODER, FAST, UPSAMPLER
@@ -321,13 +321,15 @@ def test_targets_choose_layers_by_their_names_ends(runs: dict[str, Any]) -> None
         adapted_pair(runs["transformer"], "transformer", ("kv",))
 
 
-@pytest.mark.parametrize("stage", ["transformer", "prior", "decoder"])
-@pytest.mark.parametrize("preset", ["small", "medium", "dalle-1b", "dalle-12b", "unclip"])
+@pytest.mark.parametrize(
+    ("stage", "preset"),
+    [
+        *(("transformer", preset) for preset in ("small", "medium", "dalle-1b", "dalle-12b")),
+        *((stage, preset) for stage in ("prior", "decoder") for preset in ("small", "unclip")),
+    ],
+)
 def test_adapters_of_presets_are_small(stage: str, preset: str) -> None:
-    try:
-        run: Any = load_preset(preset, stage, STAGES[stage][0])
-    except ConfigError:
-        pytest.skip(f"{preset} has no {stage}")
+    run: Any = load_preset(preset, stage, STAGES[stage][0])
     with torch.device("meta"):
         model = STAGES[stage][1].planned(run).build_model()
         whole = sum(parameter.numel() for parameter in model.parameters())
@@ -378,7 +380,9 @@ def test_an_adapter_is_all_that_is_trained_kept_and_averaged_and_resumes_to_the_
 def test_layouts_change_nothing(runs: dict[str, Any], tmp_path: Path) -> None:
     """Two processes under every ZeRO stage against one, and whole weights from an initial model under ZeRO-3."""
     shards = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    layouts = {"zero0": {"stage": 0}, "zero2": {"stage": 2}, "zero3": shards, "kept": {"stage": 3}}
+    layouts = {"zero2": {"stage": 2}, "zero3": shards}
+    if EVERYTHING:
+        layouts |= {"zero0": {"stage": 0}, "kept": {"stage": 3}}
     jobs: list[dict[str, Any]] = []
     for stage, lora in (("transformer", LORA), ("prior", LORA), ("decoder", LORA), ("decoder", LoraConfig())):
         kind = f"{stage}-{lora.rank}"
@@ -411,7 +415,7 @@ def test_layouts_change_nothing(runs: dict[str, Any], tmp_path: Path) -> None:
         }
     )
     bf16 = dataclasses.replace(runs["transformer"], lora=LORA, run_dir=str(tmp_path / "transformer-2-bf16"))
-    for zero in ({"stage": 0}, shards):
+    for zero in ({"stage": 0}, shards) if EVERYTHING else (shards,):
         run = dataclasses.replace(bf16, run_dir=f"{bf16.run_dir}-{zero['stage']}")
         engine = {"bf16": {"enabled": True}, "zero_optimization": zero}
         jobs.append({"name": Path(run.run_dir).name, "stage": "transformer", "run": to_dict(run), "deepspeed": engine})
