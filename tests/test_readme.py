@@ -169,6 +169,7 @@ def test_the_readmes_python_works_after_them(place: Path) -> None:
     assert (place / "demo/iceland.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_the_commands_of_finetuning_work_in_their_order(
     place: Path, dvae_export: Path, tokenizer_file: Path, data: Path
