@@ -7,7 +7,6 @@ quick.
 from __future__ import annotations
 
 import inspect
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -461,6 +460,7 @@ def export_unclip() -> None:
     """Put the stages of an unCLIP, trained one by one, into one folder; or write it for diffusers."""
     options = parse_options(ExportUnclipOptions)
     out = Path(options.out)
+    from dalle_ds.files import write_text
     from dalle_ds.models.card import CARD_NAME, append_card
     from dalle_ds.models.pretrained import export_folder
     from dalle_ds.sampling.unclip import Unclip, is_unclip
@@ -473,26 +473,29 @@ def export_unclip() -> None:
         raise ConfigError("--model has all stages: leave out --prior, --upsampler and --clip")
     if options.decoder is None:
         pipe = Unclip.from_pretrained(str(options.model))
-        folders = {folder.name: folder for folder in sorted(Path(str(options.model)).iterdir())}
+        folders = {name: Path(str(options.model)) / name for name in pipe.stages}
     else:
         pipe = Unclip.from_runs(options.decoder, options.prior, options.upsampler, options.clip)
-        upsamplers = {f"upsampler_{number}": path for number, path in enumerate(options.upsampler, start=1)}
-        stages = {"prior": options.prior, "decoder": options.decoder, **upsamplers}
-        folders = {name: export_folder(path) for name, path in stages.items() if path is not None}
-    cards = {name: card for name, folder in folders.items() if (card := folder / CARD_NAME).is_file()}
+        paths = [*([options.prior] if options.prior else []), options.decoder, *options.upsampler]
+        folders = {name: export_folder(path) for name, path in zip(pipe.stages, paths, strict=True)}
+    # Read before anything is written: out may be the model's own folder.
+    cards = {
+        name: card.read_text(encoding="utf-8")
+        for name, folder in folders.items()
+        if (card := folder / CARD_NAME).is_file()
+    }
     if options.format == "diffusers":
         from dalle_ds.interop import export_karlo
 
         export_karlo(pipe, out)
         # Beside its networks, which have another layout now, they would tell how to load what is not there.
-        for name, card in cards.items():
-            append_card(out, name, card)
+        for name, text in cards.items():
+            append_card(out, name, text)
     else:
         pipe.save_pretrained(out)
-        for name, card in cards.items():
-            shutil.copy(card, out / name / CARD_NAME)
-    names = [*(["prior"] if pipe.prior else []), "decoder", *(["upsampler"] * len(pipe.upsamplers))]
-    print(f"{out}: {', '.join(names)}; images of {pipe.image_size} pixels")
+        for name, text in cards.items():
+            write_text(out / name / CARD_NAME, text)
+    print(f"{out}: {', '.join(pipe.stages)}; images of {pipe.image_size} pixels")
 
 
 @dataclass(frozen=True)

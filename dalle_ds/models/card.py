@@ -75,16 +75,17 @@ def write_card(
         eval_results=results or None,
     )
     lines = [f"from dalle_ds.{module} import {name}", "", f'model = {name}.from_pretrained(".")  # this folder', use]
-    body = {"How to load": f"```python\n{load or chr(10).join(lines).rstrip()}\n```", **(sections or {})}
+    load = load or "\n".join(lines).rstrip()
+    body = {"How to load": f"```python\n{load}\n```", **(sections or {})}
     text = "\n\n".join(f"## {heading}\n\n{content}" for heading, content in body.items())
     write_text(
         folder / CARD_NAME, f"---\n{matter.to_yaml()}\n---\n\n# {kind}\n\nThis is {what}, by dalle_ds.\n\n{text}\n"
     )
 
 
-def append_card(folder: Path, name: str, card: Path) -> None:
-    """Tell at the end of a model's card what the `card` of a stage of it says, but for how to load that alone."""
+def append_card(folder: Path, name: str, card: str) -> None:
+    """Tell at the end of a model's card what that of a stage of it says, but for how to load the stage alone."""
     whole = folder / CARD_NAME
-    _, *sections = card.read_text(encoding="utf-8").split("\n## ")
+    _, *sections = card.split("\n## ")
     told = [f"### {section.strip()}" for section in sections if not section.startswith("How to load\n")]
     write_text(whole, "\n\n".join([whole.read_text(encoding="utf-8").rstrip(), f"## {name}", *told]) + "\n")

@@ -227,17 +227,16 @@ class Unclip:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write what `from_pretrained` reads into folder `path`, whole or not at all; CheckpointError where it cannot be."""
-        names = [*([PRIOR_NAME] if self.prior is not None else []), DECODER_NAME, *self._upsampler_names]
         try:
             with built_beside(Path(path)) as partial:
                 self.clip.save_pretrained(partial / CLIP_NAME)
-                if self.prior is not None:
-                    self.prior.save_pretrained(partial / PRIOR_NAME, with_clip=False)
-                self.decoder.save_pretrained(partial / DECODER_NAME, with_clip=False)
-                for name, stage in zip(self._upsampler_names, self.upsamplers, strict=True):
-                    stage.save_pretrained(partial / name)
-                write_json(partial / UNCLIP_NAME, {"kind": "unclip", "clip": self.clip.fingerprint, "stages": names})
-                write_card(partial, "unclip", {"Stages": "\n".join(f"- `{name}`" for name in names)})
+                for name, stage in self.stages.items():
+                    # CLIP is there once for all that read its states.
+                    shared = {} if name.startswith("upsampler") else {"with_clip": False}
+                    stage.save_pretrained(partial / name, **shared)
+                description = {"kind": "unclip", "clip": self.clip.fingerprint, "stages": list(self.stages)}
+                write_json(partial / UNCLIP_NAME, description)
+                write_card(partial, "unclip", {"Stages": "\n".join(f"- `{name}`" for name in self.stages)})
         except OSError as error:
             raise CheckpointError(f"could not write the model to {path}: {error}; free some space") from error
 
@@ -385,24 +384,21 @@ class Unclip:
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        stages: dict[str, Any] = {
-            DECODER_NAME: self.decoder,
-            **dict(zip(self._upsampler_names, self.upsamplers, strict=True)),
-        }
-        if self.prior is not None:
-            stages[PRIOR_NAME] = self.prior
-        weights = {name: fingerprint(stage.module.state_dict()) for name, stage in stages.items()}
+        weights = {name: fingerprint(stage.module.state_dict()) for name, stage in self.stages.items()}
         return {"clip": self.clip.fingerprint, **weights}
 
     @property
-    def _upsampler_names(self) -> list[str]:
-        return [f"upsampler_{number}" for number in range(1, len(self.upsamplers) + 1)]
+    def stages(self) -> dict[str, Any]:
+        """Prior, if any, decoder and upsamplers, by the names of their folders in an export."""
+        prior = {} if self.prior is None else {PRIOR_NAME: self.prior}
+        upsamplers = {f"upsampler_{number}": stage for number, stage in enumerate(self.upsamplers, start=1)}
+        return {**prior, DECODER_NAME: self.decoder, **upsamplers}
 
     def told(self, on_stage: OnStage | None, number: int) -> OnStep | None:
         """What the decoder (0) or upsampler `number` tells of its steps, for `on_stage`."""
         if on_stage is None:
             return None
-        return partial(on_stage, self._upsampler_names[number - 1] if number else DECODER_NAME)
+        return partial(on_stage, f"upsampler_{number}" if number else DECODER_NAME)
 
     def bring(self, stage: Clip | TextToEmbedding[Any, Any] | EmbeddingToImage | SuperResolution) -> None:
         """Have a stage, or CLIP, on the device."""
